@@ -1,0 +1,1 @@
+"""Learning What and Where to Transfer, in functional JAX."""

@@ -1,0 +1,70 @@
+"""VGG with batch normalisation (Simonyan and Zisserman, 2015).
+
+Submodules carry the index that they have in PyTorch's `Sequential`, so that
+`pretrained` maps weights by name. Taps are the convolutions' outputs after
+batch normalisation and ReLU, counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from l2t_jax.models import layers
+
+POOL = "M"
+VGG9 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
+VGG_TINY = (16, POOL, 32, POOL, 64, POOL)
+
+
+class VGG(nn.Module):
+  """3x3 convolutions of the planned widths, with max-pools between them."""
+
+  plan: Sequence[int | str]
+  num_classes: int
+  dtype: Any = None
+
+  image_size = 32  # What it was designed for; others work too.
+
+  @property
+  def default_taps(self) -> tuple[str, ...]:
+    """The maps that enter a max-pool, as in the paper."""
+    convs_before = lambda i: sum(entry != POOL for entry in self.plan[:i])
+    return tuple(
+      f"conv{convs_before(i)}"
+      for i, entry in enumerate(self.plan)
+      if entry == POOL
+    )
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, train: bool
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Classify images [B, H, W, C]; return (logits [B, K], features)."""
+    x, index, features = images, 0, {}
+    for entry in self.plan:
+      if entry == POOL:
+        x = layers.max_pool(x, window=2, stride=2, padding=0)
+        index += 1
+        continue
+      x = layers.conv(
+        entry, use_bias=True, dtype=self.dtype, name=f"features_{index}"
+      )(x)
+      x = layers.batch_norm(
+        train, dtype=self.dtype, name=f"features_{index + 1}"
+      )(x)
+      x = nn.relu(x)
+      index += 3
+      features[f"conv{len(features) + 1}"] = x
+    # One position is left of a 32x32 image; a larger one is averaged.
+    logits = nn.Dense(
+      self.num_classes,
+      kernel_init=nn.initializers.normal(0.01),
+      dtype=self.dtype,
+      name="classifier",
+    )(jnp.mean(x, axis=(1, 2)))
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), features

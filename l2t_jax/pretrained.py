@@ -1,0 +1,265 @@
+"""Source weights: from PyTorch checkpoints to a file that training reads.
+
+    python -m l2t_jax.pretrained IN.pth OUT.safetensors --model=resnet32
+
+The result is a safetensors file: plain arrays, no code, no torch. A tensor
+"params/block1/conv1/kernel" of it is that leaf of the Flax variables; its
+metadata hold the model's name, the number of classes and where it came from.
+
+Submodules are named as in PyTorch, but for the dot before a number:
+"blocks2.0.bn1.running_mean" is "batch_stats/blocks2_0/bn1/mean".
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+import hashlib
+import pathlib
+import re
+import sys
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from l2t_jax import models, types
+
+# Leaves of Flax variables and what PyTorch calls them.
+_TORCH_LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+# Tensors that carry no weight of the network.
+_BOOKKEEPING = re.compile(r"num_batches_tracked$")
+
+
+class Report(NamedTuple):
+  """What a conversion did."""
+
+  mapped: dict[str, str]  # Torch name -> name in the file.
+  left_over: tuple[str, ...]  # Torch tensors that the network has no place for.
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+  """Name a leaf of the variables as PyTorch does.
+
+  Args:
+    path: such as ("params", "blocks2_0", "conv1", "kernel").
+
+  Returns:
+    Such as "blocks2.0.conv1.weight".
+  """
+  _, *modules, leaf = path
+  modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+  return ".".join([*modules, _TORCH_LEAVES[leaf]])
+
+
+def to_torch_layout(kernel: Any) -> Any:
+  """[H, W, I, O] -> [O, I, H, W] and [I, O] -> [O, I]; others as they are."""
+  if kernel.ndim == 4:
+    return kernel.transpose(3, 2, 0, 1)
+  return kernel.T if kernel.ndim == 2 else kernel
+
+
+def from_torch_layout(weight: Any) -> Any:
+  """[O, I, H, W] -> [H, W, I, O] and [O, I] -> [I, O]; others as they are."""
+  if weight.ndim == 4:
+    return weight.transpose(2, 3, 1, 0)
+  return weight.T if weight.ndim == 2 else weight
+
+
+def convert(
+  tensors: Mapping[str, np.ndarray], variables: types.PyTree
+) -> tuple[types.PyTree, Report]:
+  """Map PyTorch tensors to a network's variables by name.
+
+  Args:
+    tensors: a state dict as numpy arrays; a leading "module." (from
+      DataParallel) is ignored.
+    variables: {"params": ..., "batch_stats": ...} of the network; shapes
+      suffice.
+
+  Returns:
+    The variables as numpy arrays, and what was mapped and left over.
+
+  Raises:
+    types.InputError: where a tensor is missing or has another shape.
+  """
+  tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+  converted, mapped, problems = {}, {}, []
+  for path, leaf in traverse_util.flatten_dict(variables).items():
+    name = torch_name(path)
+    wanted = jax.eval_shape(to_torch_layout, leaf).shape
+    if name not in tensors:
+      problems.append(f"{name} {list(wanted)} is missing")
+    elif tensors[name].shape != wanted:
+      problems.append(
+        f"{name} has shape {list(tensors[name].shape)}, not {list(wanted)}"
+      )
+    else:
+      converted[path] = from_torch_layout(np.asarray(tensors[name]))
+      mapped[name] = "/".join(path)
+  if problems:
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    raise types.InputError(
+      f"the checkpoint does not fit the network: {'; '.join(problems[:3])}"
+      f"{more}; choose the network that it was trained with"
+    )
+  left_over = tuple(
+    name
+    for name in tensors
+    if name not in mapped and not _BOOKKEEPING.search(name)
+  )
+  return traverse_util.unflatten_dict(converted), Report(mapped, left_over)
+
+
+def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Read a state dict from `.safetensors` or, with torch installed, `.pth`.
+
+  A pickle is only ever read with `weights_only=True`, which runs no code.
+
+  Raises:
+    types.InputError: for a file that is missing, damaged, or not a checkpoint.
+  """
+  if not path.is_file():
+    raise types.InputError(f"no checkpoint at {path}")
+  if path.suffix == ".safetensors":
+    return _read_safetensors(path)[0]
+  try:
+    import torch
+  except ImportError as error:
+    raise types.InputError(
+      f"reading {path.name} needs torch: pip install torch"
+    ) from error
+  try:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:
+    reason = str(error).strip().splitlines()[0]
+    raise types.InputError(
+      f"{path} is not a checkpoint that can be read safely"
+      f" (weights_only): {reason}"
+    ) from error
+  for key in ("state_dict", "model"):
+    if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+      content = content[key]
+  if not isinstance(content, Mapping) or not all(
+    isinstance(value, torch.Tensor) for value in content.values()
+  ):
+    raise types.InputError(
+      f"{path} holds no state dict: expected tensors by name, alone or under"
+      " 'state_dict'"
+    )
+  return {name: value.numpy() for name, value in content.items()}
+
+
+def save(
+  path: pathlib.Path, variables: types.PyTree, metadata: Mapping[str, str]
+) -> None:
+  """Write variables and metadata to a safetensors file, all or nothing."""
+  flat = traverse_util.flatten_dict(variables, sep="/")
+  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  safetensors.numpy.save_file(arrays, partial, dict(metadata))
+  partial.replace(path)
+
+
+def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
+  """Read what `save` wrote; return (variables, metadata).
+
+  Raises:
+    types.InputError: for a file that is missing, damaged, or not converted.
+  """
+  if not path.is_file():
+    raise types.InputError(
+      f"no source weights at {path}; python -m l2t_jax.pretrained makes them"
+      " from a torch checkpoint"
+    )
+  arrays, metadata = _read_safetensors(path)
+  if "model" not in metadata or "num_classes" not in metadata:
+    raise types.InputError(
+      f"{path} was not written by l2t_jax; convert it first:"
+      f" python -m l2t_jax.pretrained {path} OUT.safetensors --model=..."
+    )
+  return traverse_util.unflatten_dict(arrays, sep="/"), metadata
+
+
+def _read_safetensors(path):
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      metadata = file.metadata() or {}
+    return safetensors.numpy.load_file(path), metadata
+  except safetensors.SafetensorError as error:
+    raise types.InputError(
+      f"{path} is not a whole safetensors file: {error}"
+    ) from error
+
+
+def convert_file(
+  checkpoint: pathlib.Path, output: pathlib.Path, model: str
+) -> Report:
+  """Convert a checkpoint of a known network; see the module's docstring.
+
+  The number of classes is that of the checkpoint's classifier.
+  """
+  tensors = read_torch(checkpoint)
+  # The classifier is the one linear layer of all networks here.
+  classes = [v.shape[0] for k, v in tensors.items() if v.ndim == 2]
+  if len(classes) != 1:
+    raise types.InputError(
+      f"{checkpoint} has {len(classes)} linear layers, expected 1: the"
+      " classifier"
+    )
+  module = models.create(model, num_classes=classes[0])
+  # Colour images; the first convolution says so, or is found not to fit.
+  images = jax.ShapeDtypeStruct(
+    (1, module.image_size, module.image_size, 3), jnp.float32
+  )
+  variables = jax.eval_shape(
+    lambda images: module.init(jax.random.key(0), images, train=False), images
+  )
+  converted, report = convert(tensors, variables)
+  metadata = {
+    "model": model,
+    "num_classes": str(classes[0]),
+    "converted_from": checkpoint.name,
+    "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+  }
+  save(output, converted, metadata)
+  return report
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description="Convert a PyTorch checkpoint to source weights."
+  )
+  parser.add_argument(
+    "checkpoint", type=pathlib.Path, help=".pth, .pt, .tar or .safetensors"
+  )
+  parser.add_argument("output", type=pathlib.Path, help="OUT.safetensors")
+  parser.add_argument("--model", required=True, choices=list(models.MODELS))
+  args = parser.parse_args()
+  try:
+    report = convert_file(args.checkpoint, args.output, args.model)
+  except types.InputError as error:
+    sys.exit(f"error: {error}")
+  for name, new_name in report.mapped.items():
+    print(f"{name:40} -> {new_name}")
+  print(
+    f"{len(report.mapped)} tensors mapped, {len(report.left_over)} left over"
+  )
+  for name in report.left_over:
+    print(f"left over: {name}")
+  print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,337 @@
+"""What and where to transfer: the paper's equations. Knows no model.
+
+Symbols, for a pair (m, n) of a source tap m and a target tap n and an image x:
+
+  S^m(x), T^n(x)  features of source and target, [B, H, W, C]
+  r^{m,n}         regressor, a 1x1 convolution with bias, C_n -> C_m
+  w^{m,n}         channel weights, *what* to transfer, a softmax over C_m
+  λ^{m,n}         pair weight, *where* and how much, in [0, 6], one an image
+
+Source: Jang, Lee, Hwang and Shin, "Learning What and Where to Transfer",
+ICML 2019 (arXiv 1905.05901), sections 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from l2t_jax import types
+
+# Names of taps in order of depth, with their shapes (H, W, C).
+TapShapes = Mapping[str, tuple[int, int, int]]
+
+PAIR_SETS = ("single", "one_to_one", "all_to_all")
+
+
+class Pair(NamedTuple):
+  """A source tap that a target tap is pulled towards."""
+
+  source: str
+  target: str
+
+  @property
+  def name(self) -> str:
+    return f"{self.source}->{self.target}"
+
+
+class SourceMaps(NamedTuple):
+  """What the matching reads of the source: one pass a batch, constants."""
+
+  maps: dict[str, jax.Array]  # "m@HxW" -> [B, H, W, C_m], at targets' sizes.
+  pooled: dict[str, jax.Array]  # m -> [B, C_m], mean over positions.
+
+
+class TransferWeights(NamedTuple):
+  """What and where to transfer for each image of a batch."""
+
+  channel: dict[str, jax.Array]  # pair -> [B, C_m], w; rows sum to 1.
+  pair: dict[str, jax.Array]  # pair -> [B], λ.
+
+
+def make_pairs(
+  pair_set: str | Sequence[str | Sequence[str]],
+  source_taps: TapShapes,
+  target_taps: TapShapes,
+) -> tuple[Pair, ...]:
+  """Choose the set C of candidate pairs.
+
+  Args:
+    pair_set: "single" (last source tap to the last target tap), "one_to_one"
+      (taps of equal resolution), "all_to_all", or a list of pairs, each as
+      "source->target" or (source, target).
+    source_taps: the source's taps from shallow to deep.
+    target_taps: the target's taps from shallow to deep.
+
+  Returns:
+    The pairs, in source-major order or as listed.
+
+  Raises:
+    types.InputError: for an unknown set or tap, a pair named twice, and where
+      no pair is left.
+  """
+  if pair_set == "single":
+    return (Pair(list(source_taps)[-1], list(target_taps)[-1]),)
+  everything = tuple(Pair(m, n) for m in source_taps for n in target_taps)
+  if pair_set == "all_to_all":
+    return everything
+  if pair_set == "one_to_one":
+    pairs = tuple(
+      pair
+      for pair in everything
+      if source_taps[pair.source][:2] == target_taps[pair.target][:2]
+    )
+    if not pairs:
+      raise types.InputError(
+        "pairs 'one_to_one': no source tap has the resolution of a target tap"
+        f" ({_resolutions(source_taps)}; {_resolutions(target_taps)});"
+        " use 'all_to_all' or list the pairs"
+      )
+    return pairs
+  if isinstance(pair_set, str):
+    raise types.InputError(
+      f"unknown pair set {pair_set!r}; use one of {', '.join(PAIR_SETS)}, or a"
+      " list such as ('stage1_block5->conv2',)"
+    )
+  return _listed_pairs(pair_set, source_taps, target_taps)
+
+
+def init_regressors(
+  key: chex.PRNGKey,
+  pairs: Sequence[Pair],
+  source_taps: TapShapes,
+  target_taps: TapShapes,
+) -> dict[str, types.PyTree]:
+  """Initialise r: per pair a kernel [C_n, C_m] and a bias [C_m].
+
+  Both are uniform within ±1/sqrt(C_n), PyTorch's default for a convolution.
+  """
+  regressors = {}
+  keys = jax.random.split(key, len(pairs))
+  for pair, pair_key in zip(pairs, keys, strict=True):
+    fan_in = target_taps[pair.target][-1]
+    fan_out = source_taps[pair.source][-1]
+    regressors[pair.name] = _torch_linear(pair_key, fan_in, fan_out)
+  return regressors
+
+
+def init_meta_params(
+  key: chex.PRNGKey,
+  pairs: Sequence[Pair],
+  source_taps: TapShapes,
+  *,
+  learn_channels: bool,
+  learn_pairs: bool,
+) -> dict[str, types.PyTree]:
+  """Initialise the meta-networks f ("channel") and g ("pair").
+
+  f starts at zero, so that w is uniform; g's kernel is uniform within
+  ±1/sqrt(C_m) and its bias 1, so that λ starts near 1.
+
+  Returns:
+    {"channel": {pair: {kernel [C_m, C_m], bias [C_m]}},
+     "pair": {pair: {kernel [C_m, 1], bias [1]}}}; what is not learned is
+    absent.
+  """
+  meta_params: dict[str, types.PyTree] = {}
+  if learn_channels:
+    meta_params["channel"] = {
+      pair.name: {
+        "kernel": jnp.zeros((source_taps[pair.source][-1],) * 2),
+        "bias": jnp.zeros((source_taps[pair.source][-1],)),
+      }
+      for pair in pairs
+    }
+  if learn_pairs:
+    keys = jax.random.split(key, len(pairs))
+    meta_params["pair"] = {
+      pair.name: _torch_linear(pair_key, source_taps[pair.source][-1], 1)
+      | {"bias": jnp.ones((1,))}
+      for pair, pair_key in zip(pairs, keys, strict=True)
+    }
+  return meta_params
+
+
+def prepare_source(
+  features: Mapping[str, chex.Array],
+  pairs: Sequence[Pair],
+  target_taps: TapShapes,
+) -> SourceMaps:
+  """Resize the source's maps to the target's, once per pair of resolutions.
+
+  Bilinear with half-pixel centres and without antialiasing, as the authors'
+  code resizes. Everything returned carries a `stop_gradient`.
+
+  Args:
+    features: source tap -> [B, H, W, C_m].
+    pairs: the set C.
+    target_taps: shapes of the target's taps.
+  """
+  maps, pooled = {}, {}
+  for pair in pairs:
+    feature = features[pair.source].astype(_accumulator(features[pair.source]))
+    chex.assert_rank(feature, 4)
+    height, width, _ = target_taps[pair.target]
+    pooled[pair.source] = feature.mean(axis=(1, 2))
+    name = _map_name(pair.source, height, width)
+    if name not in maps:
+      shape = (feature.shape[0], height, width, feature.shape[-1])
+      maps[name] = jax.image.resize(
+        feature, shape, method="bilinear", antialias=False
+      )
+  return jax.lax.stop_gradient(SourceMaps(maps, pooled))
+
+
+def transfer_weights(
+  meta_params: types.PyTree,
+  pooled: Mapping[str, chex.Array],
+  pairs: Sequence[Pair],
+) -> TransferWeights:
+  """Decide what and where to transfer.
+
+      w^{m,n} = softmax(f^{m,n}(pool S^m(x))),  λ^{m,n} = relu6(g^{m,n}(...))
+
+  Where f or g is absent from `meta_params`, w is uniform (1/C_m) or λ is 1:
+  fixed feature matching. Differentiable in `meta_params`.
+
+  Args:
+    meta_params: from `init_meta_params`.
+    pooled: source tap -> [B, C_m], its mean over positions.
+    pairs: the set C.
+  """
+  channel, pair_weight = {}, {}
+  for pair in pairs:
+    x = pooled[pair.source]
+    if "channel" in meta_params:
+      logits = _linear(meta_params["channel"][pair.name], x)
+      channel[pair.name] = jax.nn.softmax(logits, axis=-1)
+    else:
+      channel[pair.name] = jnp.full_like(x, 1.0 / x.shape[-1])
+    if "pair" in meta_params:
+      logits = _linear(meta_params["pair"][pair.name], x)
+      pair_weight[pair.name] = jax.nn.relu6(logits[:, 0])
+    else:
+      pair_weight[pair.name] = jnp.ones_like(x[:, 0])
+  return TransferWeights(channel, pair_weight)
+
+
+def channel_distances(
+  regressors: types.PyTree,
+  target_features: Mapping[str, chex.Array],
+  source_maps: SourceMaps,
+  pairs: Sequence[Pair],
+) -> dict[str, chex.Array]:
+  """Measure how far the target is from the source, channel by channel.
+
+      d^{m,n}_c = mean over positions of (S^m - r^{m,n}(T^n))²_c
+
+  Args:
+    regressors: from `init_regressors`.
+    target_features: target tap -> [B, H, W, C_n].
+    source_maps: from `prepare_source`.
+    pairs: the set C.
+
+  Returns:
+    pair -> d [B, C_m].
+  """
+  distances = {}
+  for pair in pairs:
+    feature = target_features[pair.target]
+    _, height, width, _ = feature.shape
+    wanted = source_maps.maps[_map_name(pair.source, height, width)]
+    regressed = _linear(regressors[pair.name], feature.astype(wanted.dtype))
+    chex.assert_equal_shape([wanted, regressed])
+    distances[pair.name] = jnp.square(wanted - regressed).mean(axis=(1, 2))
+  return distances
+
+
+def matching_loss(
+  distances: Mapping[str, chex.Array],
+  weights: TransferWeights,
+  *,
+  beta: float,
+) -> chex.Array:
+  """Pull the target towards the source, where and as the weights say.
+
+      L_wfm = β Σ_(m,n) mean over the batch of λ^{m,n} Σ_c w^{m,n}_c d^{m,n}_c
+
+  Differentiable in distances and weights.
+
+  Args:
+    distances: pair -> d [B, C_m].
+    weights: w and λ for the same images.
+    beta: β, weight of the matching loss.
+
+  Returns:
+    The loss, [].
+  """
+  losses = []
+  for name, distance in distances.items():
+    channel, pair_weight = weights.channel[name], weights.pair[name]
+    chex.assert_equal_shape([distance, channel])
+    chex.assert_shape(pair_weight, distance.shape[:1])
+    losses.append(jnp.mean(pair_weight * jnp.sum(channel * distance, axis=-1)))
+  return beta * jnp.sum(jnp.stack(losses))
+
+
+def _linear(layer, x):
+  return jnp.einsum("...i,io->...o", x, layer["kernel"]) + layer["bias"]
+
+
+def _torch_linear(key, fan_in, fan_out):
+  """Uniform within ±1/sqrt(fan_in), kernel and bias."""
+  kernel_key, bias_key = jax.random.split(key)
+  bound = fan_in**-0.5
+  return {
+    "kernel": jax.random.uniform(
+      kernel_key, (fan_in, fan_out), minval=-bound, maxval=bound
+    ),
+    "bias": jax.random.uniform(
+      bias_key, (fan_out,), minval=-bound, maxval=bound
+    ),
+  }
+
+
+def _accumulator(x):
+  """At least float32: bfloat16 features are matched in float32."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _map_name(source, height, width):
+  return f"{source}@{height}x{width}"
+
+
+def _resolutions(taps):
+  return ", ".join(f"{name} {h}x{w}" for name, (h, w, _) in taps.items())
+
+
+def _listed_pairs(pair_list, source_taps, target_taps):
+  pairs = []
+  for entry in pair_list:
+    parts = entry.split("->") if isinstance(entry, str) else tuple(entry)
+    if len(parts) != 2:
+      raise types.InputError(
+        f"pair {entry!r} is not of the form 'source->target'"
+      )
+    pair = Pair(*(part.strip() for part in parts))
+    for side, tap, taps in (
+      ("source", pair.source, source_taps),
+      ("target", pair.target, target_taps),
+    ):
+      if tap not in taps:
+        raise types.InputError(
+          f"pair {pair.name!r}: unknown {side} tap {tap!r}; the {side}'s taps"
+          f" are {', '.join(taps)}"
+        )
+    if pair in pairs:
+      raise types.InputError(f"pair {pair.name!r} is listed twice")
+    pairs.append(pair)
+  if not pairs:
+    raise types.InputError(
+      f"no pairs: use one of {', '.join(PAIR_SETS)}, or list at least one"
+    )
+  return tuple(pairs)

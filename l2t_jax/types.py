@@ -1,0 +1,83 @@
+"""The vocabulary: states, batches and the functions that a user hands in."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import chex
+from flax import struct
+import jax
+
+# Any nested container of arrays.
+PyTree = Any
+
+
+class InputError(ValueError):
+  """The user's input is wrong; the message says what and what would be right.
+
+  `train.py` and the package's commands print it as one line, without a
+  traceback.
+  """
+
+
+class Batch(NamedTuple):
+  """One mini-batch of labelled images."""
+
+  images: jax.Array  # [B, H, W, C] float32, normalised.
+  labels: jax.Array  # [B] int32, 0 .. num_classes - 1.
+
+
+class EvalBatch(NamedTuple):
+  """A batch of fixed size whose last images may be padding."""
+
+  images: jax.Array  # [B, H, W, C] float32, normalised.
+  labels: jax.Array  # [B] int32.
+  mask: jax.Array  # [B] float32, 1 for an image, 0 for padding.
+
+
+class InnerState(NamedTuple):
+  """What one step of inner training reads and writes."""
+
+  params: PyTree  # What the inner optimizer updates.
+  opt_state: PyTree  # Its state: the momentum buffer is in here.
+  model_state: PyTree  # Carried but not differentiated: batch statistics.
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that a run needs to go on; what a checkpoint holds."""
+
+  step: jax.Array  # [] int32, iterations done.
+  inner: InnerState  # Target and regressors after the last real update.
+  meta_params: PyTree  # Parameters of f and g; empty where none is learned.
+  meta_opt_state: PyTree  # Adam's moments for meta_params.
+
+
+class InnerLossFn(Protocol):
+  """A loss that the inner optimizer minimises."""
+
+  def __call__(
+    self,
+    params: PyTree,
+    meta_params: PyTree,
+    model_state: PyTree,
+    batch: PyTree,
+  ) -> tuple[chex.Array, PyTree]:
+    """Return (loss [], new model_state); differentiable in the first two."""
+
+
+class ApplyFn(Protocol):
+  """A network as a pure function."""
+
+  def __call__(
+    self,
+    params: PyTree,
+    model_state: PyTree,
+    images: chex.Array,
+    *,
+    train: bool,
+  ) -> tuple[chex.Array, dict[str, chex.Array], PyTree]:
+    """Return (logits [B, K], features, new model_state).
+
+    The features are a dict: name -> [B, H, W, C].
+    """
