@@ -155,9 +155,9 @@ def make_train_step(
 
   Returns:
     `train_step(state, source, batch) -> (state, metrics)`. Metrics are
-    scalars, but for "pair_weights" and "distances", [P] in the order of the
-    pairs, and "channel_weights", pair -> [C_m], means over the batch; all of
-    them before the updates of this iteration.
+    scalars of this iteration, before its updates, and, where there are pairs,
+    "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P] in the order
+    of the pairs, and "channel_weights", pair -> [C_m], means over the batch.
   """
   losses = objectives.make_losses(target_fn, pairs, beta=beta)
 
@@ -205,9 +205,9 @@ def make_train_step(
     if pairs:
       stack = lambda values: jnp.stack([values[p.name] for p in pairs])
       mean = lambda x: jnp.mean(x, axis=0)
-      metrics |= {
-        "distances": stack(metrics["distances"]),
+      metrics["transfer"] = {
         "pair_weights": stack(jax.tree.map(mean, weights.pair)),
+        "distances": stack(metrics.pop("distances")),
         "channel_weights": jax.tree.map(mean, weights.channel),
       }
     return inner, metrics

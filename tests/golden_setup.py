@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import models
-from l2t_jax import objectives
 from l2t_jax import pretrained
 from l2t_jax import training
 from l2t_jax import transfer
@@ -26,7 +25,7 @@ def read(path):
   return json.loads(str(numbers.pop("settings"))), numbers
 
 
-class Golden:
+class Setup:
   """One golden file's networks, states and batches."""
 
   def __init__(self, settings):
@@ -136,10 +135,14 @@ class Golden:
       self.settings["meta_lr"], self.settings["meta_weight_decay"]
     )
 
-  def train_step(self, mode, rolled=False):
+  @property
+  def source_fn(self):
+    return models.as_apply_fn(self.source)
+
+  def make_train_step(self, mode, rolled=False):
     return training.make_train_step(
       models.as_apply_fn(self.target),
-      models.as_apply_fn(self.source),
+      self.source_fn,
       pairs=self.pairs,
       target_taps=self.target_taps,
       beta=self.settings["beta"],
@@ -151,5 +154,12 @@ class Golden:
       rolled=rolled,
     )
 
-
-__all__ = ["Golden", "objectives", "read"]
+  def first_meta_gradient(self, before, after):
+    """Read the gradient off Adam, whose first moment starts at zero."""
+    _, (moments, *_) = after.meta_opt_state
+    decay = self.settings["meta_weight_decay"]
+    return jax.tree.map(
+      lambda mu, param: mu / (1 - 0.9) - decay * param,
+      moments.mu,
+      before.meta_params,
+    )

@@ -1,0 +1,104 @@
+"""Every field of an experiment, with the paper's values for 32x32 images.
+
+An experiment is a file beside this one: the default with some fields changed.
+Any field can be changed on the command line too, as in
+--config.meta.learning_rate=1e-3.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  config = config_dict.ConfigDict()
+
+  # scratch; fm_single, fm_one_to_one, fm_all_to_all (matching with fixed
+  # weights); l2t_w_single, l2t_w_one_to_one (learned channel weights); l2t_ww.
+  config.method = "l2t_ww"
+  # Of initialisation, order of images and augmentation; not of the split.
+  config.seed = 0
+  config.epochs = 200
+  # Over all devices.
+  config.batch_size = 128
+  # f32; tf32 (matrix products on tensor cores); bf16 (activations).
+  config.precision = "f32"
+
+  config.data = config_dict.ConfigDict()
+  # Where images come from: bundled, npz, folder or tfds.
+  config.data.source = "tfds"
+  # Name of a bundled ("mnist", "digits") or tfds data set.
+  config.data.name = ""
+  # The npz file, the folder of images, or tfds's data_dir ("" for its own).
+  config.data.path = ""
+  # Labels to keep, renumbered from 0; () for all.
+  config.data.classes = ()
+  # Height and width that images are resized to, in pixels.
+  config.data.image_size = 32
+  # 1 (grey) or 3 (RGB).
+  config.data.channels = 3
+  # Of the pixels, on a scale of 0 to 1: ImageNet's.
+  config.data.mean = (0.485, 0.456, 0.406)
+  config.data.std = (0.229, 0.224, 0.225)
+  # none, crop (pad and crop), crop_flip, random_resized_crop_flip (streamed).
+  config.data.augment = "crop_flip"
+  # Pixels on each side before the random crop.
+  config.data.crop_padding = 4
+  # Streamed images: length of the short side before the centre crop.
+  config.data.eval_resize = 256
+  # Index arrays {prefix}_train, {prefix}_val, {prefix}_test; "" for a
+  # stratified split of our own.
+  config.data.split_file = ""
+  config.data.split_prefix = ""
+  # Stratified split: shares of the training images, and its seed.
+  config.data.val_fraction = 0.1
+  config.data.test_fraction = 0.2  # Where there is no official test set.
+  config.data.split_seed = 0
+  # Labelled training images per class; 0 for all.
+  config.data.per_class = 0
+  # Processes that decode streamed images; 0 for threads.
+  config.data.num_workers = 8
+
+  config.source = config_dict.ConfigDict()
+  # Weights of the source network, from `python -m l2t_jax.pretrained` or
+  # "target.safetensors" of an earlier run; they name the network.
+  config.source.weights = ""
+  # Its taps; () for the network's default ones.
+  config.source.taps = ()
+
+  config.target = config_dict.ConfigDict()
+  # A network of `l2t_jax.models`.
+  config.target.model = "vgg9"
+  config.target.taps = ()
+
+  config.transfer = config_dict.ConfigDict()
+  # "" for the method's own; single, one_to_one, all_to_all, or a list such as
+  # "stage1_block5->conv2, stage3_block5->conv8".
+  config.transfer.pairs = ""
+  # Weight of the matching loss.
+  config.transfer.beta = 0.5
+
+  # SGD of the real update and of the look-ahead; cosine to 0 by epochs.
+  config.optimizer = config_dict.ConfigDict()
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.momentum = 0.9
+  config.optimizer.weight_decay = 1e-4
+
+  # Adam of the meta-networks, with L2 in the gradient.
+  config.meta = config_dict.ConfigDict()
+  config.meta.learning_rate = 1e-4
+  config.meta.weight_decay = 1e-4
+
+  config.bilevel = config_dict.ConfigDict()
+  # T, matching steps of the look-ahead.
+  config.bilevel.num_inner_steps = 2
+  # How the hypergradient is computed: reverse, remat or mixed.
+  config.bilevel.mode = "mixed"
+  # How the look-ahead loops: scan, unroll, or auto (unroll on CPU, where XLA
+  # is slow in loops).
+  config.bilevel.loop = "auto"
+
+  # Iterations between two records of metrics.jsonl.
+  config.log_every = 20
+  # Epochs between two checkpoints.
+  config.checkpoint_every = 1
+
+  return config

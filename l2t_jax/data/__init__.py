@@ -1,0 +1,203 @@
+"""Labelled images as batches: `load` opens a data set and splits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from l2t_jax import types
+from l2t_jax.data import in_memory as memory
+from l2t_jax.data import pipeline, records, splits, streaming
+from l2t_jax.data.pipeline import Dataset
+
+__all__ = ["Dataset", "load"]
+
+# Larger images are streamed unless the caller says otherwise.
+MAX_IN_MEMORY_SIZE = 96
+
+
+def load(
+  source: str,
+  *,
+  name: str,
+  path: str,
+  classes: Sequence[int],
+  image_size: int,
+  channels: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  augment: str,
+  crop_padding: int = 4,
+  eval_resize: int,
+  split_file: str,
+  split_prefix: str,
+  val_fraction: float,
+  test_fraction: float,
+  split_seed: int,
+  per_class: int,
+  batch_size: int,
+  seed: int,
+  num_workers: int,
+  in_memory: bool | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Dataset:
+  """Open a data set.
+
+  Args:
+    source: 'bundled', 'npz', 'folder' or 'tfds'.
+    name: of the bundled set ('mnist', 'digits') or the tfds set; else unused.
+    path: the npz file, the folder, or tfds's data directory ('' for its own
+      default); unused by bundled sets.
+    classes: published labels to keep, renumbered in this order; () for all.
+    image_size: side of the square images.
+    channels: 1 for grey, 3 for RGB; images are converted.
+    mean: one value or one per channel, subtracted on the scale from 0 to 1.
+    std: likewise, what images are divided by.
+    augment: in memory 'none', 'crop' or 'crop_flip'; streaming 'none' or
+      'random_resized_crop_flip'.
+    crop_padding: black border around images before 'crop' and 'crop_flip'.
+    eval_resize: length of the short side before the central crop; streaming
+      only (in memory the whole image is resized to the square).
+    split_file: npz file with {split_prefix}_train, _val and _test: indices into
+      this source's own order, which for tfds is not the official one, since it
+      shuffles; '' to draw the split.
+    split_prefix: see split_file.
+    val_fraction: share of the training images that validate; used where there
+      is neither a split file nor an official validation set.
+    test_fraction: the same for the test.
+    split_seed: of the drawn split and of the choice of per_class images.
+    per_class: training images to keep of each class; 0 for all. Validation and
+      test images do not depend on it.
+    batch_size: over all processes.
+    seed: of the order of training images and their augmentation.
+    num_workers: processes that read training images when streaming; 0 for
+      threads of this process.
+    in_memory: whether to keep all images on the device; by default, if they
+      are small.
+    process_index: of this process among those that train together.
+    process_count: how many of them there are.
+
+  Returns:
+    The data set; each process gets its own rows of the global batches.
+
+  Raises:
+    types.InputError: a value is wrong, or the data set is missing or malformed.
+  """
+  if in_memory is None:
+    in_memory = image_size <= MAX_IN_MEMORY_SIZE
+  mean, std = tuple(mean), tuple(std)
+  _check_images(image_size, channels, mean, std)
+  _check_reading(in_memory, augment, image_size, eval_resize, crop_padding)
+  _check_counts(
+    seed=seed,
+    split_seed=split_seed,
+    per_class=per_class,
+    num_workers=num_workers,
+  )
+  _check_batches(batch_size, process_index, process_count)
+  opened = records.keep_classes(
+    records.open_source(source, name=name, path=path), classes
+  )
+  split = splits.make_split(
+    opened,
+    split_file=split_file,
+    split_prefix=split_prefix,
+    val_fraction=val_fraction,
+    test_fraction=test_fraction,
+    split_seed=split_seed,
+    per_class=per_class,
+  )
+  if len(split.train) < batch_size:
+    raise types.InputError(
+      f"batch_size is {batch_size}, but there are only {len(split.train)}"
+      " training images"
+    )
+  plan = pipeline.BatchPlan(batch_size, seed, process_index, process_count)
+  image_shape = (image_size, image_size, channels)
+  if in_memory:
+    return memory.InMemoryDataset(
+      opened,
+      split,
+      plan,
+      image_shape=image_shape,
+      mean=mean,
+      std=std,
+      augment=augment,
+      crop_padding=crop_padding,
+    )
+  return streaming.StreamingDataset(
+    opened,
+    split,
+    plan,
+    image_shape=image_shape,
+    mean=mean,
+    std=std,
+    augment=augment,
+    eval_resize=eval_resize,
+    num_workers=num_workers,
+  )
+
+
+def _check_images(
+  image_size: int,
+  channels: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> None:
+  if image_size < 1:
+    raise types.InputError(f"image_size is {image_size}, but must be positive")
+  if channels not in (1, 3):
+    raise types.InputError(
+      f"channels is {channels}, but must be 1 (grey) or 3 (RGB)"
+    )
+  for what, values in (("mean", mean), ("std", std)):
+    if len(values) not in (1, channels):
+      raise types.InputError(
+        f"{what} {values} must have 1 or channels={channels} values"
+      )
+  if min(std) <= 0:
+    raise types.InputError(f"std {std} must be positive")
+
+
+def _check_reading(
+  in_memory: bool,
+  augment: str,
+  image_size: int,
+  eval_resize: int,
+  crop_padding: int,
+) -> None:
+  possible = memory.AUGMENTS if in_memory else streaming.AUGMENTS
+  if augment not in possible:
+    raise types.InputError(
+      f"augment {augment!r} is not possible when images are"
+      f" {'in memory' if in_memory else 'streamed'}; possible:"
+      f" {', '.join(possible)}"
+    )
+  if crop_padding < 0:
+    raise types.InputError(f"crop_padding is {crop_padding}, below 0")
+  if not in_memory and eval_resize < image_size:
+    raise types.InputError(
+      f"eval_resize is {eval_resize}, but must be at least"
+      f" image_size={image_size}"
+    )
+
+
+def _check_counts(**counts: int) -> None:
+  for what, count in counts.items():
+    if count < 0:
+      raise types.InputError(f"{what} is {count}, but must be 0 or more")
+
+
+def _check_batches(
+  batch_size: int, process_index: int, process_count: int
+) -> None:
+  if batch_size < 1 or batch_size % process_count:
+    raise types.InputError(
+      f"batch_size is {batch_size}, but must be a positive multiple of the"
+      f" number of processes, {process_count}"
+    )
+  if not 0 <= process_index < process_count:
+    raise types.InputError(
+      f"process_index is {process_index}, but must be from 0 to"
+      f" {process_count - 1}"
+    )

@@ -1,0 +1,74 @@
+"""Augmentation and normalisation on the device; pure functions of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def draw_crops(
+  key: jax.Array, num_images: int, *, padding: int
+) -> tuple[jax.Array, jax.Array]:
+  """Draw a crop and a coin per image.
+
+  Args:
+    key: consumed.
+    num_images: of the global batch.
+    padding: the width of the border that images get before the crop.
+
+  Returns:
+    Offsets (top, left) int32 [num_images, 2], each from 0 to 2 * padding, and
+    flips bool [num_images].
+  """
+  offset_key, flip_key = jax.random.split(key)
+  offsets = jax.random.randint(offset_key, (num_images, 2), 0, 2 * padding + 1)
+  return offsets, jax.random.bernoulli(flip_key, shape=(num_images,))
+
+
+def pad_crop_flip(
+  images: jax.Array, offsets: jax.Array, flips: jax.Array, *, padding: int
+) -> jax.Array:
+  """Pad with black, cut out the original size at an offset, and mirror.
+
+  It comes before normalisation, as in torchvision's RandomCrop(padding=...):
+  the border is black, not the mean colour.
+
+  Args:
+    images: uint8 [B, H, W, C].
+    offsets: (top, left) of the crop in the padded image, int32 [B, 2].
+    flips: whether to mirror left and right, bool [B].
+    padding: width of the border.
+
+  Returns:
+    uint8 [B, H, W, C].
+  """
+  chex.assert_rank([images, offsets, flips], [4, 2, 1])
+  batch_size, height, width, _ = images.shape
+  border = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+  padded = jnp.pad(images, border)
+  rows = offsets[:, :1] + jnp.arange(height)
+  columns = jnp.arange(width)
+  columns = jnp.where(flips[:, None], columns[::-1], columns)
+  columns = offsets[:, 1:] + columns
+  batch = jnp.arange(batch_size)
+  return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalise(
+  images: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+  """Return (images / 255 - mean) / std as float32.
+
+  Args:
+    images: uint8 [B, H, W, C].
+    mean: one value, or one per channel, on the scale from 0 to 1.
+    std: likewise.
+
+  Returns:
+    float32 [B, H, W, C].
+  """
+  scaled = images.astype(jnp.float32) / 255
+  return (scaled - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)

@@ -1,0 +1,125 @@
+"""Batches of small images that all stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent import futures
+import functools
+
+import jax
+import numpy as np
+
+from l2t_jax import types
+from l2t_jax.data import augment as augmentation
+from l2t_jax.data import images as pillow
+from l2t_jax.data import pipeline, records, splits
+
+AUGMENTS = ("none", "crop", "crop_flip")
+
+
+class InMemoryDataset(pipeline.SplitDataset):
+  """Images that are resized once and then kept as uint8; see Dataset."""
+
+  def __init__(
+    self,
+    source: records.Source,
+    split: splits.Split,
+    plan: pipeline.BatchPlan,
+    *,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: str,
+    crop_padding: int,
+  ):
+    super().__init__(source, split, plan, image_shape)
+    self._arrays = {
+      name: jax.device_put((_read_resized(subset, image_shape), subset.labels))
+      for name, subset in self._subsets.items()
+    }
+    self._train_batch = functools.partial(
+      _train_batch,
+      plan=plan,
+      augment=augment,
+      padding=crop_padding,
+      mean=mean,
+      std=std,
+    )
+    self._eval_batch = functools.partial(_eval_batch, mean=mean, std=std)
+
+  def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
+    order = pipeline.epoch_order(self._plan.seed, epoch, self.num_train)
+    for step in range(start, self.steps_per_epoch):
+      positions = order[self._plan.slots(step)]
+      yield self._train_batch(*self._arrays["train"], positions, epoch, step)
+
+  def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
+    images, labels = self._arrays[split]
+    for step in range(self._plan.num_eval_steps(len(labels))):
+      positions, mask = self._plan.eval_positions(len(labels), step)
+      yield self._eval_batch(images, labels, positions, mask)
+
+
+def _read_resized(
+  subset: pipeline.Subset, image_shape: tuple[int, int, int]
+) -> np.ndarray:
+  """Read all images of a split as uint8 [N, H, W, C]."""
+  height, width, channels = image_shape
+
+  def read(position: int) -> np.ndarray:
+    image = subset.read_image(position, channels=channels)
+    return pillow.to_array(pillow.resize(image, width, height))
+
+  num_images = len(subset.indices)
+  resized = np.empty((num_images, *image_shape), np.uint8)
+  with futures.ThreadPoolExecutor() as pool:
+    for position, image in enumerate(pool.map(read, range(num_images))):
+      resized[position] = image
+  return resized
+
+
+@functools.partial(
+  jax.jit, static_argnames=("plan", "augment", "padding", "mean", "std")
+)
+def _train_batch(
+  images: jax.Array,
+  labels: jax.Array,
+  positions: jax.Array,
+  epoch: jax.Array,
+  step: jax.Array,
+  *,
+  plan: pipeline.BatchPlan,
+  augment: str,
+  padding: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> types.Batch:
+  """Gather, augment and normalise this process's rows of a batch."""
+  batch = images[positions]
+  if augment != "none":
+    key = jax.random.fold_in(jax.random.key(plan.seed), epoch)
+    # Drawn for the global batch: the same whatever the number of processes.
+    offsets, flips = augmentation.draw_crops(
+      jax.random.fold_in(key, step), plan.batch_size, padding=padding
+    )
+    offsets, flips = offsets[plan.rows], flips[plan.rows]
+    flips = flips & (augment == "crop_flip")
+    batch = augmentation.pad_crop_flip(batch, offsets, flips, padding=padding)
+  return types.Batch(
+    augmentation.normalise(batch, mean, std), labels[positions]
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("mean", "std"))
+def _eval_batch(
+  images: jax.Array,
+  labels: jax.Array,
+  positions: jax.Array,
+  mask: jax.Array,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> types.EvalBatch:
+  """Gather and normalise this process's rows of a batch."""
+  batch = augmentation.normalise(images[positions], mean, std)
+  return types.EvalBatch(batch, labels[positions], mask)

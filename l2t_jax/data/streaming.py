@@ -1,0 +1,202 @@
+"""Batches of large images, which Grain reads when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import os
+import sys
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2t_jax import types
+from l2t_jax.data import augment as augmentation
+from l2t_jax.data import images as pillow
+from l2t_jax.data import pipeline, records, splits
+
+AUGMENTS = ("none", "random_resized_crop_flip")
+PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
+MAX_THREADS = 16  # Of one process; more of them wait for Python's lock.
+
+
+class StreamingDataset(pipeline.SplitDataset):
+  """Images that are read, cropped and resized as they come; see Dataset.
+
+  Training images are read by worker processes, if any were asked for;
+  evaluation images by threads of this process.
+  """
+
+  def __init__(
+    self,
+    source: records.Source,
+    split: splits.Split,
+    plan: pipeline.BatchPlan,
+    *,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: str,
+    eval_resize: int,
+    num_workers: int,
+  ):
+    super().__init__(source, split, plan, image_shape)
+    size, _, channels = image_shape
+    center = functools.partial(
+      _read_center, size=size, channels=channels, resized=eval_resize
+    )
+    random = functools.partial(_read_random, size=size, channels=channels)
+    self._train_steps = TrainSteps(
+      self._subsets["train"], plan, center if augment == "none" else random
+    )
+    self._eval_steps = {
+      name: EvalSteps(self._subsets[name], plan, center)
+      for name in ("val", "test")
+    }
+    self._normalise = functools.partial(_normalise, mean=mean, std=std)
+    self._num_workers = num_workers
+    # Where an epoch left its workers: (next step of all steps, iterator).
+    self._parked: tuple[int, Any] | None = None
+
+  def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
+    first, end = (
+      epoch * self.steps_per_epoch + step
+      for step in (start, self.steps_per_epoch)
+    )
+    stream = self._train_stream(first)
+    try:
+      for _ in range(first, end):
+        images, labels = next(stream)
+        yield types.Batch(self._normalise(images), jnp.array(labels))
+    except BaseException:
+      stream.close()
+      raise
+    self._parked = end, stream
+
+  def _train_stream(self, first: int) -> Any:
+    """Go on with the parked workers, which take seconds to start, or open."""
+    parked, self._parked = self._parked, None
+    if parked is not None:
+      position, stream = parked
+      if position == first:
+        return stream
+      stream.close()
+    return _stream(self._train_steps, first, num_workers=self._num_workers)
+
+  def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
+    stream = _stream(self._eval_steps[split], 0, num_workers=0)
+    try:
+      for images, labels, mask in stream:
+        yield types.EvalBatch(
+          self._normalise(images), jnp.array(labels), jnp.array(mask)
+        )
+    finally:
+      stream.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSteps:
+  """The training steps of all epochs, one after another; a Grain source."""
+
+  subset: pipeline.Subset
+  plan: pipeline.BatchPlan
+  read: Callable[..., np.ndarray]  # (subset, position, rng) -> [H, W, C].
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [b, H, W, C] and labels int32 [b] of a step."""
+    num_images, seed = len(self.subset.indices), self.plan.seed
+    epoch, step = divmod(index, num_images // self.plan.batch_size)
+    slots = self.plan.slots(step)
+    positions = pipeline.epoch_order(seed, epoch, num_images)[slots]
+    # From the slot in the epoch: the same whichever worker reads the image.
+    images = [
+      self.read(
+        self.subset, position, np.random.default_rng([seed, epoch, 1 + slot])
+      )
+      for position, slot in zip(positions, slots, strict=True)
+    ]
+    return np.stack(images), self.subset.labels[positions]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSteps:
+  """The steps that see every image of a split once; a Grain source."""
+
+  subset: pipeline.Subset
+  plan: pipeline.BatchPlan
+  read: Callable[..., np.ndarray]  # (subset, position) -> [H, W, C].
+
+  def __len__(self) -> int:
+    return self.plan.num_eval_steps(len(self.subset.indices))
+
+  def __getitem__(
+    self, index: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return images uint8 [b, H, W, C], labels [b] and mask [b] of a step."""
+    positions, mask = self.plan.eval_positions(len(self.subset.indices), index)
+    images = [self.read(self.subset, position) for position in positions]
+    return np.stack(images), self.subset.labels[positions], mask
+
+
+def _read_center(
+  subset: pipeline.Subset,
+  position: int,
+  rng: np.random.Generator | None = None,
+  *,
+  size: int,
+  channels: int,
+  resized: int,
+) -> np.ndarray:
+  """Read an image for evaluation, or for training without augmentation."""
+  del rng
+  image = subset.read_image(position, channels=channels)
+  cropped = pillow.resize_and_center_crop(image, resized=resized, size=size)
+  return pillow.to_array(cropped)
+
+
+def _read_random(
+  subset: pipeline.Subset,
+  position: int,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  channels: int,
+) -> np.ndarray:
+  """Read an image for training."""
+  image = subset.read_image(position, channels=channels)
+  return pillow.to_array(pillow.random_resized_crop_flip(image, rng, size=size))
+
+
+def _stream(
+  source: TrainSteps | EvalSteps, first: int, *, num_workers: int
+) -> Any:
+  """Open a Grain iterator over whole batches, from one of them on."""
+  grain = records.require("grain", "grain")
+  # Grain 0.2.18 reads this flag even where no absl app has parsed any flags
+  # (google/grain, issue 1355).
+  if PROFILING_FLAG in flags.FLAGS:
+    flags.FLAGS[PROFILING_FLAG].present = True
+  # Batches, not images, are what is handed out: their composition and order do
+  # not depend on the number of workers.
+  threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
+  batches = grain.MapDataset.source(source)[first:].to_iter_dataset(
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+  )
+  options = grain.MultiprocessingOptions(
+    num_workers=num_workers, per_worker_buffer_size=2
+  )
+  return iter(batches.mp_prefetch(options))
+
+
+@functools.partial(jax.jit, static_argnames=("mean", "std"))
+def _normalise(
+  images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+  return augmentation.normalise(images, mean, std)

@@ -1,0 +1,546 @@
+"""Show what a run learned: which layers and channels the target copies.
+
+`transfer_map.json` holds the content, `transfer_map.png` the picture; the
+picture is drawn from the content alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+from typing import Any
+
+from matplotlib import axes, colormaps, figure, patches, ticker
+import numpy as np
+
+from l2t_jax import types
+
+# A tap: its name and the shape (H, W, C) of its feature map.
+Tap = tuple[str, tuple[int, int, int]]
+
+# Okabe and Ito's colours for the colour-blind, darkened enough to carry text.
+_COLORS = ("#0072B2", "#C44E00", "#00805C", "#A8478F")
+_GREY, _INK, _SOFT = "#B4B4B4", "#222222", "#666666"
+_WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
+_DPI = 180
+_BOX = 1.5  # Width of a layer's box, in inches.
+_CENTRE: Any = {"ha": "center", "va": "center"}
+
+
+def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
+  """Read the records of a run's `metrics.jsonl`.
+
+  A last line without its newline is one that the run was stopped in the middle
+  of; it is left out unless it is complete.
+
+  Args:
+    workdir: the folder of the run.
+
+  Returns:
+    One dict per line, in the file's order.
+
+  Raises:
+    InputError: the file is missing, or a line is not a JSON object.
+  """
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  if not path.is_file():
+    raise types.InputError(
+      f"{path} does not exist; name the folder of a run that was started."
+    )
+  lines = path.read_bytes().split(b"\n")
+  records = []
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict):
+        raise ValueError("it is not an object")
+    except ValueError as error:
+      if number == len(lines):
+        break
+      raise types.InputError(
+        f"{path}, line {number}: not a JSON object ({error}); "
+        "mend or delete that line."
+      ) from error
+    records.append(record)
+  return records
+
+
+def effective_channels(weights: np.ndarray) -> float:
+  """Count the channels that matter: exp of the entropy of the weights.
+
+  Args:
+    weights: [C], not negative; scaled here to sum to 1.
+
+  Returns:
+    Between 1 (one channel has all the weight) and C (all count the same).
+  """
+  p = np.asarray(weights, np.float64)
+  p = p[p > 0] / p.sum()
+  return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def transfer_map(
+  epochs: Sequence[Mapping[str, Any]],
+  channel_weights: Mapping[str, np.ndarray],
+  source_taps: Sequence[Tap],
+  target_taps: Sequence[Tap],
+  method: str,
+  top_k: int = 5,
+) -> dict[str, Any]:
+  """Collect what a run learned, as the content of `transfer_map.json`.
+
+  Args:
+    epochs: the records with kind "epoch". Where an epoch stands twice, as after
+      a resumed run, the later record counts.
+    channel_weights: "source->target" -> [C_m], mean over the last epoch.
+    source_taps: (name, (H, W, C)) of each source feature map, input side first.
+    target_taps: the same of the target.
+    method: the name of the method.
+    top_k: how many channels to keep per pair.
+
+  Returns:
+    A JSON-able dict: method, source_taps, target_taps, epochs, fixed (pair
+    weights stayed exactly 1), channels_fixed (channel weights are uniform) and
+    pairs, in the order of the last epoch's record.
+
+  Raises:
+    InputError: no epoch has pair weights, or names, shapes and values of the
+      records do not fit together.
+  """
+  by_epoch = {r["epoch"]: r for r in epochs if r.get("pair_weights")}
+  if not by_epoch:
+    raise types.InputError(
+      f"No epoch of this {method!r} run has pair weights: only a method that "
+      "matches features, after at least one epoch, has a transfer map."
+    )
+  records = [by_epoch[number] for number in sorted(by_epoch)]
+  names = {
+    f"{source}->{target}": (source, target, shape[-1])
+    for source, shape in source_taps
+    for target, _ in target_taps
+  }
+  total = sum(records[-1]["pair_weights"].values())
+  pairs = []
+  for key in records[-1]["pair_weights"]:
+    if key not in names or key not in channel_weights:
+      raise types.InputError(
+        f"Pair {key!r} has a pair weight but no taps or no channel weights; "
+        f"the taps allow {sorted(names)}."
+      )
+    source, target, num_channels = names[key]
+    history = [float(r["pair_weights"].get(key, np.nan)) for r in records]
+    weights = np.asarray(channel_weights[key], np.float64)
+    if weights.shape != (num_channels,):
+      raise types.InputError(
+        f"Pair {key!r} has channel weights of shape {weights.shape}; its "
+        f"source tap has {num_channels} channels."
+      )
+    if not (np.isfinite(history).all() and np.isfinite(weights).all()):
+      raise types.InputError(
+        f"Pair {key!r} has weights that are missing or not finite; "
+        "the run diverged, or its metrics.jsonl mixes two runs."
+      )
+    # Stable, so that equal channels stand in their own order.
+    top = np.argsort(-weights, kind="stable")[:top_k]
+    pairs.append(
+      {
+        "source": source,
+        "target": target,
+        "pair_weight": history[-1],
+        "share": history[-1] / total if total else 0.0,
+        "history": history,
+        "matching_distance": records[-1].get("matching_distances", {}).get(key),
+        "top_channels": [
+          {
+            "channel": int(c),
+            "weight": float(weights[c]),
+            "uniform": 1 / num_channels,
+          }
+          for c in top
+        ],
+        "num_channels": num_channels,
+        "channel_concentration": effective_channels(weights),
+      }
+    )
+  return {
+    "method": method,
+    "source_taps": [{"name": n, "shape": list(s)} for n, s in source_taps],
+    "target_taps": [{"name": n, "shape": list(s)} for n, s in target_taps],
+    "epochs": sorted(by_epoch),
+    "fixed": all(np.allclose(p["history"], 1, atol=1e-6) for p in pairs),
+    "channels_fixed": all(
+      np.isclose(p["channel_concentration"], p["num_channels"], rtol=1e-7)
+      for p in pairs
+    ),
+    "pairs": pairs,
+  }
+
+
+def plot_transfer_map(
+  content: Mapping[str, Any], path: pathlib.Path | str
+) -> None:
+  """Draw the content of a `transfer_map.json` as a PNG file at `path`."""
+  fig = draw_transfer_map(content)
+  fig.savefig(path, format="png", dpi=_DPI, facecolor="white")
+
+
+def write_transfer_map(
+  workdir: pathlib.Path | str, content: Mapping[str, Any]
+) -> None:
+  """Write `transfer_map.json` and `transfer_map.png` into `workdir`.
+
+  Each file is complete or, where the run is stopped meanwhile, as it was.
+  """
+  workdir = pathlib.Path(workdir)
+  text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+  temporary = workdir / ".transfer_map.tmp"
+  temporary.write_text(text, encoding="utf-8")
+  temporary.replace(workdir / "transfer_map.json")
+  plot_transfer_map(content, temporary)
+  temporary.replace(workdir / "transfer_map.png")
+
+
+def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
+  """Lay out the picture: header, layers and numbers, history, channels."""
+  ranked = _rank(content["pairs"])
+  num_rows = max(len(content["source_taps"]), len(content["target_taps"]))
+  layers = max(2.2, 0.74 * num_rows)
+  # Where each row's title stands, in inches from the top.
+  first = 1.4
+  second = first + layers + 0.65
+  third = second + (0.75 if content["fixed"] else 2.9)
+  height = third + (0.7 if content["channels_fixed"] else 2.35)
+  fig = figure.Figure(figsize=(_WIDTH, height))
+
+  def panel(left: float, top: float, width: float, tall: float) -> axes.Axes:
+    return fig.add_axes(
+      (left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height)
+    )
+
+  def write(top: float, text: str, size: float, left: float = 0.35) -> None:
+    bold = "bold" if size > 10 else "normal"
+    color = _INK if size > 9 else _SOFT
+    style = {"fontsize": size, "fontweight": bold, "color": color, "va": "top"}
+    fig.text(left / _WIDTH, 1 - top / height, text, **style)
+
+  verb = "was told" if content["fixed"] else "learned"
+  write(0.25, f"What the target {verb} to copy, and from where", 17)
+  write(0.66, _summary(content, ranked), 10)
+  write(
+    0.94,
+    "Pair weight 0 = ignored, 1 = start, 6 = maximum. The thicker a line, the "
+    "harder the target layer is pulled towards that source layer.",
+    8.5,
+  )
+  write(first, "From source layers to target layers", 11)
+  _draw_layers(panel(0.35, first + 0.3, 5.5, layers), content, ranked)
+  write(first, "Every pair weight", 11, left=6.2)
+  _draw_table(panel(7.25, first + 0.4, 2.45, layers - 0.6), content)
+
+  write(second, "Pair weight, epoch by epoch", 11)
+  if content["fixed"]:
+    write(second + 0.3, "Fixed at 1 for every pair, not learned.", 9.5)
+  else:
+    _draw_history(panel(0.75, second + 0.35, 6.4, 1.9), content, ranked)
+
+  write(third, "Channels that count most", 11)
+  if content["channels_fixed"]:
+    text = "Every channel counts the same: fixed, not learned."
+    write(third + 0.3, text, 9.5)
+  else:
+    num_panels = min(3, len(ranked))
+    for i in range(num_panels):
+      ax = panel(0.75 + 3.08 * i, third + 0.75, 2.75, 1.15)
+      _draw_channels(ax, content, ranked[i], _COLORS[i])
+    peak = max(ax.get_ylim()[1] for ax in fig.axes[-num_panels:])
+    for ax in fig.axes[-num_panels:]:
+      ax.set_ylim(0, peak)
+  return fig
+
+
+def _rank(pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+  """Sort by pair weight; among equals, the choosiest about channels first."""
+
+  def key(pair: Mapping[str, Any]) -> tuple[float, float]:
+    choosy = pair["channel_concentration"] / pair["num_channels"]
+    return -pair["pair_weight"], choosy
+
+  return sorted(pairs, key=key)
+
+
+def _shorten(names: Sequence[str], width: int) -> list[str]:
+  """Cut long names, in their middle or wherever they stay apart."""
+  short = []
+  for head in (width // 2, width - 2, 0):
+    tail = width - 1 - head
+    short = [
+      n if len(n) <= width else f"{n[:head]}…{n[len(n) - tail :]}"
+      for n in names
+    ]
+    if len(set(short)) == len(set(names)):
+      break
+  else:
+    short = [f"{n[: width - 4]}…{i}" for i, n in enumerate(names, start=1)]
+  # A dollar sign would start a formula.
+  return [n.replace("$", r"\$") for n in short]
+
+
+def _labels(
+  content: Mapping[str, Any], side: str, width: int
+) -> dict[str, str]:
+  names = [tap["name"] for tap in content[side]]
+  return dict(zip(names, _shorten(names, width), strict=True))
+
+
+def _pair_label(content: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
+  source = _labels(content, "source_taps", 14)[pair["source"]]
+  return f"{source} → {_labels(content, 'target_taps', 14)[pair['target']]}"
+
+
+def _summary(
+  content: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]
+) -> str:
+  """Say the result in one sentence."""
+  many = f"{len(ranked)} pairs" if len(ranked) > 1 else "1 pair"
+  start = f"Method {content['method']}, epoch {content['epochs'][-1]}, {many}"
+  if content["fixed"]:
+    return f"{start}. Every pair counts the same."
+  ignored = sum(pair["pair_weight"] < 0.05 for pair in ranked)
+  if ignored == len(ranked):
+    return f"{start}. Nothing is copied any more: all weights went to 0."
+  best = _pair_label(content, ranked[0])
+  text = f"{start}. Strongest: {best}"
+  if len(ranked) > 1:
+    text += f", {ranked[0]['share']:.0%} of the total weight"
+  return text + (f". As good as ignored: {ignored}." if ignored else ".")
+
+
+def _scale(content: Mapping[str, Any]) -> float:
+  """The pair weight that is drawn at full strength; at least twice the start."""
+  return max(2.0, *(p["pair_weight"] for p in content["pairs"]))
+
+
+def _draw_layers(
+  ax: axes.Axes,
+  content: Mapping[str, Any],
+  ranked: Sequence[Mapping[str, Any]],
+) -> None:
+  """Draw both networks' layers as boxes, and the pairs as bands. In inches."""
+  width, height = 5.5, ax.get_position().height * ax.figure.get_figheight()
+  ax.set(xlim=(0, width), ylim=(height, 0))
+  ax.axis("off")
+  middles = {}
+  for side, left in (("source_taps", 0.0), ("target_taps", width - _BOX)):
+    labels = _labels(content, side, 18)
+    row = (height - 0.25) / len(content[side])
+    tall = min(0.5, 0.75 * row)
+    network = f"{side[:6]} network"
+    ax.text(left + _BOX / 2, 0.1, network, size=9, color=_SOFT, **_CENTRE)
+    for i, tap in enumerate(content[side]):
+      y = 0.25 + row * (i + 0.5)
+      middles[side, tap["name"]] = y
+      box = patches.FancyBboxPatch(
+        (left + 0.04, y - tall / 2),
+        _BOX - 0.08,
+        tall,
+        boxstyle="round,pad=0,rounding_size=0.07",
+        facecolor="#F3F4F6",
+        edgecolor="#8A8F98",
+        linewidth=1,
+        zorder=20,
+      )
+      ax.add_patch(box)
+      h, w, c = tap["shape"]
+      text = {"zorder": 21, "color": _INK, **_CENTRE}
+      x = left + _BOX / 2
+      name = labels[tap["name"]]
+      ax.text(x, y - 0.2 * tall, name, size=8.5, weight="bold", **text)
+      ax.text(x, y + 0.22 * tall, f"{c} ch @ {h}×{w}", size=8, **text)
+
+  scale, curves = _scale(content), []
+  t = np.linspace(0, 1, 61)
+  for i, pair in enumerate(ranked):
+    start = middles["source_taps", pair["source"]]
+    end = middles["target_taps", pair["target"]]
+    x = _BOX + (width - 2 * _BOX) * t
+    y = start + (end - start) * t * t * (3 - 2 * t)
+    curves.append((x, y))
+    strength = pair["pair_weight"] / scale
+    color = _COLORS[i] if i < len(_COLORS) else "#777777"
+    if strength < 0.025:
+      ax.plot(x, y, color=_GREY, linewidth=0.8, linestyle=":")
+      continue
+    ax.plot(
+      x,
+      y,
+      color=color,
+      linewidth=0.6 + 9 * strength,
+      alpha=0.25 + 0.6 * strength,
+      solid_capstyle="butt",
+      zorder=10 - min(i, 5),
+    )
+  placed: list[tuple[float, float]] = []
+  for i, pair in enumerate(ranked[: len(_COLORS)]):
+    x, y = _label_place(i, curves, placed)
+    placed.append((x, y))
+    ax.text(
+      x,
+      y,
+      f"{pair['pair_weight']:.2f}",
+      size=8.5,
+      weight="bold",
+      color=_COLORS[i],
+      zorder=22,
+      bbox={
+        "boxstyle": "round,pad=0.2",
+        "facecolor": "white",
+        "edgecolor": _COLORS[i],
+      },
+      **_CENTRE,
+    )
+
+
+def _label_place(
+  index: int,
+  curves: Sequence[tuple[np.ndarray, np.ndarray]],
+  placed: Sequence[tuple[float, float]],
+) -> tuple[float, float]:
+  """Choose the point of a line that is clear of labels, then of lines."""
+  xs, ys = curves[index]
+
+  def room(i: int) -> float:
+    # A label is about 0.5 by 0.25 inches.
+    labels = [
+      max(abs(xs[i] - x) / 0.55, abs(ys[i] - y) / 0.28) for x, y in placed
+    ]
+    lines = [
+      abs(ys[i] - y[i]) / 0.2
+      for j, (_, y) in enumerate(curves[: len(_COLORS)])
+      if j != index
+    ]
+    free = min(1.0, *labels, 1.0)
+    return 10 * free + min(1.0, *lines, 1.0) - 0.01 * abs(i - len(xs) // 2)
+
+  best = max(range(8, len(xs) - 8), key=room)
+  return float(xs[best]), float(ys[best])
+
+
+def _draw_table(ax: axes.Axes, content: Mapping[str, Any]) -> None:
+  """Draw the pair weights as a table, source by target, shaded by weight."""
+  sources = _labels(content, "source_taps", 14)
+  targets = _labels(content, "target_taps", 14)
+  table = np.full((len(sources), len(targets)), np.nan)
+  for pair in content["pairs"]:
+    row = list(sources).index(pair["source"])
+    table[row, list(targets).index(pair["target"])] = pair["pair_weight"]
+  scale = _scale(content)
+  cmap = colormaps["Blues"].with_extremes(bad="white")
+  ax.imshow(table, cmap=cmap, vmin=0, vmax=1.15 * scale, aspect="auto")
+  size = float(np.clip(22 / max(table.shape), 5, 9))
+  for (row, column), value in np.ndenumerate(table):
+    text = "–" if np.isnan(value) else f"{value:.2f}"
+    color = "white" if value > 0.6 * scale else _INK
+    ax.text(column, row, text, size=max(size, 7), color=color, **_CENTRE)
+  long = max(map(len, targets.values())) > 26 / len(targets)
+  slant = {"rotation": 30, "ha": "right"} if long else {}
+  ax.set_xticks(range(len(targets)), list(targets.values()), size=8, **slant)
+  ax.set_yticks(range(len(sources)), list(sources.values()), size=8)
+  ax.set_xticks(np.arange(len(targets) + 1) - 0.5, minor=True)
+  ax.set_yticks(np.arange(len(sources) + 1) - 0.5, minor=True)
+  ax.grid(which="minor", color="white", linewidth=2)
+  ax.tick_params(which="both", length=0)
+  ax.spines[:].set_visible(False)
+
+
+def _draw_history(
+  ax: axes.Axes,
+  content: Mapping[str, Any],
+  ranked: Sequence[Mapping[str, Any]],
+) -> None:
+  """Draw pair weights over epochs; the strongest are named at their ends."""
+  epochs = content["epochs"]
+  peak = 1.08 * max(1.6, *(max(p["history"]) for p in ranked))
+  ax.set(xlim=(min(epochs) - 0.5, max(epochs) + 0.5), ylim=(0, peak))
+  ax.axhline(1, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
+  marker = "o" if len(epochs) < 12 else ""
+  for i, pair in reversed(list(enumerate(ranked))):
+    strong = i < len(_COLORS)
+    ax.plot(
+      epochs,
+      pair["history"],
+      color=_COLORS[i] if strong else _GREY,
+      linewidth=2.2 if strong else 1,
+      marker=marker,
+      markersize=5 if strong else 3,
+      clip_on=False,
+    )
+  named = ranked[: len(_COLORS)]
+  ends = [pair["pair_weight"] for pair in named]
+  # Ranked, so the labels go down; then up again from the floor.
+  gap, spots = 0.115 * peak, list(ends)
+  for i in range(1, len(spots)):
+    spots[i] = min(spots[i], spots[i - 1] - gap)
+  floor = 0.0
+  for i in reversed(range(len(spots))):
+    spots[i] = max(spots[i], floor)
+    floor = spots[i] + gap
+  for i, (pair, end, spot) in enumerate(zip(named, ends, spots, strict=True)):
+    ax.annotate(
+      f"{pair['pair_weight']:.2f}  {_pair_label(content, pair)}",
+      xy=(1.005, end / peak),
+      xytext=(1.04, spot / peak),
+      xycoords="axes fraction",
+      size=8.5,
+      weight="bold",
+      color=_COLORS[i],
+      va="center",
+      arrowprops={"arrowstyle": "-", "color": _COLORS[i], "shrinkA": 1},
+      annotation_clip=False,
+    )
+  _plain(ax)
+  ax.set_xlabel("epoch", size=8.5, color=_SOFT)
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+  ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=peak > 3))
+
+
+def _draw_channels(
+  ax: axes.Axes,
+  content: Mapping[str, Any],
+  pair: Mapping[str, Any],
+  color: str,
+) -> None:
+  """Draw the top channels' weights as multiples of the uniform weight 1/C."""
+  top = pair["top_channels"]
+  times = [c["weight"] / c["uniform"] for c in top]
+  ax.bar(range(len(top)), times, width=0.62, color=color)
+  for i, value in enumerate(times):
+    ax.text(i, value, f"{value:.1f}×", size=8, ha="center", va="bottom")
+  ax.axhline(1, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+  ax.set(xlim=(-0.6, len(top) - 0.4), ylim=(0, 1.25 * max(1.2, *times)))
+  ax.set_xticks(range(len(top)), [str(c["channel"]) for c in top])
+  _plain(ax)
+  ax.set_yticks([])
+  ax.spines["left"].set_visible(False)
+  ax.set_xlabel("channel of the source layer", size=8, color=_SOFT)
+  title = {"xycoords": "axes fraction", "annotation_clip": False}
+  ax.annotate(
+    _pair_label(content, pair),
+    (0, 1.25),
+    size=8.5,
+    weight="bold",
+    color=color,
+    **title,
+  )
+  count = f"{pair['channel_concentration']:.0f} of {pair['num_channels']}"
+  ax.annotate(
+    f"works like {count} channels", (0, 1.1), size=8, color=_SOFT, **title
+  )
+
+
+def _plain(ax: axes.Axes) -> None:
+  ax.spines[["top", "right"]].set_visible(False)
+  ax.spines[["left", "bottom"]].set_color(_GREY)
+  ax.tick_params(labelsize=8, color=_GREY, labelcolor=_SOFT)

@@ -1,0 +1,810 @@
+"""Properties of data sets, splits, augmentation and batches."""
+
+import io
+import pathlib
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from l2t_jax import data, types
+from l2t_jax.data import augment, images, records, splits
+
+SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def load(source="npz", **changes):
+  """Load a data set with defaults that suit these tests."""
+  values = {
+    "name": "",
+    "path": "",
+    "classes": (),
+    "image_size": 8,
+    "channels": 3,
+    "mean": MEAN,
+    "std": STD,
+    "augment": "crop_flip",
+    "crop_padding": 2,
+    "eval_resize": 10,
+    "split_file": "",
+    "split_prefix": "",
+    "val_fraction": 0.25,
+    "test_fraction": 0.25,
+    "split_seed": 0,
+    "per_class": 0,
+    "batch_size": 8,
+    "seed": 3,
+    "num_workers": 0,
+  }
+  return data.load(source, **(values | changes))
+
+
+def random_arrays(num_train=60, num_test=21, num_classes=3, size=8):
+  """Return the arrays of an npz data set; each image is one of its kind."""
+  rng = np.random.default_rng(0)
+
+  def draw(num):
+    pixels = rng.integers(0, 256, (num, size, size, 3), dtype=np.uint8)
+    return pixels, np.arange(num) % num_classes
+
+  (x_train, y_train), (x_test, y_test) = draw(num_train), draw(num_test)
+  return {
+    "x_train": x_train,
+    "y_train": y_train,
+    "x_test": x_test,
+    "y_test": y_test,
+  }
+
+
+def save_npz(path, arrays):
+  np.savez(path, **arrays)
+  return str(path)
+
+
+@pytest.fixture
+def npz(tmp_path):
+  """Path of a data set with 60 training and 21 test images."""
+  return save_npz(tmp_path / "set.npz", random_arrays())
+
+
+def save_folder(root, parts=("train", "test"), num_images=10, size=(20, 16)):
+  """Write root/PART/{cat,dog}/*.png and return root."""
+  rng = np.random.default_rng(0)
+  for part in parts:
+    for name in ("cat", "dog"):
+      folder = root / part / name
+      folder.mkdir(parents=True)
+      for index in range(num_images):
+        pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+  return root
+
+
+def streamed(path, **changes):
+  """Load a folder as a stream of random resized crops."""
+  values = {
+    "path": str(path),
+    "augment": "random_resized_crop_flip",
+    "in_memory": False,
+    "batch_size": 4,
+  }
+  return load("folder", **(values | changes))
+
+
+def concatenated(batches, axis=0):
+  """Join a list of batches field by field."""
+  batches = [jax.tree.map(np.asarray, batch) for batch in batches]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis), *batches)
+
+
+def pixels_of(normalised):
+  """Undo the normalisation, to uint8."""
+  scaled = np.asarray(normalised) * np.array(STD) + np.array(MEAN)
+  return np.rint(scaled * 255).astype(np.uint8)
+
+
+def sorted_rows(pixels):
+  """Return images as sorted rows, to compare sets of images."""
+  rows = pixels.reshape(len(pixels), -1)
+  return rows[np.lexsort(rows.T)]
+
+
+def array_source(labels, *, test_labels=None, num_official_val=0):
+  """Return a source whose images are never read."""
+
+  def wrap(values):
+    return records.Records(lambda index: None, np.asarray(values, np.int32))
+
+  return records.Source(
+    wrap(labels),
+    num_official_val,
+    None if test_labels is None else wrap(test_labels),
+    tuple("abcdefghij"[: 1 + max(labels)]),
+  )
+
+
+def draw_split(source, **changes):
+  values = {"val_fraction": 0.2, "test_fraction": 0.1, "seed": 0}
+  return splits.seeded_split(source, **(values | changes))
+
+
+# Splits.
+
+
+def test_seeded_split_is_disjoint_and_covers_everything():
+  source = array_source(np.arange(100) % 4)
+  split = draw_split(source)
+  np.testing.assert_array_equal(np.sort(np.concatenate(split)), np.arange(100))
+
+
+def test_seeded_split_takes_the_same_share_of_every_class():
+  labels = np.repeat([0, 1, 2], [100, 50, 20])
+  split = draw_split(array_source(labels))
+  np.testing.assert_array_equal(np.bincount(labels[split.val]), [20, 10, 4])
+  np.testing.assert_array_equal(np.bincount(labels[split.test]), [10, 5, 2])
+
+
+def test_split_hash_is_stable_and_tells_splits_apart():
+  source = array_source(np.arange(100) % 4)
+  digest = splits.split_hash(draw_split(source))
+  assert digest == splits.split_hash(draw_split(source))
+  assert digest != splits.split_hash(draw_split(source, seed=1))
+  one, two, three = (np.array([index]) for index in (1, 2, 3))
+  both = np.array([1, 2])
+  none = np.array([], np.int64)
+  assert splits.split_hash(splits.Split(one, two, three)) != (
+    splits.split_hash(splits.Split(both, none, three))
+  )
+  # The value is in files that people keep: it must not drift.
+  assert splits.split_hash(splits.Split(one, two, three)) == "1b79eb8a4d703f9c"
+
+
+def test_official_sets_are_used_as_they_are():
+  source = array_source(
+    np.arange(30) % 3, test_labels=np.arange(9) % 3, num_official_val=6
+  )
+  split = draw_split(source)
+  np.testing.assert_array_equal(split.train, np.arange(24))
+  np.testing.assert_array_equal(split.val, np.arange(24, 30))
+  np.testing.assert_array_equal(split.test, np.arange(9))
+
+
+def test_per_class_keeps_so_many_and_leaves_val_and_test_alone():
+  source = array_source(np.arange(120) % 4)
+  full = draw_split(source)
+  few, more = (
+    splits.keep_per_class(full, source, per_class=number, seed=0)
+    for number in (3, 7)
+  )
+  counts = np.bincount(source.train.labels[few.train])
+  np.testing.assert_array_equal(counts, [3, 3, 3, 3])
+  assert set(few.train) < set(more.train) < set(full.train)
+  chex.assert_trees_all_equal(few[1:], full[1:])
+
+
+def test_dropped_classes_are_in_no_split(npz):
+  dataset = load(path=npz, classes=(2, 0), per_class=4)
+  assert dataset.class_names == ("2", "0")
+  assert dataset.num_train == 8
+  assert dataset.num_val == 10
+  assert dataset.num_test == 14
+  arrays = np.load(npz)
+  evaluated = concatenated(dataset.eval_batches("test"))
+  real = evaluated.mask == 1
+  for new_label, label in enumerate((2, 0)):
+    chosen = real & (evaluated.labels == new_label)
+    expected = arrays["x_test"][arrays["y_test"] == label]
+    np.testing.assert_array_equal(
+      sorted_rows(pixels_of(evaluated.images[chosen])), sorted_rows(expected)
+    )
+
+
+@pytest.mark.skipif(
+  not SHARED_DATA.is_dir(), reason="the authors' STL-10 split is not here"
+)
+def test_author_split_of_stl10():
+  source = records.open_source(
+    "npz", name="", path=str(SHARED_DATA / "stl10_32.npz")
+  )
+  path = str(SHARED_DATA / "author_splits.npz")
+  split = splits.split_from_file(source, path, "stl10")
+  assert [len(indices) for indices in split] == [4500, 500, 8000]
+  assert not set(split.train) & set(split.val)
+  assert source.class_names[0] == "airplane"
+
+
+# Augmentation.
+
+
+def reference_crop_flip(pixels, offsets, flips, padding):
+  """Do in numpy, image by image, what pad_crop_flip does."""
+  size = pixels.shape[1]
+  result = []
+  for image, (top, left), flip in zip(pixels, offsets, flips, strict=True):
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    crop = padded[top : top + size, left : left + size]
+    result.append(crop[:, ::-1] if flip else crop)
+  return np.stack(result)
+
+
+def test_crop_and_flip_match_numpy():
+  pixels = random_arrays(num_train=7)["x_train"]
+  offsets = np.array([[0, 0], [4, 4], [0, 4], [2, 2], [1, 3], [3, 0], [2, 1]])
+  flips = np.array([0, 1, 0, 0, 1, 1, 1], bool)
+  cropped = augment.pad_crop_flip(
+    jnp.array(pixels), jnp.array(offsets), jnp.array(flips), padding=2
+  )
+  np.testing.assert_array_equal(
+    cropped, reference_crop_flip(pixels, offsets, flips, 2)
+  )
+
+
+def test_draws_reach_every_offset_and_both_flips():
+  offsets, flips = augment.draw_crops(jax.random.key(0), 2000, padding=2)
+  for column in np.asarray(offsets).T:
+    np.testing.assert_array_equal(np.unique(column), np.arange(5))
+  assert 0.45 < np.mean(flips) < 0.55
+
+
+def test_normalise_matches_numpy():
+  pixels = random_arrays()["x_train"]
+  expected = (pixels / 255 - np.array(MEAN)) / np.array(STD)
+  np.testing.assert_allclose(
+    augment.normalise(pixels, MEAN, STD), expected, rtol=1e-5, atol=1e-6
+  )
+
+
+def test_the_border_of_a_crop_is_black(tmp_path):
+  arrays = random_arrays()
+  arrays["x_train"][:] = 255
+  dataset = load(path=save_npz(tmp_path / "white.npz", arrays), augment="crop")
+  values = np.unique(pixels_of(next(dataset.train_batches(0)).images))
+  np.testing.assert_array_equal(values, [0, 255])
+
+
+def test_crop_does_not_flip(tmp_path):
+  arrays = random_arrays()
+  # Brightness rises from left to right: a mirrored image would show.
+  arrays["x_train"][:] = np.linspace(10, 250, 8)[:, None]
+  path = save_npz(tmp_path / "ramp.npz", arrays)
+
+  def any_falls(name):
+    crops = pixels_of(next(load(path=path, augment=name).train_batches(0))[0])
+    middle = crops[:, 4, 2:6, 0].astype(int)
+    return bool((np.diff(middle) < 0).any(axis=-1).any())
+
+  assert not any_falls("crop")
+  assert any_falls("crop_flip")
+
+
+def test_random_box_has_the_bounds_of_torchvision():
+  rng = np.random.default_rng(0)
+  boxes = np.array([images.random_box(60, 40, rng) for _ in range(2000)])
+  widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+  assert (
+    boxes.min() >= 0 and boxes[:, 2].max() <= 60 and boxes[:, 3].max() <= 40
+  )
+  # Sides are whole pixels, which moves area and ratio a little.
+  shares, ratios = widths * heights / 2400, widths / heights
+  assert 0.07 < shares.min() < 0.1 and 0.85 < shares.max() <= 1
+  assert 0.7 < ratios.min() < 0.78 and 1.28 < ratios.max() < 1.43
+  assert images.random_box(300, 10, rng) == (143, 0, 156, 10)
+
+
+def test_center_crop_keeps_the_middle():
+  pixels = np.zeros((30, 60, 3), np.uint8)
+  pixels[10:20, 25:35] = 200
+  cropped = images.resize_and_center_crop(
+    Image.fromarray(pixels), resized=30, size=10
+  )
+  np.testing.assert_array_equal(np.asarray(cropped), 200)
+
+
+# Batches in memory.
+
+
+def test_an_epoch_is_a_permutation(npz):
+  dataset = load(path=npz, augment="none", batch_size=9, val_fraction=0)
+  assert (dataset.num_train, dataset.steps_per_epoch) == (60, 6)
+  epoch = concatenated(dataset.train_batches(0))
+  arrays = np.load(npz)
+  lookup = {
+    image.tobytes(): (index, label)
+    for index, (image, label) in enumerate(
+      zip(arrays["x_train"], arrays["y_train"], strict=True)
+    )
+  }
+  found = [lookup[image.tobytes()] for image in pixels_of(epoch.images)]
+  indices, labels = zip(*found, strict=True)
+  assert len(set(indices)) == 54
+  assert list(indices) != sorted(indices)
+  np.testing.assert_array_equal(epoch.labels, labels)
+
+
+@pytest.mark.parametrize("name", ["none", "crop_flip"])
+def test_epochs_and_seeds_differ(npz, name):
+  dataset = load(path=npz, augment=name)
+  first = concatenated(dataset.train_batches(0))
+  chex.assert_trees_all_equal(first, concatenated(dataset.train_batches(0)))
+  second = concatenated(dataset.train_batches(1))
+  assert not np.array_equal(first.images, second.images)
+  other = concatenated(load(path=npz, augment=name, seed=4).train_batches(0))
+  assert not np.array_equal(first.images, other.images)
+
+
+def test_every_step_and_epoch_draws_its_own_crops(tmp_path):
+  arrays = random_arrays()
+  arrays["x_train"][:] = arrays["x_train"][0]
+  dataset = load(path=save_npz(tmp_path / "same.npz", arrays))
+  first, second, *_ = dataset.train_batches(0)
+  assert not np.array_equal(first.images, second.images)
+  next_epoch = next(dataset.train_batches(1))
+  assert not np.array_equal(first.images, next_epoch.images)
+
+
+def test_start_resumes_within_an_epoch(npz):
+  dataset = load(path=npz)
+  whole = list(dataset.train_batches(2))
+  rest = list(load(path=npz).train_batches(2, start=3))
+  chex.assert_trees_all_equal(whole[3:], rest)
+  assert not list(dataset.train_batches(2, start=dataset.steps_per_epoch))
+
+
+def test_processes_together_equal_one(npz):
+  together = load(path=npz)
+  shares = [
+    load(path=npz, process_index=index, process_count=2) for index in (0, 1)
+  ]
+  for read in (
+    lambda dataset: dataset.train_batches(1),
+    lambda dataset: dataset.eval_batches("test"),
+  ):
+    parts = zip(*(read(share) for share in shares), strict=True)
+    for part, batch in zip(parts, read(together), strict=True):
+      chex.assert_trees_all_equal(
+        concatenated(part), jax.tree.map(np.asarray, batch)
+      )
+
+
+def check_eval(dataset, split, expected):
+  """Check that a split holds each expected image once, then padding."""
+  batches = list(dataset.eval_batches(split))
+  assert {len(batch.images) for batch in batches} == {8}
+  evaluated = concatenated(batches)
+  assert evaluated.mask.sum() == len(expected)
+  assert set(evaluated.mask) == {0.0, 1.0}
+  np.testing.assert_array_equal(
+    sorted_rows(pixels_of(evaluated.images[evaluated.mask == 1])),
+    sorted_rows(expected),
+  )
+
+
+def test_eval_sees_every_image_once(npz):
+  dataset = load(path=npz)
+  assert dataset.num_test == 21
+  check_eval(dataset, "test", np.load(npz)["x_test"])
+
+
+def test_eval_may_be_empty_only_for_val(npz):
+  dataset = load(path=npz, val_fraction=0)
+  assert dataset.num_val == 0
+  assert not list(dataset.eval_batches("val"))
+
+
+def test_a_batch_is_compiled_once(npz):
+  dataset = load(path=npz)
+  list(dataset.train_batches(0))
+  with jax.no_tracing():
+    list(dataset.train_batches(1))
+
+
+# Sources.
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "num_records"), [("mnist", 28, 5000), ("digits", 8, 1797)]
+)
+def test_bundled_sets(name, size, num_records):
+  source = records.open_source("bundled", name=name, path="")
+  assert source.test is None
+  assert len(source.train.labels) == num_records
+  assert set(source.train.labels) == set(range(10))
+  image = source.train.read_image(0)
+  assert (image.size, image.mode) == ((size, size), "L")
+  brightest = [np.asarray(source.train.read_image(i)).max() for i in range(9)]
+  assert max(brightest) > 240
+
+
+def test_grey_npz_becomes_rgb(tmp_path):
+  arrays = random_arrays()
+  arrays["x_train"] = arrays["x_train"][..., 0]
+  arrays["x_test"] = arrays["x_test"][..., 0]
+  dataset = load(path=save_npz(tmp_path / "grey.npz", arrays))
+  check_eval(dataset, "test", np.stack([arrays["x_test"]] * 3, axis=-1))
+
+
+def test_folder_converts_every_kind_of_image(tmp_path):
+  red = Image.new("RGB", (12, 9), (255, 0, 0))
+  variants = {
+    "rgb.jpg": red,
+    "rgba.png": red.convert("RGBA"),
+    "palette.gif": red.convert("P"),
+    "grey.bmp": red.convert("L"),
+    "upper.PNG": red,
+    "web.webp": red,
+  }
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    for file_name, image in variants.items():
+      image.save(tmp_path / name / file_name)
+    (tmp_path / name / "notes.txt").write_text("no image")
+  for channels in (1, 3):
+    dataset = load(
+      "folder",
+      path=str(tmp_path),
+      channels=channels,
+      mean=(0.0,),
+      std=(1.0,),
+      val_fraction=0,
+      test_fraction=0.5,
+      batch_size=6,
+      augment="none",
+    )
+    assert dataset.image_shape == (8, 8, channels)
+    (batch,) = dataset.train_batches(0)
+    chex.assert_shape(batch.images, (6, 8, 8, channels))
+    # Grey of pure red is 76; JPEG and WebP move colours a little.
+    expected = {(76,)} if channels == 1 else {(250, 0, 0), (80, 80, 80)}
+    middle = np.asarray(batch.images)[:, 4, 4] * 255
+    for pixel in middle:
+      assert min(np.abs(pixel - close).max() for close in expected) < 8
+  assert dataset.class_names == ("cat", "dog")
+
+
+def test_folder_with_its_own_val_and_test(tmp_path):
+  root = save_folder(tmp_path, ("train", "val", "test"), num_images=3)
+  (root / "val" / "cat" / "2.png").unlink()
+  dataset = load("folder", path=str(root), batch_size=2, per_class=2)
+  assert (dataset.num_train, dataset.num_val, dataset.num_test) == (4, 5, 6)
+  val = concatenated(dataset.eval_batches("val"))
+  np.testing.assert_array_equal(val.labels[val.mask == 1], [0, 0, 1, 1, 1])
+  expected = images.resize(Image.open(root / "val" / "cat" / "0.png"), 8, 8)
+  np.testing.assert_array_equal(pixels_of(val.images[0]), np.asarray(expected))
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+  """Directory of a tfds data set that was prepared without TensorFlow."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+
+  class TinyPets(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+      }
+      return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict(features)
+      )
+
+    def _split_generators(self, dl_manager):
+      sizes = {"train": 12, "validation": 4, "test": 6}
+      return {
+        part: self._generate_examples(size) for part, size in sizes.items()
+      }
+
+    def _generate_examples(self, num_examples):
+      for index in range(num_examples):
+        # Encoded here: tfds would encode an array by TensorFlow.
+        encoded = io.BytesIO()
+        colour = (num_examples, 10 * index, 0)
+        Image.new("RGB", (9 + index, 9), colour).save(encoded, "PNG")
+        encoded.seek(0)
+        yield index, {"image": encoded, "label": index % 2}
+
+  path = str(tmp_path_factory.mktemp("tfds"))
+  tfds.display_progress_bar(False)
+  TinyPets(data_dir=path, file_format="array_record").download_and_prepare()
+  return path
+
+
+def test_tfds_reads_official_splits(tfds_dir):
+  dataset = load(
+    "tfds",
+    name="tiny_pets",
+    path=tfds_dir,
+    augment="none",
+    batch_size=12,
+    mean=(0.0,),
+    std=(1.0,),
+  )
+  assert dataset.class_names == ("cat", "dog")
+  assert (dataset.num_train, dataset.num_val, dataset.num_test) == (12, 4, 6)
+  (batch,) = dataset.train_batches(0)
+  for part, num in (
+    (batch, 12),
+    *(
+      (next(dataset.eval_batches(split)), num)
+      for split, num in (("val", 4), ("test", 6))
+    ),
+  ):
+    colours = np.rint(np.asarray(part.images)[:num, 0, 0] * 255).astype(int)
+    np.testing.assert_array_equal(colours[:, 0], num)
+    np.testing.assert_array_equal(np.sort(colours[:, 1]), 10 * np.arange(num))
+    np.testing.assert_array_equal(colours[:, 1] // 10 % 2, part.labels[:num])
+
+
+# Streaming.
+
+
+def test_workers_do_not_change_the_stream(tmp_path):
+  root = save_folder(tmp_path)
+  threads, workers = (streamed(root, num_workers=num) for num in (0, 2))
+  # Twice in a row: the second epoch goes on with the first one's workers.
+  for epoch in (0, 1):
+    chex.assert_trees_all_equal(
+      list(threads.train_batches(epoch)), list(workers.train_batches(epoch))
+    )
+  # A broken image must come out of a worker as one line, too.
+  for path in root.glob("train/*/*.png"):
+    path.write_bytes(path.read_bytes()[:60])
+  with pytest.raises(types.InputError, match=r"image .*\.png cannot be read"):
+    list(workers.train_batches(5))
+
+
+def test_stream_is_deterministic_and_resumes(tmp_path):
+  root = save_folder(tmp_path)
+  dataset = streamed(root)
+  whole = list(dataset.train_batches(1))
+  assert len(whole) == dataset.steps_per_epoch == 4
+  rest = list(streamed(root).train_batches(1, start=2))
+  chex.assert_trees_all_equal(whole[2:], rest)
+  # After an epoch out of turn and one left in the middle, too.
+  list(dataset.train_batches(3))
+  chex.assert_trees_all_equal(whole, list(dataset.train_batches(1)))
+  next(dataset.train_batches(2))
+  chex.assert_trees_all_equal(whole, list(dataset.train_batches(1)))
+  other = concatenated(dataset.train_batches(2))
+  assert not np.array_equal(concatenated(whole).images, other.images)
+
+
+def test_streamed_processes_together_equal_one(tmp_path):
+  root = save_folder(tmp_path)
+  shares = [
+    streamed(root, process_index=index, process_count=2) for index in (0, 1)
+  ]
+  for read in (
+    lambda dataset: dataset.train_batches(1),
+    lambda dataset: dataset.eval_batches("test"),
+  ):
+    parts = zip(*(read(share) for share in shares), strict=True)
+    for part, batch in zip(parts, read(streamed(root)), strict=True):
+      chex.assert_trees_all_equal(
+        concatenated(part), jax.tree.map(np.asarray, batch)
+      )
+
+
+def test_streamed_eval_sees_every_image_once(tmp_path):
+  root = save_folder(tmp_path)
+  expected = [
+    images.resize_and_center_crop(Image.open(path), resized=10, size=8)
+    for path in root.glob("test/*/*.png")
+  ]
+  dataset = streamed(root, batch_size=8)
+  check_eval(dataset, "test", np.stack([np.asarray(i) for i in expected]))
+
+
+def test_streamed_training_without_augmentation(tmp_path):
+  root = save_folder(tmp_path)
+  dataset = streamed(root, augment="none", val_fraction=0, batch_size=20)
+  (batch,) = dataset.train_batches(0)
+  expected = [
+    images.resize_and_center_crop(Image.open(path), resized=10, size=8)
+    for path in root.glob("train/*/*.png")
+  ]
+  np.testing.assert_array_equal(
+    sorted_rows(pixels_of(batch.images)),
+    sorted_rows(np.stack([np.asarray(image) for image in expected])),
+  )
+
+
+# Wrong input.
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"source": "zip"}, "'zip' .*bundled, npz, folder, tfds"),
+    ({"source": "bundled", "name": "cifar"}, "'cifar' .*mnist, digits"),
+    ({"source": "npz", "path": "no.npz"}, "no file 'no.npz'"),
+    ({"source": "folder", "path": "nowhere"}, "no folder 'nowhere'"),
+    ({"classes": (0, 7)}, "classes has 7, .*0: 0, 1: 1, 2: 2"),
+    ({"classes": (1, 1)}, r"\(1, 1\) has duplicates"),
+    ({"image_size": 0}, "image_size is 0"),
+    ({"channels": 2}, "channels is 2, but must be 1"),
+    ({"mean": (0.5, 0.5)}, "mean .* 1 or channels=3 values"),
+    ({"std": (0.5, 0.5, 0.0)}, "std .* must be positive"),
+    (
+      {"augment": "random_resized_crop_flip"},
+      "'random_resized_crop_flip' .* in memory; possible: none, crop, crop_f",
+    ),
+    (
+      {"augment": "crop", "in_memory": False},
+      "'crop' .* streamed; possible: none, random_resized_crop_flip",
+    ),
+    (
+      {"augment": "none", "in_memory": False, "eval_resize": 7},
+      "eval_resize is 7, .* at least image_size=8",
+    ),
+    ({"crop_padding": -1}, "crop_padding is -1"),
+    ({"seed": -1}, "seed is -1"),
+    ({"split_seed": -1}, "split_seed is -1"),
+    ({"per_class": -1}, "per_class is -1"),
+    ({"num_workers": -1}, "num_workers is -1"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": 46}, "batch_size is 46, .* only 45 training images"),
+    ({"process_count": 3}, "batch_size is 8, .* multiple .* 3"),
+    (
+      {"process_index": 2, "process_count": 2},
+      "process_index is 2, .* 0 to 1",
+    ),
+    ({"val_fraction": -0.1}, "val_fraction -0.1"),
+    ({"val_fraction": 0.5, "test_fraction": 0.5}, "sum must be below 1"),
+    ({"val_fraction": 0.01}, "no validation images: val_fraction=0.01"),
+    ({"per_class": 16}, "per_class is 16, but class '0' has only 15"),
+    ({"split_file": "no.npz"}, "no file 'no.npz'"),
+  ],
+)
+def test_wrong_values_are_refused(npz, changes, message):
+  values = {"source": "npz", "path": npz} | changes
+  with pytest.raises(types.InputError, match=message) as caught:
+    load(values.pop("source"), **values)
+  assert "\n" not in str(caught.value)
+
+
+def test_without_an_official_test_set_some_images_must_test():
+  with pytest.raises(types.InputError, match="test_fraction=0"):
+    load("bundled", name="digits", test_fraction=0)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"y_train": None}, "lacks 'y_train'; its keys are x_test, x_train, y_t"),
+    ({"x_test": None}, "lacks 'x_test'"),
+    ({"x_train": np.zeros((60, 8, 8, 3))}, "float64 .*must be uint8"),
+    ({"x_train": np.zeros((60, 64), np.uint8)}, r"uint8 \[60, 64\]"),
+    ({"x_train": np.zeros((60, 8, 8, 4), np.uint8)}, r"\[60, 8, 8, 4\]"),
+    ({"y_train": np.zeros(59, int)}, r"y_train is int64 \[59\]"),
+    ({"y_train": np.zeros(60)}, "y_train is float64"),
+    ({"y_test": np.full(21, -1)}, "y_test has label -1"),
+    ({"class_names": np.array(["a", "b"])}, "label 2, .* 2 entries"),
+  ],
+)
+def test_malformed_npz_is_refused(tmp_path, changes, message):
+  arrays = {
+    key: value
+    for key, value in (random_arrays() | changes).items()
+    if value is not None
+  }
+  with pytest.raises(types.InputError, match=message):
+    load(path=save_npz(tmp_path / "bad.npz", arrays))
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+  path = tmp_path / "text.npz"
+  path.write_text("no arrays")
+  with pytest.raises(types.InputError, match="is no npz file"):
+    load(path=str(path))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"s_val": None}, "lacks 's_val'; its keys are s_test, s_train"),
+    ({"s_val": np.array([0.5])}, "s_val is float64"),
+    ({"s_val": np.array([58, 60])}, "s_val goes from 58 to 60, .* 0 to 59"),
+    ({"s_test": np.array([-1, 3])}, "s_test goes from -1 to 3, .* 0 to 20"),
+    ({"s_val": np.array([50, 51, 50])}, "s_val has index 50 more than once"),
+    ({"s_val": np.array([3, 50])}, "1 images in both train and val, .* 3"),
+    ({"s_val": np.array([], int)}, "no validation images"),
+  ],
+)
+def test_malformed_split_file_is_refused(tmp_path, npz, changes, message):
+  arrays = {
+    "s_train": np.arange(50),
+    "s_val": np.arange(50, 60),
+    "s_test": np.arange(21),
+  } | changes
+  arrays = {key: value for key, value in arrays.items() if value is not None}
+  path = save_npz(tmp_path / "split.npz", arrays)
+  with pytest.raises(types.InputError, match=message):
+    load(path=npz, split_file=path, split_prefix="s")
+
+
+def test_a_test_that_shares_records_must_not_overlap(tmp_path):
+  source = array_source(np.arange(30) % 3)
+  arrays = {
+    "s_train": np.arange(20),
+    "s_val": np.arange(20, 25),
+    "s_test": np.arange(24, 30),
+  }
+  path = save_npz(tmp_path / "split.npz", arrays)
+  with pytest.raises(types.InputError, match=r"both val and test, .* 24"):
+    splits.split_from_file(source, path, "s")
+
+
+def test_folder_without_classes_is_refused(tmp_path):
+  with pytest.raises(types.InputError, match="has no subfolders"):
+    load("folder", path=str(tmp_path))
+
+
+def test_class_without_images_is_named(tmp_path):
+  root = save_folder(tmp_path)
+  for path in (root / "train" / "dog").iterdir():
+    path.unlink()
+  with pytest.raises(types.InputError, match="train/dog' has no images"):
+    load("folder", path=str(root))
+
+
+def test_parts_with_different_classes_are_refused(tmp_path):
+  root = save_folder(tmp_path)
+  (root / "test" / "dog").rename(root / "test" / "wolf")
+  with pytest.raises(types.InputError, match="only one of the two has dog, wo"):
+    load("folder", path=str(root))
+
+
+def test_corrupt_image_is_named(tmp_path):
+  root = save_folder(tmp_path)
+  path = root / "test" / "dog" / "4.png"
+  path.write_bytes(path.read_bytes()[:60])
+  with pytest.raises(types.InputError, match=r"dog/4\.png cannot be read"):
+    load("folder", path=str(root))
+  with pytest.raises(types.InputError, match=r"dog/4\.png cannot be read"):
+    list(streamed(root).eval_batches("test"))
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("stl11", "no data set 'stl11'; similar names: stl10"),
+    ("stl10", "pip install tensorflow .*file_format='array_record'"),
+    ("stl10/large", "BuilderConfig large not found"),
+  ],
+)
+def test_tfds_errors_say_what_to_do(tmp_path, name, message):
+  pytest.importorskip("tensorflow_datasets")
+  with pytest.raises(types.InputError, match=message) as caught:
+    load("tfds", name=name, path=str(tmp_path))
+  assert "\n" not in str(caught.value)
+
+
+def test_tfds_in_another_format_is_refused(tmp_path, tfds_dir):
+  shutil.copytree(tfds_dir, tmp_path, dirs_exist_ok=True)
+  (info,) = tmp_path.rglob("dataset_info.json")
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(types.InputError, match="is prepared as tfrecord"):
+    load("tfds", name="tiny_pets", path=str(tmp_path))
+
+
+def test_missing_package_is_named():
+  with pytest.raises(types.InputError, match="pip install some-package"):
+    records.require("no_such_module", "some-package")
+
+
+@pytest.mark.parametrize("start", [-1, 6])
+def test_start_beyond_the_epoch_is_refused(npz, start):
+  with pytest.raises(types.InputError, match=f"start is {start}, .* 5 steps"):
+    load(path=npz).train_batches(0, start)
+
+
+def test_unknown_eval_split_is_refused(npz):
+  with pytest.raises(types.InputError, match=r"'train' .*possible: val, test"):
+    load(path=npz).eval_batches("train")

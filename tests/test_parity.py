@@ -1,0 +1,89 @@
+"""The authors' numbers, in float64, to a relative 1e-9, in every mode."""
+
+import os
+import pathlib
+
+from flax import traverse_util
+import jax
+import numpy as np
+import pytest
+
+from l2t_jax import bilevel, pretrained
+from tests import golden_setup
+
+FOLDER = pathlib.Path(
+  os.environ.get("L2T_GOLDEN_DIR") or pathlib.Path(__file__).parent / "golden"
+)
+FILES = sorted([*FOLDER.glob("step_*.npz"), *FOLDER.glob("heldout_*.npz")])
+
+
+def test_there_are_golden_files():
+  assert FILES, f"no step_*.npz or heldout_*.npz in {FOLDER}"
+
+
+@pytest.mark.parametrize("mode", bilevel.MODES)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_iterations_equal_the_authors(file, mode, x64):
+  settings, recorded = golden_setup.read(file)
+  setup = golden_setup.Setup(settings)
+  state, source = setup.start()
+  train_step = jax.jit(setup.make_train_step(mode))
+  computed = {}
+  for it in range(settings["iterations"]):
+    start = state
+    state, metrics = train_step(state, source, setup.batch(it))
+    computed |= {
+      f"it{it}/{name}": value
+      for name, value in _numbers(setup, start, state, metrics).items()
+    }
+  computed |= _source_numbers(setup, source, settings["iterations"] - 1)
+  missing = set(recorded) - set(computed)
+  assert not missing, f"recorded but not computed: {sorted(missing)}"
+  for name, value in recorded.items():
+    scale = np.abs(value).max()
+    np.testing.assert_allclose(
+      computed[name], value, rtol=1e-9, atol=1e-9 * scale, err_msg=name
+    )
+
+
+def _numbers(setup, before, after, metrics):
+  """What a golden file records of one iteration."""
+  numbers = {
+    "ce": metrics["target_loss"],
+    "match": metrics["matching_loss"],
+    "outer_ce": metrics["outer_loss"],
+    "pair_weight_mean": metrics["transfer"]["pair_weights"],
+    "meta_grad_norm": metrics["meta_grad_norm"],
+    "meta_param_norm": _norm(after.meta_params),
+  }
+  params = after.inner.params["target"]
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    name = pretrained.torch_name(("params", *path))
+    numbers[f"target_param_norm/{name}"] = _norm(leaf)
+  if before.step > 0:
+    return numbers
+  grads = setup.first_meta_gradient(before, after)
+  nets = (("channel_net", "channel"), ("pair_net", "pair"))
+  for k, pair in enumerate(setup.pairs):
+    for theirs, ours in nets:
+      layer = grads[ours][pair.name]
+      numbers[f"meta_grad/{theirs}.{k}.weight"] = layer["kernel"].T
+      numbers[f"meta_grad/{theirs}.{k}.bias"] = layer["bias"]
+  return numbers
+
+
+def _source_numbers(setup, source, iteration):
+  images = setup.batch(iteration).images
+  logits, features, _ = jax.jit(setup.source_fn, static_argnames="train")(
+    source.params, source.model_state, images, train=False
+  )
+  # Blocks are counted from 0 over the three stages.
+  taps = {4: "stage1_block5", 9: "stage2_block5", 14: "stage3_block5"}
+  return {"source_logits": logits} | {
+    f"source_feature_mean/{block}": features[tap].mean(axis=(1, 2))
+    for block, tap in taps.items()
+  }
+
+
+def _norm(tree):
+  return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))

@@ -1,0 +1,64 @@
+"""Train one experiment.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits
+
+The same command again resumes, or says that the run is complete.
+"""
+
+import difflib
+import sys
+
+from absl import app, flags, logging
+import flax
+from ml_collections import config_flags
+
+from configs import default
+from l2t_jax import experiment, types
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parse flags; whatever is wrong with them is one `InputError`."""
+  _check_fields(argv)
+  try:
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.keys()  # A config file that failed to load says so here.
+  except OSError as error:
+    reason = str(error).splitlines()[-1].strip()
+    raise types.InputError(f"--config: {reason}") from error
+  except (flags.Error, TypeError, ValueError) as error:
+    raise types.InputError(str(error)) from error
+  if rest[1:]:
+    raise types.InputError(
+      f"unexpected argument {rest[1]!r}; set a field as --config.field=value"
+    )
+  return rest
+
+
+def _check_fields(argv: list[str]) -> None:
+  fields = flax.traverse_util.flatten_dict(default.get_config().to_dict())
+  known = [".".join(("config", *path)) for path in fields]
+  for argument in argv[1:]:
+    name = argument.split("=")[0].lstrip("-")
+    if name.startswith("config.") and name not in known:
+      nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      raise types.InputError(
+        f"unknown field {name}; did you mean {nearest}? configs/default.py"
+        " lists all fields"
+      )
+
+
+def main(_: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  experiment.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except types.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
