@@ -18,6 +18,8 @@ from l2t_jax import types
 
 # A tap: its name and the shape (H, W, C) of its feature map.
 Tap = tuple[str, tuple[int, int, int]]
+# An entry of "pairs" in the map.
+_Pair = Mapping[str, Any]
 
 # Okabe and Ito's colours for the colour-blind, darkened enough to carry text.
 _COLORS = ("#0072B2", "#C44E00", "#00805C", "#A8478F")
@@ -26,6 +28,15 @@ _WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
 _DPI = 180
 _BOX = 1.5  # Width of a layer's box, in inches.
 _CENTRE: Any = {"ha": "center", "va": "center"}
+_IGNORED = 0.05  # A pair weight below this is drawn as none.
+_SCALE_TEXT = (
+  "Pair weight 0 = ignored, 1 = start, 6 = maximum. The thicker a line, the "
+  "harder the target layer is pulled towards that source layer."
+)
+_CHANNELS_TEXT = (
+  "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
+  "dashed line."
+)
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
@@ -206,13 +217,15 @@ def write_transfer_map(
 def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
   """Lay out the picture: header, layers and numbers, history, channels."""
   ranked = _rank(content["pairs"])
-  num_rows = max(len(content["source_taps"]), len(content["target_taps"]))
-  layers = max(2.2, 0.74 * num_rows)
+  shown = [p for p in ranked[:3] if p["pair_weight"] >= _IGNORED]
+  bars = bool(shown) and not content["channels_fixed"]
+  rows, columns = len(content["source_taps"]), len(content["target_taps"])
+  layers = max(2.2, 0.74 * max(rows, columns))
   # Where each row's title stands, in inches from the top.
   first = 1.4
   second = first + layers + 0.65
-  third = second + (0.75 if content["fixed"] else 2.9)
-  height = third + (0.7 if content["channels_fixed"] else 2.35)
+  third = second + (0.75 if content["fixed"] else 3.1)
+  height = third + (2.75 if bars else 0.8)
   fig = figure.Figure(figsize=(_WIDTH, height))
 
   def panel(left: float, top: float, width: float, tall: float) -> axes.Axes:
@@ -221,60 +234,73 @@ def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
     )
 
   def write(top: float, text: str, size: float, left: float = 0.35) -> None:
-    bold = "bold" if size > 10 else "normal"
     color = _INK if size > 9 else _SOFT
-    style = {"fontsize": size, "fontweight": bold, "color": color, "va": "top"}
+    weight = "bold" if size > 10 else "normal"
+    style: Any = {"size": size, "weight": weight, "color": color, "va": "top"}
     fig.text(left / _WIDTH, 1 - top / height, text, **style)
 
-  verb = "was told" if content["fixed"] else "learned"
+  told = content["fixed"] and content["channels_fixed"]
+  verb = "was told" if told else "learned"
   write(0.25, f"What the target {verb} to copy, and from where", 17)
   write(0.66, _summary(content, ranked), 10)
-  write(
-    0.94,
-    "Pair weight 0 = ignored, 1 = start, 6 = maximum. The thicker a line, the "
-    "harder the target layer is pulled towards that source layer.",
-    8.5,
-  )
+  write(0.94, _SCALE_TEXT, 8.5)
+
   write(first, "From source layers to target layers", 11)
-  _draw_layers(panel(0.35, first + 0.3, 5.5, layers), content, ranked)
+  size = (5.5, layers)
+  _draw_layers(panel(0.35, first + 0.3, *size), content, ranked, size)
   write(first, "Every pair weight", 11, left=6.2)
-  _draw_table(panel(7.25, first + 0.4, 2.45, layers - 0.6), content)
+  write(first + 0.25, "rows: source, columns: target", 8.5, left=6.2)
+  cells = min(2.45, 0.62 * columns), min(layers - 0.7, 0.62 * rows)
+  _draw_table(panel(7.25, first + 0.6, *cells), content)
 
   write(second, "Pair weight, epoch by epoch", 11)
   if content["fixed"]:
     write(second + 0.3, "Fixed at 1 for every pair, not learned.", 9.5)
   else:
-    _draw_history(panel(0.75, second + 0.35, 6.4, 1.9), content, ranked)
+    grey = "; grey: the weaker pairs" if len(ranked) > len(_COLORS) else ""
+    write(second + 0.27, f"dotted: the start{grey}", 8.5)
+    _draw_history(panel(0.75, second + 0.6, 5.9, 1.9), content, ranked)
 
   write(third, "Channels that count most", 11)
   if content["channels_fixed"]:
     text = "Every channel counts the same: fixed, not learned."
     write(third + 0.3, text, 9.5)
+  elif not bars:
+    write(third + 0.3, "None: every pair is ignored.", 9.5)
   else:
-    num_panels = min(3, len(ranked))
-    for i in range(num_panels):
-      ax = panel(0.75 + 3.08 * i, third + 0.75, 2.75, 1.15)
-      _draw_channels(ax, content, ranked[i], _COLORS[i])
-    peak = max(ax.get_ylim()[1] for ax in fig.axes[-num_panels:])
-    for ax in fig.axes[-num_panels:]:
-      ax.set_ylim(0, peak)
+    write(third + 0.27, _CHANNELS_TEXT, 8.5)
+    peak = max(_times(pair)[0] for pair in shown)
+    for i, pair in enumerate(shown):
+      ax = panel(0.45 + 3.18 * i, third + 1.05, 2.75, 1.15)
+      _draw_channels(ax, content, pair, _COLORS[i])
+      ax.set_ylim(0, 1.25 * max(1.2, peak))
   return fig
 
 
-def _rank(pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _rank(pairs: Sequence[_Pair]) -> list[_Pair]:
   """Sort by pair weight; among equals, the choosiest about channels first."""
-
-  def key(pair: Mapping[str, Any]) -> tuple[float, float]:
-    choosy = pair["channel_concentration"] / pair["num_channels"]
-    return -pair["pair_weight"], choosy
-
-  return sorted(pairs, key=key)
+  choosy = lambda pair: pair["channel_concentration"] / pair["num_channels"]
+  return sorted(pairs, key=lambda pair: (-pair["pair_weight"], choosy(pair)))
 
 
-def _shorten(names: Sequence[str], width: int) -> list[str]:
-  """Cut long names, in their middle or wherever they stay apart."""
-  short = []
-  for head in (width // 2, width - 2, 0):
+def _times(pair: _Pair) -> list[float]:
+  return [c["weight"] / c["uniform"] for c in pair["top_channels"]]
+
+
+def _labels(
+  content: Mapping[str, Any], side: str, width: int
+) -> dict[str, str]:
+  """Map each tap's name to one that fits, and that no other tap has."""
+  full = [tap["name"] for tap in content[side]]
+  names = full
+  if max(map(len, names)) > width:
+    # The modules that all taps lie in say nothing about a tap.
+    low, high = min(names), max(names)
+    same = [a == b for a, b in zip(low, high, strict=False)] + [False]
+    shared = low[: same.index(False)]
+    start = max(shared.rfind("/"), shared.rfind(".")) + 1
+    names = [n[start:] for n in names]
+  for head in (width - 1, width // 2, 0):
     tail = width - 1 - head
     short = [
       n if len(n) <= width else f"{n[:head]}…{n[len(n) - tail :]}"
@@ -285,122 +311,115 @@ def _shorten(names: Sequence[str], width: int) -> list[str]:
   else:
     short = [f"{n[: width - 4]}…{i}" for i, n in enumerate(names, start=1)]
   # A dollar sign would start a formula.
-  return [n.replace("$", r"\$") for n in short]
+  short = [n.replace("$", r"\$") for n in short]
+  return dict(zip(full, short, strict=True))
 
 
-def _labels(
-  content: Mapping[str, Any], side: str, width: int
-) -> dict[str, str]:
-  names = [tap["name"] for tap in content[side]]
-  return dict(zip(names, _shorten(names, width), strict=True))
-
-
-def _pair_label(content: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
+def _pair_label(content: Mapping[str, Any], pair: _Pair) -> str:
   source = _labels(content, "source_taps", 14)[pair["source"]]
   return f"{source} → {_labels(content, 'target_taps', 14)[pair['target']]}"
 
 
-def _summary(
-  content: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]
-) -> str:
-  """Say the result in one sentence."""
+def _summary(content: Mapping[str, Any], ranked: Sequence[_Pair]) -> str:
+  """Say the result in one line."""
   many = f"{len(ranked)} pairs" if len(ranked) > 1 else "1 pair"
   start = f"Method {content['method']}, epoch {content['epochs'][-1]}, {many}"
   if content["fixed"]:
-    return f"{start}. Every pair counts the same."
-  ignored = sum(pair["pair_weight"] < 0.05 for pair in ranked)
+    if content["channels_fixed"]:
+      return f"{start}. Pairs and channels were given, not learned."
+    return f"{start}. The pairs were given; the channels were learned."
+  ignored = sum(pair["pair_weight"] < _IGNORED for pair in ranked)
   if ignored == len(ranked):
     return f"{start}. Nothing is copied any more: all weights went to 0."
-  best = _pair_label(content, ranked[0])
-  text = f"{start}. Strongest: {best}"
-  if len(ranked) > 1:
-    text += f", {ranked[0]['share']:.0%} of the total weight"
-  return text + (f". As good as ignored: {ignored}." if ignored else ".")
+  best, weight = _pair_label(content, ranked[0]), ranked[0]["pair_weight"]
+  if len(ranked) == 1:
+    return f"{start}. {best} has pair weight {weight:.2f}."
+  text = f"{start}. Strongest: {best}, {ranked[0]['share']:.0%} of the total."
+  return text + (f" {ignored} ended near 0." if ignored else "")
 
 
 def _scale(content: Mapping[str, Any]) -> float:
-  """The pair weight that is drawn at full strength; at least twice the start."""
+  """The pair weight drawn at full strength: the largest, or 2."""
   return max(2.0, *(p["pair_weight"] for p in content["pairs"]))
 
 
 def _draw_layers(
   ax: axes.Axes,
   content: Mapping[str, Any],
-  ranked: Sequence[Mapping[str, Any]],
+  ranked: Sequence[_Pair],
+  size: tuple[float, float],
 ) -> None:
-  """Draw both networks' layers as boxes, and the pairs as bands. In inches."""
-  width, height = 5.5, ax.get_position().height * ax.figure.get_figheight()
-  ax.set(xlim=(0, width), ylim=(height, 0))
+  """Draw layers as boxes and pairs as bands, in inches on `size`."""
+  width, height = size
+  ax.set(xlim=(-0.02, width + 0.02), ylim=(height, 0))
   ax.axis("off")
-  middles = {}
+  boxes = {}
   for side, left in (("source_taps", 0.0), ("target_taps", width - _BOX)):
     labels = _labels(content, side, 18)
     row = (height - 0.25) / len(content[side])
-    tall = min(0.5, 0.75 * row)
-    network = f"{side[:6]} network"
-    ax.text(left + _BOX / 2, 0.1, network, size=9, color=_SOFT, **_CENTRE)
+    tall, x = min(0.5, 0.75 * row), left + _BOX / 2
+    ax.text(x, 0.1, f"{side[:6]} network", size=9, color=_SOFT, **_CENTRE)
     for i, tap in enumerate(content[side]):
       y = 0.25 + row * (i + 0.5)
-      middles[side, tap["name"]] = y
+      boxes[side, tap["name"]] = (y, tall)
+      rounded = "round,pad=0,rounding_size=0.07"
       box = patches.FancyBboxPatch(
-        (left + 0.04, y - tall / 2),
-        _BOX - 0.08,
-        tall,
-        boxstyle="round,pad=0,rounding_size=0.07",
-        facecolor="#F3F4F6",
-        edgecolor="#8A8F98",
-        linewidth=1,
-        zorder=20,
+        (left, y - tall / 2), _BOX, tall, boxstyle=rounded, zorder=20
       )
+      box.set(facecolor="#F3F4F6", edgecolor="#8A8F98", linewidth=1)
       ax.add_patch(box)
       h, w, c = tap["shape"]
       text = {"zorder": 21, "color": _INK, **_CENTRE}
-      x = left + _BOX / 2
       name = labels[tap["name"]]
       ax.text(x, y - 0.2 * tall, name, size=8.5, weight="bold", **text)
       ax.text(x, y + 0.22 * tall, f"{c} ch @ {h}×{w}", size=8, **text)
 
-  scale, curves = _scale(content), []
+  # Nothing sets one pair apart where nothing was learned.
+  told = content["fixed"] and content["channels_fixed"]
+  colors = (_COLORS[0],) * len(ranked) if told else _COLORS
+  strengths = [pair["pair_weight"] / _scale(content) for pair in ranked]
   t = np.linspace(0, 1, 61)
-  for i, pair in enumerate(ranked):
-    start = middles["source_taps", pair["source"]]
-    end = middles["target_taps", pair["target"]]
-    x = _BOX + (width - 2 * _BOX) * t
-    y = start + (end - start) * t * t * (3 - 2 * t)
-    curves.append((x, y))
-    strength = pair["pair_weight"] / scale
-    color = _COLORS[i] if i < len(_COLORS) else "#777777"
-    if strength < 0.025:
-      ax.plot(x, y, color=_GREY, linewidth=0.8, linestyle=":")
+  curves = []
+  for i, (pair, strength) in enumerate(zip(ranked, strengths, strict=True)):
+    start, end = _ends(pair, ranked, boxes)
+    curve_x = _BOX + (width - 2 * _BOX) * t
+    curve_y = start + (end - start) * t * t * (3 - 2 * t)
+    curves.append((curve_x, curve_y))
+    line = ax.plot(curve_x, curve_y, color=_GREY, linewidth=0.8)[0]
+    if pair["pair_weight"] < _IGNORED:
+      line.set_linestyle(":")
       continue
-    ax.plot(
-      x,
-      y,
-      color=color,
-      linewidth=0.6 + 9 * strength,
-      alpha=0.25 + 0.6 * strength,
-      solid_capstyle="butt",
-      zorder=10 - min(i, 5),
-    )
+    line.set(linewidth=0.6 + 9 * strength, alpha=0.25 + 0.6 * strength)
+    line.set(color=colors[i] if i < len(colors) else "#777777")
+    line.set(solid_capstyle="butt", zorder=10 - min(i, 5))
   placed: list[tuple[float, float]] = []
   for i, pair in enumerate(ranked[: len(_COLORS)]):
-    x, y = _label_place(i, curves, placed)
-    placed.append((x, y))
-    ax.text(
-      x,
-      y,
-      f"{pair['pair_weight']:.2f}",
-      size=8.5,
-      weight="bold",
-      color=_COLORS[i],
-      zorder=22,
-      bbox={
-        "boxstyle": "round,pad=0.2",
-        "facecolor": "white",
-        "edgecolor": _COLORS[i],
-      },
-      **_CENTRE,
-    )
+    if pair["pair_weight"] < _IGNORED or (told and len(ranked) > len(_COLORS)):
+      continue
+    placed.append(_label_place(i, curves, placed))
+    box_style = {"boxstyle": "round,pad=0.2", "facecolor": "white"}
+    text = {"size": 8.5, "weight": "bold", "zorder": 22, **_CENTRE}
+    text |= {"color": colors[i], "bbox": {**box_style, "edgecolor": colors[i]}}
+    ax.text(*placed[-1], f"{pair['pair_weight']:.2f}", **text)
+
+
+def _ends(
+  pair: _Pair,
+  pairs: Sequence[_Pair],
+  boxes: Mapping[tuple[str, str], tuple[float, float]],
+) -> tuple[float, float]:
+  """Spread a box's lines over its edge, in an order that avoids crossings."""
+  ends = []
+  for here, there in (("source", "target"), ("target", "source")):
+    far = [
+      boxes[f"{there}_taps", p[there]][0]
+      for p in pairs
+      if p[here] == pair[here]
+    ]
+    index = sorted(far).index(boxes[f"{there}_taps", pair[there]][0])
+    y, tall = boxes[f"{here}_taps", pair[here]]
+    ends.append(y + 0.8 * tall * ((index + 0.5) / len(far) - 0.5))
+  return ends[0], ends[1]
 
 
 def _label_place(
@@ -410,19 +429,16 @@ def _label_place(
 ) -> tuple[float, float]:
   """Choose the point of a line that is clear of labels, then of lines."""
   xs, ys = curves[index]
+  named = [y for j, (_, y) in enumerate(curves[: len(_COLORS)]) if j != index]
 
   def room(i: int) -> float:
-    # A label is about 0.5 by 0.25 inches.
+    # A label is about 0.4 by 0.2 inches.
     labels = [
-      max(abs(xs[i] - x) / 0.55, abs(ys[i] - y) / 0.28) for x, y in placed
+      max(abs(xs[i] - x) / 0.55, abs(ys[i] - y) / 0.34) for x, y in placed
     ]
-    lines = [
-      abs(ys[i] - y[i]) / 0.2
-      for j, (_, y) in enumerate(curves[: len(_COLORS)])
-      if j != index
-    ]
-    free = min(1.0, *labels, 1.0)
-    return 10 * free + min(1.0, *lines, 1.0) - 0.01 * abs(i - len(xs) // 2)
+    lines = [abs(ys[i] - y[i]) / 0.2 for y in named]
+    from_middle = abs(i - len(xs) // 2)
+    return 10 * min(1, *labels, 1) + min(1, *lines, 1) - 0.01 * from_middle
 
   best = max(range(8, len(xs) - 8), key=room)
   return float(xs[best]), float(ys[best])
@@ -439,13 +455,15 @@ def _draw_table(ax: axes.Axes, content: Mapping[str, Any]) -> None:
   scale = _scale(content)
   cmap = colormaps["Blues"].with_extremes(bad="white")
   ax.imshow(table, cmap=cmap, vmin=0, vmax=1.15 * scale, aspect="auto")
-  size = float(np.clip(22 / max(table.shape), 5, 9))
+  digits = 2 if len(targets) <= 8 else 1
+  # In points: a column's width over that of the digits.
+  size = min(8.0, 176 / len(targets) / (0.64 * (digits + 2)))
   for (row, column), value in np.ndenumerate(table):
-    text = "–" if np.isnan(value) else f"{value:.2f}"
+    text = "–" if np.isnan(value) else f"{value:.{digits}f}"
     color = "white" if value > 0.6 * scale else _INK
-    ax.text(column, row, text, size=max(size, 7), color=color, **_CENTRE)
+    ax.text(column, row, text, size=size, color=color, **_CENTRE)
   long = max(map(len, targets.values())) > 26 / len(targets)
-  slant = {"rotation": 30, "ha": "right"} if long else {}
+  slant: Any = {"rotation": 30, "ha": "right"} if long else {}
   ax.set_xticks(range(len(targets)), list(targets.values()), size=8, **slant)
   ax.set_yticks(range(len(sources)), list(sources.values()), size=8)
   ax.set_xticks(np.arange(len(targets) + 1) - 0.5, minor=True)
@@ -456,88 +474,75 @@ def _draw_table(ax: axes.Axes, content: Mapping[str, Any]) -> None:
 
 
 def _draw_history(
-  ax: axes.Axes,
-  content: Mapping[str, Any],
-  ranked: Sequence[Mapping[str, Any]],
+  ax: axes.Axes, content: Mapping[str, Any], ranked: Sequence[_Pair]
 ) -> None:
   """Draw pair weights over epochs; the strongest are named at their ends."""
   epochs = content["epochs"]
+  last = epochs[-1]
+  begin = min(epochs[0], last - 1)
+  margin = 0.02 * (last - begin)
   peak = 1.08 * max(1.6, *(max(p["history"]) for p in ranked))
-  ax.set(xlim=(min(epochs) - 0.5, max(epochs) + 0.5), ylim=(0, peak))
-  ax.axhline(1, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
+  ax.set(xlim=(begin - margin, last + margin), ylim=(0, peak))
+  ax.axhline(1, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
   marker = "o" if len(epochs) < 12 else ""
   for i, pair in reversed(list(enumerate(ranked))):
-    strong = i < len(_COLORS)
-    ax.plot(
-      epochs,
-      pair["history"],
-      color=_COLORS[i] if strong else _GREY,
-      linewidth=2.2 if strong else 1,
-      marker=marker,
-      markersize=5 if strong else 3,
-      clip_on=False,
-    )
-  named = ranked[: len(_COLORS)]
-  ends = [pair["pair_weight"] for pair in named]
-  # Ranked, so the labels go down; then up again from the floor.
-  gap, spots = 0.115 * peak, list(ends)
+    line = ax.plot(epochs, pair["history"], marker=marker, clip_on=False)[0]
+    if i < len(_COLORS):
+      line.set(color=_COLORS[i], linewidth=2.2, markersize=5)
+    else:
+      line.set(color=_GREY, linewidth=1, markersize=3)
+  # The labels are ranked: push them down where they touch, then up again
+  # from the floor.
+  ends = [pair["pair_weight"] for pair in ranked[: len(_COLORS)]]
+  gap, spots, floor = 0.12 * peak, list(ends), 0.0
   for i in range(1, len(spots)):
     spots[i] = min(spots[i], spots[i - 1] - gap)
-  floor = 0.0
   for i in reversed(range(len(spots))):
     spots[i] = max(spots[i], floor)
     floor = spots[i] + gap
-  for i, (pair, end, spot) in enumerate(zip(named, ends, spots, strict=True)):
+  for i, (end, spot) in enumerate(zip(ends, spots, strict=True)):
+    arrow = {"arrowstyle": "-", "color": _COLORS[i], "relpos": (0, 0.5)}
     ax.annotate(
-      f"{pair['pair_weight']:.2f}  {_pair_label(content, pair)}",
-      xy=(1.005, end / peak),
+      f"{end:.2f}  {_pair_label(content, ranked[i])}",
+      xy=(1, end / peak),
       xytext=(1.04, spot / peak),
       xycoords="axes fraction",
       size=8.5,
       weight="bold",
       color=_COLORS[i],
       va="center",
-      arrowprops={"arrowstyle": "-", "color": _COLORS[i], "shrinkA": 1},
+      arrowprops={**arrow, "shrinkA": 2, "shrinkB": 0},
       annotation_clip=False,
     )
   _plain(ax)
   ax.set_xlabel("epoch", size=8.5, color=_SOFT)
-  ax.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
-  ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=peak > 3))
+  steps: Any = {"steps": [1, 2, 5, 10], "min_n_ticks": 1}
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, **steps))
+  ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=peak > 3, **steps))
 
 
 def _draw_channels(
-  ax: axes.Axes,
-  content: Mapping[str, Any],
-  pair: Mapping[str, Any],
-  color: str,
+  ax: axes.Axes, content: Mapping[str, Any], pair: _Pair, color: str
 ) -> None:
   """Draw the top channels' weights as multiples of the uniform weight 1/C."""
-  top = pair["top_channels"]
-  times = [c["weight"] / c["uniform"] for c in top]
-  ax.bar(range(len(top)), times, width=0.62, color=color)
+  times = _times(pair)
+  numbers = [str(c["channel"]) for c in pair["top_channels"]]
+  ax.bar(range(len(times)), times, width=0.62, color=color)
   for i, value in enumerate(times):
     ax.text(i, value, f"{value:.1f}×", size=8, ha="center", va="bottom")
   ax.axhline(1, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
-  ax.set(xlim=(-0.6, len(top) - 0.4), ylim=(0, 1.25 * max(1.2, *times)))
-  ax.set_xticks(range(len(top)), [str(c["channel"]) for c in top])
   _plain(ax)
+  ax.set_xlim(-0.6, len(times) - 0.4)
+  ax.set_xticks(range(len(times)), numbers)
   ax.set_yticks([])
   ax.spines["left"].set_visible(False)
   ax.set_xlabel("channel of the source layer", size=8, color=_SOFT)
-  title = {"xycoords": "axes fraction", "annotation_clip": False}
-  ax.annotate(
-    _pair_label(content, pair),
-    (0, 1.25),
-    size=8.5,
-    weight="bold",
-    color=color,
-    **title,
-  )
+  style: Any = {"transform": ax.transAxes}
+  name = _pair_label(content, pair)
+  ax.text(0, 1.25, name, size=8.5, weight="bold", color=color, **style)
   count = f"{pair['channel_concentration']:.0f} of {pair['num_channels']}"
-  ax.annotate(
-    f"works like {count} channels", (0, 1.1), size=8, color=_SOFT, **title
-  )
+  text = f"about {count} channels matter"
+  ax.text(0, 1.1, text, size=8, color=_SOFT, **style)
 
 
 def _plain(ax: axes.Axes) -> None:

@@ -177,7 +177,7 @@ def make_train_step(
       meta_params = optax.apply_updates(meta_params, updates)
       metrics |= {
         "outer_loss": outer_loss,
-        "meta_grad_norm": optax.global_norm(grads),
+        "meta_grad_norm": optax.tree.norm(grads),
       }
     state = types.TrainState(state.step + 1, inner, meta_params, meta_opt_state)
     return state, metrics

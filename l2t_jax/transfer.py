@@ -63,7 +63,8 @@ def make_pairs(
   Args:
     pair_set: "single" (last source tap to the last target tap), "one_to_one"
       (taps of equal resolution), "all_to_all", or a list of pairs, each as
-      "source->target" or (source, target).
+      "source->target" or (source, target); or such a list as one string,
+      separated by commas.
     source_taps: the source's taps from shallow to deep.
     target_taps: the target's taps from shallow to deep.
 
@@ -92,10 +93,12 @@ def make_pairs(
         " use 'all_to_all' or list the pairs"
       )
     return pairs
+  if isinstance(pair_set, str) and "->" in pair_set:
+    pair_set = pair_set.split(",")
   if isinstance(pair_set, str):
     raise types.InputError(
       f"unknown pair set {pair_set!r}; use one of {', '.join(PAIR_SETS)}, or a"
-      " list such as ('stage1_block5->conv2',)"
+      " list such as 'stage1_block5->conv2, stage3_block5->conv8'"
     )
   return _listed_pairs(pair_set, source_taps, target_taps)
 

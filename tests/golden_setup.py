@@ -11,11 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import models
-from l2t_jax import pretrained
-from l2t_jax import training
-from l2t_jax import transfer
-from l2t_jax import types
+from l2t_jax import models, pretrained, training, transfer, types
 
 
 def read(path):

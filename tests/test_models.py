@@ -1,0 +1,149 @@
+"""Networks: taps, initialisation, layers."""
+
+import functools
+import subprocess
+import sys
+
+import chex
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2t_jax import models, types
+from l2t_jax.models import layers
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_listed_taps_are_what_the_network_returns(name):
+  module = models.create(name, num_classes=7)
+  shape = (module.image_size, module.image_size, 3)
+  taps = models.tap_shapes(module, shape)
+  assert set(module.default_taps) <= set(taps)
+  images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+  (logits, features), _ = jax.eval_shape(
+    lambda images: module.init_with_output(jax.random.key(0), images, False),
+    images,
+  )
+  assert logits.shape == (2, 7)
+  assert {n: x.shape[1:] for n, x in features.items()} == taps
+
+
+def test_taps_of_the_paper():
+  shape = (32, 32, 3)
+  source = models.select_taps(models.create("resnet32", 200), shape)
+  target = models.select_taps(models.create("vgg9", 10), shape)
+  assert list(source.values()) == [(32, 32, 16), (16, 16, 32), (8, 8, 64)]
+  assert list(target.values()) == [
+    (32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512), (2, 2, 512)
+  ]  # fmt: skip
+  for name in ("resnet18", "resnet34"):
+    taps = models.select_taps(models.create(name, 10), (224, 224, 3))
+    assert list(taps.values()) == [
+      (56, 56, 64), (28, 28, 128), (14, 14, 256), (7, 7, 512)
+    ]  # fmt: skip
+
+
+def test_taps_are_in_order_of_depth_however_named():
+  module = models.create("resnet32", 10)
+  taps = ("stage3_block1", "stage1_block2")
+  chosen = models.select_taps(module, (32, 32, 3), taps)
+  assert list(chosen) == ["stage1_block2", "stage3_block1"]
+
+
+def test_unknown_names():
+  with pytest.raises(types.InputError, match="'resnet31'; the models are"):
+    models.create("resnet31", 10)
+  with pytest.raises(types.InputError, match=r"unknown tap .conv9.*conv1"):
+    models.select_taps(models.create("vgg9", 10), (32, 32, 3), ("conv9",))
+
+
+def test_initialisation_is_the_authors():
+  module = models.create("vgg9", 10)
+  params, model_state = models.init(module, jax.random.key(0), (32, 32, 3))
+  for (*_, leaf), value in traverse_util.flatten_dict(params).items():
+    if leaf == "bias":
+      assert not value.any()
+    if leaf == "scale":
+      np.testing.assert_array_equal(value, 1)
+    if leaf == "kernel" and value.ndim == 4:
+      fan_out = value.shape[0] * value.shape[1] * value.shape[3]
+      np.testing.assert_allclose(value.std(), (2 / fan_out) ** 0.5, rtol=0.05)
+  classifier = params["classifier"]["kernel"]
+  np.testing.assert_allclose(classifier.std(), 0.01, rtol=0.05)
+  assert list(model_state) == ["batch_stats"]
+
+
+def test_eval_mode_changes_nothing_and_train_mode_the_statistics():
+  module = models.create("vgg_tiny", 10)
+  params, model_state = models.init(module, jax.random.key(0), (8, 8, 1))
+  apply_fn = jax.jit(models.as_apply_fn(module), static_argnames="train")
+  images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+  _, _, same = apply_fn(params, model_state, images, train=False)
+  chex.assert_trees_all_equal(same, model_state)
+  _, _, new = apply_fn(params, model_state, images, train=True)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), model_state, new)
+  assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_convolution_on_small_maps_is_a_convolution(size, x64):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, size, size, 5)))
+  kernel = jnp.asarray(rng.standard_normal((3, 3, 5, 4)))
+  expected = jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  module = layers.conv(4, name="conv")
+  actual = module.apply({"params": {"kernel": kernel}}, x)
+  np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("window", "stride", "padding", "size"), [(2, 2, 0, 8), (3, 2, 1, 9)]
+)
+def test_max_pool(window, stride, padding, size):
+  x = np.random.default_rng(0).standard_normal((2, size, size, 3))
+  padded = np.pad(
+    x,
+    ((0, 0), (padding, padding), (padding, padding), (0, 0)),
+    constant_values=-np.inf,
+  )
+  out = (size + 2 * padding - window) // stride + 1
+  expected = np.array(
+    [
+      [
+        padded[
+          :,
+          i * stride : i * stride + window,
+          j * stride : j * stride + window,
+        ].max(axis=(1, 2))
+        for j in range(out)
+      ]
+      for i in range(out)
+    ]
+  ).transpose(2, 0, 1, 3)
+  actual = layers.max_pool(jnp.asarray(x), window, stride, padding)
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32():
+  module = models.create("resnet_tiny", 10, dtype=jnp.bfloat16)
+  params, model_state = models.init(module, jax.random.key(0), (8, 8, 1))
+  logits, features, _ = jax.eval_shape(
+    functools.partial(models.as_apply_fn(module), train=True),
+    params,
+    model_state,
+    jnp.zeros((2, 8, 8, 1)),
+  )
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+  assert {x.dtype.name for x in features.values()} == {"bfloat16"}
+  assert logits.dtype == jnp.float32
+
+
+def test_command_lists_taps():
+  command = [sys.executable, "-m", "l2t_jax.models", "resnet32"]
+  output = subprocess.run(command, capture_output=True, text=True, check=True)
+  for text in ("stage3_block5", "8x8", "64", "yes"):
+    assert text in output.stdout

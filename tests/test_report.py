@@ -1,0 +1,287 @@
+"""The transfer map's content, its picture, and reading metrics.jsonl."""
+
+import copy
+import itertools
+import json
+
+from matplotlib import text as mpl_text
+from matplotlib.backends import backend_agg
+import numpy as np
+from PIL import Image
+import pytest
+
+from l2t_jax import report, types
+
+SOURCE = [(f"stage{i}", (32 >> i, 32 >> i, 16 << i)) for i in range(3)]
+TARGET = [(f"pool{i}", (32 >> i, 32 >> i, 64)) for i in range(5)]
+FOUR = [(f"layer{i}", (56 >> i, 56 >> i, 64 << i)) for i in range(4)]
+LONG = [
+  (f"encoder/block_group_{i}/residual_unit_{i}/activation$", (8, 8, 16))
+  for i in range(4)
+]
+
+
+def _all(source, target):
+  return [f"{s}->{t}" for (s, _), (t, _) in itertools.product(source, target)]
+
+
+def _map(source, target, keys, *, epochs=3, learn_pairs=True, learn_w=True):
+  """Return a map of made-up weights that drift away from 1."""
+  rng = np.random.default_rng(0)
+  drift = {key: rng.uniform(-1, 2) if learn_pairs else 0.0 for key in keys}
+  records = [
+    {
+      "kind": "epoch",
+      "epoch": e,
+      "pair_weights": {k: 1 + drift[k] * e / epochs for k in keys},
+      "matching_distances": {k: 0.5 * e for k in keys},
+    }
+    for e in range(1, epochs + 1)
+  ]
+  num_channels = {name: shape[-1] for name, shape in source}
+  logits = {
+    k: rng.normal(size=num_channels[k.split("->")[0]]) * learn_w for k in keys
+  }
+  weights = {k: np.exp(v) / np.exp(v).sum() for k, v in logits.items()}
+  return report.transfer_map(records, weights, source, target, "l2t_ww")
+
+
+CASES = {
+  "one_pair": lambda: _map(SOURCE, TARGET, ["stage2->pool4"], epochs=200),
+  "fixed": lambda: _map(
+    SOURCE,
+    TARGET,
+    ["stage0->pool0", "stage1->pool1", "stage2->pool2"],
+    learn_pairs=False,
+    learn_w=False,
+  ),
+  "channels_only": lambda: _map(
+    SOURCE, TARGET, ["stage0->pool0", "stage1->pool1"], learn_pairs=False
+  ),
+  "fifteen_one_epoch": lambda: _map(
+    SOURCE, TARGET, _all(SOURCE, TARGET), epochs=1
+  ),
+  "sixteen": lambda: _map(FOUR, FOUR, _all(FOUR, FOUR), epochs=200),
+  "long_names": lambda: _map(LONG, LONG, _all(LONG, LONG)),
+}
+
+
+def test_content_of_the_map():
+  keys = _all(SOURCE, TARGET)
+  content = _map(SOURCE, TARGET, keys)
+  pairs = content["pairs"]
+  assert [f"{p['source']}->{p['target']}" for p in pairs] == keys
+  assert content["epochs"] == [1, 2, 3]
+  assert content["source_taps"][1] == {"name": "stage1", "shape": [16, 16, 32]}
+  assert sum(p["share"] for p in pairs) == pytest.approx(1)
+  total = sum(p["pair_weight"] for p in pairs)
+  for pair in pairs:
+    assert len(pair["history"]) == 3
+    assert pair["pair_weight"] == pair["history"][-1]
+    assert pair["share"] == pytest.approx(pair["pair_weight"] / total)
+    assert pair["matching_distance"] == 1.5
+    assert 1 < pair["channel_concentration"] < pair["num_channels"]
+  assert not content["fixed"] and not content["channels_fixed"]
+
+
+def test_top_channels_are_the_largest_in_order():
+  weights = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
+  record = {"epoch": 1, "pair_weights": {"s->t": 2.0}}
+  taps = [("s", (4, 4, 5))], [("t", (4, 4, 8))]
+  content = report.transfer_map(
+    [record], {"s->t": weights}, *taps, "l2t_w", top_k=3
+  )
+  top = content["pairs"][0]["top_channels"]
+  assert [c["channel"] for c in top] == [1, 3, 4]
+  assert [c["weight"] for c in top] == [0.4, 0.25, 0.2]
+  assert {c["uniform"] for c in top} == {0.2}
+
+
+@pytest.mark.parametrize(
+  "weights, count",
+  [
+    (np.full(512, 1 / 512, np.float32), 512),
+    (np.eye(7)[3], 1),
+    (np.array([0.5, 0.5, 0.0, 0.0]), 2),
+  ],
+)
+def test_effective_channels(weights, count):
+  assert report.effective_channels(weights) == pytest.approx(count)
+
+
+def test_fixed_matching_is_recognised():
+  content = CASES["fixed"]()
+  assert content["fixed"] and content["channels_fixed"]
+  content = CASES["channels_only"]()
+  assert content["fixed"] and not content["channels_fixed"]
+
+
+def test_ignored_pairs_have_no_share():
+  record = {"epoch": 1, "pair_weights": {"s->t": 0.0}}
+  taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
+  weights = {"s->t": np.array([0.3, 0.7])}
+  content = report.transfer_map([record], weights, *taps, "l2t_ww")
+  assert content["pairs"][0]["share"] == 0.0
+  report.draw_transfer_map(content)
+
+
+def test_the_later_record_of_an_epoch_counts():
+  records = [
+    {"epoch": e, "pair_weights": {"s->t": w}}
+    for e, w in [(1, 1.0), (2, 9.0), (2, 1.5), (3, 2.0)]
+  ]
+  taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
+  weights = {"s->t": np.array([0.3, 0.7])}
+  content = report.transfer_map(records, weights, *taps, "l2t_ww")
+  assert content["epochs"] == [1, 2, 3]
+  assert content["pairs"][0]["history"] == [1.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+  "pair_weights, channels, message",
+  [
+    ({}, 2, "No epoch"),
+    ({"s->elsewhere": 1.0}, 2, "'s->elsewhere'"),
+    ({"s->t": 1.0}, 3, r"shape \(3,\).* 2 channels"),
+    ({"s->t": float("nan")}, 2, "not finite"),
+  ],
+)
+def test_records_that_do_not_fit_are_refused(pair_weights, channels, message):
+  weights = {
+    key: np.full(channels, 1 / channels) for key in ("s->t", "s->elsewhere")
+  }
+  taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
+  record = {"epoch": 1, "pair_weights": pair_weights}
+  with pytest.raises(types.InputError, match=message):
+    report.transfer_map([record], weights, *taps, "l2t_ww")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
+  drawn = []
+  draw_text = backend_agg.RendererAgg.draw_text
+
+  def record(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
+    assert ismath is False or "$" not in s.replace(r"\$", "")
+    drawn.append(mtext)
+    draw_text(self, gc, x, y, s, prop, angle, ismath, mtext)
+
+  monkeypatch.setattr(backend_agg.RendererAgg, "draw_text", record)
+  fig = report.draw_transfer_map(CASES[case]())
+  backend_agg.FigureCanvasAgg(fig).draw()
+  # An annotation's own extent includes its arrow.
+  extent = mpl_text.Text.get_window_extent
+  boxes = [(t.get_text(), extent(t), t.get_rotation()) for t in drawn]
+  assert len(boxes) > 15
+  for text, box, _ in boxes:
+    assert min(box.x0, box.y0) >= 0, text
+    assert box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1, text
+  # The frame around a slanted text overlaps where the text does not.
+  straight = [(text, box) for text, box, angle in boxes if angle == 0]
+  for (a, box_a), (b, box_b) in itertools.combinations(straight, 2):
+    width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
+    height = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
+    assert width < 1 or height < 1, f"{a!r} overlaps {b!r}"
+
+
+@pytest.mark.parametrize("case", ["one_pair", "fixed", "sixteen"])
+def test_the_picture_is_wide_enough_and_not_empty(case, tmp_path):
+  path = tmp_path / "map.png"
+  report.plot_transfer_map(CASES[case](), path)
+  with Image.open(path) as image:
+    assert image.format == "PNG"
+    assert image.width == 1800 and 800 < image.height < 2400
+    pixels = np.asarray(image.convert("RGB"))
+  assert (pixels[0] == 255).all() and (pixels[:, 0] == 255).all()
+  assert 0.02 < (pixels < 255).any(-1).mean() < 0.5
+
+
+def test_fixed_matching_says_so():
+  texts = lambda case: " ".join(
+    t.get_text() for t in report.draw_transfer_map(CASES[case]()).texts
+  )
+  assert texts("fixed").count("fixed, not learned") == 1
+  assert texts("fixed").count("Fixed at 1 for every pair, not learned") == 1
+  assert "was told" in texts("fixed")
+  assert "ixed" not in texts("sixteen")
+
+
+def test_names_are_cut_but_stay_apart():
+  content = {"source_taps": [{"name": name} for name, _ in LONG]}
+  short = report._labels(content, "source_taps", 14)
+  assert list(short) == [name for name, _ in LONG]
+  assert len(set(short.values())) == len(LONG)
+  assert max(map(len, short.values())) <= 15
+  # Only the middle differs.
+  names = [f"{'a' * 40}{i}{'b' * 40}" for i in range(3)]
+  content = {"source_taps": [{"name": name} for name in names]}
+  assert len(set(report._labels(content, "source_taps", 14).values())) == 3
+
+
+def test_the_json_is_enough_to_redraw_the_picture(tmp_path):
+  content = CASES["sixteen"]()
+  before = copy.deepcopy(content)
+  report.write_transfer_map(tmp_path, content)
+  assert content == before
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == ["transfer_map.json", "transfer_map.png"]
+  text = (tmp_path / "transfer_map.json").read_text("utf-8")
+  assert json.loads(text) == content
+  report.plot_transfer_map(json.loads(text), tmp_path / "again.png")
+  with (
+    Image.open(tmp_path / "transfer_map.png") as first,
+    Image.open(tmp_path / "again.png") as second,
+  ):
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
+  old = CASES["fixed"]()
+  report.write_transfer_map(tmp_path, old)
+  picture = (tmp_path / "transfer_map.png").read_bytes()
+
+  def fail(content, path):
+    path.write_bytes(b"half a pict")
+    raise OSError("no space left")
+
+  monkeypatch.setattr(report, "plot_transfer_map", fail)
+  with pytest.raises(OSError):
+    report.write_transfer_map(tmp_path, old)
+  assert (tmp_path / "transfer_map.png").read_bytes() == picture
+  with pytest.raises(ValueError):
+    report.write_transfer_map(tmp_path, {**old, "epochs": [float("nan")]})
+  assert json.loads((tmp_path / "transfer_map.json").read_text()) == old
+
+
+def test_metrics_are_read_in_order(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"kind": "train", "step": 1}\n{"kind": "epoch"}\n')
+  assert report.read_metrics(tmp_path) == [
+    {"kind": "train", "step": 1},
+    {"kind": "epoch"},
+  ]
+
+
+@pytest.mark.parametrize("tail", ['{"kind": "tr', "17", '{"name": "\u00e4'])
+def test_a_half_written_last_line_is_ignored(tmp_path, tail):
+  raw = b'{"step": 1}\n' + tail.encode()[:13]
+  (tmp_path / "metrics.jsonl").write_bytes(raw)
+  assert report.read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_complete_last_line_without_newline_counts(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+  assert report.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("bad", ['{"kind": "tr', "17", "[]"])
+def test_a_damaged_line_is_named(tmp_path, bad):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f'{{"step": 1}}\n{bad}\n')
+  with pytest.raises(types.InputError, match=r"metrics\.jsonl, line 2:"):
+    report.read_metrics(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(types.InputError, match=r"metrics\.jsonl does not exist"):
+    report.read_metrics(tmp_path)
