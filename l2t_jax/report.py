@@ -183,8 +183,8 @@ def transfer_map(
     "epochs": sorted(by_epoch),
     "fixed": all(np.allclose(p["history"], 1, atol=1e-6) for p in pairs),
     "channels_fixed": all(
-      np.isclose(p["channel_concentration"], p["num_channels"], rtol=1e-7)
-      for p in pairs
+      np.allclose(channel_weights[key], np.mean(channel_weights[key]), 1e-5, 0)
+      for key in records[-1]["pair_weights"]
     ),
     "pairs": pairs,
   }

@@ -16,7 +16,7 @@ SOURCE = [(f"stage{i}", (32 >> i, 32 >> i, 16 << i)) for i in range(3)]
 TARGET = [(f"pool{i}", (32 >> i, 32 >> i, 64)) for i in range(5)]
 FOUR = [(f"layer{i}", (56 >> i, 56 >> i, 64 << i)) for i in range(4)]
 LONG = [
-  (f"encoder/block_group_{i}/residual_unit_{i}/activation$", (8, 8, 16))
+  (f"encoder/group${i}/residual_unit_{i}/activation", (8, 8, 16))
   for i in range(4)
 ]
 
@@ -114,6 +114,13 @@ def test_fixed_matching_is_recognised():
   assert content["fixed"] and content["channels_fixed"]
   content = CASES["channels_only"]()
   assert content["fixed"] and not content["channels_fixed"]
+  # A short run moves the weights by little, but it moves them.
+  weights = np.full(512, 1 / 512, np.float32)
+  weights[7] *= 1.0001
+  record = {"epoch": 1, "pair_weights": {"s->t": 1.0}}
+  taps = [("s", (4, 4, 512))], [("t", (4, 4, 2))]
+  content = report.transfer_map([record], {"s->t": weights}, *taps, "l2t_w")
+  assert not content["channels_fixed"]
 
 
 def test_ignored_pairs_have_no_share():
@@ -162,7 +169,7 @@ def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
   draw_text = backend_agg.RendererAgg.draw_text
 
   def record(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
-    assert ismath is False or "$" not in s.replace(r"\$", "")
+    assert not ismath, f"{s!r} is read as a formula"
     drawn.append(mtext)
     draw_text(self, gc, x, y, s, prop, angle, ismath, mtext)
 
@@ -182,6 +189,17 @@ def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
     width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
     height = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
     assert width < 1 or height < 1, f"{a!r} overlaps {b!r}"
+
+
+def test_labels_of_neighbouring_lines_stand_apart():
+  x = np.linspace(1.5, 4, 61)
+  curves = [(x, np.full(61, y)) for y in (1.0, 1.05, 1.1)]
+  placed = []
+  for i in range(3):
+    placed.append(report._label_place(i, curves, placed))
+    assert placed[i][1] == curves[i][1][0]
+  for (x_a, _), (x_b, _) in itertools.combinations(placed, 2):
+    assert abs(x_a - x_b) > 0.5
 
 
 @pytest.mark.parametrize("case", ["one_pair", "fixed", "sixteen"])
@@ -211,6 +229,8 @@ def test_names_are_cut_but_stay_apart():
   short = report._labels(content, "source_taps", 14)
   assert list(short) == [name for name, _ in LONG]
   assert len(set(short.values())) == len(LONG)
+  # What all names begin with is left out first; "\\$" is one sign.
+  assert all(text.startswith(r"group\$") for text in short.values())
   assert max(map(len, short.values())) <= 15
   # Only the middle differs.
   names = [f"{'a' * 40}{i}{'b' * 40}" for i in range(3)]
@@ -255,7 +275,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
 
 def test_metrics_are_read_in_order(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  path.write_text('{"kind": "train", "step": 1}\n{"kind": "epoch"}\n')
+  path.write_text('{"kind": "train", "step": 1}\n\n{"kind": "epoch"}\n')
   assert report.read_metrics(tmp_path) == [
     {"kind": "train", "step": 1},
     {"kind": "epoch"},

@@ -1,0 +1,205 @@
+"""Whole iterations of the method on small networks."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2t_jax import models, objectives, training, types
+from tests import small_setup
+
+
+def step_of(method, mode="mixed"):
+  """Return (train step, its arguments but for the batch)."""
+  state, source, pairs, target_taps = small_setup.create(method)
+  train_step = small_setup.make_train_step(pairs, target_taps, mode)
+  return train_step, state, source
+
+
+@functools.cache
+def jitted(method, mode="mixed"):
+  train_step, state, source = step_of(method, mode)
+  return jax.jit(train_step), state, source
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 8])
+def test_jitted_equals_unjitted(size):
+  """Catches a compiler that computes wrong numbers (jaxlib 0.10.2 does)."""
+  train_step, state, source = jitted("l2t_ww")
+  data = small_setup.batch(size)
+  after, metrics = train_step(state, source, data)
+  with jax.disable_jit():
+    plain, _, _ = step_of("l2t_ww")
+    expected, expected_metrics = plain(state, source, data)
+  # What the gradients were shows in the optimizers' moments.
+  chex.assert_trees_all_close(
+    after.inner.opt_state, expected.inner.opt_state, rtol=2e-3, atol=1e-5
+  )
+  chex.assert_trees_all_close(
+    after.meta_opt_state, expected.meta_opt_state, rtol=2e-3, atol=1e-6
+  )
+  chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "remat"])
+def test_modes_agree(mode, x64):
+  step, state, source = step_of("l2t_ww", mode)
+  other, *_ = step_of("l2t_ww")
+  data = small_setup.batch(4)
+  ours = jax.jit(step)(state, source, data)
+  theirs = jax.jit(other)(state, source, data)
+  chex.assert_trees_all_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_the_look_ahead_is_thrown_away(x64):
+  """With the same weights, fixed matching takes exactly the same update."""
+  train_step, state, source = step_of("l2t_ww")
+  # λ = 1 and w = 1/C, what fixed matching uses.
+  meta_params = jax.tree.map(jnp.zeros_like, state.meta_params)
+  for layer in meta_params["pair"].values():
+    layer["bias"] += 1
+  state = state.replace(meta_params=meta_params)
+  data = small_setup.batch(4)
+  after, _ = jax.jit(train_step)(state, source, data)
+  fixed_step, fixed, _ = step_of("fm_all_to_all")
+  fixed = fixed.replace(inner=state.inner)
+  expected, _ = jax.jit(fixed_step)(fixed, source, data)
+  chex.assert_trees_all_close(after.inner, expected.inner, rtol=1e-12)
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b).any()), after.meta_params, meta_params
+  )
+  assert any(jax.tree.leaves(moved))
+
+
+def test_zero_pair_weights_are_training_from_scratch(x64):
+  train_step, state, source = step_of("l2t_ww")
+  meta_params = jax.tree.map(jnp.zeros_like, state.meta_params)
+  state = state.replace(meta_params=meta_params)
+  data = small_setup.batch(4)
+  after, _ = jax.jit(train_step)(state, source, data)
+  scratch_step, scratch, _ = step_of("scratch")
+  target = state.inner.params["target"]
+  params = {"target": target, "regressors": {}}
+  inner = scratch.inner._replace(params=params)
+  expected, _ = jax.jit(scratch_step)(scratch.replace(inner=inner), None, data)
+  chex.assert_trees_all_close(
+    after.inner.params["target"], expected.inner.params["target"], rtol=1e-12
+  )
+  chex.assert_trees_all_close(
+    after.inner.model_state, expected.inner.model_state, rtol=1e-12
+  )
+
+
+def test_batch_statistics_move_once_an_iteration(x64):
+  """They are those of one train-mode pass, whatever the look-ahead does."""
+  train_step, state, source = step_of("l2t_ww")
+  data = small_setup.batch(4)
+  after, _ = jax.jit(train_step)(state, source, data)
+  _, once = small_setup.TARGET.apply(
+    {"params": state.inner.params["target"], **state.inner.model_state},
+    data.images,
+    train=True,
+    mutable=["batch_stats"],
+  )
+  chex.assert_trees_all_close(after.inner.model_state, once, rtol=1e-12)
+
+
+def test_the_step_compiles_once():
+  train_step, state, source = step_of("l2t_ww")
+  train_step = jax.jit(chex.assert_max_traces(train_step, n=1))
+  for seed in range(3):
+    state, _ = train_step(state, source, small_setup.batch(4, seed))
+  assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("method", ["scratch", "fm_one_to_one", "l2t_ww"])
+def test_the_loss_goes_down(method):
+  train_step, state, source = jitted(method)
+  source = source if method != "scratch" else None
+  data = small_setup.batch(8)
+  losses = []
+  for _ in range(30):
+    state, metrics = train_step(state, source, data)
+    losses.append(float(metrics["loss"]))
+  assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(
+  ("method", "learned"),
+  [
+    ("scratch", set()),
+    ("fm_all_to_all", set()),
+    ("l2t_w_one_to_one", {"channel"}),
+    ("l2t_ww", {"channel", "pair"}),
+  ],
+)
+def test_methods_learn_what_they_say(method, learned):
+  state, *_ = small_setup.create(method)
+  assert set(state.meta_params) == learned
+
+
+def test_unknown_method():
+  with pytest.raises(types.InputError, match="'l2t'; the methods are scratch"):
+    objectives.get_method("l2t")
+
+
+def test_sgd_is_pytorchs(x64):
+  """Two steps by hand: L2 in the gradient, then heavy-ball momentum."""
+  optimizer = training.sgd(momentum=0.9, weight_decay=0.1)(0.5)
+  param = jnp.array(2.0)
+  state = optimizer.init(param)
+  buffer = expected = 0.0
+  expected = 2.0
+  for grad in (1.0, -3.0):
+    updates, state = optimizer.update(jnp.array(grad), state, param)
+    param = optax.apply_updates(param, updates)
+    buffer = 0.9 * buffer + grad + 0.1 * expected
+    expected -= 0.5 * buffer
+    np.testing.assert_allclose(param, expected, rtol=1e-12)
+
+
+def test_adam_is_pytorchs(x64):
+  """Two steps by hand: L2 in the gradient, bias-corrected moments."""
+  optimizer = training.adam_l2(0.01, 0.1)
+  param = jnp.array(2.0)
+  state = optimizer.init(param)
+  expected, m, v = 2.0, 0.0, 0.0
+  for t, grad in enumerate((1.0, -3.0), start=1):
+    updates, state = optimizer.update(jnp.array(grad), state, param)
+    param = optax.apply_updates(param, updates)
+    grad += 0.1 * expected
+    m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+    denominator = (v / (1 - 0.999**t)) ** 0.5 + 1e-8
+    expected -= 0.01 * m / (1 - 0.9**t) / denominator
+    np.testing.assert_allclose(param, expected, rtol=1e-9)
+
+
+def test_learning_rate_is_constant_within_an_epoch():
+  rate = training.cosine_by_epoch(0.1, epochs=4, steps_per_epoch=3)
+  np.testing.assert_allclose(
+    [float(rate(step)) for step in (0, 2, 3, 5, 6, 11)],
+    [0.1 * (1 + np.cos(np.pi * e / 4)) / 2 for e in (0, 0, 1, 1, 2, 3)],
+    rtol=1e-5,
+  )
+
+
+def test_evaluation_ignores_padding():
+  state, *_ = small_setup.create("scratch")
+  eval_step = jax.jit(
+    training.make_eval_step(models.as_apply_fn(small_setup.TARGET))
+  )
+  images, labels = small_setup.batch(4)
+  whole = eval_step(
+    state.inner, types.EvalBatch(images[:3], labels[:3], jnp.ones(3))
+  )
+  padded = eval_step(
+    state.inner,
+    types.EvalBatch(images, labels, jnp.array([1.0, 1.0, 1.0, 0.0])),
+  )
+  chex.assert_trees_all_close(whole, padded, rtol=1e-5)
+  assert float(whole["count"]) == 3
+
