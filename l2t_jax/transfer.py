@@ -216,7 +216,9 @@ def transfer_weights(
       channel[pair.name] = jnp.full_like(x, 1.0 / x.shape[-1])
     if "pair" in meta_params:
       logits = _linear(meta_params["pair"][pair.name], x)
-      pair_weight[pair.name] = jax.nn.relu6(logits[:, 0])
+      # relu6. The derivative of `jax.nn.relu6` compares floats for equality,
+      # which fusions can break; see `models.layers.max_pool`.
+      pair_weight[pair.name] = jax.lax.clamp(0.0, logits[:, 0], 6.0)
     else:
       pair_weight[pair.name] = jnp.ones_like(x[:, 0])
   return TransferWeights(channel, pair_weight)

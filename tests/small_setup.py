@@ -15,7 +15,7 @@ OPTIMIZER_FN = training.sgd(momentum=0.9, weight_decay=1e-4)
 META_OPTIMIZER = training.adam_l2(1e-3, 1e-4)
 
 
-def create(method="l2t_ww", seed=0):
+def create(method="l2t_ww", seed=0, pair_set=None):
   """Return (train state, source, pairs, target taps)."""
   keys = jax.random.split(jax.random.key(seed), 3)
   method = objectives.get_method(method)
@@ -23,10 +23,12 @@ def create(method="l2t_ww", seed=0):
   target_taps = models.select_taps(TARGET, SHAPE)
   pairs = ()
   if method.pair_set:
-    pairs = transfer.make_pairs(method.pair_set, source_taps, target_taps)
+    pairs = transfer.make_pairs(
+      pair_set or method.pair_set, source_taps, target_taps
+    )
   state = training.create_state(
     keys[0],
-    models.init(TARGET, keys[1], SHAPE),
+    _in_precision(models.init(TARGET, keys[1], SHAPE)),
     method=method,
     pairs=pairs,
     source_taps=source_taps,
@@ -34,8 +36,13 @@ def create(method="l2t_ww", seed=0):
     optimizer_fn=OPTIMIZER_FN,
     meta_optimizer=META_OPTIMIZER,
   )
-  source = training.Source(*models.init(SOURCE, keys[2], SHAPE))
+  source = training.Source(*_in_precision(models.init(SOURCE, keys[2], SHAPE)))
   return state, source, pairs, target_taps
+
+
+def _in_precision(variables):
+  """Flax initialises in float32 also where float64 is on."""
+  return jax.tree.map(lambda x: x.astype(jnp.result_type(float)), variables)
 
 
 def make_train_step(pairs, target_taps, mode="mixed", num_inner_steps=2):

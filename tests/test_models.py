@@ -128,6 +128,44 @@ def test_max_pool(window, stride, padding, size):
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
+def test_max_pool_gives_the_gradient_to_the_first_of_equals():
+  equal = jnp.ones((1, 2, 2, 1))
+  grad = jax.grad(lambda x: layers.max_pool(x, 2, 2, 0).sum())(equal)
+  np.testing.assert_array_equal(grad[0, :, :, 0], [[1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 8])
+def test_max_pool_loses_no_gradient_in_fused_code(size):
+  """With `jnp.maximum` this very computation does, on CPU."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  images, kernels = draw(size, 8, 8, 3), (draw(3, 3, 3, 6), draw(3, 3, 6, 8))
+
+  def stage(x, kernel, bias):
+    variables = {"params": {"kernel": kernel}}
+    x = layers.conv(kernel.shape[-1], name="conv").apply(variables, x)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    x = (x - mean) * jax.lax.rsqrt(var + 1e-5) + bias
+    return layers.max_pool(jax.nn.relu(x), 2, 2, 0)
+
+  def rest(pooled):
+    logits = stage(pooled, kernels[1], jnp.zeros(8)).mean((1, 2))
+    return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+  @jax.jit
+  def run(bias, kernel):
+    pooled, pullback = jax.vjp(
+      lambda bias, kernel: stage(images, kernel, bias), bias, kernel
+    )
+    cotangent = jax.grad(rest)(pooled)
+    return pooled, cotangent, pullback(cotangent)
+
+  pooled, cotangent, (actual, _) = run(jnp.zeros(6), kernels[0])
+  # A bias before ReLU and pool moves each positive maximum as much.
+  expected = jnp.sum(cotangent * (pooled > 0), axis=(0, 1, 2))
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_bfloat16_keeps_parameters_and_logits_in_float32():
   module = models.create("resnet_tiny", 10, dtype=jnp.bfloat16)
   params, model_state = models.init(module, jax.random.key(0), (8, 8, 1))

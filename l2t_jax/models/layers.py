@@ -60,10 +60,17 @@ def batch_norm(train: bool, *, dtype: Any = None, name: str) -> nn.BatchNorm:
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-  """Max-pool [B, H, W, C] by pairwise maxima of shifted slices.
+  """Max-pool [B, H, W, C] by pairwise choices between shifted slices.
 
-  Exact, and unlike `nn.max_pool` its second derivative does not go through
-  XLA's select-and-scatter, which is slow on CPU.
+  Unlike `nn.max_pool`, its second derivative does not go through XLA's
+  select-and-scatter, which is slow on CPU. Where entries are equal, the first
+  one takes the gradient, as in PyTorch.
+
+  The choice is a comparison of the operands. The derivative of `jnp.maximum`
+  (and of `jnp.max`) compares an operand with the *result* for equality
+  instead; when XLA recomputes one of the two in another fusion with another
+  rounding, neither is equal and the gradient is silently lost (seen on CPU
+  with jaxlib 0.10.1, at batch sizes that are no multiple of 4).
   """
   if padding:
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -77,7 +84,10 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
         i : i + (height - 1) * stride + 1 : stride,
         j : j + (width - 1) * stride + 1 : stride,
       ]
-      pooled = shifted if pooled is None else jnp.maximum(pooled, shifted)
+      if pooled is None:
+        pooled = shifted
+      else:
+        pooled = jnp.where(pooled >= shifted, pooled, shifted)
   return pooled
 
 
