@@ -16,8 +16,10 @@ from configs import default
 from l2t_jax import experiment, types
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -120,8 +120,8 @@ def unroll(
   Returns:
     The state after the last step and the losses [T] before each step.
   """
-  shared = num_steps is not None
   if rolled:
+    shared = num_steps is not None
 
     def body(state, batch):
       return step(state, meta_params, batches if shared else batch)
@@ -129,14 +129,13 @@ def unroll(
     return jax.lax.scan(
       body, state, None if shared else batches, length=num_steps
     )
-  if shared:
+  if num_steps is not None:
     each = [batches] * num_steps
   else:
     leaves, treedef = jax.tree.flatten(batches)
     chex.assert_equal_shape_prefix(leaves, 1)
     each = [
-      treedef.unflatten(step_leaves)
-      for step_leaves in zip(*leaves, strict=True)
+      jax.tree.unflatten(treedef, entry) for entry in zip(*leaves, strict=True)
     ]
   losses = []
   for batch in each:

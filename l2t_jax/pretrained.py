@@ -180,8 +180,8 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
   """
   if not path.is_file():
     raise types.InputError(
-      f"no source weights at {path}; python -m l2t_jax.pretrained makes them"
-      " from a torch checkpoint"
+      f"no source weights at {path}; convert a checkpoint (python -m"
+      " l2t_jax.pretrained) or take target.safetensors of another run"
     )
   arrays, metadata = _read_safetensors(path)
   if "model" not in metadata or "num_classes" not in metadata:

@@ -142,7 +142,8 @@ def make_train_step(
 
   Args:
     target_fn: the target network.
-    source_fn: the source network; None where there are no pairs.
+    source_fn: the source network; None where, and only where, there are no
+      pairs.
     pairs: the set C; empty for no transfer.
     target_taps: shapes of the target's taps.
     beta: β, weight of the matching loss.
@@ -184,13 +185,13 @@ def make_train_step(
 
   def with_source(source, batch):
     """Run the source: once a batch, outside of all that is differentiated."""
-    if not pairs:
-      return objectives.TransferBatch(*batch, source=None)
+    if source_fn is None:
+      return objectives.TransferBatch(batch.images, batch.labels, None)
     _, features, _ = source_fn(
       source.params, source.model_state, batch.images, train=False
     )
     maps = transfer.prepare_source(features, pairs, target_taps)
-    return objectives.TransferBatch(*batch, source=maps)
+    return objectives.TransferBatch(batch.images, batch.labels, maps)
 
   def weights_of(meta_params, data):
     if not pairs:

@@ -48,7 +48,7 @@ def _in_precision(variables):
 def make_train_step(pairs, target_taps, mode="mixed", num_inner_steps=2):
   return training.make_train_step(
     models.as_apply_fn(TARGET),
-    models.as_apply_fn(SOURCE),
+    models.as_apply_fn(SOURCE) if pairs else None,
     pairs=pairs,
     target_taps=target_taps,
     beta=0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -76,19 +77,16 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     x = jnp.pad(x, edges, constant_values=-jnp.inf)
   height, width = ((n - window) // stride + 1 for n in x.shape[1:3])
-  pooled = None
-  for i in range(window):
-    for j in range(window):
-      shifted = x[
-        :,
-        i : i + (height - 1) * stride + 1 : stride,
-        j : j + (width - 1) * stride + 1 : stride,
-      ]
-      if pooled is None:
-        pooled = shifted
-      else:
-        pooled = jnp.where(pooled >= shifted, pooled, shifted)
-  return pooled
+  slices = [
+    x[
+      :,
+      i : i + (height - 1) * stride + 1 : stride,
+      j : j + (width - 1) * stride + 1 : stride,
+    ]
+    for i in range(window)
+    for j in range(window)
+  ]
+  return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), slices)
 
 
 def _conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):

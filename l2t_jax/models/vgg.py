@@ -45,9 +45,10 @@ class VGG(nn.Module):
     self, images: jax.Array, train: bool
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
-    x, index, features = images, 0, {}
+    x, index = images, 0
+    features: dict[str, jax.Array] = {}
     for entry in self.plan:
-      if entry == POOL:
+      if isinstance(entry, str):  # POOL.
         x = layers.max_pool(x, window=2, stride=2, padding=0)
         index += 1
         continue

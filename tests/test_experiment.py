@@ -1,0 +1,276 @@
+"""From the command line to a trained network, on real digits."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import digits, digits_source
+from l2t_jax import experiment, logs, types
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Runs and their compiled steps are shared by the tests of one process.
+pytestmark = pytest.mark.xdist_group("experiment")
+
+
+def run_train(*arguments):
+  """Run train.py in a process of its own."""
+  return subprocess.run(
+    [sys.executable, "train.py", *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """Source weights, trained for one epoch through train.py."""
+  workdir = tmp_path_factory.mktemp("source") / "run"
+  result = run_train(
+    "--config=configs/digits_source.py",
+    "--config.epochs=1",
+    f"--workdir={workdir}",
+  )
+  assert result.returncode == 0, result.stderr
+  return workdir / "target.safetensors"
+
+
+def small_config(source, epochs=3):
+  config = digits.get_config()
+  config.source.weights = str(source)
+  config.epochs = epochs
+  config.batch_size = 16
+  config.data.image_size = 8
+  config.data.val_fraction = 0.02
+  config.data.test_fraction = 0.02
+  config.transfer.pairs = "stage3_block1->conv3, stage1_block1->conv1"
+  config.bilevel.num_inner_steps = 1
+  config.checkpoint_every = 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+  """A finished run of three epochs."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  experiment.train_and_evaluate(small_config(source), workdir)
+  return workdir
+
+
+def records(workdir, kind):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  summary = json.loads((finished / "summary.json").read_text())
+  assert summary["method"] == "l2t_ww"
+  assert summary["seed"] == 0
+  assert summary["epochs"] == 3
+  assert summary["seconds"] > 0
+  assert summary["versions"]["jax"] == jax.__version__
+  epochs = records(finished, "epoch")
+  assert [r["epoch"] for r in epochs] == [1, 2, 3]
+  best = max(epochs, key=lambda r: r["val_accuracy"])
+  assert summary["val_accuracy"] == best["val_accuracy"]
+  assert summary["test_accuracy"] == best["test_accuracy"]
+  assert summary["best_epoch"] == best["epoch"]
+  config = json.loads((finished / "config.json").read_text())
+  assert config["bilevel"]["num_inner_steps"] == 1
+  content = json.loads((finished / "transfer_map.json").read_text())
+  pairs = [(p["source"], p["target"]) for p in content["pairs"]]
+  assert pairs == [("stage3_block1", "conv3"), ("stage1_block1", "conv1")]
+  assert [len(p["history"]) for p in content["pairs"]] == [3, 3]
+  assert (finished / "transfer_map.png").stat().st_size > 10_000
+  assert list((finished / "tensorboard").iterdir())
+  assert list((finished / "checkpoints").iterdir())
+
+
+def test_it_learns(source, tmp_path):
+  config = small_config(source, epochs=30)
+  config.method = "scratch"
+  config.data.per_class = 20
+  summary = experiment.train_and_evaluate(config, tmp_path)
+  losses = [r["train_loss"] for r in records(tmp_path, "epoch")]
+  assert losses[-1] < 0.5 * losses[0]
+  assert summary["test_accuracy"] > 0.5  # Chance is 0.1.
+
+
+class Killed(Exception):
+  pass
+
+
+def test_a_run_that_is_cut_off_ends_bit_equal(
+  source, finished, tmp_path, monkeypatch
+):
+  config = small_config(source)
+  write = logs.MetricsLog.write
+
+  def killed_in_epoch_3(self, kind, step, values):
+    if values["epoch"] == 3:
+      raise Killed
+    write(self, kind, step, values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(logs.MetricsLog, "write", killed_in_epoch_3)
+    with pytest.raises(Killed):
+      experiment.train_and_evaluate(config, tmp_path)
+  # What a crash can leave behind: a half-written record.
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"kind": "train", "st')
+  assert not (tmp_path / "summary.json").exists()
+  resumed = experiment.train_and_evaluate(config, tmp_path)
+  whole = json.loads((finished / "summary.json").read_text())
+  for name in ("val_accuracy", "test_accuracy", "best_epoch", "split_hash"):
+    assert resumed[name] == whole[name]
+  assert records(tmp_path, "train") == records(finished, "train")
+  assert records(tmp_path, "epoch") == records(finished, "epoch")
+  ours, theirs = (
+    safetensors.numpy.load_file(folder / "target.safetensors")
+    for folder in (tmp_path, finished)
+  )
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[name])
+
+
+def test_the_same_command_again_says_that_it_is_complete(
+  source, finished, capsys
+):
+  before = (finished / "metrics.jsonl").read_bytes()
+  experiment.train_and_evaluate(small_config(source), finished)
+  assert "nothing to do" in capsys.readouterr().out
+  assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_another_config_is_refused(source, finished):
+  config = small_config(source)
+  config.transfer.beta = 9.0
+  message = r"transfer.beta was 2.0, is 9.0; use another --workdir"
+  with pytest.raises(types.InputError, match=message):
+    experiment.train_and_evaluate(config, finished)
+
+
+def test_four_devices_compute_what_one_does(source, finished, tmp_path):
+  """The batch statistics and the losses are those of the whole batch."""
+  program = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 4)
+from l2t_jax import experiment
+from tests import test_experiment
+config = test_experiment.small_config(sys.argv[1])
+experiment.train_and_evaluate(config, sys.argv[2])
+assert jax.device_count() == 4
+"""
+  subprocess.run(
+    [sys.executable, "-c", program, str(source), str(tmp_path)],
+    check=True,
+    capture_output=True,
+    cwd=ROOT,
+  )
+  one, four = records(finished, "train"), records(tmp_path, "train")
+  for ours, theirs in zip(four, one, strict=True):
+    for name in ("loss", "target_loss", "outer_loss", "meta_grad_norm"):
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-2)
+  first = four[0]["loss"], one[0]["loss"]
+  np.testing.assert_allclose(*first, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("epochs", 0, "config.epochs is 0; it must be at least 1"),
+    ("bilevel.num_inner_steps", 0, "config.bilevel.num_inner_steps is 0"),
+    ("optimizer.momentum", 1.0, "at least 0 and less than 1"),
+    ("precision", "f16", "'f16'; it must be one of f32, tf32, bf16"),
+    ("method", "l2t", "config.method is 'l2t'; it must be one of scratch"),
+    ("target.model", "vgg", "config.target.model is 'vgg'"),
+    ("bilevel.mode", "fast", "one of reverse, remat, mixed"),
+    ("source.weights", "", "needs config.source.weights"),
+    ("source.weights", "nowhere.safetensors", "no source weights at nowhere"),
+    ("source.taps", ("stage9",), "unknown tap 'stage9'; the network's taps"),
+    ("transfer.pairs", "a->conv1", "unknown source tap 'a'"),
+    ("data.channels", 3, "takes 1 channels; config.data.channels is 3"),
+    ("data.name", "letters", "letters"),
+    ("batch_size", 51, "51"),
+  ],
+)
+def test_a_wrong_value_is_named(source, tmp_path, field, value, message):
+  config = small_config(source)
+  with config.ignore_type():
+    config.update_from_flattened_dict({field: value})
+  with pytest.raises(types.InputError, match=message) as error:
+    experiment.train_and_evaluate(config, tmp_path / "run")
+  assert "\n" not in str(error.value)
+  # A corrected command can use the same folder.
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config=configs/nope.py"], "No such file or directory"),
+    (
+      ["--config=configs/digits.py", "--config.source.wieghts=x"],
+      "unknown field config.source.wieghts; did you mean config.source.weights",
+    ),
+    (
+      ["--config=configs/digits.py", "--config.epochs=ten"],
+      "flag --config.epochs=ten: invalid literal",
+    ),
+    (["--config=configs/digits.py", "x=1"], "unexpected argument 'x=1'"),
+    ([], "flag --config"),
+    (
+      [
+        "--config=configs/stl10.py",
+        "--config.data.source=folder",
+        "--config.data.path=/nowhere",
+      ],
+      "/nowhere",
+    ),
+  ],
+)
+def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
+  result = run_train(*arguments, f"--workdir={tmp_path / 'run'}")
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert result.stderr.startswith("error: ")
+  assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_without_images(tmp_path):
+  (tmp_path / "images" / "cat").mkdir(parents=True)
+  result = run_train(
+    "--config=configs/stl10.py",
+    "--config.method=scratch",
+    "--config.data.source=folder",
+    f"--config.data.path={tmp_path / 'images'}",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert result.returncode == 2
+  assert result.stderr.startswith("error: ")
+  assert result.stderr.count("\n") == 1
+  assert "images" in result.stderr
+
+
+def test_workdir_in_the_place_of_a_file(source, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(types.InputError, match="cannot use --workdir="):
+    experiment.train_and_evaluate(small_config(source), tmp_path / "file")
+
+
+def test_configs_are_complete():
+  """Each experiment has the default's fields, no more and no fewer."""
+  from configs import cifar100, cub200, default, stl10
+
+  fields = set(experiment._flatten(default.get_config().to_dict()))
+  for module in (cifar100, cub200, stl10, digits, digits_source):
+    config = module.get_config()
+    assert set(experiment._flatten(config.to_dict())) == fields
+    experiment.check(config)
