@@ -5,11 +5,13 @@
 The same command again resumes, or says that the run is complete.
 """
 
+from collections.abc import Iterable
 import difflib
 import sys
 
 from absl import app, flags, logging
 import flax
+import ml_collections
 from ml_collections import config_flags
 
 from configs import default
@@ -24,10 +26,11 @@ flags.mark_flag_as_required("config")
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parse flags; whatever is wrong with them is one `InputError`."""
-  _check_fields(argv)
+  names = [argument.split("=")[0].lstrip("-") for argument in argv[1:]]
+  _check_fields(n for n in names if n.startswith("config."))
   try:
     rest = flags.FLAGS(argv)
-    _CONFIG.value.keys()  # A config file that failed to load says so here.
+    _check_fields(_fields(_CONFIG.value))
   except OSError as error:
     reason = str(error).splitlines()[-1].strip()
     raise types.InputError(f"--config: {reason}") from error
@@ -40,12 +43,16 @@ def parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
-def _check_fields(argv: list[str]) -> None:
-  fields = flax.traverse_util.flatten_dict(default.get_config().to_dict())
-  known = [".".join(("config", *path)) for path in fields]
-  for argument in argv[1:]:
-    name = argument.split("=")[0].lstrip("-")
-    if name.startswith("config.") and name not in known:
+def _fields(config: ml_collections.ConfigDict) -> list[str]:
+  paths = flax.traverse_util.flatten_dict(config.to_dict())
+  return [".".join(("config", *path)) for path in paths]
+
+
+def _check_fields(names: Iterable[str]) -> None:
+  """Refuse fields that the default config does not have."""
+  known = _fields(default.get_config())
+  for name in names:
+    if name not in known:
       nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
       raise types.InputError(
         f"unknown field {name}; did you mean {nearest}? configs/default.py"

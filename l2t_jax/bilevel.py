@@ -64,7 +64,8 @@ def make_inner_step(
 
   Raises:
     types.InputError: for an unknown mode, and when the step is traced for an
-      optimizer whose update has no finite derivative.
+      optimizer whose update has no finite derivative
+      (see `check_differentiable`).
   """
   if mode not in MODES:
     raise types.InputError(
@@ -73,7 +74,7 @@ def make_inner_step(
   gradient = (_mixed_gradient if mode == "mixed" else _gradient)(loss_fn)
 
   def step(state, meta_params, batch):
-    _check_differentiable(optimizer, state.params)
+    check_differentiable(optimizer, state.params)
     model_state, batch = jax.lax.stop_gradient((state.model_state, batch))
     grads, loss, model_state = gradient(
       state.params, meta_params, model_state, batch
@@ -196,7 +197,9 @@ def _mixed_gradient(loss_fn):
 
       (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ) = d/dε (∇_θ L, ∇_φ L)(θ + ε v, φ) at ε = 0.
 
-  Between the passes it keeps the step's inputs alone.
+  Between the passes it keeps the step's inputs alone. A loss whose derivatives
+  are not those of its value (a straight-through estimator, say) has no
+  symmetric Hessian: use another mode for it.
   """
   gradient = jax.custom_vjp(_gradient(loss_fn))
 
@@ -220,12 +223,22 @@ def _mixed_gradient(loss_fn):
   return gradient
 
 
-def _check_differentiable(optimizer, params):
+def check_differentiable(
+  optimizer: optax.GradientTransformation, params: types.PyTree
+) -> None:
   """Refuse an optimizer whose update has no finite slope at a zero gradient.
 
   Exactly zero gradients are common (a parameter that a loss does not reach),
   and there sqrt has an infinite slope: optax's Adam with eps_root=0 turns the
-  whole hypergradient into NaN. The probe runs on one scalar for each leaf.
+  whole hypergradient into NaN. The probe runs on one scalar for each leaf;
+  an optimizer with traced hyper-parameters cannot be probed and passes.
+
+  Args:
+    optimizer: the inner optimizer.
+    params: what it updates.
+
+  Raises:
+    types.InputError: for an optimizer that is not differentiable.
   """
   with jax.ensure_compile_time_eval():
     ones = jax.tree.map(

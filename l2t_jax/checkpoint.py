@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 from typing import Any
 
@@ -13,10 +14,10 @@ from l2t_jax import types
 class Checkpoints:
   """The checkpoints of one run; a context manager that waits for writes."""
 
-  def __init__(self, folder: pathlib.Path, *, keep: int = 2):
+  def __init__(self, folder: pathlib.Path):
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+      options=ocp.CheckpointManagerOptions(max_to_keep=2),
       item_names=("state", "progress"),
     )
 
@@ -40,7 +41,8 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        progress=ocp.args.JsonSave(progress),
+        # A copy: it is written in the background.
+        progress=ocp.args.JsonSave(copy.deepcopy(progress)),
       ),
     )
 

@@ -45,6 +45,8 @@ _PRECISIONS = {
   "bf16": (jnp.bfloat16, "default"),
 }
 _VERSIONED = (jax, jaxlib, flax, optax, np)
+# Folded into the seed's key for initialisation; the data fold in epochs.
+_INIT = 2**32 - 1
 _LOOPS = ("auto", "scan", "unroll")
 # Fields that may differ between a run and its resumption.
 _FREE_FIELDS = ("log_every", "checkpoint_every", "data.num_workers")
@@ -54,12 +56,10 @@ class Run(NamedTuple):
   """All that the loop needs, made from a config."""
 
   dataset: data.Dataset
-  target: Any  # Linen module.
   source: training.Source | None
   source_taps: transfer.TapShapes
   target_taps: transfer.TapShapes
   pairs: tuple[transfer.Pair, ...]
-  state: types.TrainState
   train_step: Any  # Jitted `training.make_train_step`.
   eval_step: Any  # Jitted `training.make_eval_step`.
   learning_rate_fn: Any  # iteration -> learning rate.
@@ -93,9 +93,9 @@ def train_and_evaluate(
     print(f"{workdir} holds a complete run; nothing to do")
     return json.loads(summary_file.read_text())
   with jax.default_matmul_precision(_PRECISIONS[config.precision][1]):
-    run = build(config)
+    run, state = build(config)
     _write_json(workdir / "config.json", json.loads(config.to_json()))
-    progress = _train(run, config, workdir)
+    progress = _train(run, state, config, workdir)
   if run.pairs:
     _write_transfer_map(run, config, workdir, progress)
   summary = _summary(run, config, progress)
@@ -149,7 +149,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def build(config: ml_collections.ConfigDict) -> Run:
+def build(config: ml_collections.ConfigDict) -> tuple[Run, types.TrainState]:
   """Load data and source, initialise the target, jit the steps."""
   method = objectives.get_method(config.method)
   mesh = sharding.make_mesh()
@@ -159,6 +159,11 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f" number of devices, {mesh.size}"
     )
   dataset = _load_data(config)
+  if not dataset.num_val:
+    raise types.InputError(
+      "there are no validation images to choose the best epoch by; set"
+      " config.data.val_fraction above 0"
+    )
   dtype = _PRECISIONS[config.precision][0]
   target = models.create(config.target.model, dataset.num_classes, dtype)
   target_taps = models.select_taps(
@@ -167,15 +172,23 @@ def build(config: ml_collections.ConfigDict) -> Run:
   source, source_fn, source_taps = None, None, {}
   pairs: tuple[transfer.Pair, ...] = ()
   if method.pair_set:
-    module, source = _load_source(config.source.weights, dtype, dataset)
-    source = sharding.replicate(source, mesh)
+    module, *variables = pretrained.load_network(
+      pathlib.Path(config.source.weights), dataset.image_shape, dtype
+    )
+    source = sharding.replicate(training.Source(*variables), mesh)
     source_fn = models.as_apply_fn(module)
     source_taps = models.select_taps(
       module, dataset.image_shape, config.source.taps
     )
+    if "->" in config.transfer.pairs:
+      # Pairs listed by hand choose among all taps.
+      source_taps = models.tap_shapes(module, dataset.image_shape)
+      target_taps = models.tap_shapes(target, dataset.image_shape)
     pairs = transfer.make_pairs(
       config.transfer.pairs or method.pair_set, source_taps, target_taps
     )
+    source_taps = _used(source_taps, {pair.source for pair in pairs})
+    target_taps = _used(target_taps, {pair.target for pair in pairs})
   optimizer_fn = training.sgd(
     momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay,
@@ -188,7 +201,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     epochs=config.epochs,
     steps_per_epoch=dataset.steps_per_epoch,
   )
-  target_key, transfer_key = jax.random.split(jax.random.key(config.seed))
+  init_key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
+  target_key, transfer_key = jax.random.split(init_key)
   state = training.create_state(
     transfer_key,
     models.init(target, target_key, dataset.image_shape),
@@ -216,19 +230,20 @@ def build(config: ml_collections.ConfigDict) -> Run:
     mode=config.bilevel.mode,
     rolled=rolled,
   )
-  return Run(
+  run = Run(
     dataset=dataset,
-    target=target,
     source=source,
     source_taps=source_taps,
     target_taps=target_taps,
     pairs=pairs,
-    state=sharding.replicate(state, mesh),
-    train_step=jax.jit(train_step, donate_argnums=0),
+    train_step=jax.jit(
+      train_step, donate_argnums=0, out_shardings=sharding.replicated(mesh)
+    ),
     eval_step=jax.jit(training.make_eval_step(target_fn)),
     learning_rate_fn=learning_rate_fn,
     mesh=mesh,
   )
+  return run, sharding.replicate(state, mesh)
 
 
 def evaluate(run: Run, inner: types.InnerState, split: str) -> dict[str, float]:
@@ -245,6 +260,10 @@ def evaluate(run: Run, inner: types.InnerState, split: str) -> dict[str, float]:
   }
 
 
+def _used(taps, names):
+  return {name: shape for name, shape in taps.items() if name in names}
+
+
 def _load_data(config):
   fields = config.data.to_dict()
   return data.load(
@@ -257,23 +276,8 @@ def _load_data(config):
   )
 
 
-def _load_source(path, dtype, dataset):
-  """Read source weights; return (module, variables)."""
-  variables, metadata = pretrained.load(pathlib.Path(path))
-  module = models.create(metadata["model"], int(metadata["num_classes"]), dtype)
-  channels = variables["params"]["conv1"]["kernel"].shape[2]
-  if channels != dataset.image_shape[-1]:
-    raise types.InputError(
-      f"the source {path} takes {channels} channels; config.data.channels is"
-      f" {dataset.image_shape[-1]}"
-    )
-  params = variables.pop("params")
-  return module, training.Source(params, variables)
-
-
-def _train(run, config, workdir):
+def _train(run, state, config, workdir):
   """Run the epochs that are left; return what the last one remembers."""
-  state = run.state
   dataset = run.dataset
   progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -285,7 +289,7 @@ def _train(run, config, workdir):
     display = logs.Progress(
       config.epochs * dataset.steps_per_epoch, step, config.batch_size
     )
-    display.say(_headline(run, config))
+    display.say(_headline(run, state, config))
     if restored:
       display.say(f"resuming after epoch {progress['epoch']}")
     try:
@@ -327,7 +331,7 @@ def _train_epoch(run, state, epoch, log_every, metrics_log, display):
   step = last_step - run.dataset.steps_per_epoch
   learning_rate = float(run.learning_rate_fn(step))
   pending, fetched = [], []
-  for batch in run.dataset.train_batches(epoch):
+  for batch in run.dataset.train_batches(epoch - 1):
     state, metrics = run.train_step(
       state, run.source, sharding.shard(batch, run.mesh)
     )
@@ -336,11 +340,7 @@ def _train_epoch(run, state, epoch, log_every, metrics_log, display):
     if step % log_every == 0 or step == last_step:
       pending = jax.device_get(pending)
       scalars = _scalars(_mean(pending))
-      if not math.isfinite(scalars["loss"]):
-        raise types.InputError(
-          f"the loss is {scalars['loss']} at iteration {step}; lower"
-          " config.optimizer.learning_rate or config.transfer.beta"
-        )
+      _check_finite(scalars, step)
       metrics_log.write("train", step, {"epoch": epoch, **scalars})
       display.update(epoch, len(pending), scalars)
       fetched += pending
@@ -360,6 +360,16 @@ def _train_epoch(run, state, epoch, log_every, metrics_log, display):
       },
     }
   return state, record
+
+
+def _check_finite(scalars, step):
+  for name, value in scalars.items():
+    if not math.isfinite(value):
+      raise types.InputError(
+        f"{name} is {value} within the iterations up to {step}; lower"
+        " config.optimizer.learning_rate, config.transfer.beta or"
+        " config.meta.learning_rate"
+      )
 
 
 def _mean(metrics):
@@ -421,10 +431,10 @@ def _summary(run, config, progress):
   }
 
 
-def _headline(run, config):
+def _headline(run, state, config):
   """Say what is about to be trained on what."""
   dataset = run.dataset
-  params = run.state.inner.params["target"]
+  params = state.inner.params["target"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   lines = [
     f"{config.method}: {config.target.model}, {count:,} parameters, on"

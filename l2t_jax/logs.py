@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 import json
 import pathlib
+import time
 from typing import Any
 
 from rich import console, progress
 import tensorboardX
 
 METRICS = "metrics.jsonl"
+# What a progress line shows, and the metric behind it.
+_SHOWN = {
+  "loss": "loss",
+  "target": "target_loss",
+  "matching": "matching_loss",
+  "accuracy": "accuracy",
+}
+_SECONDS_OF_SILENCE = 30
 
 
 class MetricsLog:
@@ -56,11 +65,12 @@ class MetricsLog:
 
 
 class Progress:
-  """A live bar on a terminal, one line an epoch elsewhere."""
+  """A live bar on a terminal; elsewhere a line now and then."""
 
   def __init__(self, total_steps: int, done: int, batch_size: int):
     self.console = console.Console()
     self._batch_size = batch_size
+    self._said_at = time.time()
     self._bar = progress.Progress(
       progress.TextColumn("{task.fields[where]}"),
       progress.BarColumn(),
@@ -85,16 +95,24 @@ class Progress:
       steps: done since the last call.
       values: to be shown, by name.
     """
-    shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+    shown = "  ".join(
+      f"{name} {values[key]:.3g}"
+      for name, key in _SHOWN.items()
+      if key in values
+    )
     speed = self._bar.tasks[self._task].speed
     if speed:
       shown += f"  {speed * self._batch_size:.0f} images/s"
     self._bar.update(
       self._task, advance=steps, where=f"epoch {epoch}", values=shown
     )
+    task = self._bar.tasks[self._task]
+    if self._bar.disable and time.time() - self._said_at > _SECONDS_OF_SILENCE:
+      self.say(f"step {task.completed:.0f}/{task.total:.0f}  {shown}")
 
   def say(self, line: str) -> None:
     """Print a line above the bar."""
+    self._said_at = time.time()
     self.console.print(line, highlight=False, soft_wrap=True)
 
   def close(self) -> None:

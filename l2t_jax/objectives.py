@@ -8,7 +8,7 @@ statistics, and a `TransferBatch`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -24,10 +24,6 @@ class Method(NamedTuple):
   pair_set: str | None  # The pairs that it names; None: no transfer.
   learn_channels: bool = False  # Whether f is learned.
   learn_pairs: bool = False  # Whether g is learned.
-
-  @property
-  def is_meta_learned(self) -> bool:
-    return self.learn_channels or self.learn_pairs
 
 
 METHODS = {
@@ -58,7 +54,7 @@ class Losses(NamedTuple):
 
   target: types.InnerLossFn  # L_org.
   matching: types.InnerLossFn  # L_wfm.
-  total: types.InnerLossFn  # L_org + L_wfm; see `make_losses`.
+  total: Any  # L_org + L_wfm, with metrics; see `make_losses`.
 
 
 def get_method(name: str) -> Method:
@@ -122,7 +118,7 @@ def make_losses(
     target_loss = cross_entropy(logits, batch.labels)
     metrics = {
       "target_loss": target_loss,
-      "train_accuracy": accuracy(logits, batch.labels),
+      "accuracy": accuracy(logits, batch.labels),
     }
     loss = target_loss
     if pairs:

@@ -20,6 +20,7 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -157,7 +158,9 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} holds no state dict: expected tensors by name, alone or under"
       " 'state_dict'"
     )
-  return {name: value.numpy() for name, value in content.items()}
+  return {
+    name: value.detach().float().numpy() for name, value in content.items()
+  }
 
 
 def save(
@@ -166,10 +169,15 @@ def save(
   """Write variables and metadata to a safetensors file, all or nothing."""
   flat = traverse_util.flatten_dict(variables, sep="/")
   arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
-  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
-  safetensors.numpy.save_file(arrays, partial, dict(metadata))
-  partial.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(arrays, partial, dict(metadata))
+    partial.replace(path)
+  except OSError as error:
+    raise types.InputError(
+      f"cannot write {path}: {error.strerror}; choose another place"
+    ) from error
 
 
 def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
@@ -190,6 +198,51 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
       f" python -m l2t_jax.pretrained {path} OUT.safetensors --model=..."
     )
   return traverse_util.unflatten_dict(arrays, sep="/"), metadata
+
+
+def load_network(
+  path: pathlib.Path, image_shape: tuple[int, int, int], dtype: Any = None
+) -> tuple[nn.Module, types.PyTree, types.PyTree]:
+  """Read a file that `save` wrote and make the network that it names.
+
+  Args:
+    path: of the weights.
+    image_shape: (H, W, C) of the images that the network will see.
+    dtype: of its activations; None for that of the parameters.
+
+  Returns:
+    (module, params, model_state).
+
+  Raises:
+    types.InputError: as `load` does, and where the weights do not fit the
+      network or the images.
+  """
+  variables, metadata = load(path)
+  module = models.create(metadata["model"], int(metadata["num_classes"]), dtype)
+  expected = traverse_util.flatten_dict(variable_shapes(module, image_shape))
+  given = traverse_util.flatten_dict(variables)
+  for leaf in sorted(expected.keys() | given.keys()):
+    shapes = [
+      list(side[leaf].shape) if leaf in side else "missing"
+      for side in (given, expected)
+    ]
+    if shapes[0] != shapes[1]:
+      raise types.InputError(
+        f"{path} does not fit {metadata['model']} on images of"
+        f" {'x'.join(map(str, image_shape))}: {'/'.join(leaf)} is {shapes[0]},"
+        f" expected {shapes[1]}"
+      )
+  return module, variables.pop("params"), variables
+
+
+def variable_shapes(
+  module: nn.Module, image_shape: tuple[int, int, int]
+) -> types.PyTree:
+  """Shapes of a network's variables, without making them."""
+  return jax.eval_shape(
+    lambda images: module.init(jax.random.key(0), images, train=False),
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+  )
 
 
 def _read_safetensors(path):
@@ -220,12 +273,8 @@ def convert_file(
     )
   module = models.create(model, num_classes=classes[0])
   # Colour images; the first convolution says so, or is found not to fit.
-  images = jax.ShapeDtypeStruct(
-    (1, module.image_size, module.image_size, 3), jnp.float32
-  )
-  variables = jax.eval_shape(
-    lambda images: module.init(jax.random.key(0), images, train=False), images
-  )
+  image_shape = (module.image_size, module.image_size, 3)
+  variables = variable_shapes(module, image_shape)
   converted, report = convert(tensors, variables)
   metadata = {
     "model": model,
@@ -250,7 +299,8 @@ def main() -> None:
   try:
     report = convert_file(args.checkpoint, args.output, args.model)
   except types.InputError as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
   for name, new_name in report.mapped.items():
     print(f"{name:40} -> {new_name}")
   print(

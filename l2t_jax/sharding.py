@@ -23,9 +23,14 @@ def make_mesh() -> jax.sharding.Mesh:
   )
 
 
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The sharding of an array of which every device has a copy."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def replicate(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
   """Put a copy of every array on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return jax.device_put(tree, replicated(mesh))
 
 
 def shard(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:

@@ -155,10 +155,12 @@ def make_train_step(
     rolled: whether the matching steps are a rolled loop.
 
   Returns:
-    `train_step(state, source, batch) -> (state, metrics)`. Metrics are
-    scalars of this iteration, before its updates, and, where there are pairs,
-    "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P] in the order
-    of the pairs, and "channel_weights", pair -> [C_m], means over the batch.
+    `train_step(state, source, batch) -> (state, metrics)`. Metrics are the
+    scalars "loss", "target_loss", "matching_loss" and "accuracy" of the batch
+    before the real update, "outer_loss" after the look-ahead and
+    "meta_grad_norm"; and, where there are pairs, "transfer": "pair_weights"
+    and "distances" (Σ_c w_c d_c), [P] in the order of the pairs, and
+    "channel_weights", pair -> [C_m], all of them means over the batch.
   """
   losses = objectives.make_losses(target_fn, pairs, beta=beta)
 
@@ -169,6 +171,8 @@ def make_train_step(
     inner, metrics = real_update(optimizer, state.inner, weights, data)
     meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
     if jax.tree.leaves(meta_params):
+      # With a rate that is no tracer, so that it can be probed.
+      bilevel.check_differentiable(optimizer_fn(1.0), inner.params)
       outer_loss, grads = bilevel.hypergradient(
         look_ahead(optimizer), losses.target, inner, meta_params, data
       )
@@ -214,6 +218,7 @@ def make_train_step(
     return inner, metrics
 
   def look_ahead(optimizer):
+    # Jitted, so that T steps are traced and lowered as one.
     matching_step = jax.jit(
       bilevel.make_inner_step(losses.matching, optimizer, mode=mode)
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import chex
-from flax import struct
 import jax
 
 # Any nested container of arrays.
@@ -43,8 +42,7 @@ class InnerState(NamedTuple):
   model_state: PyTree  # Carried but not differentiated: batch statistics.
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
   """Everything that a run needs to go on; what a checkpoint holds."""
 
   step: jax.Array  # [] int32, iterations done.

@@ -45,7 +45,15 @@ def _in_precision(variables):
   return jax.tree.map(lambda x: x.astype(jnp.result_type(float)), variables)
 
 
-def make_train_step(pairs, target_taps, mode="mixed", num_inner_steps=2):
+def make_train_step(
+  pairs,
+  target_taps,
+  *,
+  mode="mixed",
+  num_inner_steps=2,
+  rolled=False,
+  optimizer_fn=OPTIMIZER_FN,
+):
   return training.make_train_step(
     models.as_apply_fn(TARGET),
     models.as_apply_fn(SOURCE) if pairs else None,
@@ -54,10 +62,10 @@ def make_train_step(pairs, target_taps, mode="mixed", num_inner_steps=2):
     beta=0.5,
     num_inner_steps=num_inner_steps,
     learning_rate_fn=lambda step: 0.05,
-    optimizer_fn=OPTIMIZER_FN,
+    optimizer_fn=optimizer_fn,
     meta_optimizer=META_OPTIMIZER,
     mode=mode,
-    rolled=False,
+    rolled=rolled,
   )
 
 

@@ -1,5 +1,8 @@
 """The bilevel step: exact in every mode, for any loss, pytree and optimizer."""
 
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import optax
 import pytest
 
 from l2t_jax import bilevel, training, types
+from tests import small_setup
 
 NUM_IN, NUM_HIDDEN, NUM_OUT = 3, 4, 2
 _MIXED_GRADIENT = bilevel._mixed_gradient
@@ -153,6 +157,24 @@ def test_adam_without_eps_root_is_refused():
   state = types.InnerState(params, optimizer.init(params), model_state)
   with pytest.raises(types.InputError, match="eps_root=1e-8"):
     step(state, meta_params, batch)
+
+
+def test_adam_is_refused_in_training_too():
+  """Where the learning rate is traced."""
+  state, source, pairs, target_taps = small_setup.create()
+  opt_state = optax.adam(0.1).init(state.inner.params)
+  state = state._replace(inner=state.inner._replace(opt_state=opt_state))
+  train_step = small_setup.make_train_step(
+    pairs, target_taps, optimizer_fn=optax.adam
+  )
+  with pytest.raises(types.InputError, match="eps_root=1e-8"):
+    jax.eval_shape(train_step, state, source, small_setup.batch(4))
+
+
+def test_it_needs_no_flax():
+  program = "import sys; from l2t_jax import bilevel, transfer; "
+  program += "sys.exit('flax' in sys.modules)"
+  subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_unknown_mode_is_refused():

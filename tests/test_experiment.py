@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from configs import digits, digits_source
-from l2t_jax import experiment, logs, types
+from l2t_jax import checkpoint, experiment, logs, types
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Runs and their compiled steps are shared by the tests of one process.
@@ -196,8 +197,16 @@ assert jax.device_count() == 4
     ("source.weights", "nowhere.safetensors", "no source weights at nowhere"),
     ("source.taps", ("stage9",), "unknown tap 'stage9'; the network's taps"),
     ("transfer.pairs", "a->conv1", "unknown source tap 'a'"),
-    ("data.channels", 3, "takes 1 channels; config.data.channels is 3"),
+    (
+      "data.channels",
+      3,
+      r"images of 8x8x3: params/conv1/kernel is \[3, 3, 1, 16\], expected",
+    ),
     ("data.name", "letters", "letters"),
+    ("data.name", "", "source 'bundled' needs data.name"),
+    ("data.val_fraction", 0.0, "no validation images"),
+    ("data.image_size", 4, "maps of 1x1 are too small for a max-pool of 2x2"),
+    ("optimizer.learning_rate", 1e30, "is (nan|inf) within the iterations"),
     ("batch_size", 51, "51"),
   ],
 )
@@ -208,8 +217,9 @@ def test_a_wrong_value_is_named(source, tmp_path, field, value, message):
   with pytest.raises(types.InputError, match=message) as error:
     experiment.train_and_evaluate(config, tmp_path / "run")
   assert "\n" not in str(error.value)
-  # A corrected command can use the same folder.
-  assert not (tmp_path / "run" / "config.json").exists()
+  if field != "optimizer.learning_rate":
+    # A corrected command can use the same folder.
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +252,46 @@ def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
   assert message in result.stderr
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
+
+
+def test_a_wrong_field_in_a_config_file(tmp_path):
+  config = tmp_path / "mine.py"
+  config.write_text(
+    "from configs import digits\n"
+    "def get_config():\n"
+    "  config = digits.get_config()\n"
+    "  with config.unlocked():\n"
+    "    config.data.per_clas = 5\n"
+    "  return config\n"
+  )
+  result = run_train(f"--config={config}", f"--workdir={tmp_path / 'run'}")
+  assert result.returncode == 2
+  assert result.stderr.startswith("error: unknown field config.data.per_clas;")
+
+
+def test_a_target_becomes_a_source(source, finished, tmp_path):
+  """Of another architecture than the first source, and for another target."""
+  config = small_config(finished / "target.safetensors", epochs=1)
+  config.method = "fm_single"
+  config.target.model = "resnet_tiny"
+  config.transfer.pairs = ""
+  experiment.train_and_evaluate(config, tmp_path)
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  pair = content["pairs"][0]
+  assert (pair["source"], pair["target"]) == ("conv3", "stage3_block1")
+  assert content["fixed"]
+
+
+def test_a_checkpoint_holds_what_it_was_given(tmp_path):
+  """It is written in the background, while the loop goes on."""
+  state = types.TrainState(jnp.zeros(()), jnp.ones(3), {}, {})
+  for trial in range(5):
+    progress = {"epoch": 1, "weights": list(range(10_000))}
+    with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
+      checkpoints.save(1, state, progress)
+      progress["epoch"] = 2
+    with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
+      assert checkpoints.restore(like=state)[1]["epoch"] == 1
 
 
 def test_a_folder_without_images(tmp_path):

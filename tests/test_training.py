@@ -12,18 +12,24 @@ import pytest
 from l2t_jax import models, objectives, training, types
 from tests import small_setup
 
+# Compiled steps are shared by the tests of one process.
+pytestmark = pytest.mark.xdist_group("training")
 
-def step_of(method, mode="mixed"):
-  """Return (train step, its arguments but for the batch)."""
-  state, source, pairs, target_taps = small_setup.create(method)
-  train_step = small_setup.make_train_step(pairs, target_taps, mode)
-  return train_step, state, source
+
+def setup(method="l2t_ww", **step_options):
+  """Return (jitted train step, its first state, source)."""
+  state, source, pairs, _ = small_setup.create(method)
+  train_step = _jitted(method, jax.config.jax_enable_x64, **step_options)
+  return train_step, state, source if pairs else None
 
 
 @functools.cache
-def jitted(method, mode="mixed"):
-  train_step, state, source = step_of(method, mode)
-  return jax.jit(train_step), state, source
+def _jitted(method, x64, **step_options):
+  del x64  # A part of the key: each precision has its own program.
+  _, _, pairs, target_taps = small_setup.create(method)
+  return jax.jit(
+    small_setup.make_train_step(pairs, target_taps, **step_options)
+  )
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 8])
@@ -50,29 +56,36 @@ def test_jitted_equals_unjitted(size):
   chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "remat"])
-def test_modes_agree(mode, x64):
-  step, state, source = step_of("l2t_ww", mode)
-  other, *_ = step_of("l2t_ww")
+@pytest.mark.parametrize(
+  "options",
+  [{"mode": "reverse"}, {"mode": "remat"}, {"rolled": True}],
+  ids=["reverse", "remat", "rolled"],
+)
+def test_modes_and_loops_agree(options, x64):
   data = small_setup.batch(4)
-  ours = jax.jit(step)(state, source, data)
-  theirs = jax.jit(other)(state, source, data)
-  chex.assert_trees_all_close(ours, theirs, rtol=1e-10, atol=1e-14)
+  step, state, source = setup(**options)
+  usual, *_ = setup()
+  chex.assert_trees_all_close(
+    step(state, source, data),
+    usual(state, source, data),
+    rtol=1e-9,
+    atol=1e-14,
+  )
 
 
 def test_the_look_ahead_is_thrown_away(x64):
   """With the same weights, fixed matching takes exactly the same update."""
-  train_step, state, source = step_of("l2t_ww")
+  train_step, state, source = setup()
   # λ = 1 and w = 1/C, what fixed matching uses.
   meta_params = jax.tree.map(jnp.zeros_like, state.meta_params)
   for layer in meta_params["pair"].values():
     layer["bias"] += 1
-  state = state.replace(meta_params=meta_params)
+  state = state._replace(meta_params=meta_params)
   data = small_setup.batch(4)
-  after, _ = jax.jit(train_step)(state, source, data)
-  fixed_step, fixed, _ = step_of("fm_all_to_all")
-  fixed = fixed.replace(inner=state.inner)
-  expected, _ = jax.jit(fixed_step)(fixed, source, data)
+  after, _ = train_step(state, source, data)
+  fixed_step, fixed, _ = setup("fm_all_to_all")
+  fixed = fixed._replace(inner=state.inner)
+  expected, _ = fixed_step(fixed, source, data)
   chex.assert_trees_all_close(
     after.inner, expected.inner, rtol=1e-12, atol=1e-15
   )
@@ -83,16 +96,16 @@ def test_the_look_ahead_is_thrown_away(x64):
 
 
 def test_zero_pair_weights_are_training_from_scratch(x64):
-  train_step, state, source = step_of("l2t_ww")
+  train_step, state, source = setup()
   meta_params = jax.tree.map(jnp.zeros_like, state.meta_params)
-  state = state.replace(meta_params=meta_params)
+  state = state._replace(meta_params=meta_params)
   data = small_setup.batch(4)
-  after, _ = jax.jit(train_step)(state, source, data)
-  scratch_step, scratch, _ = step_of("scratch")
+  after, _ = train_step(state, source, data)
+  scratch_step, scratch, _ = setup("scratch")
   target = state.inner.params["target"]
   params = {"target": target, "regressors": {}}
   inner = scratch.inner._replace(params=params)
-  expected, _ = jax.jit(scratch_step)(scratch.replace(inner=inner), None, data)
+  expected, _ = jax.jit(scratch_step)(scratch._replace(inner=inner), None, data)
   # A bias before a batch norm has no gradient but rounding.
   chex.assert_trees_all_close(
     after.inner.params["target"],
@@ -107,9 +120,9 @@ def test_zero_pair_weights_are_training_from_scratch(x64):
 
 def test_batch_statistics_move_once_an_iteration(x64):
   """They are those of one train-mode pass, whatever the look-ahead does."""
-  train_step, state, source = step_of("l2t_ww")
+  train_step, state, source = setup()
   data = small_setup.batch(4)
-  after, _ = jax.jit(train_step)(state, source, data)
+  after, _ = train_step(state, source, data)
   _, once = small_setup.TARGET.apply(
     {"params": state.inner.params["target"], **state.inner.model_state},
     data.images,
@@ -120,8 +133,10 @@ def test_batch_statistics_move_once_an_iteration(x64):
 
 
 def test_the_step_compiles_once():
-  train_step, state, source = step_of("l2t_ww")
-  train_step = jax.jit(chex.assert_max_traces(train_step, n=1))
+  state, source, pairs, target_taps = small_setup.create()
+  train_step = jax.jit(
+    chex.assert_max_traces(small_setup.make_train_step(pairs, target_taps), n=1)
+  )
   for seed in range(3):
     state, _ = train_step(state, source, small_setup.batch(4, seed))
   assert int(state.step) == 3
@@ -129,8 +144,7 @@ def test_the_step_compiles_once():
 
 @pytest.mark.parametrize("method", ["scratch", "fm_one_to_one", "l2t_ww"])
 def test_the_loss_goes_down(method):
-  train_step, state, source = jitted(method)
-  source = source if method != "scratch" else None
+  train_step, state, source = setup(method)
   data = small_setup.batch(8)
   losses = []
   for _ in range(30):

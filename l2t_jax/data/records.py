@@ -48,6 +48,9 @@ class Source(NamedTuple):
   class_names: tuple[str, ...]
 
 
+_OPENED_BY_PATH = ("npz", "folder")
+
+
 def open_source(source: str, *, name: str, path: str) -> Source:
   """Open a data set by its kind.
 
@@ -73,6 +76,9 @@ def open_source(source: str, *, name: str, path: str) -> Source:
     raise types.InputError(
       f"source {source!r} is unknown; possible: {_listed(openers)}"
     )
+  field, value = ("path", path) if source in _OPENED_BY_PATH else ("name", name)
+  if not value:
+    raise types.InputError(f"source {source!r} needs data.{field}")
   return openers[source]()
 
 

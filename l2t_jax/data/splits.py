@@ -65,7 +65,7 @@ def make_split(
   if not len(split.val) and (val_fraction or split_file):
     raise types.InputError(
       f"there are no validation images: val_fraction={val_fraction} takes none"
-      " of any class; raise it, or set it to 0 to go without"
+      " of any class; raise it"
     )
   return split
 

@@ -15,9 +15,7 @@ from l2t_jax import types
 from l2t_jax.models import resnet, vgg
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-  "resnet_tiny": functools.partial(
-    resnet.CifarResNet, blocks_per_stage=1, widths=(16, 32, 64)
-  ),
+  "resnet_tiny": functools.partial(resnet.CifarResNet, blocks_per_stage=1),
   "resnet20": functools.partial(resnet.CifarResNet, blocks_per_stage=3),
   "resnet32": functools.partial(resnet.CifarResNet, blocks_per_stage=5),
   "resnet18": functools.partial(

@@ -9,6 +9,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2t_jax import types
+
 # He et al. (2015), fan-out mode: the authors' choice for convolutions.
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's default for a linear layer: uniform within ±1/sqrt(fan in).
@@ -77,6 +79,11 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     x = jnp.pad(x, edges, constant_values=-jnp.inf)
   height, width = ((n - window) // stride + 1 for n in x.shape[1:3])
+  if height < 1 or width < 1:
+    raise types.InputError(
+      f"maps of {x.shape[1]}x{x.shape[2]} are too small for a max-pool of"
+      f" {window}x{window}; use larger images or a network with fewer pools"
+    )
   slices = [
     x[
       :,

@@ -25,8 +25,6 @@ class BasicBlock(nn.Module):
   strides: int = 1
   dtype: Any = None
 
-  expansion = 1
-
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     norm = lambda name: layers.batch_norm(train, dtype=self.dtype, name=name)
