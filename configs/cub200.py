@@ -8,6 +8,8 @@ The paper reports 42.2 % from scratch, 48.9 % with one-to-one feature matching
 and 65.1 % with l2t_ww (4,994 training and 1,000 validation images). A folder
 with one subfolder per class works as well: --config.data.source=folder
 --config.data.path=FOLDER.
+Not run with this code so far: it needs a GPU.
+Preparing the tfds data set needs TensorFlow once; reading it does not.
 """
 
 from ml_collections import config_dict

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import safetensors.numpy
 
@@ -307,6 +308,36 @@ def test_a_folder_without_images(tmp_path):
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
   assert "images" in result.stderr
+
+
+def test_a_folder_of_large_images(tmp_path):
+  """Decoded in worker processes; the run ends, and they with it."""
+  rng = np.random.default_rng(0)
+  for label, brightness in (("dark", 60), ("light", 190)):
+    for i in range(24):
+      folder = tmp_path / "images" / label
+      folder.mkdir(parents=True, exist_ok=True)
+      noise = rng.integers(-50, 50, (120, 150, 3))
+      image = PIL.Image.fromarray((brightness + noise).astype(np.uint8))
+      image.save(folder / f"{i}.jpg")
+  workdir = tmp_path / "run"
+  result = run_train(
+    "--config=configs/cub200.py",
+    "--config.method=scratch",
+    "--config.target.model=vgg_tiny",
+    "--config.epochs=3",
+    "--config.batch_size=8",
+    "--config.data.source=folder",
+    f"--config.data.path={tmp_path / 'images'}",
+    "--config.data.image_size=112",
+    "--config.data.eval_resize=128",
+    "--config.data.num_workers=2",
+    f"--workdir={workdir}",
+  )
+  assert result.returncode == 0, result.stderr
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["num_train"] + summary["num_val"] + summary["num_test"] == 48
+  assert summary["test_accuracy"] == 1.0
 
 
 def test_workdir_in_the_place_of_a_file(source, tmp_path):
