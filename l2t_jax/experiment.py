@@ -166,29 +166,17 @@ def build(config: ml_collections.ConfigDict) -> tuple[Run, types.TrainState]:
     )
   dtype = _PRECISIONS[config.precision][0]
   target = models.create(config.target.model, dataset.num_classes, dtype)
-  target_taps = models.select_taps(
-    target, dataset.image_shape, config.target.taps
-  )
-  source, source_fn, source_taps = None, None, {}
+  source_module, source = None, None
   pairs: tuple[transfer.Pair, ...] = ()
+  source_taps, target_taps = {}, {}
   if method.pair_set:
-    module, *variables = pretrained.load_network(
+    source_module, *variables = pretrained.load_network(
       pathlib.Path(config.source.weights), dataset.image_shape, dtype
     )
     source = sharding.replicate(training.Source(*variables), mesh)
-    source_fn = models.as_apply_fn(module)
-    source_taps = models.select_taps(
-      module, dataset.image_shape, config.source.taps
+    pairs, source_taps, target_taps = _choose_pairs(
+      config, method, source_module, target, dataset.image_shape
     )
-    if "->" in config.transfer.pairs:
-      # Pairs listed by hand choose among all taps.
-      source_taps = models.tap_shapes(module, dataset.image_shape)
-      target_taps = models.tap_shapes(target, dataset.image_shape)
-    pairs = transfer.make_pairs(
-      config.transfer.pairs or method.pair_set, source_taps, target_taps
-    )
-    source_taps = _used(source_taps, {pair.source for pair in pairs})
-    target_taps = _used(target_taps, {pair.target for pair in pairs})
   optimizer_fn = training.sgd(
     momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay,
@@ -219,7 +207,7 @@ def build(config: ml_collections.ConfigDict) -> tuple[Run, types.TrainState]:
   target_fn = models.as_apply_fn(target)
   train_step = training.make_train_step(
     target_fn,
-    source_fn,
+    models.as_apply_fn(source_module) if source_module else None,
     pairs=pairs,
     target_taps=target_taps,
     beta=config.transfer.beta,
@@ -260,8 +248,25 @@ def evaluate(run: Run, inner: types.InnerState, split: str) -> dict[str, float]:
   }
 
 
-def _used(taps, names):
-  return {name: shape for name, shape in taps.items() if name in names}
+def _choose_pairs(config, method, source_module, target, image_shape):
+  """Return the pairs and the taps of source and target that they use."""
+  if "->" in config.transfer.pairs:  # Listed by hand, among all taps.
+    source_taps = models.tap_shapes(source_module, image_shape)
+    target_taps = models.tap_shapes(target, image_shape)
+  else:
+    source_taps = models.select_taps(
+      source_module, image_shape, config.source.taps
+    )
+    target_taps = models.select_taps(target, image_shape, config.target.taps)
+  pairs = transfer.make_pairs(
+    config.transfer.pairs or method.pair_set, source_taps, target_taps
+  )
+  used = lambda taps, names: {n: taps[n] for n in taps if n in names}
+  return (
+    pairs,
+    used(source_taps, {pair.source for pair in pairs}),
+    used(target_taps, {pair.target for pair in pairs}),
+  )
 
 
 def _load_data(config):

@@ -1,5 +1,7 @@
 """A small source and target, for tests of whole iterations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +12,13 @@ from l2t_jax.models import resnet, vgg
 SHAPE = (8, 8, 3)
 NUM_CLASSES = 4
 SOURCE = resnet.CifarResNet(blocks_per_stage=1, num_classes=5, widths=(4, 6))
-TARGET = vgg.VGG(plan=(6, "M", 8, "M"), num_classes=NUM_CLASSES)
+TARGET = vgg.VGG(plan=(6, "M"), num_classes=NUM_CLASSES)
 OPTIMIZER_FN = training.sgd(momentum=0.9, weight_decay=1e-4)
 META_OPTIMIZER = training.adam_l2(1e-3, 1e-4)
 
 
 def create(method="l2t_ww", seed=0, pair_set=None):
   """Return (train state, source, pairs, target taps)."""
-  keys = jax.random.split(jax.random.key(seed), 3)
   method = objectives.get_method(method)
   source_taps = models.select_taps(SOURCE, SHAPE)
   target_taps = models.select_taps(TARGET, SHAPE)
@@ -27,8 +28,8 @@ def create(method="l2t_ww", seed=0, pair_set=None):
       pair_set or method.pair_set, source_taps, target_taps
     )
   state = training.create_state(
-    keys[0],
-    _in_precision(models.init(TARGET, keys[1], SHAPE)),
+    jax.random.key(seed),
+    _variables(TARGET, seed),
     method=method,
     pairs=pairs,
     source_taps=source_taps,
@@ -36,13 +37,19 @@ def create(method="l2t_ww", seed=0, pair_set=None):
     optimizer_fn=OPTIMIZER_FN,
     meta_optimizer=META_OPTIMIZER,
   )
-  source = training.Source(*_in_precision(models.init(SOURCE, keys[2], SHAPE)))
+  source = training.Source(*_variables(SOURCE, seed + 1))
   return state, source, pairs, target_taps
 
 
-def _in_precision(variables):
+def _variables(module, seed):
   """Flax initialises in float32 also where float64 is on."""
-  return jax.tree.map(lambda x: x.astype(jnp.result_type(float)), variables)
+  dtype = jnp.result_type(float)
+  return jax.tree.map(lambda x: x.astype(dtype), _init(module, seed))
+
+
+@functools.cache
+def _init(module, seed):
+  return models.init(module, jax.random.key(seed), SHAPE)
 
 
 def make_train_step(

@@ -196,7 +196,6 @@ assert jax.device_count() == 4
     ("bilevel.mode", "fast", "one of reverse, remat, mixed"),
     ("source.weights", "", "needs config.source.weights"),
     ("source.weights", "nowhere.safetensors", "no source weights at nowhere"),
-    ("source.taps", ("stage9",), "unknown tap 'stage9'; the network's taps"),
     ("transfer.pairs", "a->conv1", "unknown source tap 'a'"),
     (
       "data.channels",
@@ -268,6 +267,15 @@ def test_a_wrong_field_in_a_config_file(tmp_path):
   result = run_train(f"--config={config}", f"--workdir={tmp_path / 'run'}")
   assert result.returncode == 2
   assert result.stderr.startswith("error: unknown field config.data.per_clas;")
+
+
+def test_a_wrong_tap_is_named(source, tmp_path):
+  config = small_config(source)
+  config.transfer.pairs = ""
+  config.source.taps = ("stage9",)
+  message = "unknown tap 'stage9'; the network's taps are stage1_block1"
+  with pytest.raises(types.InputError, match=message):
+    experiment.train_and_evaluate(config, tmp_path)
 
 
 def test_a_target_becomes_a_source(source, finished, tmp_path):
