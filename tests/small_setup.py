@@ -13,15 +13,16 @@ SHAPE = (8, 8, 3)
 NUM_CLASSES = 4
 SOURCE = resnet.CifarResNet(blocks_per_stage=1, num_classes=5, widths=(4, 6))
 TARGET = vgg.VGG(plan=(6, "M"), num_classes=NUM_CLASSES)
+DEEPER_TARGET = vgg.VGG(plan=(6, "M", 8, "M"), num_classes=NUM_CLASSES)
 OPTIMIZER_FN = training.sgd(momentum=0.9, weight_decay=1e-4)
 META_OPTIMIZER = training.adam_l2(1e-3, 1e-4)
 
 
-def create(method="l2t_ww", seed=0, pair_set=None):
+def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
   """Return (train state, source, pairs, target taps)."""
   method = objectives.get_method(method)
   source_taps = models.select_taps(SOURCE, SHAPE)
-  target_taps = models.select_taps(TARGET, SHAPE)
+  target_taps = models.select_taps(target, SHAPE)
   pairs = ()
   if method.pair_set:
     pairs = transfer.make_pairs(
@@ -29,7 +30,7 @@ def create(method="l2t_ww", seed=0, pair_set=None):
     )
   state = training.create_state(
     jax.random.key(seed),
-    _variables(TARGET, seed),
+    _variables(target, seed),
     method=method,
     pairs=pairs,
     source_taps=source_taps,
@@ -60,9 +61,10 @@ def make_train_step(
   num_inner_steps=2,
   rolled=False,
   optimizer_fn=OPTIMIZER_FN,
+  target=TARGET,
 ):
   return training.make_train_step(
-    models.as_apply_fn(TARGET),
+    models.as_apply_fn(target),
     models.as_apply_fn(SOURCE) if pairs else None,
     pairs=pairs,
     target_taps=target_taps,
