@@ -61,7 +61,8 @@ def get_config() -> config_dict.ConfigDict:
   # Weights of the source network, from `python -m l2t_jax.pretrained` or
   # "target.safetensors" of an earlier run; they name the network.
   config.source.weights = ""
-  # Its taps; () for the network's default ones.
+  # Its taps; () for the network's default ones. Pairs that are listed in
+  # transfer.pairs choose among all taps instead.
   config.source.taps = ()
 
   config.target = config_dict.ConfigDict()

@@ -56,10 +56,7 @@ class Setup:
     return (1 + 0.1 * n) * (0.3 if net == "source" else 1)
 
   def variables(self, net, module):
-    shapes = jax.eval_shape(
-      lambda images: module.init(jax.random.key(0), images, train=False),
-      jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
-    )
+    shapes = pretrained.variable_shapes(module, (32, 32, 3))
 
     def leaf(path, shape):
       torch_shape = jax.eval_shape(pretrained.to_torch_layout, shape).shape

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -60,14 +59,6 @@ def torchvision_tensors(stage_sizes, num_convs, num_classes=10, seed=0):
   return tensors
 
 
-def shapes_of(name, num_classes=10):
-  module = models.create(name, num_classes)
-  return jax.eval_shape(
-    lambda images: module.init(jax.random.key(0), images, train=False),
-    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),
-  )
-
-
 @pytest.mark.parametrize(
   ("name", "stage_sizes", "num_convs"),
   [("resnet18", (2, 2, 2, 2), 2), ("resnet50", (3, 4, 6, 3), 3)],
@@ -79,11 +70,12 @@ def test_torchvision_layout_computes_the_same(
   from tests import torch_resnet
 
   tensors = torchvision_tensors(stage_sizes, num_convs)
-  variables, report = pretrained.convert(tensors, shapes_of(name))
+  module = models.create(name, 10)
+  shapes = pretrained.variable_shapes(module, (64, 64, 3))
+  variables, report = pretrained.convert(tensors, shapes)
   assert report.left_over == ()
   images = np.random.default_rng(1).standard_normal((2, 64, 64, 3))
   params = variables.pop("params")
-  module = models.create(name, 10)
   logits, features, _ = jax.jit(
     models.as_apply_fn(module), static_argnames="train"
   )(params, variables, images, train=False)
