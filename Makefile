@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 .PHONY: demo test torch clean
 
 demo: $(VENV)/.run
-	$(BIN)/python -m examples.digits
+	$(BIN)/python train.py --config=configs/digits_source.py \
+	  --workdir=runs/demo/source
+	$(BIN)/python -m l2t_jax.table --config=configs/digits.py \
+	  --methods=scratch,fm_one_to_one,l2t_ww --seeds=3 --workdir=runs/demo
 
 test: $(VENV)/.dev
 	$(BIN)/ruff format --check

@@ -11,8 +11,10 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
   config = config_dict.ConfigDict()
 
-  # scratch; fm_single, fm_one_to_one, fm_all_to_all (matching with fixed
-  # weights); l2t_w_single, l2t_w_one_to_one (learned channel weights); l2t_ww.
+  # scratch; lwf, at, lwf_at (imitated outputs, attention, both); fm_single,
+  # fm_one_to_one, fm_all_to_all (matching with fixed weights); l2t_w_single,
+  # l2t_w_one_to_one (learned channel weights); l2t_ww; finetune (where shapes
+  # agree); kd (where classes agree).
   config.method = "l2t_ww"
   # Of initialisation, order of images and augmentation; not of the split.
   config.seed = 0
@@ -54,16 +56,21 @@ def get_config() -> config_dict.ConfigDict:
   config.data.split_seed = 0
   # Labelled training images per class; 0 for all.
   config.data.per_class = 0
+  # Whether images without labels join what is transferred: those that
+  # per_class leaves over, or all in the folder unlabeled_path. L_org and
+  # scratch never see them.
+  config.data.unlabeled = False
+  config.data.unlabeled_path = ""
+  # Of them in an iteration; 0 for batch_size.
+  config.data.unlabeled_batch_size = 0
   # Processes that decode streamed images; 0 for threads.
   config.data.num_workers = 8
 
-  config.source = config_dict.ConfigDict()
-  # Weights of the source network, from `python -m l2t_jax.pretrained` or
-  # "target.safetensors" of an earlier run; they name the network.
-  config.source.weights = ""
-  # Its taps; () for the network's default ones. Pairs that are listed in
-  # transfer.pairs choose among all taps instead.
-  config.source.taps = ()
+  config.source = source()
+  # Several sources: a name and the fields of config.source for each, in the
+  # place of config.source; `config.sources.NAME = default.source()` in a config
+  # file.
+  config.sources = config_dict.ConfigDict()
 
   config.target = config_dict.ConfigDict()
   # A network of `l2t_jax.models`.
@@ -76,10 +83,33 @@ def get_config() -> config_dict.ConfigDict:
   config.transfer.pairs = ""
   # Weight of the matching loss.
   config.transfer.beta = 0.5
+  # "uniform" and "constant" (1) switch off what the method would learn.
+  config.transfer.channel_weights = "learned"
+  config.transfer.pair_weights = "learned"
+  # What makes a pair weight of g's output: relu6, relu or softplus.
+  config.transfer.pair_activation = "relu6"
+  # transfer_map.json of another run: its pairs and their mean weights, frozen.
+  config.transfer.map = ""
 
-  # SGD of the real update and of the look-ahead; cosine to 0 by epochs.
+  # Learning without Forgetting: a second head imitates softened outputs.
+  config.lwf = config_dict.ConfigDict()
+  config.lwf.temperature = 2.0
+  config.lwf.weight = 1.0
+
+  # Attention transfer.
+  config.at = config_dict.ConfigDict()
+  config.at.beta = 1000.0
+
+  # Knowledge distillation.
+  config.kd = config_dict.ConfigDict()
+  config.kd.temperature = 4.0
+  config.kd.weight = 1.0
+
+  # SGD of the real update and of the look-ahead.
   config.optimizer = config_dict.ConfigDict()
   config.optimizer.learning_rate = 0.1
+  # By epochs: cosine (to 0), or step (a tenth at 50 % and at 75 %).
+  config.optimizer.schedule = "cosine"
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 1e-4
 
@@ -87,10 +117,15 @@ def get_config() -> config_dict.ConfigDict:
   config.meta = config_dict.ConfigDict()
   config.meta.learning_rate = 1e-4
   config.meta.weight_decay = 1e-4
+  # Iterations between two meta updates.
+  config.meta.update_every = 1
 
   config.bilevel = config_dict.ConfigDict()
-  # T, matching steps of the look-ahead.
+  # T, steps of the look-ahead.
   config.bilevel.num_inner_steps = 2
+  # What those steps minimise: auxiliary (L_wfm; one step with L_org follows
+  # them), or total (L_org + L_wfm; the usual bilevel scheme).
+  config.bilevel.look_ahead_loss = "auxiliary"
   # How the hypergradient is computed: reverse, remat or mixed.
   config.bilevel.mode = "mixed"
   # How the look-ahead loops: scan, unroll, or auto (unroll on CPU, where XLA
@@ -102,4 +137,22 @@ def get_config() -> config_dict.ConfigDict:
   # Epochs between two checkpoints.
   config.checkpoint_every = 1
 
+  return config
+
+
+def source() -> config_dict.ConfigDict:
+  """Fields of a source network."""
+  config = config_dict.ConfigDict()
+  # Weights of the source network, from `python -m l2t_jax.pretrained` or
+  # "target.safetensors" of an earlier run; they name the network.
+  config.weights = ""
+  # Its taps; () for the network's default ones. Pairs that are listed in
+  # transfer.pairs choose among all taps instead.
+  config.taps = ()
+  # Height and width of the images that it sees; 0 for those of the data.
+  config.image_size = 0
+  # Its normalisation; () for that of the run that trained it, where that is
+  # known, or else that of the data.
+  config.mean = ()
+  config.std = ()
   return config

@@ -1,17 +1,15 @@
 """The demo: MNIST from five labelled images per digit, and another data set.
 
-    python -m examples.digits
-
-trains the source, scikit-learn's digits, and this config's target by three
-methods and three seeds. After that, or after
-
     python train.py --config=configs/digits_source.py --workdir=runs/demo/source
+    python -m l2t_jax.table --config=configs/digits.py --seeds=3 \
+      --methods=scratch,fm_one_to_one,l2t_ww --workdir=runs/demo
 
-one run is
+trains the source, scikit-learn's digits, and then this config's target by three
+methods and three seeds (`make demo` is these two commands). One run is
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Its duration and accuracy stand in benchmarks/RESULTS.md.
+Durations and accuracies stand in benchmarks/RESULTS.md.
 """
 
 from ml_collections import config_dict

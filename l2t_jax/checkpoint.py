@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import copy
 import pathlib
 from typing import Any
@@ -46,20 +47,25 @@ class Checkpoints:
       ),
     )
 
+  def steps(self) -> list[int]:
+    """List what was saved, in iterations done."""
+    return list(self._manager.all_steps())
+
   def restore(
-    self, like: types.TrainState
-  ) -> tuple[types.TrainState, dict[str, Any]] | None:
-    """Restore the newest checkpoint.
+    self, step: int, like: types.TrainState
+  ) -> tuple[types.TrainState, dict[str, Any]]:
+    """Restore a checkpoint and delete those after it.
 
     Args:
+      step: one of `steps`.
       like: a state of the same shapes and shardings.
 
     Returns:
-      (state, progress), or None where nothing was saved yet.
+      (state, progress).
     """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
+    for newer in self.steps():
+      if newer > step:
+        self._manager.delete(newer)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -68,3 +74,9 @@ class Checkpoints:
       ),
     )
     return restored["state"], restored["progress"]
+
+
+def newest_common_step(runs: Sequence[Checkpoints]) -> int:
+  """Find the newest step that all of the runs have saved; 0 for none."""
+  common = set.intersection(*(set(run.steps()) for run in runs))
+  return max(common, default=0)

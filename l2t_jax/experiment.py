@@ -1,12 +1,15 @@
-"""From a config to a trained network: glues data, models and iterations.
+"""Train what a config says: the loop, its records and its checkpoints.
 
-This is the one module that knows configs; everything below takes plain values.
+Seeds of one experiment can train together, vectorised; each keeps a folder of
+its own, which looks as if it had trained alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-import functools
+from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -24,46 +27,47 @@ import numpy as np
 import optax
 
 from l2t_jax import (
-  bilevel,
+  build,
   checkpoint,
   data,
   logs,
-  models,
-  objectives,
   pretrained,
   report,
   sharding,
-  training,
-  transfer,
   types,
 )
 
-# config.precision -> (dtype of the activations, precision of products).
-_PRECISIONS = {
-  "f32": (None, "float32"),
-  "tf32": (None, "tensorfloat32"),
-  "bf16": (jnp.bfloat16, "default"),
-}
 _VERSIONED = (jax, jaxlib, flax, optax, np)
-# Folded into the seed's key for initialisation; the data fold in epochs.
-_INIT = 2**32 - 1
-_LOOPS = ("auto", "scan", "unroll")
 # Fields that may differ between a run and its resumption.
 _FREE_FIELDS = ("log_every", "checkpoint_every", "data.num_workers")
+# Share of an accelerator's memory that seeds may need together.
+_MEMORY_SHARE = 0.9
 
 
-class Run(NamedTuple):
-  """All that the loop needs, made from a config."""
+class DoesNotFit(Exception):
+  """Seeds that should train together need more memory than there is."""
 
+
+class _Programs(NamedTuple):
+  """What was compiled for a run."""
+
+  train_step: Any
+  train_step_without_meta: Any  # None where every iteration has a meta update.
+  eval_step: Any
+  memory_bytes: int | None  # Of the training step; None: unknown.
+  seconds: float  # Compile time.
+
+
+@dataclasses.dataclass
+class _Seed:
+  """One seed's run among those that train together."""
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
   dataset: data.Dataset
-  source: training.Source | None
-  source_taps: transfer.TapShapes
-  target_taps: transfer.TapShapes
-  pairs: tuple[transfer.Pair, ...]
-  train_step: Any  # Jitted `training.make_train_step`.
-  eval_step: Any  # Jitted `training.make_eval_step`.
-  learning_rate_fn: Any  # iteration -> learning rate.
-  mesh: jax.sharding.Mesh
+  checkpoints: checkpoint.Checkpoints
+  log: logs.MetricsLog
+  progress: dict[str, Any]  # What its last epoch remembers.
 
 
 def train_and_evaluate(
@@ -75,8 +79,8 @@ def train_and_evaluate(
     config: the fields of configs/default.py.
     workdir: folder of the run. Gets config.json, metrics.jsonl, tensorboard/,
       checkpoints/, target.safetensors (the target at its best validation
-      epoch), summary.json, and where something was transferred
-      transfer_map.json and transfer_map.png.
+      epoch), summary.json, and where features were matched transfer_map.json
+      and transfer_map.png.
 
   Returns:
     The content of summary.json.
@@ -85,286 +89,319 @@ def train_and_evaluate(
     types.InputError: for a config, data or weights that cannot work, and where
       workdir holds a run of another config.
   """
-  check(config)
-  workdir = pathlib.Path(workdir)
-  _check_workdir(workdir, config)
-  summary_file = workdir / "summary.json"
-  if summary_file.exists():
-    print(f"{workdir} holds a complete run; nothing to do")
-    return json.loads(summary_file.read_text())
-  with jax.default_matmul_precision(_PRECISIONS[config.precision][1]):
-    run, state = build(config)
-    _write_json(workdir / "config.json", json.loads(config.to_json()))
-    progress = _train(run, state, config, workdir)
-  if run.pairs:
-    _write_transfer_map(run, config, workdir, progress)
-  summary = _summary(run, config, progress)
-  _write_json(summary_file, summary)
+  (summary,) = train_together(config, {config.seed: workdir})
   return summary
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Refuse values that no run can have; see configs/default.py.
+def train_together(
+  config: ml_collections.ConfigDict,
+  workdirs: Mapping[int, str | os.PathLike[str]],
+) -> list[dict[str, Any]]:
+  """Train several seeds of one experiment side by side, under `jax.vmap`.
+
+  Each seed computes what it computes alone, up to rounding. Runs that were cut
+  off resume from the newest checkpoint that all of them have.
+
+  Args:
+    config: the fields of configs/default.py, but for `seed`.
+    workdirs: seed -> folder of its run; see `train_and_evaluate`.
+
+  Returns:
+    The contents of the summary.json files, in the order given.
 
   Raises:
-    types.InputError: naming the field, its value and what would be right.
+    types.InputError: as `train_and_evaluate`.
+    DoesNotFit: the seeds need more memory than the accelerator has.
   """
-  positive = lambda value: value > 0
-  share = lambda value: 0 <= value < 1
-  not_negative = lambda value: value >= 0
-  rules = (
-    ("epochs", positive, "at least 1"),
-    ("batch_size", positive, "at least 1"),
-    ("log_every", positive, "at least 1"),
-    ("checkpoint_every", positive, "at least 1"),
-    ("seed", not_negative, "0 or more"),
-    ("bilevel.num_inner_steps", positive, "at least 1"),
-    ("transfer.beta", positive, "more than 0"),
-    ("optimizer.learning_rate", positive, "more than 0"),
-    ("optimizer.momentum", share, "at least 0 and less than 1"),
-    ("optimizer.weight_decay", not_negative, "0 or more"),
-    ("meta.learning_rate", positive, "more than 0"),
-    ("meta.weight_decay", not_negative, "0 or more"),
-  )
-  for field, holds, right in rules:
-    value = _get(config, field)
-    if not holds(value):
-      raise types.InputError(f"config.{field} is {value}; it must be {right}")
-  for field, choices in (
-    ("method", objectives.METHODS),
-    ("precision", _PRECISIONS),
-    ("target.model", models.MODELS),
-    ("bilevel.mode", bilevel.MODES),
-    ("bilevel.loop", _LOOPS),
-  ):
-    if _get(config, field) not in choices:
-      raise types.InputError(
-        f"config.{field} is {_get(config, field)!r}; it must be one of"
-        f" {', '.join(choices)}"
-      )
-  if objectives.METHODS[config.method].pair_set and not config.source.weights:
-    raise types.InputError(
-      f"method {config.method!r} needs config.source.weights: a file made by"
-      " python -m l2t_jax.pretrained, or target.safetensors of another run"
-    )
+  check(config, workdirs)
+  summaries, left = {}, {}
+  for seed, workdir in workdirs.items():
+    workdir = pathlib.Path(workdir)
+    summary_file = workdir / "summary.json"
+    if summary_file.exists():
+      print(f"{workdir} holds a complete run; nothing to do")
+      summaries[seed] = json.loads(summary_file.read_text())
+    else:
+      _make_folder(workdir)
+      left[workdir] = _with_seed(config, seed)
+  if left:
+    with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
+      summaries |= _train(left)
+  return [summaries[seed] for seed in workdirs]
 
 
-def build(config: ml_collections.ConfigDict) -> tuple[Run, types.TrainState]:
-  """Load data and source, initialise the target, jit the steps."""
-  method = objectives.get_method(config.method)
-  mesh = sharding.make_mesh()
-  if config.batch_size % mesh.size:
-    raise types.InputError(
-      f"config.batch_size is {config.batch_size}; it must be a multiple of the"
-      f" number of devices, {mesh.size}"
-    )
-  dataset = _load_data(config)
-  if not dataset.num_val:
-    raise types.InputError(
-      "there are no validation images to choose the best epoch by; set"
-      " config.data.val_fraction above 0"
-    )
-  dtype = _PRECISIONS[config.precision][0]
-  target = models.create(config.target.model, dataset.num_classes, dtype)
-  source_module, source = None, None
-  pairs: tuple[transfer.Pair, ...] = ()
-  source_taps, target_taps = {}, {}
-  if method.pair_set:
-    source_module, *variables = pretrained.load_network(
-      pathlib.Path(config.source.weights), dataset.image_shape, dtype
-    )
-    source = sharding.replicate(training.Source(*variables), mesh)
-    pairs, source_taps, target_taps = _choose_pairs(
-      config, method, source_module, target, dataset.image_shape
-    )
-  optimizer_fn = training.sgd(
-    momentum=config.optimizer.momentum,
-    weight_decay=config.optimizer.weight_decay,
-  )
-  meta_optimizer = training.adam_l2(
-    config.meta.learning_rate, config.meta.weight_decay
-  )
-  learning_rate_fn = training.cosine_by_epoch(
-    config.optimizer.learning_rate,
-    epochs=config.epochs,
-    steps_per_epoch=dataset.steps_per_epoch,
-  )
-  init_key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
-  target_key, transfer_key = jax.random.split(init_key)
-  state = training.create_state(
-    transfer_key,
-    models.init(target, target_key, dataset.image_shape),
-    method=method,
-    pairs=pairs,
-    source_taps=source_taps,
-    target_taps=target_taps,
-    optimizer_fn=optimizer_fn,
-    meta_optimizer=meta_optimizer,
-  )
-  rolled = config.bilevel.loop == "scan" or (
-    config.bilevel.loop == "auto" and jax.default_backend() != "cpu"
-  )
-  target_fn = models.as_apply_fn(target)
-  train_step = training.make_train_step(
-    target_fn,
-    models.as_apply_fn(source_module) if source_module else None,
-    pairs=pairs,
-    target_taps=target_taps,
-    beta=config.transfer.beta,
-    num_inner_steps=config.bilevel.num_inner_steps,
-    learning_rate_fn=learning_rate_fn,
-    optimizer_fn=optimizer_fn,
-    meta_optimizer=meta_optimizer,
-    mode=config.bilevel.mode,
-    rolled=rolled,
-  )
-  run = Run(
-    dataset=dataset,
-    source=source,
-    source_taps=source_taps,
-    target_taps=target_taps,
-    pairs=pairs,
-    train_step=jax.jit(
-      train_step, donate_argnums=0, out_shardings=sharding.replicated(mesh)
-    ),
-    eval_step=jax.jit(training.make_eval_step(target_fn)),
-    learning_rate_fn=learning_rate_fn,
-    mesh=mesh,
-  )
-  return run, sharding.replicate(state, mesh)
+def check(
+  config: ml_collections.ConfigDict,
+  workdirs: Mapping[int, str | os.PathLike[str]],
+) -> None:
+  """Refuse what cannot run, before anything is loaded or written.
+
+  Args:
+    config: the fields of configs/default.py, but for `seed`.
+    workdirs: seed -> folder of its run.
+
+  Raises:
+    types.InputError: for a wrong value, source weights that are missing, and a
+      folder that holds a run of another config.
+  """
+  for seed, workdir in workdirs.items():
+    build.check(_with_seed(config, seed))
+    _check_same_config(pathlib.Path(workdir), _with_seed(config, seed))
+  build.check_source_files(config)
 
 
-def evaluate(run: Run, inner: types.InnerState, split: str) -> dict[str, float]:
+def evaluate(
+  run: build.Run, inner: types.InnerState, split: str
+) -> dict[str, float]:
   """Evaluate on all of "val" or "test"; return {"loss", "accuracy"}."""
+  return _evaluate(run, jax.jit(run.eval_step), inner, split, 1)[0]
+
+
+def _evaluate(run, eval_step, inner, split, num_seeds):
+  """Return {"loss", "accuracy"} of each seed."""
   totals = [
-    run.eval_step(inner, sharding.shard(batch, run.mesh))
+    eval_step(inner, sharding.shard(batch, run.mesh))
     for batch in run.dataset.eval_batches(split)
   ]
-  total = lambda *parts: float(np.sum(parts))
-  sums = jax.tree.map(total, *jax.device_get(totals))
-  return {
-    "loss": sums["loss"] / sums["count"],
-    "accuracy": sums["correct"] / sums["count"],
-  }
-
-
-def _choose_pairs(config, method, source_module, target, image_shape):
-  """Return the pairs and the taps of source and target that they use."""
-  if "->" in config.transfer.pairs:  # Listed by hand, among all taps.
-    source_taps = models.tap_shapes(source_module, image_shape)
-    target_taps = models.tap_shapes(target, image_shape)
-  else:
-    source_taps = models.select_taps(
-      source_module, image_shape, config.source.taps
+  totals = jax.device_get(totals)
+  results = []
+  for index in range(num_seeds):
+    mine = [_take(sums, index, num_seeds) for sums in totals]
+    sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *mine)
+    results.append(
+      {
+        "loss": sums["loss"] / sums["count"],
+        "accuracy": sums["correct"] / sums["count"],
+      }
     )
-    target_taps = models.select_taps(target, image_shape, config.target.taps)
-  pairs = transfer.make_pairs(
-    config.transfer.pairs or method.pair_set, source_taps, target_taps
+  return results
+
+
+def _train(configs):
+  """Train the seeds that are left; return seed -> summary."""
+  first = next(iter(configs.values()))
+  run = build.build(first)
+  for workdir, config in configs.items():
+    _write_json(workdir / "config.json", json.loads(config.to_json()))
+  with contextlib.ExitStack() as stack:
+    checkpoints = [
+      stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
+      for workdir in configs
+    ]
+    states = [run.create_state(config.seed) for config in configs.values()]
+    step = checkpoint.newest_common_step(checkpoints)
+    progress = [{"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}] * len(
+      states
+    )
+    if step:
+      states, progress = zip(
+        *(c.restore(step, s) for c, s in zip(checkpoints, states, strict=True)),
+        strict=True,
+      )
+    seeds = [
+      _Seed(
+        config,
+        workdir,
+        run.dataset.with_seed(config.seed),
+        its_checkpoints,
+        stack.enter_context(logs.MetricsLog(workdir, from_step=step)),
+        dict(its_progress),
+      )
+      for (workdir, config), its_checkpoints, its_progress in zip(
+        configs.items(), checkpoints, progress, strict=True
+      )
+    ]
+    display = stack.enter_context(
+      logs.Progress(
+        first.epochs * run.dataset.steps_per_epoch,
+        step,
+        first.batch_size * len(seeds),
+      )
+    )
+    state = _stack(states)
+    display.say(_headline(run, state, first))
+    if step:
+      display.say(f"resuming after epoch {seeds[0].progress['epoch']}")
+    programs = _compile(run, state, first, len(seeds))
+    _run_epochs(run, programs, state, seeds, display)
+  summaries = {}
+  for seed in seeds:
+    if run.has_map:
+      _write_transfer_map(run, seed)
+    summary = _summary(run, programs, seed, len(seeds))
+    _write_json(seed.workdir / "summary.json", summary)
+    summaries[seed.config.seed] = summary
+  return summaries
+
+
+def _compile(run, state, config, num_seeds):
+  """Compile training and evaluation ahead, to know time and memory."""
+  start = time.time()
+  train_step, without_meta = run.train_step, run.train_step_without_meta
+  eval_step = run.eval_step
+  if num_seeds > 1:
+    train_step, without_meta = (
+      jax.vmap(step, in_axes=(0, None, 0))
+      for step in (train_step, without_meta)
+    )
+    eval_step = jax.vmap(eval_step, in_axes=(0, None))
+  batch = _stack([_blank_batch(run, config)] * num_seeds)
+  batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
+
+  def compile_step(step):
+    jitted = jax.jit(
+      step, donate_argnums=0, out_shardings=sharding.replicated(run.mesh)
+    )
+    return jitted.lower(state, run.sources, batch).compile()
+
+  program = compile_step(train_step)
+  memory = _memory_bytes(program)
+  available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  if (
+    num_seeds > 1
+    and memory is not None
+    and available is not None
+    and memory > _MEMORY_SHARE * available
+  ):
+    raise DoesNotFit(f"{num_seeds} seeds together need {memory} bytes")
+  sparse = run.learns and config.meta.update_every > 1
+  return _Programs(
+    program,
+    compile_step(without_meta) if sparse else None,
+    jax.jit(eval_step),
+    memory,
+    time.time() - start,
   )
-  used = lambda taps, names: {n: taps[n] for n in taps if n in names}
+
+
+def _blank_batch(run, config):
+  """A batch of zeros of the shapes that the run trains on."""
+  images = lambda size: jnp.zeros((size, *run.image_format.shape))
+  unlabeled = None
+  if run.dataset.num_unlabeled:
+    unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)
+  labels = jnp.zeros(config.batch_size, jnp.int32)
+  return types.Batch(images(config.batch_size), labels, unlabeled)
+
+
+def _memory_bytes(program):
+  """What a compiled program holds at its peak: arguments and temporaries."""
+  analysis = program.memory_analysis()
+  if analysis is None:
+    return None
   return (
-    pairs,
-    used(source_taps, {pair.source for pair in pairs}),
-    used(target_taps, {pair.target for pair in pairs}),
+    analysis.argument_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+    + analysis.temp_size_in_bytes
   )
 
 
-def _load_data(config):
-  fields = config.data.to_dict()
-  return data.load(
-    fields.pop("source"),
-    **fields,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-
-
-def _train(run, state, config, workdir):
-  """Run the epochs that are left; return what the last one remembers."""
-  dataset = run.dataset
-  progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}
-  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-    restored = checkpoints.restore(like=state)
-    if restored:
-      state, progress = restored
-    step = progress["epoch"] * dataset.steps_per_epoch
-    metrics_log = logs.MetricsLog(workdir, from_step=step)
-    display = logs.Progress(
-      config.epochs * dataset.steps_per_epoch, step, config.batch_size
+def _run_epochs(run, programs, state, seeds, display):
+  """Train the epochs that are left, evaluate, record, save."""
+  config, steps = seeds[0].config, run.dataset.steps_per_epoch
+  for epoch in range(seeds[0].progress["epoch"] + 1, config.epochs + 1):
+    start = time.time()
+    state, records = _train_epoch(run, programs, state, epoch, seeds, display)
+    evaluate_on = lambda split, state=state: _evaluate(
+      run, programs.eval_step, state.inner, split, len(seeds)
     )
-    display.say(_headline(run, state, config))
-    if restored:
-      display.say(f"resuming after epoch {progress['epoch']}")
-    try:
-      for epoch in range(progress["epoch"] + 1, config.epochs + 1):
-        start = time.time()
-        state, record = _train_epoch(
-          run, state, epoch, config.log_every, metrics_log, display
-        )
-        validation = evaluate(run, state.inner, "val")
-        record |= {f"val_{name}": v for name, v in validation.items()}
-        progress |= {
-          "epoch": epoch,
-          "channel_weights": record.pop("channel_weights", None),
+    validation = evaluate_on("val")
+    is_best = [
+      result["accuracy"] > seed.progress["val_accuracy"]
+      for result, seed in zip(validation, seeds, strict=True)
+    ]
+    test = evaluate_on("test") if any(is_best) else validation
+    seconds = (time.time() - start) / len(seeds)
+    for index, seed in enumerate(seeds):
+      record, accuracy = records[index], validation[index]["accuracy"]
+      record |= {f"val_{name}": v for name, v in validation[index].items()}
+      seed.progress |= {
+        "epoch": epoch,
+        "seconds": seed.progress["seconds"] + seconds,
+        "channel_weights": record.pop("channel_weights", None),
+      }
+      mine = _take(state, index, len(seeds))
+      if is_best[index]:
+        record["test_accuracy"] = test[index]["accuracy"]
+        seed.progress |= {
+          "best_epoch": epoch,
+          "val_accuracy": accuracy,
+          "test_accuracy": record["test_accuracy"],
         }
-        if validation["accuracy"] > progress["val_accuracy"]:
-          test = evaluate(run, state.inner, "test")
-          record["test_accuracy"] = test["accuracy"]
-          progress |= {
-            "best_epoch": epoch,
-            "val_accuracy": validation["accuracy"],
-            "test_accuracy": test["accuracy"],
-          }
-          _save_target(run, config, state.inner, workdir, progress)
-        step += dataset.steps_per_epoch
-        progress["seconds"] += time.time() - start
-        metrics_log.write("epoch", step, record)
-        display.say(_epoch_line(record, config.epochs))
-        if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-          checkpoints.save(step, state, progress)
-    finally:
-      display.close()
-      metrics_log.close()
-  return progress
+        _save_target(run, seed, mine.inner)
+      seed.log.write("epoch", epoch * steps, record)
+      name = f"seed {seed.config.seed}  " if len(seeds) > 1 else ""
+      display.say(name + _epoch_line(record, config.epochs))
+      if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+        seed.checkpoints.save(epoch * steps, mine, seed.progress)
 
 
-def _train_epoch(run, state, epoch, log_every, metrics_log, display):
-  """Train one epoch; return (state, record of its means)."""
+def _train_epoch(run, programs, state, epoch, seeds, display):
+  """Train one epoch; return (state, record of its means for each seed)."""
+  config = seeds[0].config
   last_step = epoch * run.dataset.steps_per_epoch
   step = last_step - run.dataset.steps_per_epoch
   learning_rate = float(run.learning_rate_fn(step))
   pending, fetched = [], []
-  for batch in run.dataset.train_batches(epoch - 1):
-    state, metrics = run.train_step(
-      state, run.source, sharding.shard(batch, run.mesh)
-    )
+  streams = [seed.dataset.train_batches(epoch - 1) for seed in seeds]
+  for batches in zip(*streams, strict=True):
+    batch = _stack(batches)
+    batch = sharding.shard(batch, run.mesh, axis=int(len(seeds) > 1))
+    skips = programs.train_step_without_meta and step % config.meta.update_every
+    program = programs.train_step_without_meta if skips else programs.train_step
+    state, metrics = program(state, run.sources, batch)
     pending.append(metrics)
     step += 1
-    if step % log_every == 0 or step == last_step:
+    if step % config.log_every == 0 or step == last_step:
       pending = jax.device_get(pending)
-      scalars = _scalars(_mean(pending))
-      _check_finite(scalars, step)
-      metrics_log.write("train", step, {"epoch": epoch, **scalars})
-      display.update(epoch, len(pending), scalars)
+      by_seed = []
+      for index, seed in enumerate(seeds):
+        mine = [_take(metrics, index, len(seeds)) for metrics in pending]
+        scalars = _scalars(_mean(mine))
+        _check_finite(scalars, step)
+        seed.log.write("train", step, {"epoch": epoch, **scalars})
+        by_seed.append(scalars)
+      display.update(epoch, len(pending), _mean(by_seed))
       fetched += pending
       pending = []
-  means = _mean(fetched)
-  record: dict[str, Any] = {"epoch": epoch, "learning_rate": learning_rate}
-  record |= {f"train_{name}": v for name, v in _scalars(means).items()}
-  if run.pairs:
-    names = [pair.name for pair in run.pairs]
-    by_pair = lambda values: dict(zip(names, values.tolist(), strict=True))
-    record |= {
-      "pair_weights": by_pair(means["transfer"]["pair_weights"]),
-      "matching_distances": by_pair(means["transfer"]["distances"]),
-      "channel_weights": {
-        name: weights.tolist()
-        for name, weights in means["transfer"]["channel_weights"].items()
-      },
-    }
-  return state, record
+  records = []
+  for index in range(len(seeds)):
+    means = _mean([_take(metrics, index, len(seeds)) for metrics in fetched])
+    record: dict[str, Any] = {"epoch": epoch, "learning_rate": learning_rate}
+    record |= {f"train_{name}": v for name, v in _scalars(means).items()}
+    records.append(record | _transfer_record(run.pairs, means))
+  return state, records
+
+
+def _transfer_record(pairs, means):
+  """What an epoch's record says of each pair."""
+  if "transfer" not in means:
+    return {}
+  names = [pair.name for pair in pairs]
+  by_pair = lambda values: dict(zip(names, values.tolist(), strict=True))
+  return {
+    "pair_weights": by_pair(means["transfer"]["pair_weights"]),
+    "matching_distances": by_pair(means["transfer"]["distances"]),
+    "channel_weights": {
+      name: weights.tolist()
+      for name, weights in means["transfer"]["channel_weights"].items()
+    },
+  }
+
+
+def _stack(trees: Sequence[types.PyTree]) -> types.PyTree:
+  """Give the arrays of several seeds a leading axis; one seed has none."""
+  if len(trees) == 1:
+    return trees[0]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _take(tree: types.PyTree, index: int, num_seeds: int) -> types.PyTree:
+  """Undo `_stack` for one of the seeds."""
+  if num_seeds == 1:
+    return tree
+  return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _check_finite(scalars, step):
@@ -378,44 +415,61 @@ def _check_finite(scalars, step):
 
 
 def _mean(metrics):
-  return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)
+  """Average each metric over the iterations that have it."""
+  names = dict.fromkeys(name for one in metrics for name in one)
+  return {
+    name: jax.tree.map(
+      lambda *values: np.mean(values, axis=0),
+      *(one[name] for one in metrics if name in one),
+    )
+    for name in names
+  }
 
 
 def _scalars(metrics):
   return {k: float(v) for k, v in metrics.items() if k != "transfer"}
 
 
-def _save_target(run, config, inner, workdir, progress):
+def _save_target(run, seed, inner):
+  config, image_format = seed.config, run.image_format
   pretrained.save(
-    workdir / "target.safetensors",
+    seed.workdir / "target.safetensors",
     jax.device_get({"params": inner.params["target"], **inner.model_state}),
     {
       "model": config.target.model,
       "num_classes": str(run.dataset.num_classes),
       "class_names": json.dumps(list(run.dataset.class_names)),
+      "channels": str(image_format.channels),
+      "mean": json.dumps(image_format.mean),
+      "std": json.dumps(image_format.std),
       "config": config.to_json(),
-      "epoch": str(progress["epoch"]),
-      "val_accuracy": str(progress["val_accuracy"]),
+      "epoch": str(seed.progress["epoch"]),
+      "val_accuracy": str(seed.progress["val_accuracy"]),
     },
   )
 
 
-def _write_transfer_map(run, config, workdir, progress):
-  epochs = [r for r in report.read_metrics(workdir) if r["kind"] == "epoch"]
+def _write_transfer_map(run, seed):
+  epochs = [
+    record
+    for record in report.read_metrics(seed.workdir)
+    if record["kind"] == "epoch"
+  ]
+  weights = seed.progress["channel_weights"]
   report.write_transfer_map(
-    workdir,
+    seed.workdir,
     report.transfer_map(
       epochs,
-      {k: np.array(v) for k, v in progress["channel_weights"].items()},
+      {name: np.array(values) for name, values in weights.items()},
       list(run.source_taps.items()),
       list(run.target_taps.items()),
-      config.method,
+      seed.config.method,
     ),
   )
 
 
-def _summary(run, config, progress):
-  dataset = run.dataset
+def _summary(run, programs, seed, num_seeds):
+  config, dataset, progress = seed.config, run.dataset, seed.progress
   return {
     "method": config.method,
     "seed": config.seed,
@@ -423,11 +477,18 @@ def _summary(run, config, progress):
     "test_accuracy": progress["test_accuracy"],
     "best_epoch": progress["best_epoch"],
     "epochs": config.epochs,
+    # Of training and evaluation; of the seed's share where several trained
+    # together. Compilation is apart.
     "seconds": round(progress["seconds"], 1),
+    "compile_seconds": round(programs.seconds, 1),
+    "memory_bytes": programs.memory_bytes
+    and programs.memory_bytes // num_seeds,
+    "seeds_together": num_seeds,
     "split_hash": dataset.split_hash,
     "num_train": dataset.num_train,
     "num_val": dataset.num_val,
     "num_test": dataset.num_test,
+    "num_unlabeled": dataset.num_unlabeled,
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "versions": {
       "python": platform.python_version(),
@@ -439,17 +500,16 @@ def _summary(run, config, progress):
 def _headline(run, state, config):
   """Say what is about to be trained on what."""
   dataset = run.dataset
-  params = state.inner.params["target"]
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  lines = [
+  count = sum(
+    leaf.size for leaf in jax.tree.leaves(state.inner.params["target"])
+  )
+  text = (
     f"{config.method}: {config.target.model}, {count:,} parameters, on"
     f" {dataset.num_train} training, {dataset.num_val} validation and"
     f" {dataset.num_test} test images of {dataset.num_classes} classes"
     f" (split {dataset.split_hash})"
-  ]
-  if run.pairs:
-    lines.append(f"{len(run.pairs)} pairs from {config.source.weights}")
-  return "\n".join(lines)
+  )
+  return "\n".join((text, *run.notes))
 
 
 def _epoch_line(record, epochs):
@@ -462,8 +522,13 @@ def _epoch_line(record, epochs):
   return line
 
 
-def _check_workdir(workdir, config):
-  """Create the folder, or make sure that it holds a run of this config."""
+def _with_seed(config, seed):
+  config = copy.deepcopy(config)
+  config.seed = seed
+  return config
+
+
+def _make_folder(workdir):
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -471,6 +536,10 @@ def _check_workdir(workdir, config):
       f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
       " can be written"
     ) from error
+
+
+def _check_same_config(workdir, config):
+  """Make sure that the folder, if there is one, holds a run of this config."""
   config_file = workdir / "config.json"
   if config_file.exists():
     old = _flatten(json.loads(config_file.read_text()))
@@ -494,7 +563,3 @@ def _write_json(path, content):
 
 def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(nested, sep=".")
-
-
-def _get(config, field):
-  return functools.reduce(getattr, field.split("."), config)

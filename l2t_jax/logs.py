@@ -25,6 +25,8 @@ _SECONDS_OF_SILENCE = 30
 class MetricsLog:
   """Append records to metrics.jsonl and scalars to TensorBoard files.
 
+  A context manager that closes both.
+
   What was written after the iteration that a run resumes from is dropped, so
   that each iteration stands in the file once.
   """
@@ -59,13 +61,16 @@ class MetricsLog:
       elif isinstance(value, int | float):
         self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
-  def close(self) -> None:
+  def __enter__(self) -> MetricsLog:
+    return self
+
+  def __exit__(self, *_) -> None:
     self._file.close()
     self._tensorboard.close()
 
 
 class Progress:
-  """A live bar on a terminal; elsewhere a line now and then."""
+  """A live bar on a terminal, as a context; elsewhere a line now and then."""
 
   def __init__(self, total_steps: int, done: int, batch_size: int):
     self.console = console.Console()
@@ -115,7 +120,10 @@ class Progress:
     self._said_at = time.time()
     self.console.print(line, highlight=False, soft_wrap=True)
 
-  def close(self) -> None:
+  def __enter__(self) -> Progress:
+    return self
+
+  def __exit__(self, *_) -> None:
     self._bar.stop()
 
 

@@ -1,14 +1,17 @@
-"""Training methods as losses with one signature, `types.InnerLossFn`.
+"""Training methods: what is added to the cross-entropy, and from where.
 
-Every loss reads `params = {"target": ..., "regressors": ...}`, the transfer
-weights of the batch in the place of the meta-parameters, the target's batch
-statistics, and a `TransferBatch`.
+A method's loss is L_org, the cross-entropy, plus auxiliary losses that pull
+the target towards its sources. Each of those is a short function here, with
+its paper; `make_losses` puts them together into losses with one signature,
+`types.InnerLossFn`. They read `params = {"target": ..., and what the auxiliary
+losses train along}`, the transfer weights of the batch in the place of the
+meta-parameters, the target's batch statistics, and a `TransferBatch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -21,40 +24,84 @@ from l2t_jax import transfer, types
 class Method(NamedTuple):
   """What a value of `config.method` stands for."""
 
-  pair_set: str | None  # The pairs that it names; None: no transfer.
+  losses: tuple[str, ...] = ()  # Added to L_org: matching, attention, lwf, kd.
+  pair_set: str | None = None  # The pairs that they compare, where they do.
   learn_channels: bool = False  # Whether f is learned.
   learn_pairs: bool = False  # Whether g is learned.
+  starts_from_source: bool = False  # Whether the source's weights are copied.
+
+  @property
+  def needs_source(self) -> bool:
+    return bool(self.losses) or self.starts_from_source
 
 
 METHODS = {
   # Cross-entropy alone.
-  "scratch": Method(None),
+  "scratch": Method(),
+  # The same, from the source's weights where the shapes agree.
+  "finetune": Method(starts_from_source=True),
+  # Learning without Forgetting, attention transfer, and both.
+  "lwf": Method(("lwf",)),
+  "at": Method(("attention",), "one_to_one"),
+  "lwf_at": Method(("lwf", "attention"), "one_to_one"),
+  # Knowledge distillation, where the classes agree.
+  "kd": Method(("kd",)),
   # Feature matching with fixed, uniform weights.
-  "fm_single": Method("single"),
-  "fm_one_to_one": Method("one_to_one"),
-  "fm_all_to_all": Method("all_to_all"),
+  "fm_single": Method(("matching",), "single"),
+  "fm_one_to_one": Method(("matching",), "one_to_one"),
+  "fm_all_to_all": Method(("matching",), "all_to_all"),
   # What to transfer: channel weights alone are learned.
-  "l2t_w_single": Method("single", learn_channels=True),
-  "l2t_w_one_to_one": Method("one_to_one", learn_channels=True),
+  "l2t_w_single": Method(("matching",), "single", learn_channels=True),
+  "l2t_w_one_to_one": Method(("matching",), "one_to_one", learn_channels=True),
   # What and where: the paper's method.
-  "l2t_ww": Method("all_to_all", learn_channels=True, learn_pairs=True),
+  "l2t_ww": Method(
+    ("matching",), "all_to_all", learn_channels=True, learn_pairs=True
+  ),
 }
 
 
+class SourceOutputs(NamedTuple):
+  """What the auxiliary losses read of the sources; constants."""
+
+  logits: dict[str, jax.Array]  # source -> [N, K_s].
+  matching: transfer.SourceMaps  # Empty where no pairs are compared.
+
+
 class TransferBatch(NamedTuple):
-  """A mini-batch with what the matching reads of the source."""
+  """A mini-batch with what is read of the sources."""
 
   images: jax.Array  # [B, H, W, C].
   labels: jax.Array  # [B].
-  source: transfer.SourceMaps | None  # None: no transfer.
+  unlabeled: jax.Array | None = None  # [U, H, W, C].
+  source: SourceOutputs | None = None  # Of all N = B + U images.
+
+
+class TargetOutputs(NamedTuple):
+  """The target in train mode, on all images: labelled, then unlabelled."""
+
+  logits: jax.Array  # [N, K].
+  features: dict[str, jax.Array]  # tap -> [N, H, W, C].
+
+
+class AuxiliaryLoss(Protocol):
+  """A loss that reads no labels."""
+
+  def __call__(
+    self,
+    params: types.PyTree,
+    weights: transfer.TransferWeights | None,
+    target: TargetOutputs,
+    source: SourceOutputs,
+  ) -> tuple[chex.Array, dict[str, Any]]:
+    """Return (loss [], metrics); differentiable in params, weights, target."""
 
 
 class Losses(NamedTuple):
-  """The three losses of the method."""
+  """The three losses of a method."""
 
   target: types.InnerLossFn  # L_org.
-  matching: types.InnerLossFn  # L_wfm.
-  total: Any  # L_org + L_wfm, with metrics; see `make_losses`.
+  auxiliary: types.InnerLossFn  # Their sum; L_wfm in the paper's method.
+  total: Any  # L_org + auxiliary, with metrics; see `make_losses`.
 
 
 def get_method(name: str) -> Method:
@@ -79,58 +126,248 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
+def softened_cross_entropy(
+  logits: chex.Array, source_logits: chex.Array, *, temperature: float
+) -> chex.Array:
+  """Imitate softened outputs.
+
+      mean over images of -Σ_k softmax(z_s / T)_k log softmax(z / T)_k
+
+  The distillation loss of Li and Hoiem, "Learning without Forgetting", TPAMI
+  2018 (arXiv 1606.09282), equations 2 and 3. Differentiable in `logits`.
+
+  Args:
+    logits: z, [N, K].
+    source_logits: z_s, [N, K].
+    temperature: T; they use 2.
+
+  Returns:
+    The loss in nats, [].
+  """
+  chex.assert_equal_shape([logits, source_logits])
+  wanted = jax.nn.softmax(source_logits / temperature)
+  log_probabilities = jax.nn.log_softmax(logits / temperature)
+  return -jnp.mean(jnp.sum(wanted * log_probabilities, axis=-1))
+
+
+def distillation_loss(
+  logits: chex.Array, source_logits: chex.Array, *, temperature: float
+) -> chex.Array:
+  """Imitate softened outputs, whatever the temperature equally strongly.
+
+      T² · mean over images of KL(softmax(z_s / T) ‖ softmax(z / T))
+
+  Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network",
+  2015 (arXiv 1503.02531), section 2. Differentiable in `logits`.
+
+  Args:
+    logits: z, [N, K].
+    source_logits: z_s, [N, K].
+    temperature: T.
+
+  Returns:
+    The loss in nats, [].
+  """
+  soften = lambda z: softened_cross_entropy(
+    z, source_logits, temperature=temperature
+  )
+  return temperature**2 * (soften(logits) - soften(source_logits))
+
+
+def attention_map(features: chex.Array) -> chex.Array:
+  """Where a layer looks: mean over channels of x², scaled to length 1.
+
+  Args:
+    features: [N, H, W, C].
+
+  Returns:
+    [N, H·W], rows of Euclidean length 1 (0 where all features are 0).
+  """
+  chex.assert_rank(features, 4)
+  energy = jnp.mean(jnp.square(features), axis=-1)
+  energy = energy.reshape(len(energy), -1)
+  square = jnp.sum(jnp.square(energy), axis=-1, keepdims=True)
+  # A map of zeros has no direction, and its length no derivative.
+  tiny = jnp.finfo(square.dtype).tiny
+  return energy * jax.lax.rsqrt(jnp.where(square > tiny, square, tiny))
+
+
+def attention_loss(
+  source_features: chex.Array, target_features: chex.Array
+) -> chex.Array:
+  """Look where the source looks.
+
+      mean over images and positions of (Q(S) - Q(T))²,  Q = `attention_map`
+
+  Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017
+  (arXiv 1612.03928), equation 2 with p = 2, squared and averaged as in their
+  code, which β = 1000 goes with.
+
+  Args:
+    source_features: S, [N, H, W, C_m].
+    target_features: T, [N, H, W, C_n].
+
+  Returns:
+    The loss, [].
+  """
+  source, target = map(attention_map, (source_features, target_features))
+  chex.assert_equal_shape([source, target])
+  return jnp.mean(jnp.square(source - target))
+
+
+def init_heads(
+  key: chex.PRNGKey, num_features: int, num_classes: Mapping[str, int]
+) -> dict[str, types.PyTree]:
+  """Initialise LwF's second heads, one a source, as PyTorch does.
+
+  Args:
+    key: consumed.
+    num_features: channels of the feature that they read.
+    num_classes: source -> number of its classes.
+  """
+  keys = jax.random.split(key, len(num_classes))
+  return {
+    name: transfer.torch_linear(head_key, num_features, number)
+    for head_key, (name, number) in zip(keys, num_classes.items(), strict=True)
+  }
+
+
+def matching(pairs: Sequence[transfer.Pair], *, beta: float) -> AuxiliaryLoss:
+  """L_wfm, `transfer.matching_loss`, with params["regressors"].
+
+  Its metric "distances" is pair -> mean over the batch of Σ_c w_c d_c.
+  """
+
+  def loss_fn(params, weights, target, source):
+    distances = transfer.channel_distances(
+      params["regressors"], target.features, source.matching, pairs
+    )
+    metrics = {
+      name: jnp.mean(jnp.sum(weights.channel[name] * distance, axis=-1))
+      for name, distance in distances.items()
+    }
+    loss = transfer.matching_loss(distances, weights, beta=beta)
+    return loss, {"distances": metrics}
+
+  return loss_fn
+
+
+def attention(pairs: Sequence[transfer.Pair], *, beta: float) -> AuxiliaryLoss:
+  """β times the sum of `attention_loss` over pairs of layers."""
+
+  def loss_fn(params, weights, target, source):
+    del params, weights
+    losses = [
+      attention_loss(
+        transfer.source_map(source.matching, pair, target.features),
+        target.features[pair.target],
+      )
+      for pair in pairs
+    ]
+    return beta * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
+def lwf(tap: str, *, temperature: float, weight: float) -> AuxiliaryLoss:
+  """`softened_cross_entropy` of a second head, params["heads"], a source.
+
+  The head is linear on the mean over positions of the target's `tap`.
+  """
+
+  def loss_fn(params, weights, target, source):
+    del weights
+    pooled = jnp.mean(target.features[tap], axis=(1, 2))
+    losses = [
+      softened_cross_entropy(
+        transfer.linear(params["heads"][name], pooled),
+        logits,
+        temperature=temperature,
+      )
+      for name, logits in source.logits.items()
+    ]
+    return weight * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
+def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
+  """`distillation_loss` of the logits, summed over the sources."""
+
+  def loss_fn(params, weights, target, source):
+    del params, weights
+    losses = [
+      distillation_loss(target.logits, logits, temperature=temperature)
+      for logits in source.logits.values()
+    ]
+    return weight * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
 def make_losses(
-  apply_fn: types.ApplyFn, pairs: Sequence[transfer.Pair], *, beta: float
+  apply_fn: types.ApplyFn, auxiliary: Mapping[str, AuxiliaryLoss]
 ) -> Losses:
   """Build the losses of a target network in train mode.
 
+  Images without labels pass through the target apart from the labelled ones:
+  L_org, the batch statistics that it is computed with, and those that are
+  kept, are the same with and without them.
+
   Args:
     apply_fn: the target network.
-    pairs: the set C; empty for no transfer.
-    beta: β, weight of the matching loss.
+    auxiliary: name -> loss; what is added to L_org.
 
   Returns:
     The losses. What `total` returns beside the loss is
-    (model_state, metrics), metrics being scalars but for
-    "distances", pair -> mean over the batch of Σ_c w_c d_c.
+    (model_state, metrics), metrics being the scalars "loss", "target_loss",
+    "accuracy" and, for each auxiliary loss, "NAME_loss"; and what the
+    auxiliary losses report.
   """
 
-  def forward(params, model_state, batch):
-    return apply_fn(params["target"], model_state, batch.images, train=True)
+  def forward(params, model_state, images):
+    return apply_fn(params["target"], model_state, images, train=True)
 
-  def distances(params, features, batch):
-    return transfer.channel_distances(
-      params["regressors"], features, batch.source, pairs
-    )
+  def on_all_images(params, model_state, batch):
+    """Return (logits of the labelled images, TargetOutputs, model_state)."""
+    logits, features, new_state = forward(params, model_state, batch.images)
+    outputs = TargetOutputs(logits, features)
+    if batch.unlabeled is not None:
+      *more, _ = forward(params, model_state, batch.unlabeled)
+      outputs = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), outputs, TargetOutputs(*more)
+      )
+    return logits, outputs, new_state
+
+  def sum_of_auxiliary(params, weights, outputs, batch):
+    loss = jnp.zeros(())
+    metrics: dict[str, Any] = {}
+    for name, loss_fn in auxiliary.items():
+      one, more = loss_fn(params, weights, outputs, batch.source)
+      loss += one
+      metrics |= {f"{name}_loss": one, **more}
+    return loss, metrics
 
   def target(params, weights, model_state, batch):
     del weights
-    logits, _, model_state = forward(params, model_state, batch)
+    logits, _, model_state = forward(params, model_state, batch.images)
     return cross_entropy(logits, batch.labels), model_state
 
-  def matching(params, weights, model_state, batch):
-    _, features, model_state = forward(params, model_state, batch)
-    distance = distances(params, features, batch)
-    return transfer.matching_loss(distance, weights, beta=beta), model_state
+  def auxiliary_loss(params, weights, model_state, batch):
+    _, outputs, model_state = on_all_images(params, model_state, batch)
+    loss, _ = sum_of_auxiliary(params, weights, outputs, batch)
+    return loss, model_state
 
   def total(params, weights, model_state, batch):
-    logits, features, model_state = forward(params, model_state, batch)
+    logits, outputs, model_state = on_all_images(params, model_state, batch)
     target_loss = cross_entropy(logits, batch.labels)
-    metrics = {
+    loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
+    loss += target_loss
+    metrics |= {
+      "loss": loss,
       "target_loss": target_loss,
       "accuracy": accuracy(logits, batch.labels),
     }
-    loss = target_loss
-    if pairs:
-      distance = distances(params, features, batch)
-      match = transfer.matching_loss(distance, weights, beta=beta)
-      loss += match
-      metrics["matching_loss"] = match
-      metrics["distances"] = {
-        name: jnp.mean(jnp.sum(weights.channel[name] * d, axis=-1))
-        for name, d in distance.items()
-      }
-    metrics["loss"] = loss
     return loss, (model_state, metrics)
 
-  return Losses(target, matching, total)
+  return Losses(target, auxiliary_loss, total)

@@ -180,17 +180,22 @@ def save(
     ) from error
 
 
+def check_exists(path: pathlib.Path) -> None:
+  """Raise `types.InputError` where there is no such file of weights."""
+  if not path.is_file():
+    raise types.InputError(
+      f"no source weights at {path}; convert a checkpoint (python -m"
+      " l2t_jax.pretrained) or take target.safetensors of another run"
+    )
+
+
 def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
   """Read what `save` wrote; return (variables, metadata).
 
   Raises:
     types.InputError: for a file that is missing, damaged, or not converted.
   """
-  if not path.is_file():
-    raise types.InputError(
-      f"no source weights at {path}; convert a checkpoint (python -m"
-      " l2t_jax.pretrained) or take target.safetensors of another run"
-    )
+  check_exists(path)
   arrays, metadata = _read_safetensors(path)
   if "model" not in metadata or "num_classes" not in metadata:
     raise types.InputError(
@@ -233,6 +238,38 @@ def load_network(
         f" expected {shapes[1]}"
       )
   return module, variables.pop("params"), variables
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+  """Read what a file that `save` wrote says of itself; errors as in `load`."""
+  return load(path)[1]
+
+
+class Adopted(NamedTuple):
+  """Variables that start from those of another network."""
+
+  variables: types.PyTree
+  copied: tuple[str, ...]  # Names of the arrays that were taken over.
+  kept: tuple[str, ...]  # Of those without a namesake of the same shape.
+
+
+def adopt(variables: types.PyTree, others: types.PyTree) -> Adopted:
+  """Take over every array that has a namesake of the same shape.
+
+  Args:
+    variables: of the network that is to be trained, params and batch_stats.
+    others: of the network that it starts from.
+  """
+  flat = {}
+  copied: list[str] = []
+  kept: list[str] = []
+  flat_others = traverse_util.flatten_dict(others)
+  for path, leaf in traverse_util.flatten_dict(variables).items():
+    other = flat_others.get(path)
+    agrees = other is not None and other.shape == leaf.shape
+    flat[path] = jnp.asarray(other, leaf.dtype) if agrees else leaf
+    (copied if agrees else kept).append("/".join(path))
+  return Adopted(traverse_util.unflatten_dict(flat), tuple(copied), tuple(kept))
 
 
 def variable_shapes(
@@ -279,6 +316,7 @@ def convert_file(
   metadata = {
     "model": model,
     "num_classes": str(classes[0]),
+    "channels": str(image_shape[-1]),
     "converted_from": checkpoint.name,
     "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
   }

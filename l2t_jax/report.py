@@ -1,7 +1,8 @@
 """Show what a run learned: which layers and channels the target copies.
 
 `transfer_map.json` holds the content, `transfer_map.png` the picture; the
-picture is drawn from the content alone.
+picture is drawn from the content alone. With several sources, a source tap is
+named "SOURCE/tap".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import json
 import pathlib
+import re
 from typing import Any
 
 from matplotlib import axes, colormaps, figure, patches, ticker
@@ -28,7 +30,9 @@ _WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
 _DPI = 180
 _BOX = 1.5  # Width of a layer's box, in inches.
 _CENTRE: Any = {"ha": "center", "va": "center"}
+_HEAD = 0.5  # Height of a source's name above its boxes, in inches.
 _IGNORED = 0.05  # A pair weight below this is drawn as none.
+_EVEN = 0.95  # Above this share of C effective channels, none stands out.
 _SCALE_TEXT = (
   "Pair weight 0 = ignored, 1 = start, 6 = maximum. The thicker a line, the "
   "harder the target layer is pulled towards that source layer."
@@ -114,8 +118,9 @@ def transfer_map(
 
   Returns:
     A JSON-able dict: method, source_taps, target_taps, epochs, fixed (pair
-    weights stayed exactly 1), channels_fixed (channel weights are uniform) and
-    pairs, in the order of the last epoch's record.
+    weights stayed exactly 1), channels_fixed (channel weights are uniform),
+    pairs, in the order of the last epoch's record, and, with several sources,
+    source_shares (source -> its pairs' share of the sum of pair weights).
 
   Raises:
     InputError: no epoch has pair weights, or names, shapes and values of the
@@ -174,9 +179,10 @@ def transfer_map(
         ],
         "num_channels": num_channels,
         "channel_concentration": effective_channels(weights),
+        "channel_weights": weights.tolist(),
       }
     )
-  return {
+  content = {
     "method": method,
     "source_taps": [{"name": n, "shape": list(s)} for n, s in source_taps],
     "target_taps": [{"name": n, "shape": list(s)} for n, s in target_taps],
@@ -188,6 +194,92 @@ def transfer_map(
     ),
     "pairs": pairs,
   }
+  sources = _sources([name for name, _ in source_taps])
+  if sources:
+    content["source_shares"] = {
+      source: sum(pair["share"] for pair in pairs if pair["source"] in taps)
+      for source, taps in sources.items()
+    }
+  return content
+
+
+def read_transfer_map(
+  path: pathlib.Path | str,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+  """Read the weights of a `transfer_map.json`, to use them as fixed ones.
+
+  Args:
+    path: the file.
+
+  Returns:
+    (channel, pair): "source->target" -> channel weights [C_m], which sum to 1,
+    and -> pair weight; both in the file's order.
+
+  Raises:
+    InputError: the file is missing, is no transfer map, or holds weights that
+      no run can have.
+  """
+  path = pathlib.Path(path)
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise types.InputError(
+      f"{path} cannot be read ({error.strerror}); name the transfer_map.json "
+      "of a finished run."
+    ) from error
+  except ValueError as error:
+    raise types.InputError(f"{path} is not JSON ({error}).") from error
+  pairs = content.get("pairs") if isinstance(content, dict) else None
+  if not pairs or not isinstance(pairs, list):
+    raise types.InputError(
+      f'{path} has no "pairs"; name the transfer_map.json of a finished run.'
+    )
+  channel, weight = {}, {}
+  for number, pair in enumerate(pairs, start=1):
+    try:
+      name = f"{pair['source']}->{pair['target']}"
+    except (KeyError, TypeError) as error:
+      raise types.InputError(
+        f"{path}: pair {number} does not name its source and its target."
+      ) from error
+    if name in channel:
+      raise types.InputError(f"{path} holds pair {name!r} twice.")
+    try:
+      channel[name], weight[name] = _read_pair(pair)
+    except ValueError as error:
+      raise types.InputError(f"{path}: pair {name!r} {error}.") from error
+  if not any(weight.values()):
+    raise types.InputError(
+      f"{path}: all pair weights are 0; that run ended without any transfer."
+    )
+  return channel, weight
+
+
+def _read_pair(pair: _Pair) -> tuple[np.ndarray, float]:
+  """Return (channel weights, pair weight); the ValueError says what is bad."""
+  if "channel_weights" not in pair:
+    raise ValueError(
+      "has no channel_weights: an older version wrote this map; run again"
+    )
+  read = []
+  for key in ("channel_weights", "pair_weight", "num_channels"):
+    try:
+      read.append(np.asarray(pair.get(key), np.float64))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"has a {key} that is not of numbers") from error
+    if not (np.isfinite(read[-1]).all() and (read[-1] >= 0).all()):
+      raise ValueError(f"has a {key} that is missing, negative or not finite")
+  weights, weight, num_channels = read
+  if weight.ndim or weights.shape != (num_channels,):
+    raise ValueError(
+      f"has a pair_weight of shape {weight.shape} and channel_weights of shape "
+      f"{weights.shape}; () and ({pair['num_channels']},) are right"
+    )
+  if abs(weights.sum() - 1) > 1e-3:
+    raise ValueError(
+      f"has channel_weights that sum to {weights.sum():.4g} instead of 1"
+    )
+  return weights, float(weight)
 
 
 def plot_transfer_map(
@@ -207,6 +299,8 @@ def write_transfer_map(
   """
   workdir = pathlib.Path(workdir)
   text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+  # A list of numbers, such as 512 channel weights, takes one line.
+  text = re.sub(r'\[\n[^][{}"]*\]', lambda m: " ".join(m[0].split()), text)
   temporary = workdir / ".transfer_map.tmp"
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(workdir / "transfer_map.json")
@@ -221,6 +315,13 @@ def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
   bars = bool(shown) and not content["channels_fixed"]
   rows, columns = len(content["source_taps"]), len(content["target_taps"])
   layers = max(2.2, 0.74 * max(rows, columns))
+  shares = content.get("source_shares", {})
+  if shares:
+    layers = max(0.25 + 0.6 * rows + _HEAD * len(shares), 0.74 * columns)
+    rank = {source: i for i, source in enumerate(shares)}
+    by_source = lambda tap: rank[_split(tap["name"])[0]]
+    taps = sorted(content["source_taps"], key=by_source)
+    content = {**content, "source_taps": taps}
   # Where each row's title stands, in inches from the top.
   first = 1.4
   second = first + layers + 0.65
@@ -250,8 +351,9 @@ def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
   _draw_layers(panel(0.35, first + 0.3, *size), content, ranked, size)
   write(first, "Every pair weight", 11, left=6.2)
   write(first + 0.25, "rows: source, columns: target", 8.5, left=6.2)
-  cells = min(2.45, 0.62 * columns), min(layers - 0.7, 0.62 * rows)
-  _draw_table(panel(7.25, first + 0.6, *cells), content)
+  aside = 0.25 if shares else 0.0  # For the sources' names.
+  cells = min(2.45 - aside, 0.62 * columns), min(layers - 0.7, 0.62 * rows)
+  _draw_table(panel(7.25 + aside, first + 0.6, *cells), content, cells)
 
   write(second, "Pair weight, epoch by epoch", 11)
   if content["fixed"]:
@@ -275,6 +377,24 @@ def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
       _draw_channels(ax, content, pair, _COLORS[i])
       ax.set_ylim(0, 1.25 * max(1.2, peak))
   return fig
+
+
+def _split(name: str) -> tuple[str, str]:
+  """Split "SOURCE/tap"; the tap is empty where no source is named."""
+  source, _, tap = name.partition("/")
+  return source, tap
+
+
+def _sources(names: Sequence[str]) -> dict[str, list[str]]:
+  """Group taps by source, "SOURCE/tap"; empty where there is one source."""
+  groups: dict[str, list[str]] = {}
+  for name in names:
+    source, tap = _split(name)
+    if not tap:
+      return {}
+    groups.setdefault(source, []).append(name)
+  # A network's own names may have slashes, too.
+  return groups if len(groups) > 1 else {}
 
 
 def _rank(pairs: Sequence[_Pair]) -> list[_Pair]:
@@ -315,9 +435,40 @@ def _labels(
   return dict(zip(full, short, strict=True))
 
 
+def _own_labels(
+  content: Mapping[str, Any], side: str, width: int
+) -> dict[str, str]:
+  """Map each tap's name to one that fits next to the name of its source."""
+  if side == "target_taps" or "source_shares" not in content:
+    return _labels(content, side, width)
+  labels: dict[str, str] = {}
+  names = [tap["name"] for tap in content["source_taps"]]
+  for source, taps in _sources(names).items():
+    own = {"source_taps": [{"name": _split(tap)[1]} for tap in taps]}
+    short = _labels(own, "source_taps", width)
+    labels |= {f"{source}/{tap}": label for tap, label in short.items()}
+  return labels
+
+
+def _source_labels(content: Mapping[str, Any], width: int) -> dict[str, str]:
+  sources = [{"name": name} for name in content.get("source_shares", ())]
+  if not sources:
+    return {}
+  return _labels({"source_taps": sources}, "source_taps", width)
+
+
 def _pair_label(content: Mapping[str, Any], pair: _Pair) -> str:
-  source = _labels(content, "source_taps", 14)[pair["source"]]
-  return f"{source} → {_labels(content, 'target_taps', 14)[pair['target']]}"
+  targets = _labels(content, "target_taps", 14)
+  if "source_shares" not in content:
+    source = _labels(content, "source_taps", 14)[pair["source"]]
+    return f"{source} → {targets[pair['target']]}"
+  # What the targets leave of the room; taps get half of it, or what is over.
+  room = 30 - max(map(len, targets.values()))
+  over = room - max(map(len, content["source_shares"]))
+  taps = _own_labels(content, "source_taps", max(room // 2, over))
+  sources = _source_labels(content, room - max(map(len, taps.values())))
+  source = sources[_split(pair["source"])[0]]
+  return f"{source}/{taps[pair['source']]} → {targets[pair['target']]}"
 
 
 def _summary(content: Mapping[str, Any], ranked: Sequence[_Pair]) -> str:
@@ -355,12 +506,23 @@ def _draw_layers(
   ax.axis("off")
   boxes = {}
   for side, left in (("source_taps", 0.0), ("target_taps", width - _BOX)):
-    labels = _labels(content, side, 18)
-    row = (height - 0.25) / len(content[side])
+    labels = _own_labels(content, side, 18)
+    heads = _source_labels(content, 18) if side == "source_taps" else {}
+    row = (height - 0.25 - _HEAD * len(heads)) / len(content[side])
     tall, x = min(0.5, 0.75 * row), left + _BOX / 2
-    ax.text(x, 0.1, f"{side[:6]} network", size=9, color=_SOFT, **_CENTRE)
-    for i, tap in enumerate(content[side]):
-      y = 0.25 + row * (i + 0.5)
+    title = f"{side[:6]} network{'s' if heads else ''}"
+    ax.text(x, 0.1, title, size=9, color=_SOFT, **_CENTRE)
+    top = 0.25
+    for tap in content[side]:
+      head = heads.pop(_split(tap["name"])[0], None)
+      if head:
+        share = content["source_shares"][_split(tap["name"])[0]]
+        told = {"size": 8.5, "color": _INK, **_CENTRE}
+        ax.text(x, top + 0.21, head, weight="bold", **told)
+        ax.text(x, top + 0.4, f"{share:.0%} of the transfer", **told)
+        top += _HEAD
+      y = top + row / 2
+      top += row
       boxes[side, tap["name"]] = (y, tall)
       rounded = "round,pad=0,rounding_size=0.07"
       box = patches.FancyBboxPatch(
@@ -444,9 +606,11 @@ def _label_place(
   return float(xs[best]), float(ys[best])
 
 
-def _draw_table(ax: axes.Axes, content: Mapping[str, Any]) -> None:
-  """Draw the pair weights as a table, source by target, shaded by weight."""
-  sources = _labels(content, "source_taps", 14)
+def _draw_table(
+  ax: axes.Axes, content: Mapping[str, Any], size: tuple[float, float]
+) -> None:
+  """Draw the pair weights, source by target, in `size` inches, as a table."""
+  sources = _own_labels(content, "source_taps", 14)
   targets = _labels(content, "target_taps", 14)
   table = np.full((len(sources), len(targets)), np.nan)
   for pair in content["pairs"]:
@@ -457,11 +621,11 @@ def _draw_table(ax: axes.Axes, content: Mapping[str, Any]) -> None:
   ax.imshow(table, cmap=cmap, vmin=0, vmax=1.15 * scale, aspect="auto")
   digits = 2 if len(targets) <= 8 else 1
   # In points: a column's width over that of the digits.
-  size = min(8.0, 176 / len(targets) / (0.64 * (digits + 2)))
+  points = min(8.0, 176 / len(targets) / (0.64 * (digits + 2)))
   for (row, column), value in np.ndenumerate(table):
     text = "–" if np.isnan(value) else f"{value:.{digits}f}"
     color = "white" if value > 0.6 * scale else _INK
-    ax.text(column, row, text, size=size, color=color, **_CENTRE)
+    ax.text(column, row, text, size=points, color=color, **_CENTRE)
   long = max(map(len, targets.values())) > 26 / len(targets)
   slant: Any = {"rotation": 30, "ha": "right"} if long else {}
   ax.set_xticks(range(len(targets)), list(targets.values()), size=8, **slant)
@@ -471,6 +635,20 @@ def _draw_table(ax: axes.Axes, content: Mapping[str, Any]) -> None:
   ax.grid(which="minor", color="white", linewidth=2)
   ax.tick_params(which="both", length=0)
   ax.spines[:].set_visible(False)
+  # Beside its rows, each source's name; a line between two sources.
+  groups = _sources(list(sources))
+  row_tall = size[1] / len(sources)
+  room = row_tall * min(map(len, groups.values()), default=0)
+  names = _source_labels(content, max(5, int(room / 0.09)))
+  start = 0
+  for source, name in names.items():
+    middle = start + (len(groups[source]) - 1) / 2
+    x, place = -1.17 / size[0], ax.get_yaxis_transform()
+    style: Any = {"size": 8.5, "weight": "bold", "rotation": 90, **_CENTRE}
+    ax.text(x, middle, name, transform=place, color=_SOFT, **style)
+    if start:
+      ax.axhline(start - 0.5, color=_SOFT, linewidth=1)
+    start += len(groups[source])
 
 
 def _draw_history(
@@ -540,9 +718,14 @@ def _draw_channels(
   style: Any = {"transform": ax.transAxes}
   name = _pair_label(content, pair)
   ax.text(0, 1.25, name, size=8.5, weight="bold", color=color, **style)
-  count = f"{pair['channel_concentration']:.0f} of {pair['num_channels']}"
-  text = f"about {count} channels matter"
-  ax.text(0, 1.1, text, size=8, color=_SOFT, **style)
+  ax.text(0, 1.1, _channels_text(pair), size=8, color=_SOFT, **style)
+
+
+def _channels_text(pair: _Pair) -> str:
+  count, total = pair["channel_concentration"], pair["num_channels"]
+  if count > _EVEN * total:
+    return f"all {total} channels count about the same"
+  return f"about {count:.0f} of {total} channels matter"
 
 
 def _plain(ax: axes.Axes) -> None:

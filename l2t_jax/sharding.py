@@ -33,17 +33,20 @@ def replicate(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
   return jax.device_put(tree, replicated(mesh))
 
 
-def shard(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Split the leading axis over the devices.
+def shard(
+  tree: types.PyTree, mesh: jax.sharding.Mesh, axis: int = 0
+) -> types.PyTree:
+  """Split one axis over the devices.
 
   Args:
     tree: arrays of this process's rows.
     mesh: from `make_mesh`.
+    axis: the one that counts rows.
 
   Returns:
     Arrays of the rows of all processes.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+  sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
   return jax.tree.map(

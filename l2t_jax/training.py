@@ -11,7 +11,8 @@ One iteration, all of it on one mini-batch (paper, algorithm 1):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import NamedTuple
 
 import chex
@@ -22,6 +23,14 @@ import optax
 from l2t_jax import bilevel, objectives, transfer, types
 
 OptimizerFn = Callable[[chex.Numeric], optax.GradientTransformation]
+WeightsFn = Callable[
+  [types.PyTree, Mapping[str, chex.Array]], transfer.TransferWeights
+]
+
+# What the T steps of the look-ahead minimise.
+#   auxiliary: L_wfm, and one step with L_org follows them; the paper's scheme.
+#   total: L_org + L_wfm, and nothing follows; the usual bilevel scheme.
+LOOK_AHEAD_LOSSES = ("auxiliary", "total")
 
 
 class Source(NamedTuple):
@@ -73,44 +82,39 @@ def cosine_by_epoch(
   return lambda step: schedule(step // steps_per_epoch)
 
 
+def steps_by_epoch(
+  learning_rate: float, *, epochs: int, steps_per_epoch: int
+) -> Callable[[chex.Numeric], chex.Numeric]:
+  """The learning rate, a tenth of it from half of the run, then a hundredth.
+
+  The second step is at three quarters. Arguments and result are those of
+  `cosine_by_epoch`.
+  """
+  boundaries = (math.ceil(epochs / 2), math.ceil(epochs * 3 / 4))
+  schedule = optax.piecewise_constant_schedule(
+    learning_rate, dict.fromkeys(boundaries, 0.1)
+  )
+  return lambda step: schedule(step // steps_per_epoch)
+
+
 def create_state(
-  key: chex.PRNGKey,
-  target_variables: tuple[types.PyTree, types.PyTree],
+  params: types.PyTree,
+  model_state: types.PyTree,
+  meta_params: types.PyTree,
   *,
-  method: objectives.Method,
-  pairs: Sequence[transfer.Pair],
-  source_taps: transfer.TapShapes,
-  target_taps: transfer.TapShapes,
   optimizer_fn: OptimizerFn,
   meta_optimizer: optax.GradientTransformation,
 ) -> types.TrainState:
-  """Initialise regressors, meta-parameters and both optimizers.
+  """Put initial values and both optimizers' first states together.
 
   Args:
-    key: for the regressors and the meta-parameters.
-    target_variables: (params, model_state) of the target network.
-    method: decides which meta-networks exist.
-    pairs: the set C; empty for no transfer.
-    source_taps: shapes of the source's taps.
-    target_taps: shapes of the target's taps.
+    params: {"target": ..., and what the auxiliary losses train along, such as
+      "regressors"}.
+    model_state: of the target network.
+    meta_params: of f and g; empty where none is learned.
     optimizer_fn: of the real update and the look-ahead.
     meta_optimizer: of the meta update.
   """
-  params, model_state = target_variables
-  regressor_key, meta_key = jax.random.split(key)
-  params = {"target": params, "regressors": {}}
-  meta_params: types.PyTree = {}
-  if pairs:
-    params["regressors"] = transfer.init_regressors(
-      regressor_key, pairs, source_taps, target_taps
-    )
-    meta_params = transfer.init_meta_params(
-      meta_key,
-      pairs,
-      source_taps,
-      learn_channels=method.learn_channels,
-      learn_pairs=method.learn_pairs,
-    )
   return types.TrainState(
     step=jnp.zeros((), jnp.int32),
     inner=types.InnerState(params, optimizer_fn(0.0).init(params), model_state),
@@ -120,20 +124,22 @@ def create_state(
 
 
 def make_train_step(
-  target_fn: types.ApplyFn,
-  source_fn: types.ApplyFn | None,
+  losses: objectives.Losses,
+  source_fns: Mapping[str, types.ApplyFn],
   *,
   pairs: Sequence[transfer.Pair],
   target_taps: transfer.TapShapes,
-  beta: float,
+  weights_fn: WeightsFn | None,
+  look_ahead_loss: str,
   num_inner_steps: int,
   learning_rate_fn: Callable[[chex.Numeric], chex.Numeric],
   optimizer_fn: OptimizerFn,
   meta_optimizer: optax.GradientTransformation,
   mode: str,
   rolled: bool,
+  update_meta: bool = True,
 ) -> Callable[
-  [types.TrainState, Source | None, types.Batch],
+  [types.TrainState, Mapping[str, Source], types.Batch],
   tuple[types.TrainState, dict[str, types.PyTree]],
 ]:
   """Build one iteration of the method; the caller jits it.
@@ -141,36 +147,44 @@ def make_train_step(
   A state without meta-parameters takes the real update alone.
 
   Args:
-    target_fn: the target network.
-    source_fn: the source network; None where, and only where, there are no
-      pairs.
-    pairs: the set C; empty for no transfer.
+    losses: of the target, from `objectives.make_losses`.
+    source_fns: name -> source network; empty for no transfer. The names stand
+      in those of the taps ("NAME/tap"), but for a single source named "".
+    pairs: the set C; empty where none are compared.
     target_taps: shapes of the target's taps.
-    beta: β, weight of the matching loss.
-    num_inner_steps: T, matching steps of the look-ahead.
+    weights_fn: (meta_params, pooled) -> `transfer.TransferWeights`; None where
+      the losses read no such weights.
+    look_ahead_loss: what the T steps of the look-ahead minimise, one of
+      `LOOK_AHEAD_LOSSES`.
+    num_inner_steps: T.
     learning_rate_fn: iteration -> learning rate of the inner optimizer.
     optimizer_fn: the inner optimizer, from its learning rate.
     meta_optimizer: of the meta update.
     mode: how the hypergradient is computed, one of `bilevel.MODES`.
-    rolled: whether the matching steps are a rolled loop.
+    rolled: whether the T steps are a rolled loop.
+    update_meta: whether there is a look-ahead and a meta update at all.
 
   Returns:
-    `train_step(state, source, batch) -> (state, metrics)`. Metrics are the
-    scalars "loss", "target_loss", "matching_loss" and "accuracy" of the batch
-    before the real update, "outer_loss" after the look-ahead and
-    "meta_grad_norm"; and, where there are pairs, "transfer": "pair_weights"
-    and "distances" (Σ_c w_c d_c), [P] in the order of the pairs, and
-    "channel_weights", pair -> [C_m], all of them means over the batch.
+    `train_step(state, sources, batch) -> (state, metrics)`. Metrics are the
+    scalars of `objectives.make_losses` before the real update, "outer_loss"
+    after the look-ahead and "meta_grad_norm"; and, where there are weights,
+    "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P] in the order
+    of the pairs, and "channel_weights", pair -> [C_m], all of them means over
+    the batch.
   """
-  losses = objectives.make_losses(target_fn, pairs, beta=beta)
+  if look_ahead_loss not in LOOK_AHEAD_LOSSES:
+    raise types.InputError(
+      f"unknown look-ahead loss {look_ahead_loss!r}; use one of"
+      f" {', '.join(LOOK_AHEAD_LOSSES)}"
+    )
 
-  def train_step(state, source, batch):
+  def train_step(state, sources, batch):
     optimizer = optimizer_fn(learning_rate_fn(state.step))
-    data = with_source(source, batch)
+    data = with_sources(sources, batch)
     weights = weights_of(state.meta_params, data)
     inner, metrics = real_update(optimizer, state.inner, weights, data)
     meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
-    if jax.tree.leaves(meta_params):
+    if update_meta and jax.tree.leaves(meta_params):
       # With a rate that is no tracer, so that it can be probed.
       bilevel.check_differentiable(optimizer_fn(1.0), inner.params)
       outer_loss, grads = bilevel.hypergradient(
@@ -187,27 +201,35 @@ def make_train_step(
     state = types.TrainState(state.step + 1, inner, meta_params, meta_opt_state)
     return state, metrics
 
-  def with_source(source, batch):
-    """Run the source: once a batch, outside of all that is differentiated."""
-    if source_fn is None:
-      return objectives.TransferBatch(batch.images, batch.labels, None)
-    _, features, _ = source_fn(
-      source.params, source.model_state, batch.images, train=False
-    )
+  def with_sources(sources, batch):
+    """Run the sources: once a batch, outside of all that is differentiated."""
+    if not source_fns:
+      return objectives.TransferBatch(*batch)
+    images = batch.images
+    if batch.unlabeled is not None:
+      images = jnp.concatenate([images, batch.unlabeled])
+    logits: dict[str, jax.Array] = {}
+    features: dict[str, jax.Array] = {}
+    for name, source_fn in source_fns.items():
+      logits[name], taps, _ = source_fn(
+        sources[name].params, sources[name].model_state, images, train=False
+      )
+      features |= {transfer.tap_name(name, tap): x for tap, x in taps.items()}
     maps = transfer.prepare_source(features, pairs, target_taps)
-    return objectives.TransferBatch(batch.images, batch.labels, maps)
+    outputs = objectives.SourceOutputs(jax.lax.stop_gradient(logits), maps)
+    return objectives.TransferBatch(*batch)._replace(source=outputs)
 
   def weights_of(meta_params, data):
-    if not pairs:
+    if weights_fn is None:
       return None
-    return transfer.transfer_weights(meta_params, data.source.pooled, pairs)
+    return weights_fn(meta_params, data.source.matching.pooled)
 
   def real_update(optimizer, inner, weights, data):
     grads, (model_state, metrics) = jax.grad(losses.total, has_aux=True)(
       inner.params, weights, inner.model_state, data
     )
     inner = bilevel.apply_gradients(optimizer, inner, grads, model_state)
-    if pairs:
+    if weights is not None:
       stack = lambda values: jnp.stack([values[p.name] for p in pairs])
       mean = lambda x: jnp.mean(x, axis=0)
       metrics["transfer"] = {
@@ -217,27 +239,32 @@ def make_train_step(
       }
     return inner, metrics
 
+  def total(params, weights, model_state, data):
+    loss, (model_state, _) = losses.total(params, weights, model_state, data)
+    return loss, model_state
+
   def look_ahead(optimizer):
     # Jitted, so that T steps are traced and lowered as one.
-    matching_step = jax.jit(
-      bilevel.make_inner_step(losses.matching, optimizer, mode=mode)
+    make_step = lambda loss_fn: jax.jit(
+      bilevel.make_inner_step(loss_fn, optimizer, mode=mode)
     )
-    target_step = jax.jit(
-      bilevel.make_inner_step(losses.target, optimizer, mode=mode)
-    )
+    staged = look_ahead_loss == "auxiliary"
+    inner_step = make_step(losses.auxiliary if staged else total)
+    target_step = make_step(losses.target)
 
     def run(inner, meta_params, data):
       # w and λ do not depend on the target: once for all steps.
       weights = weights_of(meta_params, data)
       inner, _ = bilevel.unroll(
-        matching_step,
+        inner_step,
         inner,
         weights,
         data,
         num_steps=num_inner_steps,
         rolled=rolled,
       )
-      inner, _ = target_step(inner, weights, data)
+      if staged:
+        inner, _ = target_step(inner, weights, data)
       return inner
 
     return run

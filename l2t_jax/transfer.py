@@ -7,14 +7,18 @@ Symbols, for a pair (m, n) of a source tap m and a target tap n and an image x:
   w^{m,n}         channel weights, *what* to transfer, a softmax over C_m
   λ^{m,n}         pair weight, *where* and how much, in [0, 6], one an image
 
+Several sources are several sets of taps: their names then carry the source's,
+as in "imagenet/stage1_block3".
+
 Source: Jang, Lee, Hwang and Shin, "Learning What and Where to Transfer",
 ICML 2019 (arXiv 1905.05901), sections 2.1 and 2.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+import zlib
 
 import chex
 import jax
@@ -26,6 +30,15 @@ from l2t_jax import types
 TapShapes = Mapping[str, tuple[int, int, int]]
 
 PAIR_SETS = ("single", "one_to_one", "all_to_all")
+
+# What turns g's output into λ. relu6 is the paper's; the derivative of
+# `jax.nn.relu6` compares floats for equality, which fusions can break; see
+# `models.layers.max_pool`.
+PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
+  "relu6": lambda x: jax.lax.clamp(0.0, x, 6.0),
+  "relu": jax.nn.relu,
+  "softplus": jax.nn.softplus,
+}
 
 
 class Pair(NamedTuple):
@@ -51,6 +64,18 @@ class TransferWeights(NamedTuple):
 
   channel: dict[str, jax.Array]  # pair -> [B, C_m], w; rows sum to 1.
   pair: dict[str, jax.Array]  # pair -> [B], λ.
+
+
+class TransferMap(NamedTuple):
+  """What and where to transfer, the same for every image."""
+
+  channel: Mapping[str, chex.Array]  # pair -> [C_m], w; sums to 1.
+  pair: Mapping[str, float]  # pair -> λ.
+
+
+def tap_name(source: str, tap: str) -> str:
+  """Name a tap of one of several sources; of a single one, "", plainly."""
+  return f"{source}/{tap}" if source else tap
 
 
 def make_pairs(
@@ -111,15 +136,17 @@ def init_regressors(
 ) -> dict[str, types.PyTree]:
   """Initialise r: per pair a kernel [C_n, C_m] and a bias [C_m].
 
-  Both are uniform within ±1/sqrt(C_n), PyTorch's default for a convolution.
+  Both are uniform within ±1/sqrt(C_n), PyTorch's default for a convolution. A
+  pair's values do not depend on which other pairs there are.
   """
-  regressors = {}
-  keys = jax.random.split(key, len(pairs))
-  for pair, pair_key in zip(pairs, keys, strict=True):
-    fan_in = target_taps[pair.target][-1]
-    fan_out = source_taps[pair.source][-1]
-    regressors[pair.name] = _torch_linear(pair_key, fan_in, fan_out)
-  return regressors
+  return {
+    pair.name: torch_linear(
+      _pair_key(key, pair),
+      target_taps[pair.target][-1],
+      source_taps[pair.source][-1],
+    )
+    for pair in pairs
+  }
 
 
 def init_meta_params(
@@ -150,11 +177,12 @@ def init_meta_params(
       for pair in pairs
     }
   if learn_pairs:
-    keys = jax.random.split(key, len(pairs))
     meta_params["pair"] = {
-      pair.name: _torch_linear(pair_key, source_taps[pair.source][-1], 1)
+      pair.name: torch_linear(
+        _pair_key(key, pair), source_taps[pair.source][-1], 1
+      )
       | {"bias": jnp.ones((1,))}
-      for pair, pair_key in zip(pairs, keys, strict=True)
+      for pair in pairs
     }
   return meta_params
 
@@ -189,10 +217,22 @@ def prepare_source(
   return jax.lax.stop_gradient(SourceMaps(maps, pooled))
 
 
+def source_map(
+  source_maps: SourceMaps,
+  pair: Pair,
+  target_features: Mapping[str, chex.Array],
+) -> chex.Array:
+  """Look a pair's source map up, [B, H, W, C_m] at its target tap's size."""
+  _, height, width, _ = target_features[pair.target].shape
+  return source_maps.maps[_map_name(pair.source, height, width)]
+
+
 def transfer_weights(
   meta_params: types.PyTree,
   pooled: Mapping[str, chex.Array],
   pairs: Sequence[Pair],
+  *,
+  activation: str = "relu6",
 ) -> TransferWeights:
   """Decide what and where to transfer.
 
@@ -205,23 +245,42 @@ def transfer_weights(
     meta_params: from `init_meta_params`.
     pooled: source tap -> [B, C_m], its mean over positions.
     pairs: the set C.
+    activation: what g's output goes through, a key of `PAIR_ACTIVATIONS`.
   """
   channel, pair_weight = {}, {}
   for pair in pairs:
     x = pooled[pair.source]
     if "channel" in meta_params:
-      logits = _linear(meta_params["channel"][pair.name], x)
+      logits = linear(meta_params["channel"][pair.name], x)
       channel[pair.name] = jax.nn.softmax(logits, axis=-1)
     else:
       channel[pair.name] = jnp.full_like(x, 1.0 / x.shape[-1])
     if "pair" in meta_params:
-      logits = _linear(meta_params["pair"][pair.name], x)
-      # relu6. The derivative of `jax.nn.relu6` compares floats for equality,
-      # which fusions can break; see `models.layers.max_pool`.
-      pair_weight[pair.name] = jax.lax.clamp(0.0, logits[:, 0], 6.0)
+      logits = linear(meta_params["pair"][pair.name], x)
+      pair_weight[pair.name] = PAIR_ACTIVATIONS[activation](logits[:, 0])
     else:
       pair_weight[pair.name] = jnp.ones_like(x[:, 0])
   return TransferWeights(channel, pair_weight)
+
+
+def repeat_map(
+  transfer_map: TransferMap, pooled: Mapping[str, chex.Array]
+) -> TransferWeights:
+  """Give every image of a batch the weights of one map.
+
+  Args:
+    transfer_map: w [C_m] and λ of each pair.
+    pooled: source tap -> [B, C_m]; says how many images there are.
+  """
+  like = next(iter(pooled.values()))
+  num_images = len(like)
+  repeat = lambda x: jnp.broadcast_to(
+    jnp.asarray(x, like.dtype), (num_images, *jnp.shape(x))
+  )
+  return TransferWeights(
+    jax.tree.map(repeat, transfer_map.channel),
+    jax.tree.map(repeat, transfer_map.pair),
+  )
 
 
 def channel_distances(
@@ -246,9 +305,8 @@ def channel_distances(
   distances = {}
   for pair in pairs:
     feature = target_features[pair.target]
-    _, height, width, _ = feature.shape
-    wanted = source_maps.maps[_map_name(pair.source, height, width)]
-    regressed = _linear(regressors[pair.name], feature.astype(wanted.dtype))
+    wanted = source_map(source_maps, pair, target_features)
+    regressed = linear(regressors[pair.name], feature.astype(wanted.dtype))
     chex.assert_equal_shape([wanted, regressed])
     distances[pair.name] = jnp.square(wanted - regressed).mean(axis=(1, 2))
   return distances
@@ -283,12 +341,15 @@ def matching_loss(
   return beta * jnp.sum(jnp.stack(losses))
 
 
-def _linear(layer, x):
+def linear(layer: Mapping[str, chex.Array], x: chex.Array) -> chex.Array:
+  """Apply {kernel [I, O], bias [O]} to x [..., I]."""
   return jnp.einsum("...i,io->...o", x, layer["kernel"]) + layer["bias"]
 
 
-def _torch_linear(key, fan_in, fan_out):
-  """Uniform within ±1/sqrt(fan_in), kernel and bias."""
+def torch_linear(
+  key: chex.PRNGKey, fan_in: int, fan_out: int
+) -> dict[str, jax.Array]:
+  """Initialise {kernel [I, O], bias [O]}, uniform within ±1/sqrt(I)."""
   kernel_key, bias_key = jax.random.split(key)
   bound = fan_in**-0.5
   return {
@@ -299,6 +360,10 @@ def _torch_linear(key, fan_in, fan_out):
       bias_key, (fan_out,), minval=-bound, maxval=bound
     ),
   }
+
+
+def _pair_key(key, pair):
+  return jax.random.fold_in(key, zlib.crc32(pair.name.encode()))
 
 
 def _accumulator(x):

@@ -20,10 +20,11 @@ class InputError(ValueError):
 
 
 class Batch(NamedTuple):
-  """One mini-batch of labelled images."""
+  """One mini-batch of labelled images, with others that have no labels."""
 
   images: jax.Array  # [B, H, W, C] float32, normalised.
   labels: jax.Array  # [B] int32, 0 .. num_classes - 1.
+  unlabeled: jax.Array | None = None  # [U, H, W, C], or None.
 
 
 class EvalBatch(NamedTuple):

@@ -3,6 +3,7 @@
 `tests/golden/README.md` has the recipe.
 """
 
+import functools
 import json
 import zlib
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import models, pretrained, training, transfer, types
+from l2t_jax import models, objectives, pretrained, training, transfer, types
 
 
 def read(path):
@@ -95,7 +96,7 @@ class Setup:
     return regressors, {"channel": channel, "pair": pair_net}
 
   def start(self):
-    """Return (train state, source) before the first iteration."""
+    """Return (train state, sources) before the first iteration."""
     params, model_state = self.variables("target", self.target)
     regressors, meta_params = self.params_of_pairs()
     params = {"target": params, "regressors": regressors}
@@ -103,9 +104,9 @@ class Setup:
       params, self.optimizer_fn(0.0).init(params), model_state
     )
     meta_opt_state = self.meta_optimizer.init(meta_params)
-    source = training.Source(*self.variables("source", self.source))
+    sources = {"": training.Source(*self.variables("source", self.source))}
     step = jnp.zeros((), jnp.int32)
-    return types.TrainState(step, inner, meta_params, meta_opt_state), source
+    return types.TrainState(step, inner, meta_params, meta_opt_state), sources
 
   def batch(self, iteration):
     size = self.settings["batch"]
@@ -133,12 +134,16 @@ class Setup:
     return models.as_apply_fn(self.source)
 
   def make_train_step(self, mode, rolled=False):
+    matching = objectives.matching(self.pairs, beta=self.settings["beta"])
     return training.make_train_step(
-      models.as_apply_fn(self.target),
-      self.source_fn,
+      objectives.make_losses(
+        models.as_apply_fn(self.target), {"matching": matching}
+      ),
+      {"": self.source_fn},
       pairs=self.pairs,
       target_taps=self.target_taps,
-      beta=self.settings["beta"],
+      weights_fn=functools.partial(transfer.transfer_weights, pairs=self.pairs),
+      look_ahead_loss="auxiliary",
       num_inner_steps=self.settings["T"],
       learning_rate_fn=lambda step: self.settings["lr"],
       optimizer_fn=self.optimizer_fn,

@@ -165,7 +165,7 @@ def test_adam_is_refused_in_training_too():
   opt_state = optax.adam(0.1).init(state.inner.params)
   state = state._replace(inner=state.inner._replace(opt_state=opt_state))
   train_step = small_setup.make_train_step(
-    pairs, target_taps, optimizer_fn=optax.adam
+    "l2t_ww", pairs, target_taps, optimizer_fn=optax.adam
   )
   with pytest.raises(types.InputError, match="eps_root=1e-8"):
     jax.eval_shape(train_step, state, source, small_setup.batch(4))

@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from l2t_jax import data, types
-from l2t_jax.data import augment, images, records, splits
+from l2t_jax.data import augment, images, pipeline, records, splits
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -37,6 +37,9 @@ def load(source="npz", **changes):
     "test_fraction": 0.25,
     "split_seed": 0,
     "per_class": 0,
+    "unlabeled": False,
+    "unlabeled_path": "",
+    "unlabeled_batch_size": 0,
     "batch_size": 8,
     "seed": 3,
     "num_workers": 0,
@@ -64,6 +67,12 @@ def random_arrays(num_train=60, num_test=21, num_classes=3, size=8):
 def save_npz(path, arrays):
   np.savez(path, **arrays)
   return str(path)
+
+
+@pytest.fixture
+def small_eval_batches(monkeypatch):
+  """Let evaluation batches be as small as those of training."""
+  monkeypatch.setattr(pipeline, "MIN_EVAL_BATCH_SIZE", 1)
 
 
 @pytest.fixture
@@ -188,11 +197,12 @@ def test_per_class_keeps_so_many_and_leaves_val_and_test_alone():
 
 
 def test_dropped_classes_are_in_no_split(npz):
-  dataset = load(path=npz, classes=(2, 0), per_class=4)
+  dataset = load(path=npz, classes=(2, 0), per_class=4, unlabeled=True)
   assert dataset.class_names == ("2", "0")
   assert dataset.num_train == 8
   assert dataset.num_val == 10
   assert dataset.num_test == 14
+  assert dataset.num_unlabeled == 22
   arrays = np.load(npz)
   evaluated = concatenated(dataset.eval_batches("test"))
   real = evaluated.mask == 1
@@ -326,6 +336,14 @@ def test_an_epoch_is_a_permutation(npz):
   np.testing.assert_array_equal(epoch.labels, labels)
 
 
+def test_the_order_of_an_epoch_stays_what_it_was(npz):
+  dataset = load(path=npz, val_fraction=0)
+  # Runs that were begun with another version go on as they would have.
+  order = np.random.default_rng([3, 1]).permutation(60)
+  labels = concatenated(dataset.train_batches(1)).labels
+  np.testing.assert_array_equal(labels, np.load(npz)["y_train"][order[:56]])
+
+
 @pytest.mark.parametrize("name", ["none", "crop_flip"])
 def test_epochs_and_seeds_differ(npz, name):
   dataset = load(path=npz, augment=name)
@@ -355,7 +373,7 @@ def test_start_resumes_within_an_epoch(npz):
   assert not list(dataset.train_batches(2, start=dataset.steps_per_epoch))
 
 
-def test_processes_together_equal_one(npz):
+def test_processes_together_equal_one(npz, small_eval_batches):
   together = load(path=npz)
   shares = [
     load(path=npz, process_index=index, process_count=2) for index in (0, 1)
@@ -374,7 +392,7 @@ def test_processes_together_equal_one(npz):
 def check_eval(dataset, split, expected):
   """Check that a split holds each expected image once, then padding."""
   batches = list(dataset.eval_batches(split))
-  assert {len(batch.images) for batch in batches} == {8}
+  assert len({len(batch.images) for batch in batches}) == 1
   evaluated = concatenated(batches)
   assert evaluated.mask.sum() == len(expected)
   assert set(evaluated.mask) == {0.0, 1.0}
@@ -384,10 +402,24 @@ def check_eval(dataset, split, expected):
   )
 
 
-def test_eval_sees_every_image_once(npz):
+def test_eval_sees_every_image_once(npz, small_eval_batches):
   dataset = load(path=npz)
   assert dataset.num_test == 21
+  assert len(list(dataset.eval_batches("test"))) == 3
   check_eval(dataset, "test", np.load(npz)["x_test"])
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "eval_batch_size"),
+  [(8, 128), (18, 144), (128, 128), (130, 130)],
+)
+def test_eval_batches_are_large(tmp_path, batch_size, eval_batch_size):
+  arrays = random_arrays(num_train=200, num_test=150)
+  path = save_npz(tmp_path / "large.npz", arrays)
+  dataset = load(path=path, batch_size=batch_size)
+  for batch in dataset.eval_batches("test"):
+    chex.assert_shape(batch.mask, (eval_batch_size,))
+  check_eval(dataset, "test", arrays["x_test"])
 
 
 def test_eval_may_be_empty_only_for_val(npz):
@@ -397,10 +429,206 @@ def test_eval_may_be_empty_only_for_val(npz):
 
 
 def test_a_batch_is_compiled_once(npz):
-  dataset = load(path=npz)
+  dataset = load(path=npz, per_class=10, unlabeled=True)
   list(dataset.train_batches(0))
   with jax.no_tracing():
     list(dataset.train_batches(1))
+    list(dataset.with_seed(5).train_batches(0))
+
+
+def test_seeds_share_the_images_in_memory(npz):
+  dataset = load(path=npz, per_class=10, unlabeled=True)
+  num_arrays = len(jax.live_arrays())
+  other = dataset.with_seed(5)
+  assert len(jax.live_arrays()) == num_arrays
+  assert other.split_hash == dataset.split_hash
+
+
+# Images without labels and other seeds, in memory and streaming.
+
+
+@pytest.fixture(params=["in memory", "streaming"])
+def load_few(request, tmp_path):
+  """Loader of a folder: 16 labelled training images and 24 left over.
+
+  40 more images are for val and test. All of them have the size of the batch:
+  without augmentation, they come out as they are.
+  """
+  root = save_folder(tmp_path, ("",), num_images=40, size=(8, 8))
+  in_memory = request.param == "in memory"
+  defaults = {
+    "path": str(root),
+    "in_memory": in_memory,
+    "augment": "crop_flip" if in_memory else "random_resized_crop_flip",
+    "eval_resize": 8,
+    "per_class": 8,
+    "batch_size": 4,
+    "unlabeled": True,
+    "unlabeled_batch_size": 6,
+  }
+  return lambda **changes: load("folder", **(defaults | changes))
+
+
+def unlabeled_images(dataset, num_epochs=1):
+  """Return the bytes of the images without labels, in their order."""
+  batches = [
+    batch
+    for epoch in range(num_epochs)
+    for batch in dataset.train_batches(epoch)
+  ]
+  pixels = pixels_of(concatenated(batches).unlabeled)
+  return [image.tobytes() for image in pixels]
+
+
+def test_no_image_has_two_roles(load_few):
+  dataset = load_few(augment="none")
+  labelled = concatenated(dataset.train_batches(0)).images
+  val, test = (
+    concatenated(dataset.eval_batches(split)) for split in ("val", "test")
+  )
+  roles = [
+    {image.tobytes() for image in pixels_of(part)}
+    for part in (
+      labelled,
+      val.images[val.mask == 1],
+      test.images[test.mask == 1],
+    )
+  ] + [set(unlabeled_images(dataset))]
+  assert [len(role) for role in roles] == [16, 20, 20, 24]
+  assert dataset.num_unlabeled == 24
+  assert len(set.union(*roles)) == 80
+
+
+def test_images_that_a_split_file_leaves_out_stay_out(tmp_path, npz):
+  split = {
+    "s_train": np.arange(30),
+    "s_val": np.arange(50, 60),
+    "s_test": np.arange(21),
+  }
+  dataset = load(
+    path=npz,
+    split_file=save_npz(tmp_path / "split.npz", split),
+    split_prefix="s",
+    per_class=5,
+    unlabeled=True,
+    augment="none",
+  )
+  assert dataset.num_unlabeled == 15
+  named = {image.tobytes() for image in np.load(npz)["x_train"][:30]}
+  assert set(unlabeled_images(dataset, 2)) < named
+
+
+def test_labelled_images_do_not_depend_on_the_others(load_few):
+  with_others, without = load_few(), load_few(unlabeled=False)
+  assert with_others.steps_per_epoch == without.steps_per_epoch == 4
+  assert (without.num_train, without.num_unlabeled) == (16, 0)
+  for epoch in (0, 1):
+    for batch, labelled in zip(
+      with_others.train_batches(epoch),
+      without.train_batches(epoch),
+      strict=True,
+    ):
+      chex.assert_shape(batch.unlabeled, (6, 8, 8, 3))
+      assert labelled.unlabeled is None
+      chex.assert_trees_all_equal(batch[:2], labelled[:2])
+
+
+@pytest.mark.parametrize("batch_size", [6, 5, 50])
+def test_every_pass_is_a_permutation(load_few, batch_size):
+  dataset = load_few(augment="none", unlabeled_batch_size=batch_size)
+  stream = unlabeled_images(dataset, num_epochs=3)
+  assert len(stream) == 12 * batch_size
+  passes = [stream[i : i + 24] for i in range(0, len(stream) - 23, 24)]
+  for images_of_pass in passes:
+    assert len(set(images_of_pass)) == 24
+    assert set(images_of_pass) == set(passes[0])
+  assert len({tuple(images_of_pass) for images_of_pass in passes}) > 1
+  assert unlabeled_images(dataset.with_seed(9), num_epochs=3) != stream
+
+
+def test_images_without_labels_resume(load_few):
+  whole = list(load_few().train_batches(2))
+  rest = list(load_few().train_batches(2, start=1))
+  chex.assert_trees_all_equal(whole[1:], rest)
+  assert not np.array_equal(whole[0].unlabeled, whole[1].unlabeled)
+
+
+def test_processes_share_images_without_labels(load_few):
+  shares = [
+    load_few(process_index=index, process_count=2).train_batches(1)
+    for index in (0, 1)
+  ]
+  together = load_few().train_batches(1)
+  for first, second, batch in zip(*shares, together, strict=True):
+    chex.assert_trees_all_equal(
+      concatenated([first, second]), jax.tree.map(np.asarray, batch)
+    )
+
+
+def test_images_without_labels_have_draws_of_their_own(load_few, tmp_path):
+  paths = sorted(tmp_path.glob("*/*.png"))
+  for path in paths[1:]:
+    path.write_bytes(paths[0].read_bytes())
+  dataset = load_few(unlabeled_batch_size=0)
+  first, second, *_ = dataset.train_batches(0)
+  chex.assert_equal_shape([first.images, first.unlabeled])
+  # The images are all the same: so would be their crops.
+  assert not np.array_equal(first.images, first.unlabeled)
+  assert not np.array_equal(first.unlabeled, second.unlabeled)
+  for other in (
+    next(dataset.train_batches(1)),
+    next(dataset.with_seed(9).train_batches(0)),
+  ):
+    assert not np.array_equal(first.images, other.images)
+    assert not np.array_equal(first.unlabeled, other.unlabeled)
+
+
+def test_a_folder_of_images_without_labels(load_few, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("unlabeled")
+  rng = np.random.default_rng(1)
+  expected = set()
+  for name in ("one.png", "a/two.PNG", "a/b c/3.bmp"):
+    pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    (folder / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(folder / name)
+    expected.add(pixels.tobytes())
+  (folder / "a" / "notes.txt").write_text("no image")
+
+  def load_folder():
+    return load_few(unlabeled_path=str(folder), per_class=0, augment="none")
+
+  dataset = load_folder()
+  assert (dataset.num_train, dataset.num_unlabeled) == (40, 3)
+  assert set(unlabeled_images(dataset)) == expected
+  (folder / "one.png").unlink()
+  hashes = {load_folder().split_hash, dataset.split_hash}
+  hashes.add(load_few(unlabeled=False, per_class=0).split_hash)
+  assert len(hashes) == 3
+
+
+def test_the_split_hash_tells_what_has_no_labels(load_few):
+  with_others, without = load_few(), load_few(unlabeled=False)
+  assert with_others.split_hash != without.split_hash
+  assert with_others.split_hash == load_few(seed=9).split_hash
+
+
+def test_with_seed_equals_another_load(load_few):
+  dataset, expected = load_few(), load_few(seed=9)
+  list(dataset.train_batches(0))
+  # A stream of the first seed now waits for its next epoch, the second.
+  other = dataset.with_seed(9)
+  for epoch in (1, 0):
+    chex.assert_trees_all_equal(
+      list(other.train_batches(epoch)), list(expected.train_batches(epoch))
+    )
+  chex.assert_trees_all_equal(
+    list(other.eval_batches("test")), list(expected.eval_batches("test"))
+  )
+  chex.assert_trees_all_equal(
+    list(load_few().train_batches(1)), list(dataset.train_batches(1))
+  )
+  with pytest.raises(types.InputError, match="seed is -1"):
+    dataset.with_seed(-1)
 
 
 # Sources.
@@ -546,7 +774,10 @@ def test_tfds_reads_official_splits(tfds_dir):
 
 def test_workers_do_not_change_the_stream(tmp_path):
   root = save_folder(tmp_path)
-  threads, workers = (streamed(root, num_workers=num) for num in (0, 2))
+  threads, workers = (
+    streamed(root, num_workers=num, per_class=6, unlabeled=True)
+    for num in (0, 2)
+  )
   # Twice in a row: the second epoch goes on with the first one's workers.
   for epoch in (0, 1):
     chex.assert_trees_all_equal(
@@ -575,7 +806,7 @@ def test_stream_is_deterministic_and_resumes(tmp_path):
   assert not np.array_equal(concatenated(whole).images, other.images)
 
 
-def test_streamed_processes_together_equal_one(tmp_path):
+def test_streamed_processes_together_equal_one(tmp_path, small_eval_batches):
   root = save_folder(tmp_path)
   shares = [
     streamed(root, process_index=index, process_count=2) for index in (0, 1)
@@ -591,13 +822,14 @@ def test_streamed_processes_together_equal_one(tmp_path):
       )
 
 
-def test_streamed_eval_sees_every_image_once(tmp_path):
+def test_streamed_eval_sees_every_image_once(tmp_path, small_eval_batches):
   root = save_folder(tmp_path)
   expected = [
     images.resize_and_center_crop(Image.open(path), resized=10, size=8)
     for path in root.glob("test/*/*.png")
   ]
   dataset = streamed(root, batch_size=8)
+  assert len(list(dataset.eval_batches("test"))) == 3
   check_eval(dataset, "test", np.stack([np.asarray(i) for i in expected]))
 
 
@@ -659,6 +891,21 @@ def test_streamed_training_without_augmentation(tmp_path):
     ({"val_fraction": 0.5, "test_fraction": 0.5}, "sum must be below 1"),
     ({"val_fraction": 0.01}, "no validation images: val_fraction=0.01"),
     ({"per_class": 16}, "per_class is 16, but class '0' has only 15"),
+    ({"unlabeled": True}, "unlabeled is True, but per_class is 0"),
+    (
+      {"unlabeled": True, "per_class": 15},
+      "per_class is 15 and leaves no images over",
+    ),
+    ({"unlabeled_path": "here"}, "is 'here', but unlabeled is False; set"),
+    (
+      {"unlabeled": True, "unlabeled_path": "nowhere"},
+      "no folder 'nowhere'",
+    ),
+    ({"unlabeled_batch_size": -1}, "unlabeled_batch_size is -1"),
+    (
+      {"unlabeled_batch_size": 7, "process_count": 2},
+      "unlabeled_batch_size is 7, .* multiple .* 2",
+    ),
     ({"split_file": "no.npz"}, "no file 'no.npz'"),
   ],
 )
@@ -744,6 +991,12 @@ def test_a_test_that_shares_records_must_not_overlap(tmp_path):
 def test_folder_without_classes_is_refused(tmp_path):
   with pytest.raises(types.InputError, match="has no subfolders"):
     load("folder", path=str(tmp_path))
+
+
+def test_an_unlabeled_folder_without_images_is_refused(tmp_path, npz):
+  (tmp_path / "empty" / "deep").mkdir(parents=True)
+  with pytest.raises(types.InputError, match=r"empty' has no images; .*\.png"):
+    load(path=npz, unlabeled=True, unlabeled_path=str(tmp_path / "empty"))
 
 
 def test_class_without_images_is_named(tmp_path):

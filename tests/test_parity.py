@@ -26,17 +26,17 @@ def test_there_are_golden_files():
 def test_iterations_equal_the_authors(file, mode, x64):
   settings, recorded = golden_setup.read(file)
   setup = golden_setup.Setup(settings)
-  state, source = setup.start()
+  state, sources = setup.start()
   train_step = jax.jit(setup.make_train_step(mode))
   computed = {}
   for it in range(settings["iterations"]):
     start = state
-    state, metrics = train_step(state, source, setup.batch(it))
+    state, metrics = train_step(state, sources, setup.batch(it))
     computed |= {
       f"it{it}/{name}": value
       for name, value in _numbers(setup, start, state, metrics).items()
     }
-  computed |= _source_numbers(setup, source, settings["iterations"] - 1)
+  computed |= _source_numbers(setup, sources[""], settings["iterations"] - 1)
   missing = set(recorded) - set(computed)
   assert not missing, f"recorded but not computed: {sorted(missing)}"
   for name, value in recorded.items():

@@ -21,6 +21,15 @@ LONG = [
 ]
 
 
+def _several(taps, *names):
+  return [(f"{name}/{tap}", shape) for name in names for tap, shape in taps]
+
+
+TWO = _several(SOURCE, "tiny", "imagenet_resnet34")
+THREE = _several(FOUR, "tiny", "places", "a_source_with_a_$long$_name")
+LONG_TWO = _several(LONG, "a_source_named_one", "a_source_named_two")
+
+
 def _all(source, target):
   return [f"{s}->{t}" for (s, _), (t, _) in itertools.product(source, target)]
 
@@ -63,6 +72,17 @@ CASES = {
   ),
   "sixteen": lambda: _map(FOUR, FOUR, _all(FOUR, FOUR), epochs=200),
   "long_names": lambda: _map(LONG, LONG, _all(LONG, LONG)),
+  "two_sources": lambda: _map(TWO, TARGET, _all(TWO, TARGET), epochs=200),
+  "three_sources": lambda: _map(THREE, FOUR, _all(THREE, FOUR)),
+  "sources_of_one_tap": lambda: _map(TWO[2:4], TARGET, _all(TWO[2:4], TARGET)),
+  "sources_long_names": lambda: _map(LONG_TWO, LONG, _all(LONG_TWO, LONG)),
+  "sources_fixed": lambda: _map(
+    TWO,
+    TARGET,
+    ["tiny/stage0->pool0", "imagenet_resnet34/stage2->pool2"],
+    learn_pairs=False,
+    learn_w=False,
+  ),
 }
 
 
@@ -121,6 +141,164 @@ def test_fixed_matching_is_recognised():
   taps = [("s", (4, 4, 512))], [("t", (4, 4, 2))]
   content = report.transfer_map([record], {"s->t": weights}, *taps, "l2t_w")
   assert not content["channels_fixed"]
+
+
+def _tiny_map(pair_weights, *, source_taps=("s",)):
+  """Return a map of one epoch; every tap has two channels."""
+  taps = [[(tap, (4, 4, 2)) for tap in names] for names in (source_taps, ["t"])]
+  record = {"epoch": 1, "pair_weights": pair_weights}
+  weights = {name: np.array([0.3, 0.7]) for name in pair_weights}
+  return report.transfer_map([record], weights, *taps, "l2t_ww")
+
+
+def test_shares_of_several_sources():
+  content = _tiny_map(
+    {"b/x->t": 1.0, "a/x->t": 4.0, "b/y/z->t": 3.0},
+    source_taps=["b/x", "a/x", "b/y/z"],
+  )
+  assert content["source_shares"] == {"b": 0.5, "a": 0.5}
+  assert list(content["source_shares"]) == ["b", "a"]
+  # A source without a pair, or whose pairs went to 0, has no share.
+  content = _tiny_map({"a/x->t": 0.0}, source_taps=["a/x", "b/x"])
+  assert content["source_shares"] == {"a": 0.0, "b": 0.0}
+  report.draw_transfer_map(content)
+  content = CASES["three_sources"]()
+  assert sum(content["source_shares"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+  "taps", [["x", "y"], ["a/x", "b/x", "y"], ["a/x", "a/y"]]
+)
+def test_one_source_has_no_share(taps):
+  content = _tiny_map({f"{taps[0]}->t": 1.0}, source_taps=taps)
+  assert "source_shares" not in content
+
+
+def test_the_picture_names_each_source_and_its_share():
+  content = _tiny_map(
+    {"b/x->t": 1.0, "a/x->t": 0.5, "b/y->t": 0.5},
+    source_taps=["b/x", "a/x", "b/y"],
+  )
+  layers = report.draw_transfer_map(content).axes[0]
+  texts = [t.get_text() for t in layers.texts if "ch @" not in t.get_text()]
+  # The taps stand below the name of their source.
+  assert texts[:8] == [
+    "source networks",
+    *("b", "75% of the transfer", "x", "y"),
+    *("a", "25% of the transfer", "x"),
+  ]
+  assert content["source_taps"][1]["name"] == "a/x"
+  label = report._pair_label(content, content["pairs"][1])
+  assert label == "a/x → t"
+
+
+@pytest.mark.parametrize(
+  "weights, text",
+  [
+    (np.full(32, 1 / 32), "all 32 channels count about the same"),
+    ([0.3, 0.25, 0.25, 0.2], "all 4 channels count about the same"),
+    # exp of the entropy: 3.36 of 4.
+    ([0.5, 0.2, 0.2, 0.1], "about 3 of 4 channels matter"),
+    (np.eye(7)[3], "about 1 of 7 channels matter"),
+  ],
+)
+def test_near_uniform_channels_are_called_so(weights, text):
+  count = report.effective_channels(np.array(weights))
+  pair = {"channel_concentration": count, "num_channels": len(weights)}
+  assert report._channels_text(pair) == text
+
+
+def test_a_written_map_can_be_read_as_weights(tmp_path):
+  keys = _all(TWO, TARGET)[::-1]
+  content = _map(TWO, TARGET, keys)
+  report.write_transfer_map(tmp_path, content)
+  channel, pair = report.read_transfer_map(tmp_path / "transfer_map.json")
+  assert list(channel) == list(pair) == keys
+  for entry in content["pairs"]:
+    name = f"{entry['source']}->{entry['target']}"
+    assert pair[name] == entry["pair_weight"]
+    assert channel[name].shape == (entry["num_channels"],)
+    np.testing.assert_array_equal(channel[name], entry["channel_weights"])
+    # They are all of them, by channel; the top ones are among them.
+    top = entry["top_channels"][0]
+    assert channel[name].argmax() == top["channel"]
+    assert channel[name].max() == top["weight"]
+  # Their numbers do not fill thousands of lines.
+  text = (tmp_path / "transfer_map.json").read_text("utf-8")
+  assert len(text.splitlines()) < 50 * len(keys)
+
+
+def _spoil(**fields):
+  return lambda content: content["pairs"][0].update(fields)
+
+
+def _delete(key):
+  return lambda content: content["pairs"][0].pop(key)
+
+
+@pytest.mark.parametrize(
+  "spoil, message",
+  [
+    (lambda content: content.pop("pairs"), 'has no "pairs"'),
+    (lambda content: content["pairs"].clear(), 'has no "pairs"'),
+    (lambda content: content.update(pairs="x"), 'has no "pairs"'),
+    (lambda content: content.update(pairs=["x"]), "pair 1 does not name"),
+    (_delete("target"), "pair 1 does not name"),
+    (_spoil(source="r"), "'r->t' twice"),
+    (_delete("channel_weights"), "'s->t' has no channel_weights: an older"),
+    (_spoil(channel_weights=[1.0]), r"shape \(1,\); \(\) and \(2,\)"),
+    (_spoil(channel_weights=[[0.5, 0.5]]), r"shape \(1, 2\)"),
+    (_spoil(num_channels=3), r"shape \(2,\); \(\) and \(3,\)"),
+    (_delete("num_channels"), "num_channels that is missing"),
+    (_spoil(channel_weights=[1.5, -0.5]), "'s->t' .*negative"),
+    (_spoil(channel_weights=[float("nan"), 1.0]), "not finite"),
+    (_spoil(channel_weights=["x", 1.0]), "not of numbers"),
+    (_spoil(channel_weights=[0.5, 0.502]), "sum to 1.002 instead of 1"),
+    (_spoil(pair_weight=-1.0), "pair_weight that is .*negative"),
+    (_spoil(pair_weight=float("inf")), "not finite"),
+    (_spoil(pair_weight=[1.0]), r"pair_weight of shape \(1,\)"),
+    (_delete("pair_weight"), "pair_weight that is missing"),
+    (_spoil(pair_weight=0.0), "all pair weights are 0"),
+  ],
+)
+def test_a_map_that_cannot_be_reused_is_refused(spoil, message, tmp_path):
+  content = _tiny_map({"s->t": 2.0, "r->t": 0.0}, source_taps=["s", "r"])
+  path = tmp_path / "map.json"
+  path.write_text(json.dumps(content))
+  assert report.read_transfer_map(path)[1] == {"s->t": 2.0, "r->t": 0.0}
+  spoil(content)
+  path.write_text(json.dumps(content))
+  with pytest.raises(types.InputError, match=message) as raised:
+    report.read_transfer_map(path)
+  assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_weights_that_almost_sum_to_one_are_read(tmp_path):
+  content = _tiny_map({"s->t": 2.0})
+  _spoil(channel_weights=[0.5, 0.5009])(content)
+  path = tmp_path / "map.json"
+  path.write_text(json.dumps(content))
+  np.testing.assert_array_equal(
+    report.read_transfer_map(path)[0]["s->t"], [0.5, 0.5009]
+  )
+
+
+@pytest.mark.parametrize(
+  "raw, message",
+  [
+    (None, "No such file"),
+    (b"{", "not JSON"),
+    (b"\xff{}", "not JSON"),
+    (b"[1]", 'has no "pairs"'),
+  ],
+)
+def test_a_file_that_is_no_map_is_refused(raw, message, tmp_path):
+  path = tmp_path / "map.json"
+  if raw is not None:
+    path.write_bytes(raw)
+  with pytest.raises(types.InputError, match=message) as raised:
+    report.read_transfer_map(path)
+  assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_ignored_pairs_have_no_share():

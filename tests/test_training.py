@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2t_jax import models, objectives, training, types
+from l2t_jax import bilevel, models, objectives, training, transfer, types
 from tests import small_setup
 
 # Compiled steps are shared by the tests of one process.
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.xdist_group("training")
 
 
 def setup(method="l2t_ww", **step_options):
-  """Return (jitted train step, its first state, source)."""
-  state, source, pairs, _ = small_setup.create(method)
+  """Return (jitted train step, its first state, sources)."""
+  state, sources, *_ = small_setup.create(method)
   train_step = _jitted(method, jax.config.jax_enable_x64, **step_options)
-  return train_step, state, source if pairs else None
+  return train_step, state, sources
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def _jitted(method, x64, **step_options):
   del x64  # A part of the key: each precision has its own program.
   _, _, pairs, target_taps = small_setup.create(method)
   return jax.jit(
-    small_setup.make_train_step(pairs, target_taps, **step_options)
+    small_setup.make_train_step(method, pairs, target_taps, **step_options)
   )
 
 
@@ -42,7 +42,7 @@ def test_jitted_equals_unjitted(size):
     pair_set="stage1_block1->conv2", target=target
   )
   train_step = small_setup.make_train_step(
-    pairs, target_taps, num_inner_steps=1, target=target
+    "l2t_ww", pairs, target_taps, num_inner_steps=1, target=target
   )
   data = small_setup.batch(size)
   after, metrics = jax.jit(train_step)(state, source, data)
@@ -105,9 +105,9 @@ def test_zero_pair_weights_are_training_from_scratch(x64):
   after, _ = train_step(state, source, data)
   scratch_step, scratch, _ = setup("scratch")
   target = state.inner.params["target"]
-  params = {"target": target, "regressors": {}}
+  params = scratch.inner.params | {"target": target}
   inner = scratch.inner._replace(params=params)
-  expected, _ = jax.jit(scratch_step)(scratch._replace(inner=inner), None, data)
+  expected, _ = scratch_step(scratch._replace(inner=inner), {}, data)
   # A bias before a batch norm has no gradient but rounding.
   chex.assert_trees_all_close(
     after.inner.params["target"],
@@ -137,7 +137,9 @@ def test_batch_statistics_move_once_an_iteration(x64):
 def test_the_step_compiles_once():
   state, source, pairs, target_taps = small_setup.create()
   train_step = jax.jit(
-    chex.assert_max_traces(small_setup.make_train_step(pairs, target_taps), n=1)
+    chex.assert_max_traces(
+      small_setup.make_train_step("l2t_ww", pairs, target_taps), n=1
+    )
   )
   for seed in range(3):
     state, _ = train_step(state, source, small_setup.batch(4, seed))
@@ -167,11 +169,6 @@ def test_the_loss_goes_down(method):
 def test_methods_learn_what_they_say(method, learned):
   state, *_ = small_setup.create(method)
   assert set(state.meta_params) == learned
-
-
-def test_unknown_method():
-  with pytest.raises(types.InputError, match="'l2t'; the methods are scratch"):
-    objectives.get_method("l2t")
 
 
 def test_sgd_is_pytorchs(x64):
@@ -214,12 +211,202 @@ def test_learning_rate_is_constant_within_an_epoch():
   )
 
 
+def test_learning_rate_by_steps():
+  rate = training.steps_by_epoch(0.1, epochs=4, steps_per_epoch=3)
+  np.testing.assert_allclose(
+    [float(rate(step)) for step in (0, 5, 6, 8, 9, 11)],
+    [0.1, 0.1, 0.01, 0.01, 0.001, 0.001],
+    rtol=1e-5,
+  )
+  short = training.steps_by_epoch(0.1, epochs=1, steps_per_epoch=3)
+  np.testing.assert_allclose(float(short(0)), 0.1, rtol=1e-6)
+
+
+def test_two_sources_are_the_sum_of_their_pairs(x64):
+  """Pairs, losses and gradients of the regressors."""
+  state, sources, pairs, target_taps = small_setup.create("fm_all_to_all")
+  second = jax.tree.map(lambda x: 1.1 * x, sources[""])
+  data = small_setup.batch(4)
+  named = lambda name: tuple(
+    p._replace(source=f"{name}/{p.source}") for p in pairs
+  )
+  all_pairs = (*named("a"), *named("b"))
+  regressors = {
+    f"{name}/{key}": value
+    for name in "ab"
+    for key, value in state.inner.params["regressors"].items()
+  }
+  source_fn = models.as_apply_fn(small_setup.SOURCE)
+
+  def first_step(pairs, sources):
+    matching = objectives.matching(pairs, beta=0.5)
+    target_fn = models.as_apply_fn(small_setup.TARGET)
+    train_step = training.make_train_step(
+      objectives.make_losses(target_fn, {"matching": matching}),
+      dict.fromkeys(sources, source_fn),
+      pairs=pairs,
+      target_taps=target_taps,
+      weights_fn=functools.partial(transfer.transfer_weights, pairs=pairs),
+      look_ahead_loss="auxiliary",
+      num_inner_steps=1,
+      learning_rate_fn=lambda step: 0.05,
+      # No momentum, no decay: the update is the gradient.
+      optimizer_fn=optax.sgd,
+      meta_optimizer=small_setup.META_OPTIMIZER,
+      mode="mixed",
+      rolled=False,
+    )
+    params = {"target": state.inner.params["target"], "regressors": regressors}
+    inner = types.InnerState(
+      params, optax.sgd(0.0).init(params), state.inner.model_state
+    )
+    start = types.TrainState(jnp.zeros((), jnp.int32), inner, {}, ())
+    after, metrics = jax.jit(train_step)(start, sources, data)
+    moved = jax.tree.map(jnp.subtract, after.inner.params, params)
+    return moved, metrics
+
+  a, metrics_a = first_step(named("a"), {"a": sources[""]})
+  b, metrics_b = first_step(named("b"), {"b": second})
+  both, metrics = first_step(all_pairs, {"a": sources[""], "b": second})
+  np.testing.assert_allclose(
+    metrics["matching_loss"],
+    metrics_a["matching_loss"] + metrics_b["matching_loss"],
+    rtol=1e-12,
+  )
+  chex.assert_trees_all_close(
+    both["regressors"],
+    jax.tree.map(jnp.add, a["regressors"], b["regressors"]),
+    rtol=1e-9,
+    atol=1e-15,
+  )
+  np.testing.assert_array_equal(
+    metrics["transfer"]["distances"],
+    jnp.concatenate(
+      [m["transfer"]["distances"] for m in (metrics_a, metrics_b)]
+    ),
+  )
+
+
+def test_unlabeled_images_join_the_matching_alone(x64):
+  """L_org and the batch statistics are those of the labelled images."""
+  train_step, state, sources = setup("fm_all_to_all")
+  data = small_setup.batch(4, num_unlabeled=6)
+  labelled = data._replace(unlabeled=None)
+  rest = types.Batch(data.unlabeled, jnp.zeros(6, jnp.int32))
+  after, metrics = train_step(state, sources, data)
+  plain, plain_metrics = train_step(state, sources, labelled)
+  _, rest_metrics = train_step(state, sources, rest)
+  assert metrics["target_loss"] == plain_metrics["target_loss"]
+  chex.assert_trees_all_equal(after.inner.model_state, plain.inner.model_state)
+  by_hand = 4 * plain_metrics["matching_loss"]
+  by_hand += 6 * rest_metrics["matching_loss"]
+  np.testing.assert_allclose(metrics["matching_loss"], by_hand / 10, rtol=1e-12)
+  np.testing.assert_allclose(
+    metrics["loss"], metrics["target_loss"] + by_hand / 10, rtol=1e-12
+  )
+
+
+def test_unlabeled_images_join_the_look_ahead(x64):
+  """Other images without labels lead to other meta-gradients."""
+  train_step, state, sources = setup()
+  data = small_setup.batch(4, num_unlabeled=6)
+  # The real update's own change is taken out: learning rate and all are the
+  # same, and so is the first moment where only the labelled images differ.
+  _, one = train_step(state, sources, data)
+  other = data._replace(unlabeled=data.unlabeled[::-1])
+  _, permuted = train_step(state, sources, other)
+  np.testing.assert_allclose(
+    one["meta_grad_norm"], permuted["meta_grad_norm"], rtol=1e-9
+  )
+  other = data._replace(unlabeled=2 * data.unlabeled)
+  _, changed = train_step(state, sources, other)
+  assert abs(changed["meta_grad_norm"] / one["meta_grad_norm"] - 1) > 1e-3
+
+
+def test_vmapped_seeds_are_single_seeds(x64):
+  train_step, _, sources = setup()
+  states = [small_setup.create(seed=seed)[0] for seed in range(3)]
+  # All seeds have one source.
+  together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+  _, _, pairs, target_taps = small_setup.create()
+  vmapped = jax.jit(
+    jax.vmap(
+      small_setup.make_train_step("l2t_ww", pairs, target_taps),
+      in_axes=(0, None, 0),
+    )
+  )
+  for step in range(2):
+    batches = [small_setup.batch(4, seed=10 * step + s) for s in range(3)]
+    ends = [
+      train_step(state, sources, batch)
+      for state, batch in zip(states, batches, strict=True)
+    ]
+    states = [state for state, _ in ends]
+    together, metrics = vmapped(
+      together, sources, jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    )
+    for index, end in enumerate(ends):
+      mine = jax.tree.map(lambda x: x[index], (together, metrics))  # noqa: B023
+      chex.assert_trees_all_close(mine, end, rtol=1e-9, atol=1e-13)
+
+
+def test_the_usual_bilevel_scheme_by_hand(x64):
+  """T = 1: the real update, one step with the total loss, then L_org."""
+  options = {"look_ahead_loss": "total", "num_inner_steps": 1}
+  train_step, state, sources = setup(**options)
+  _, _, pairs, target_taps = small_setup.create()
+  data = small_setup.batch(4)
+  after, metrics = train_step(state, sources, data)
+  _, features, _ = models.as_apply_fn(small_setup.SOURCE)(
+    sources[""].params, sources[""].model_state, data.images, train=False
+  )
+  maps = transfer.prepare_source(features, pairs, target_taps)
+  batch = objectives.TransferBatch(
+    data.images, data.labels, None, objectives.SourceOutputs({}, maps)
+  )
+  losses = objectives.make_losses(
+    models.as_apply_fn(small_setup.TARGET),
+    {"matching": objectives.matching(pairs, beta=0.5)},
+  )
+
+  @jax.jit
+  def outer_loss(meta_params):
+    weights = transfer.transfer_weights(meta_params, maps.pooled, pairs)
+    inner = after.inner
+    grads, (model_state, _) = jax.grad(losses.total, has_aux=True)(
+      inner.params, weights, inner.model_state, batch
+    )
+    inner = bilevel.apply_gradients(
+      small_setup.OPTIMIZER_FN(0.05), inner, grads, model_state
+    )
+    return losses.target(inner.params, weights, inner.model_state, batch)[0]
+
+  np.testing.assert_allclose(
+    metrics["outer_loss"], outer_loss(state.meta_params), rtol=1e-10
+  )
+  norm = optax.tree.norm(jax.grad(outer_loss)(state.meta_params))
+  np.testing.assert_allclose(metrics["meta_grad_norm"], norm, rtol=1e-9)
+
+
+def test_without_a_meta_update_the_target_trains_on(x64):
+  train_step, state, sources = setup()
+  plain_step, *_ = setup(update_meta=False)
+  data = small_setup.batch(4)
+  after, _ = train_step(state, sources, data)
+  plain, metrics = plain_step(state, sources, data)
+  chex.assert_trees_all_close(after.inner, plain.inner, rtol=1e-12, atol=1e-15)
+  chex.assert_trees_all_equal(plain.meta_params, state.meta_params)
+  chex.assert_trees_all_equal(plain.meta_opt_state, state.meta_opt_state)
+  assert "outer_loss" not in metrics
+  assert int(plain.step) == 1
+
+
 def test_evaluation_ignores_padding():
   state, *_ = small_setup.create("scratch")
   eval_step = jax.jit(
     training.make_eval_step(models.as_apply_fn(small_setup.TARGET))
   )
-  images, labels = small_setup.batch(4)
+  images, labels, _ = small_setup.batch(4)
   whole = eval_step(
     state.inner, types.EvalBatch(images[:3], labels[:3], jnp.ones(3))
   )

@@ -1,8 +1,11 @@
-"""Labelled images as batches: `load` opens a data set and splits it."""
+"""Images as batches: `load` opens a data set and splits it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
+
+import numpy as np
 
 from l2t_jax import types
 from l2t_jax.data import in_memory as memory
@@ -34,6 +37,9 @@ def load(
   test_fraction: float,
   split_seed: int,
   per_class: int,
+  unlabeled: bool,
+  unlabeled_path: str,
+  unlabeled_batch_size: int,
   batch_size: int,
   seed: int,
   num_workers: int,
@@ -68,7 +74,15 @@ def load(
     split_seed: of the drawn split and of the choice of per_class images.
     per_class: training images to keep of each class; 0 for all. Validation and
       test images do not depend on it.
-    batch_size: over all processes.
+    unlabeled: whether batches also hold images without labels: training images
+      of the kept classes that per_class left over, never one of val or test.
+      Labelled images and the length of an epoch do not depend on it.
+    unlabeled_path: a folder of images to take instead, in any subfolders; ''
+      for the images left over. Nothing compares them with val and test.
+    unlabeled_batch_size: of images without labels in a batch, over all
+      processes; 0 for batch_size.
+    batch_size: of labelled images, over all processes; evaluation batches are
+      the smallest multiple that is at least pipeline.MIN_EVAL_BATCH_SIZE.
     seed: of the order of training images and their augmentation.
     num_workers: processes that read training images when streaming; 0 for
       threads of this process.
@@ -88,53 +102,70 @@ def load(
   mean, std = tuple(mean), tuple(std)
   _check_images(image_size, channels, mean, std)
   _check_reading(in_memory, augment, image_size, eval_resize, crop_padding)
-  _check_counts(
+  pipeline.check_counts(
     seed=seed,
     split_seed=split_seed,
     per_class=per_class,
     num_workers=num_workers,
+    unlabeled_batch_size=unlabeled_batch_size,
   )
   _check_batches(batch_size, process_index, process_count)
+  _check_unlabeled(
+    unlabeled, unlabeled_path, unlabeled_batch_size, per_class, process_count
+  )
   opened = records.keep_classes(
     records.open_source(source, name=name, path=path), classes
   )
-  split = splits.make_split(
+  full_split = splits.make_split(
     opened,
     split_file=split_file,
     split_prefix=split_prefix,
     val_fraction=val_fraction,
     test_fraction=test_fraction,
     split_seed=split_seed,
-    per_class=per_class,
   )
+  split = full_split
+  if per_class:
+    split = splits.keep_per_class(
+      full_split, opened, per_class=per_class, seed=split_seed
+    )
   if len(split.train) < batch_size:
     raise types.InputError(
       f"batch_size is {batch_size}, but there are only {len(split.train)}"
       " training images"
     )
-  plan = pipeline.BatchPlan(batch_size, seed, process_index, process_count)
-  image_shape = (image_size, image_size, channels)
-  if in_memory:
-    return memory.InMemoryDataset(
-      opened,
-      split,
-      plan,
-      image_shape=image_shape,
-      mean=mean,
-      std=std,
-      augment=augment,
-      crop_padding=crop_padding,
+  subset = None
+  if unlabeled_path:
+    folder = records.open_unlabeled(unlabeled_path)
+    subset = pipeline.Subset(folder, np.arange(len(folder.labels)))
+  elif unlabeled:
+    left_over = np.setdiff1d(full_split.train, split.train)
+    if not len(left_over):
+      raise types.InputError(
+        f"per_class is {per_class} and leaves no images over for unlabeled;"
+        " lower it or give an unlabeled_path"
+      )
+    subset = pipeline.Subset(opened.train, left_over)
+  build = (
+    functools.partial(memory.InMemoryDataset, crop_padding=crop_padding)
+    if in_memory
+    else functools.partial(
+      streaming.StreamingDataset,
+      eval_resize=eval_resize,
+      num_workers=num_workers,
     )
-  return streaming.StreamingDataset(
+  )
+  return build(
     opened,
     split,
-    plan,
-    image_shape=image_shape,
+    subset,
+    pipeline.BatchPlan(batch_size, process_index, process_count),
+    unlabeled_batch_size=unlabeled_batch_size or batch_size,
+    seed=seed,
+    image_shape=(image_size, image_size, channels),
     mean=mean,
     std=std,
     augment=augment,
-    eval_resize=eval_resize,
-    num_workers=num_workers,
   )
 
 
@@ -182,12 +213,6 @@ def _check_reading(
     )
 
 
-def _check_counts(**counts: int) -> None:
-  for what, count in counts.items():
-    if count < 0:
-      raise types.InputError(f"{what} is {count}, but must be 0 or more")
-
-
 def _check_batches(
   batch_size: int, process_index: int, process_count: int
 ) -> None:
@@ -200,4 +225,28 @@ def _check_batches(
     raise types.InputError(
       f"process_index is {process_index}, but must be from 0 to"
       f" {process_count - 1}"
+    )
+
+
+def _check_unlabeled(
+  unlabeled: bool,
+  path: str,
+  batch_size: int,
+  per_class: int,
+  process_count: int,
+) -> None:
+  if path and not unlabeled:
+    raise types.InputError(
+      f"unlabeled_path is {path!r}, but unlabeled is False; set it to True or"
+      " the path to ''"
+    )
+  if unlabeled and not path and not per_class:
+    raise types.InputError(
+      "unlabeled is True, but per_class is 0 and leaves no images over; set it"
+      " or give an unlabeled_path"
+    )
+  if batch_size % process_count:
+    raise types.InputError(
+      f"unlabeled_batch_size is {batch_size}, but must be a multiple of the"
+      f" number of processes, {process_count}"
     )

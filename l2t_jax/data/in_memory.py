@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent import futures
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from l2t_jax.data import images as pillow
 from l2t_jax.data import pipeline, records, splits
 
 AUGMENTS = ("none", "crop", "crop_flip")
+# In place of an epoch, for the draws of images without labels.
+NO_EPOCH = 2**32 - 1
 
 
 class InMemoryDataset(pipeline.SplitDataset):
@@ -24,39 +27,69 @@ class InMemoryDataset(pipeline.SplitDataset):
     self,
     source: records.Source,
     split: splits.Split,
+    unlabeled: pipeline.Subset | None,
     plan: pipeline.BatchPlan,
     *,
+    unlabeled_batch_size: int,
+    seed: int,
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
     augment: str,
     crop_padding: int,
   ):
-    super().__init__(source, split, plan, image_shape)
+    super().__init__(
+      source,
+      split,
+      unlabeled,
+      plan,
+      unlabeled_batch_size=unlabeled_batch_size,
+      seed=seed,
+      image_shape=image_shape,
+    )
     self._arrays = {
       name: jax.device_put((_read_resized(subset, image_shape), subset.labels))
       for name, subset in self._subsets.items()
     }
-    self._train_batch = functools.partial(
-      _train_batch,
-      plan=plan,
-      augment=augment,
-      padding=crop_padding,
-      mean=mean,
-      std=std,
+    static = {
+      "augment": augment,
+      "padding": crop_padding,
+      "mean": mean,
+      "std": std,
+    }
+    self._train_batch = functools.partial(_train_batch, plan=plan, **static)
+    self._unlabeled_images = functools.partial(
+      _train_images, plan=self._unlabeled_plan, **static
     )
     self._eval_batch = functools.partial(_eval_batch, mean=mean, std=std)
 
   def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
-    order = pipeline.epoch_order(self._plan.seed, epoch, self.num_train)
+    key = jax.random.key(self._seed)
+    unlabeled_key = jax.random.fold_in(key, NO_EPOCH)
+    order = pipeline.epoch_order(self._seed, epoch, self.num_train)
     for step in range(start, self.steps_per_epoch):
       positions = order[self._plan.slots(step)]
-      yield self._train_batch(*self._arrays["train"], positions, epoch, step)
+      batch = self._train_batch(
+        *self._arrays["train"], positions, key, epoch, step
+      )
+      if self.num_unlabeled:
+        batch = batch._replace(
+          unlabeled=self._read_unlabeled(unlabeled_key, epoch, step)
+        )
+      yield batch
+
+  def _read_unlabeled(self, key: jax.Array, epoch: int, step: int) -> jax.Array:
+    slots = self._unlabeled_plan.slots(epoch * self.steps_per_epoch + step)
+    positions = pipeline.unlabeled_positions(
+      self._seed, slots, self.num_unlabeled
+    )
+    images, _ = self._arrays["unlabeled"]
+    return self._unlabeled_images(images, positions, key, epoch, step)
 
   def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
     images, labels = self._arrays[split]
-    for step in range(self._plan.num_eval_steps(len(labels))):
-      positions, mask = self._plan.eval_positions(len(labels), step)
+    for step in range(self._eval_plan.num_eval_steps(len(labels))):
+      positions, mask = self._eval_plan.eval_positions(len(labels), step)
       yield self._eval_batch(images, labels, positions, mask)
 
 
@@ -85,6 +118,23 @@ def _train_batch(
   images: jax.Array,
   labels: jax.Array,
   positions: jax.Array,
+  key: jax.Array,
+  epoch: jax.Array,
+  step: jax.Array,
+  **static: Any,
+) -> types.Batch:
+  """Gather this process's rows of a batch; see _train_images."""
+  read = _train_images(images, positions, key, epoch, step, **static)
+  return types.Batch(read, labels[positions])
+
+
+@functools.partial(
+  jax.jit, static_argnames=("plan", "augment", "padding", "mean", "std")
+)
+def _train_images(
+  images: jax.Array,
+  positions: jax.Array,
+  key: jax.Array,
   epoch: jax.Array,
   step: jax.Array,
   *,
@@ -93,11 +143,11 @@ def _train_batch(
   padding: int,
   mean: tuple[float, ...],
   std: tuple[float, ...],
-) -> types.Batch:
+) -> jax.Array:
   """Gather, augment and normalise this process's rows of a batch."""
   batch = images[positions]
   if augment != "none":
-    key = jax.random.fold_in(jax.random.key(plan.seed), epoch)
+    key = jax.random.fold_in(key, epoch)
     # Drawn for the global batch: the same whatever the number of processes.
     offsets, flips = augmentation.draw_crops(
       jax.random.fold_in(key, step), plan.batch_size, padding=padding
@@ -105,9 +155,7 @@ def _train_batch(
     offsets, flips = offsets[plan.rows], flips[plan.rows]
     flips = flips & (augment == "crop_flip")
     batch = augmentation.pad_crop_flip(batch, offsets, flips, padding=padding)
-  return types.Batch(
-    augmentation.normalise(batch, mean, std), labels[positions]
-  )
+  return augmentation.normalise(batch, mean, std)
 
 
 @functools.partial(jax.jit, static_argnames=("mean", "std"))

@@ -2,13 +2,16 @@
 
 Every draw depends on (seed, epoch, step) alone: a run can stop anywhere and go
 on with the same batches, and each process yields its rows of global batches.
+Images without labels are one stream, whatever the epochs: permutation after
+permutation, cut into a batch for each step of the whole training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+import copy
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -17,9 +20,16 @@ from l2t_jax import types
 from l2t_jax.data import images as pillow
 from l2t_jax.data import records, splits
 
+# Evaluation batches are at least this large: faster than the small batches that
+# some trainings want, with the same results.
+MIN_EVAL_BATCH_SIZE = 128
+
 
 class Dataset(Protocol):
-  """Labelled images in three splits, as batches on the device."""
+  """Labelled images in three splits, as batches on the device.
+
+  Training batches may hold images without labels beside the labelled ones.
+  """
 
   num_classes: int
   class_names: tuple[str, ...]
@@ -27,6 +37,7 @@ class Dataset(Protocol):
   num_train: int
   num_val: int  # 0 where no validation images were asked for.
   num_test: int
+  num_unlabeled: int  # 0 where batches hold only labelled images.
   split_hash: str  # 16 hex digits of the indices in use.
   steps_per_epoch: int  # The last, smaller batch is dropped in training.
 
@@ -51,9 +62,22 @@ class Dataset(Protocol):
       This process's rows of each global batch; padding has mask 0.
     """
 
+  def with_seed(self, seed: int) -> Dataset:
+    """Return the same images and split with another order and augmentation.
+
+    Args:
+      seed: as `load` takes it.
+
+    Returns:
+      What `load` would return; images in memory are shared, not copied.
+
+    Raises:
+      types.InputError: the seed is negative.
+    """
+
 
 class Subset(NamedTuple):
-  """The images of one split."""
+  """The images of one split, or those without labels."""
 
   records: records.Records
   indices: np.ndarray  # [N] int64, into records.
@@ -70,10 +94,9 @@ class Subset(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-  """Which images are in which batch of this process."""
+  """How large batches are, and which rows of them are this process's."""
 
   batch_size: int  # Over all processes.
-  seed: int
   process_index: int
   process_count: int
 
@@ -84,7 +107,7 @@ class BatchPlan(NamedTuple):
     return slice(self.process_index * size, (self.process_index + 1) * size)
 
   def slots(self, step: int) -> np.ndarray:
-    """Number this process's rows of a step within the epoch, int64 [b]."""
+    """Number this process's rows of a step, counted on, int64 [b]."""
     first = step * self.batch_size
     return np.arange(first + self.rows.start, first + self.rows.stop)
 
@@ -101,10 +124,45 @@ class BatchPlan(NamedTuple):
     return np.where(mask, slots, 0), mask.astype(np.float32)
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-  """Return an epoch's permutation of the training images, int64 [N]."""
-  return np.random.default_rng([seed, epoch]).permutation(num_images)
+  """Return an epoch's permutation of the labelled images, int64 [N]."""
+  return _permutation((seed, epoch), num_images)
+
+
+def unlabeled_positions(
+  seed: int, slots: np.ndarray, num_images: int
+) -> np.ndarray:
+  """Return which images without labels are at some slots of their stream.
+
+  Args:
+    seed: of the stream.
+    slots: from 0 at the start of training, without gaps, int64 [u]; possibly
+      more than there are images.
+    num_images: N, the length of each of the stream's permutations.
+
+  Returns:
+    Positions from 0 to N - 1, int64 [u].
+  """
+  first, last = slots[0] // num_images, slots[-1] // num_images
+  passes = [
+    # Labelled images' draws have two or three numbers: none is like these.
+    _permutation((seed, number, 0, 1), num_images)
+    for number in range(first, last + 1)
+  ]
+  return np.concatenate(passes)[slots - first * num_images]
+
+
+# As many as are in use where epochs and passes end, for a few seeds.
+@functools.lru_cache(maxsize=8)
+def _permutation(entropy: tuple[int, ...], num_images: int) -> np.ndarray:
+  return np.random.default_rng(entropy).permutation(num_images)
+
+
+def check_counts(**counts: int) -> None:
+  """Raise an InputError for a value below 0."""
+  for what, count in counts.items():
+    if count < 0:
+      raise types.InputError(f"{what} is {count}, but must be 0 or more")
 
 
 class SplitDataset:
@@ -114,21 +172,35 @@ class SplitDataset:
     self,
     source: records.Source,
     split: splits.Split,
+    unlabeled: Subset | None,
     plan: BatchPlan,
+    *,
+    unlabeled_batch_size: int,
+    seed: int,
     image_shape: tuple[int, int, int],
   ):
     self.num_classes = len(source.class_names)
     self.class_names = source.class_names
     self.image_shape = image_shape
     self.num_train, self.num_val, self.num_test = map(len, split)
+    self.num_unlabeled = 0
     self.split_hash = splits.split_hash(split)
     self.steps_per_epoch = self.num_train // plan.batch_size
+    self._seed = seed
     self._plan = plan
+    self._unlabeled_plan = plan._replace(batch_size=unlabeled_batch_size)
+    # A multiple: the devices that divide the one size divide the other, too.
+    factor = -(-MIN_EVAL_BATCH_SIZE // plan.batch_size)
+    self._eval_plan = plan._replace(batch_size=factor * plan.batch_size)
     self._subsets = {
       "train": Subset(source.train, split.train),
       "val": Subset(source.train, split.val),
       "test": Subset(source.test or source.train, split.test),
     }
+    if unlabeled is not None:
+      self._subsets["unlabeled"] = unlabeled
+      self.num_unlabeled = len(unlabeled.indices)
+      self.split_hash = splits.split_hash((*split, unlabeled.indices))
 
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
     """Yield an epoch's batches; see Dataset."""
@@ -143,6 +215,13 @@ class SplitDataset:
     if split not in ("val", "test"):
       raise types.InputError(f"split {split!r} is unknown; possible: val, test")
     return self._eval_batches(split)
+
+  def with_seed(self, seed: int) -> Self:
+    """Return the same images in another order; see Dataset."""
+    check_counts(seed=seed)
+    dataset = copy.copy(self)
+    dataset._seed = seed
+    return dataset
 
   def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Where labelled images come from: bundled sets, npz files, folders, tfds."""
+"""Where images come from: bundled sets, npz files, folders, tfds."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def open_source(source: str, *, name: str, path: str) -> Source:
   openers = {
     "bundled": lambda: _open_bundled(name),
     "npz": lambda: _open_npz(path),
-    "folder": lambda: _open_folder(pathlib.Path(path)),
+    "folder": lambda: _open_folder(_existing_folder(path)),
     "tfds": lambda: _open_tfds(name, path),
   }
   if source not in openers:
@@ -80,6 +80,25 @@ def open_source(source: str, *, name: str, path: str) -> Source:
   if not value:
     raise types.InputError(f"source {source!r} needs data.{field}")
   return openers[source]()
+
+
+def open_unlabeled(path: str) -> Records:
+  """Open a folder of images without labels, whatever its subfolders.
+
+  Args:
+    path: the folder; images are found by the ends of their names.
+
+  Returns:
+    The records, sorted by path; their labels are -1.
+
+  Raises:
+    types.InputError: there is no such folder, or it has no images.
+  """
+  root = _existing_folder(path)
+  files = [(file, -1) for file in sorted(root.rglob("*")) if _is_image(file)]
+  if not files:
+    raise _no_images(root)
+  return _file_records(files)
 
 
 def keep_classes(source: Source, classes: Sequence[int]) -> Source:
@@ -247,10 +266,25 @@ def _file_records(
   return Records(read_image, np.array(labels, np.int32))
 
 
+def _existing_folder(path: str) -> pathlib.Path:
+  if not pathlib.Path(path).is_dir():
+    raise types.InputError(f"there is no folder {path!r}")
+  return pathlib.Path(path)
+
+
+def _is_image(path: pathlib.Path) -> bool:
+  return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _no_images(folder: pathlib.Path) -> types.InputError:
+  return types.InputError(
+    f"folder {str(folder)!r} has no images; their names end in"
+    f" {_listed(IMAGE_SUFFIXES)}"
+  )
+
+
 def _open_folder(root: pathlib.Path) -> Source:
   """Open root/CLASS/* or root/train/CLASS/* with optional val and test."""
-  if not root.is_dir():
-    raise types.InputError(f"there is no folder {str(root)!r}")
   if not (root / "train").is_dir():
     class_names = _class_names(root)
     return Source(
@@ -294,16 +328,9 @@ def _list_images(
     )
   files = []
   for label, name in enumerate(class_names):
-    found = sorted(
-      path
-      for path in (folder / name).iterdir()
-      if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    found = sorted(filter(_is_image, (folder / name).iterdir()))
     if not found:
-      raise types.InputError(
-        f"folder {str(folder / name)!r} has no images; their names end in"
-        f" {_listed(IMAGE_SUFFIXES)}"
-      )
+      raise _no_images(folder / name)
     files += [(path, label) for path in found]
   return files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import hashlib
 from typing import NamedTuple
 
@@ -27,9 +28,8 @@ def make_split(
   val_fraction: float,
   test_fraction: float,
   split_seed: int,
-  per_class: int,
 ) -> Split:
-  """Read a published split or draw one, then keep a few images per class.
+  """Read a published split or draw one.
 
   Args:
     source: the data set.
@@ -37,8 +37,7 @@ def make_split(
     split_prefix: see split_from_file.
     val_fraction: see seeded_split.
     test_fraction: see seeded_split.
-    split_seed: of the drawn split and of the choice of per_class images.
-    per_class: see keep_per_class; 0 for all.
+    split_seed: of the drawn split.
 
   Returns:
     The split.
@@ -55,8 +54,6 @@ def make_split(
       test_fraction=test_fraction,
       seed=split_seed,
     )
-  if per_class:
-    split = keep_per_class(split, source, per_class=per_class, seed=split_seed)
   if not len(split.test):
     raise types.InputError(
       f"there are no test images: test_fraction={test_fraction} of the"
@@ -185,10 +182,17 @@ def keep_per_class(
   return split._replace(train=np.sort(np.concatenate(kept)))
 
 
-def split_hash(split: Split) -> str:
-  """Return 16 hex digits that tell two splits apart."""
+def split_hash(parts: Iterable[np.ndarray]) -> str:
+  """Return 16 hex digits that tell two splits apart.
+
+  Args:
+    parts: a Split; where there are images without labels, their indices, too.
+
+  Returns:
+    The digits.
+  """
   digest = hashlib.sha256()
-  for indices in split:
+  for indices in parts:
     # The length first, so that no index can move to the next array unseen.
     digest.update(np.array([len(indices), *indices], "<i8").tobytes())
   return digest.hexdigest()[:16]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import os
 import sys
-from typing import Any
+from typing import Any, Self
 
 from absl import flags
 import jax
@@ -35,8 +35,11 @@ class StreamingDataset(pipeline.SplitDataset):
     self,
     source: records.Source,
     split: splits.Split,
+    unlabeled: pipeline.Subset | None,
     plan: pipeline.BatchPlan,
     *,
+    unlabeled_batch_size: int,
+    seed: int,
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -44,23 +47,42 @@ class StreamingDataset(pipeline.SplitDataset):
     eval_resize: int,
     num_workers: int,
   ):
-    super().__init__(source, split, plan, image_shape)
+    super().__init__(
+      source,
+      split,
+      unlabeled,
+      plan,
+      unlabeled_batch_size=unlabeled_batch_size,
+      seed=seed,
+      image_shape=image_shape,
+    )
     size, _, channels = image_shape
     center = functools.partial(
       _read_center, size=size, channels=channels, resized=eval_resize
     )
     random = functools.partial(_read_random, size=size, channels=channels)
-    self._train_steps = TrainSteps(
-      self._subsets["train"], plan, center if augment == "none" else random
+    self._train_steps = functools.partial(
+      TrainSteps,
+      self._subsets["train"],
+      plan,
+      unlabeled,
+      self._unlabeled_plan,
+      center if augment == "none" else random,
     )
     self._eval_steps = {
-      name: EvalSteps(self._subsets[name], plan, center)
+      name: EvalSteps(self._subsets[name], self._eval_plan, center)
       for name in ("val", "test")
     }
     self._normalise = functools.partial(_normalise, mean=mean, std=std)
     self._num_workers = num_workers
     # Where an epoch left its workers: (next step of all steps, iterator).
     self._parked: tuple[int, Any] | None = None
+
+  def with_seed(self, seed: int) -> Self:
+    """Return the same images in another order; see Dataset."""
+    dataset = super().with_seed(seed)
+    dataset._parked = None
+    return dataset
 
   def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
     first, end = (
@@ -70,8 +92,12 @@ class StreamingDataset(pipeline.SplitDataset):
     stream = self._train_stream(first)
     try:
       for _ in range(first, end):
-        images, labels = next(stream)
-        yield types.Batch(self._normalise(images), jnp.array(labels))
+        images, labels, *unlabeled = next(stream)
+        yield types.Batch(
+          self._normalise(images),
+          jnp.array(labels),
+          *map(self._normalise, unlabeled),
+        )
     except BaseException:
       stream.close()
       raise
@@ -85,7 +111,8 @@ class StreamingDataset(pipeline.SplitDataset):
       if position == first:
         return stream
       stream.close()
-    return _stream(self._train_steps, first, num_workers=self._num_workers)
+    steps = self._train_steps(self._seed)
+    return _stream(steps, first, num_workers=self._num_workers)
 
   def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
     stream = _stream(self._eval_steps[split], 0, num_workers=0)
@@ -104,25 +131,57 @@ class TrainSteps:
 
   subset: pipeline.Subset
   plan: pipeline.BatchPlan
+  unlabeled: pipeline.Subset | None
+  unlabeled_plan: pipeline.BatchPlan
   read: Callable[..., np.ndarray]  # (subset, position, rng) -> [H, W, C].
+  seed: int
 
   def __len__(self) -> int:
     return sys.maxsize
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 [b, H, W, C] and labels int32 [b] of a step."""
-    num_images, seed = len(self.subset.indices), self.plan.seed
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+    """Read a step.
+
+    Args:
+      index: of the step, counted on through all epochs.
+
+    Returns:
+      Images uint8 [b, H, W, C], labels int32 [b] and, if there are any, images
+      without labels uint8 [u, H, W, C].
+    """
+    num_images = len(self.subset.indices)
     epoch, step = divmod(index, num_images // self.plan.batch_size)
     slots = self.plan.slots(step)
-    positions = pipeline.epoch_order(seed, epoch, num_images)[slots]
+    positions = pipeline.epoch_order(self.seed, epoch, num_images)[slots]
     # From the slot in the epoch: the same whichever worker reads the image.
+    entropies = [(self.seed, epoch, 1 + slot) for slot in slots]
+    images = self._read(self.subset, positions, entropies)
+    labels = self.subset.labels[positions]
+    if self.unlabeled is None:
+      return images, labels
+    return images, labels, self._read_unlabeled(self.unlabeled, index)
+
+  def _read_unlabeled(self, subset: pipeline.Subset, index: int) -> np.ndarray:
+    slots = self.unlabeled_plan.slots(index)
+    positions = pipeline.unlabeled_positions(
+      self.seed, slots, len(subset.indices)
+    )
+    # Not what unlabeled_positions or labelled images draw from.
+    entropies = [(self.seed, slot, 0, 2) for slot in slots]
+    return self._read(subset, positions, entropies)
+
+  def _read(
+    self,
+    subset: pipeline.Subset,
+    positions: np.ndarray,
+    entropies: Sequence[tuple[int, ...]],
+  ) -> np.ndarray:
+    """Read images uint8 [n, H, W, C], each with a generator of its own."""
     images = [
-      self.read(
-        self.subset, position, np.random.default_rng([seed, epoch, 1 + slot])
-      )
-      for position, slot in zip(positions, slots, strict=True)
+      self.read(subset, position, np.random.default_rng(entropy))
+      for position, entropy in zip(positions, entropies, strict=True)
     ]
-    return np.stack(images), self.subset.labels[positions]
+    return np.stack(images)
 
 
 @dataclasses.dataclass(frozen=True)

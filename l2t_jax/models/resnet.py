@@ -3,7 +3,7 @@
 Submodules are named as in the authors' code (CIFAR) and in torchvision
 (ImageNet), "blocks2.0" being "blocks2_0", so that `pretrained` maps weights by
 name. Taps are the blocks' outputs after the ReLU, "stage2_block5" being the
-fifth block of the second stage.
+fifth block of the second stage, and what enters the classifier.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class CifarResNet(nn.Module):
           ),
         )(x, train)
         features[f"stage{stage + 1}_block{block + 1}"] = x
-    return _classify(x, self.num_classes, self.dtype), features
+    x = jnp.mean(x, axis=(1, 2), keepdims=True)
+    features["penultimate"] = x
+    return _classify(x[:, 0, 0], self.num_classes, self.dtype), features
 
 
 class ResNet(nn.Module):
@@ -143,7 +145,9 @@ class ResNet(nn.Module):
           name=f"layer{stage + 1}_{block}",
         )(x, train)
         features[f"stage{stage + 1}_block{block + 1}"] = x
-    return _classify(x, self.num_classes, self.dtype), features
+    x = jnp.mean(x, axis=(1, 2), keepdims=True)
+    features["penultimate"] = x
+    return _classify(x[:, 0, 0], self.num_classes, self.dtype), features
 
 
 def _shortcut(block, x, y, norm):
@@ -161,7 +165,6 @@ def _shortcut(block, x, y, norm):
 
 
 def _classify(x, num_classes, dtype):
-  x = jnp.mean(x, axis=(1, 2))
   logits = nn.Dense(
     num_classes,
     kernel_init=layers.TORCH_LINEAR,

@@ -2,7 +2,7 @@
 
 Submodules carry the index that they have in PyTorch's `Sequential`, so that
 `pretrained` maps weights by name. Taps are the convolutions' outputs after
-batch normalisation and ReLU, counted from 1.
+batch normalisation and ReLU, counted from 1, and what enters the classifier.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ class VGG(nn.Module):
       index += 3
       features[f"conv{len(features) + 1}"] = x
     # One position is left of a 32x32 image; a larger one is averaged.
+    x = jnp.mean(x, axis=(1, 2), keepdims=True)
+    features["penultimate"] = x
     logits = nn.Dense(
       self.num_classes,
       kernel_init=nn.initializers.normal(0.01),
       dtype=self.dtype,
       name="classifier",
-    )(jnp.mean(x, axis=(1, 2)))
+    )(x[:, 0, 0])
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), features

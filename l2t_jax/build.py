@@ -1,0 +1,477 @@
+"""From a config to data, networks, initial states and iterations.
+
+This module and `experiment` are the ones that know configs; everything below
+takes plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from l2t_jax import (
+  bilevel,
+  data,
+  models,
+  objectives,
+  pretrained,
+  report,
+  sharding,
+  training,
+  transfer,
+  types,
+)
+from l2t_jax.data import formats
+
+# config.precision -> (dtype of the activations, precision of products).
+PRECISIONS = {
+  "f32": (None, "float32"),
+  "tf32": (None, "tensorfloat32"),
+  "bf16": (jnp.bfloat16, "default"),
+}
+_SCHEDULES = {
+  "cosine": training.cosine_by_epoch,
+  "step": training.steps_by_epoch,
+}
+_LOOPS = ("auto", "scan", "unroll")
+# Folded into the seed's key for initialisation; the data fold in epochs.
+_INIT = 2**32 - 1
+
+
+class Run(NamedTuple):
+  """All that the loop needs, made from a config."""
+
+  dataset: data.Dataset
+  image_format: formats.ImageFormat
+  sources: dict[str, training.Source]
+  source_taps: transfer.TapShapes
+  target_taps: transfer.TapShapes
+  pairs: tuple[transfer.Pair, ...]
+  has_map: bool  # Whether the pairs have transfer weights.
+  create_state: Callable[[int], types.TrainState]  # seed -> first state.
+  learns: bool  # Whether there is a meta update.
+  train_step: Any  # `training.make_train_step`, with a meta update.
+  train_step_without_meta: Any  # The same without.
+  eval_step: Any  # `training.make_eval_step`.
+  learning_rate_fn: Callable[[int], Any]  # iteration -> learning rate.
+  mesh: jax.sharding.Mesh
+  notes: tuple[str, ...]  # What the user should be told, a line each.
+
+
+class _SourceNetwork(NamedTuple):
+  """A source network that was loaded."""
+
+  apply_fn: types.ApplyFn  # Takes images in the format of the data.
+  variables: training.Source
+  num_classes: int
+  taps: dict[str, tuple[int, int, int]]  # The chosen ones, named as in pairs.
+  all_taps: dict[str, tuple[int, int, int]]
+
+
+class _Plan(NamedTuple):
+  """What is compared with what, and what is learned."""
+
+  pairs: tuple[transfer.Pair, ...] = ()
+  source_taps: transfer.TapShapes = {}  # noqa: RUF012
+  target_taps: transfer.TapShapes = {}  # noqa: RUF012
+  transfer_map: transfer.TransferMap | None = None  # Frozen weights.
+  learn_channels: bool = False
+  learn_pairs: bool = False
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuse values that no run can have; see configs/default.py.
+
+  Raises:
+    types.InputError: naming the field, its value and what would be right.
+  """
+  positive = lambda value: value > 0
+  share = lambda value: 0 <= value < 1
+  not_negative = lambda value: value >= 0
+  rules = (
+    ("epochs", positive, "at least 1"),
+    ("batch_size", positive, "at least 1"),
+    ("log_every", positive, "at least 1"),
+    ("checkpoint_every", positive, "at least 1"),
+    ("seed", not_negative, "0 or more"),
+    ("bilevel.num_inner_steps", positive, "at least 1"),
+    ("transfer.beta", positive, "more than 0"),
+    ("lwf.temperature", positive, "more than 0"),
+    ("lwf.weight", positive, "more than 0"),
+    ("at.beta", positive, "more than 0"),
+    ("kd.temperature", positive, "more than 0"),
+    ("kd.weight", positive, "more than 0"),
+    ("optimizer.learning_rate", positive, "more than 0"),
+    ("optimizer.momentum", share, "at least 0 and less than 1"),
+    ("optimizer.weight_decay", not_negative, "0 or more"),
+    ("meta.learning_rate", positive, "more than 0"),
+    ("meta.weight_decay", not_negative, "0 or more"),
+    ("meta.update_every", positive, "at least 1"),
+  )
+  for field, holds, right in rules:
+    value = _get(config, field)
+    if not holds(value):
+      raise types.InputError(f"config.{field} is {value}; it must be {right}")
+  for field, choices in (
+    ("method", objectives.METHODS),
+    ("precision", PRECISIONS),
+    ("target.model", models.MODELS),
+    ("transfer.channel_weights", ("learned", "uniform")),
+    ("transfer.pair_weights", ("learned", "constant")),
+    ("transfer.pair_activation", transfer.PAIR_ACTIVATIONS),
+    ("optimizer.schedule", _SCHEDULES),
+    ("bilevel.look_ahead_loss", training.LOOK_AHEAD_LOSSES),
+    ("bilevel.mode", bilevel.MODES),
+    ("bilevel.loop", _LOOPS),
+  ):
+    if _get(config, field) not in choices:
+      raise types.InputError(
+        f"config.{field} is {_get(config, field)!r}; it must be one of"
+        f" {', '.join(choices)}"
+      )
+  if config.sources and config.source.weights:
+    raise types.InputError(
+      "config.source.weights and config.sources are both set; one source goes"
+      " into config.source, several into config.sources"
+    )
+  method = objectives.METHODS[config.method]
+  for name, source in _source_configs(config).items():
+    if method.needs_source and not source.weights:
+      field = f"config.sources.{name}" if name else "config.source"
+      raise types.InputError(
+        f"method {config.method!r} needs {field}.weights: a file made by"
+        " python -m l2t_jax.pretrained, or target.safetensors of another run"
+      )
+  if config.transfer.map and "matching" not in method.losses:
+    raise types.InputError(
+      f"config.transfer.map is {config.transfer.map!r}, but method"
+      f" {config.method!r} matches no features; use l2t_ww"
+    )
+
+
+def check_source_files(config: ml_collections.ConfigDict) -> None:
+  """Raise `types.InputError` where weights that are needed are missing."""
+  if objectives.METHODS[config.method].needs_source:
+    for source in _source_configs(config).values():
+      pretrained.check_exists(pathlib.Path(source.weights))
+
+
+def build(config: ml_collections.ConfigDict) -> Run:
+  """Load data and sources, make networks and iterations.
+
+  Raises:
+    types.InputError: for data, weights or values that cannot work together.
+  """
+  method = objectives.get_method(config.method)
+  mesh = sharding.make_mesh()
+  _check_devices(config, mesh)
+  dataset = _load_data(config, method)
+  image_format = formats.ImageFormat(
+    dataset.image_shape[0],
+    dataset.image_shape[-1],
+    tuple(config.data.mean),
+    tuple(config.data.std),
+  )
+  shape = image_format.shape
+  dtype = PRECISIONS[config.precision][0]
+  target = models.create(config.target.model, dataset.num_classes, dtype)
+  networks = {}
+  if method.needs_source:
+    networks = {
+      name: _load_source(source, image_format, dtype, name)
+      for name, source in _source_configs(config).items()
+    }
+  plan = _Plan()
+  if method.pair_set:
+    plan = _plan_transfer(config, method, networks, target, shape)
+  start, notes = _start_of_target(method, target, networks, shape)
+  head = list(models.tap_shapes(target, shape).items())[-1]
+  optimizer_fn = training.sgd(
+    momentum=config.optimizer.momentum,
+    weight_decay=config.optimizer.weight_decay,
+  )
+  meta_optimizer = training.adam_l2(
+    config.meta.learning_rate, config.meta.weight_decay
+  )
+  learning_rate_fn = _SCHEDULES[config.optimizer.schedule](
+    config.optimizer.learning_rate,
+    epochs=config.epochs,
+    steps_per_epoch=dataset.steps_per_epoch,
+  )
+  target_fn = models.as_apply_fn(target)
+  auxiliary = _auxiliary_losses(
+    config, method, plan.pairs, networks, head[0], dataset.num_classes
+  )
+
+  def create_state(seed):
+    state = training.create_state(
+      *_initial_values(
+        seed, method, plan, networks, target, start, head, shape
+      ),
+      optimizer_fn=optimizer_fn,
+      meta_optimizer=meta_optimizer,
+    )
+    return sharding.replicate(state, mesh)
+
+  matches = "matching" in method.losses
+  make_train_step = functools.partial(
+    training.make_train_step,
+    objectives.make_losses(target_fn, auxiliary),
+    {name: network.apply_fn for name, network in networks.items()},
+    pairs=plan.pairs,
+    target_taps=plan.target_taps,
+    weights_fn=_weights_fn(config, plan) if matches else None,
+    look_ahead_loss=config.bilevel.look_ahead_loss,
+    num_inner_steps=config.bilevel.num_inner_steps,
+    learning_rate_fn=learning_rate_fn,
+    optimizer_fn=optimizer_fn,
+    meta_optimizer=meta_optimizer,
+    mode=config.bilevel.mode,
+    rolled=config.bilevel.loop == "scan"
+    or (config.bilevel.loop == "auto" and jax.default_backend() != "cpu"),
+  )
+  return Run(
+    dataset=dataset,
+    image_format=image_format,
+    sources={
+      name: sharding.replicate(network.variables, mesh)
+      for name, network in networks.items()
+    },
+    source_taps=plan.source_taps,
+    target_taps=plan.target_taps,
+    pairs=plan.pairs,
+    has_map=matches,
+    create_state=create_state,
+    learns=plan.learn_channels or plan.learn_pairs,
+    train_step=make_train_step(),
+    train_step_without_meta=make_train_step(update_meta=False),
+    eval_step=training.make_eval_step(target_fn),
+    learning_rate_fn=learning_rate_fn,
+    mesh=mesh,
+    notes=(*_source_notes(config, networks, plan.pairs), *notes),
+  )
+
+
+def _source_configs(config):
+  """Name -> fields; a single source has the name ""."""
+  return dict(config.sources.items()) or {"": config.source}
+
+
+def _source_notes(config, networks, pairs):
+  sources = _source_configs(config)
+  for name, network in networks.items():
+    note = f"source {sources[name].weights}, {network.num_classes} classes"
+    count = sum(pair.source in network.all_taps for pair in pairs)
+    yield f"{note}, {count} pairs" if pairs else note
+
+
+def _check_devices(config, mesh):
+  for field in ("batch_size", "data.unlabeled_batch_size"):
+    if _get(config, field) % mesh.size:
+      raise types.InputError(
+        f"config.{field} is {_get(config, field)}; it must be a multiple of the"
+        f" number of devices, {mesh.size}"
+      )
+
+
+def _load_data(config, method):
+  fields = config.data.to_dict()
+  if not method.losses:  # Nothing reads them.
+    fields |= {"unlabeled": False, "unlabeled_path": ""}
+  dataset = data.load(
+    fields.pop("source"),
+    **fields,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  if not dataset.num_val:
+    raise types.InputError(
+      "there are no validation images to choose the best epoch by; set"
+      " config.data.val_fraction above 0"
+    )
+  return dataset
+
+
+def _load_source(config, image_format, dtype, name):
+  path = pathlib.Path(config.weights)
+  metadata = pretrained.read_metadata(path)
+  own_format = _source_format(config, metadata, image_format)
+  module, *variables = pretrained.load_network(path, own_format.shape, dtype)
+  apply_fn = models.as_apply_fn(module)
+
+  def on_images_of_the_data(params, model_state, images, *, train):
+    images = formats.convert(images, image_format, own_format)
+    return apply_fn(params, model_state, images, train=train)
+
+  named = lambda taps: {transfer.tap_name(name, t): taps[t] for t in taps}
+  return _SourceNetwork(
+    apply_fn=on_images_of_the_data,
+    variables=training.Source(*variables),
+    num_classes=int(metadata["num_classes"]),
+    taps=named(models.select_taps(module, own_format.shape, config.taps)),
+    all_taps=named(models.tap_shapes(module, own_format.shape)),
+  )
+
+
+def _source_format(config, metadata, image_format):
+  """What the source wants: as configured, as recorded, or as the data are."""
+  channels = int(metadata.get("channels", image_format.channels))
+  recorded = lambda what: tuple(json.loads(metadata.get(what, "[]")))
+  source = formats.ImageFormat(
+    config.image_size or image_format.size,
+    channels,
+    tuple(config.mean) or recorded("mean") or image_format.mean,
+    tuple(config.std) or recorded("std") or image_format.std,
+  )
+  for what, values in (("mean", source.mean), ("std", source.std)):
+    if len(values) not in (1, channels):
+      raise types.InputError(
+        f"{what} of the source {config.weights} is {values}, but it sees images"
+        f" of {channels} channels; set its field {what} to 1 or {channels}"
+        " values"
+      )
+  return source
+
+
+def _plan_transfer(config, method, networks, target, image_shape):
+  """Choose the pairs, and what of their weights is learned."""
+  transfer_map = None
+  wanted = config.transfer.pairs or method.pair_set
+  if config.transfer.map:
+    transfer_map = transfer.TransferMap(
+      *report.read_transfer_map(config.transfer.map)
+    )
+    wanted = list(transfer_map.pair)
+  if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
+    target_taps = models.tap_shapes(target, image_shape)
+    source_taps = _merged(n.all_taps for n in networks.values())
+    pairs = transfer.make_pairs(wanted, source_taps, target_taps)
+  else:
+    target_taps = models.select_taps(target, image_shape, config.target.taps)
+    source_taps = _merged(n.taps for n in networks.values())
+    pairs = tuple(
+      pair
+      for network in networks.values()
+      for pair in transfer.make_pairs(wanted, network.taps, target_taps)
+    )
+  if transfer_map:
+    _check_map(config, transfer_map, pairs, source_taps)
+  used = lambda taps, names: {n: taps[n] for n in taps if n in names}
+  learned = lambda value: value == "learned" and not transfer_map
+  return _Plan(
+    pairs,
+    used(source_taps, {pair.source for pair in pairs}),
+    used(target_taps, {pair.target for pair in pairs}),
+    transfer_map,
+    method.learn_channels and learned(config.transfer.channel_weights),
+    method.learn_pairs and learned(config.transfer.pair_weights),
+  )
+
+
+def _merged(dicts):
+  return {name: value for one in dicts for name, value in one.items()}
+
+
+def _check_map(config, transfer_map, pairs, source_taps):
+  for pair in pairs:
+    given = len(transfer_map.channel[pair.name])
+    expected = source_taps[pair.source][-1]
+    if given != expected:
+      raise types.InputError(
+        f"{config.transfer.map}: pair {pair.name} has {given} channel weights,"
+        f" but the source tap has {expected} channels"
+      )
+
+
+def _weights_fn(config, plan):
+  if plan.transfer_map:
+    return lambda _, pooled: transfer.repeat_map(plan.transfer_map, pooled)
+  return functools.partial(
+    transfer.transfer_weights,
+    pairs=plan.pairs,
+    activation=config.transfer.pair_activation,
+  )
+
+
+def _auxiliary_losses(config, method, pairs, networks, head_tap, num_classes):
+  """Make the losses that the method adds to L_org; name -> loss."""
+  if "kd" in method.losses:
+    for name, network in networks.items():
+      if network.num_classes != num_classes:
+        raise types.InputError(
+          f"method {config.method!r} needs the source's classes to be the"
+          f" target's: the source{name and ' '}{name} has"
+          f" {network.num_classes}, the data have {num_classes}; use 'lwf'"
+        )
+  makers = {
+    "matching": lambda: objectives.matching(pairs, beta=config.transfer.beta),
+    "attention": lambda: objectives.attention(pairs, beta=config.at.beta),
+    "lwf": lambda: objectives.lwf(head_tap, **config.lwf),
+    "kd": lambda: objectives.kd(**config.kd),
+  }
+  return {name: makers[name]() for name in method.losses}
+
+
+def _start_of_target(method, target, networks, image_shape):
+  """Return (variables -> those that training starts from, notes)."""
+  if not method.starts_from_source:
+    return lambda variables: variables, ()
+  if len(networks) > 1:
+    raise types.InputError(
+      "fine-tuning starts from one source, but config.sources has"
+      f" {len(networks)}: {', '.join(networks)}"
+    )
+  ((params, model_state),) = (n.variables for n in networks.values())
+  others = {"params": params, **model_state}
+  shapes = pretrained.variable_shapes(target, image_shape)
+  _, copied, fresh = pretrained.adopt(shapes, others)
+  if len(copied) < len(fresh):
+    raise types.InputError(
+      f"fine-tuning needs a source of the target's architecture, but only"
+      f" {len(copied)} of {len(copied) + len(fresh)} arrays of the target have"
+      " a namesake of their shape in the source; use a transfer method"
+    )
+  note = f"{len(copied)} arrays start from the source"
+  if fresh:
+    note += f", afresh: {', '.join(fresh)}"
+  return lambda variables: pretrained.adopt(variables, others)[0], (note,)
+
+
+def _initial_values(
+  seed, method, plan, networks, target, start, head, image_shape
+):
+  """Return (params, model_state, meta_params)."""
+  key = jax.random.fold_in(jax.random.key(seed), _INIT)
+  target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
+  params, model_state = models.init(target, target_key, image_shape)
+  variables = dict(start({"params": params, **model_state}))
+  params = {"target": variables.pop("params")}
+  if "matching" in method.losses:
+    params["regressors"] = transfer.init_regressors(
+      regressor_key, plan.pairs, plan.source_taps, plan.target_taps
+    )
+  if "lwf" in method.losses:
+    _, (*_, num_features) = head
+    num_classes = {name: n.num_classes for name, n in networks.items()}
+    params["heads"] = objectives.init_heads(head_key, num_features, num_classes)
+  meta_params = transfer.init_meta_params(
+    meta_key,
+    plan.pairs,
+    plan.source_taps,
+    learn_channels=plan.learn_channels,
+    learn_pairs=plan.learn_pairs,
+  )
+  return params, variables, meta_params
+
+
+def _get(config, field):
+  return functools.reduce(getattr, field.split("."), config)

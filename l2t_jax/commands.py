@@ -1,0 +1,141 @@
+"""What the commands share: config files, overrides, errors of one line.
+
+Config files are Python files with `get_config()`, as those in configs/, whose
+configs/default.py says which fields there are. A field is set on the command
+line as --config.field=value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+import difflib
+import importlib
+import pathlib
+import sys
+
+from absl import app, flags, logging
+import flax
+import ml_collections
+from ml_collections import config_flags
+
+from l2t_jax import types
+
+FLAGS = flags.FLAGS
+
+
+def run(main: Callable[[list[str]], object]) -> None:
+  """Run `main` with the overrides of the command line.
+
+  An `types.InputError` becomes one line on stderr and exit status 2; what
+  `main` returns is the exit status otherwise.
+  """
+  _, overrides = _split(sys.argv)
+
+  def parse(argv: list[str]) -> list[str]:
+    arguments, _ = _split(argv)
+    try:
+      rest = FLAGS(arguments)
+    except flags.Error as error:
+      raise types.InputError(str(error)) from error
+    if rest[1:]:
+      raise types.InputError(
+        f"unexpected argument {rest[1]!r}; set a field as --config.field=value"
+      )
+    return rest
+
+  def quietly(_: list[str]) -> object:
+    logging.set_verbosity(logging.WARNING)
+    return main(overrides)
+
+  try:
+    app.run(quietly, flags_parser=parse)
+  except types.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load_config(
+  path: str, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+  """Read a config file and set fields.
+
+  Args:
+    path: of the file; what follows a ":" is handed to its `get_config`.
+    overrides: such as "--config.epochs=5".
+
+  Raises:
+    types.InputError: the file, a field or a value is wrong.
+  """
+  _check_fields(_name(override) for override in overrides)
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file("config", flag_values=values)
+  try:
+    values(["", f"--config={path}", *overrides])
+    config = holder.value
+    _check_fields(_fields(config))
+  except OSError as error:
+    reason = str(error).splitlines()[-1].strip()
+    raise types.InputError(f"--config: {reason}") from error
+  except types.InputError:
+    raise
+  except (flags.Error, KeyError, TypeError, ValueError) as error:
+    raise types.InputError(" ".join(str(error).split())) from error
+  return config
+
+
+def column_name(path: str) -> str:
+  """Name a config file's column of a table: its stem, and its argument."""
+  file, _, argument = path.partition(":")
+  stem = pathlib.Path(file).stem
+  return f"{stem}:{argument}" if argument else stem
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Return (the other arguments, those that set a field of the config)."""
+  others, overrides = list(argv[:1]), []
+  rest = list(argv[1:])
+  while rest:
+    argument = rest.pop(0)
+    if not _name(argument).startswith(("config.", "noconfig.")):
+      others.append(argument)
+      continue
+    if "=" not in argument and rest and not rest[0].startswith("-"):
+      argument += f"={rest.pop(0)}"
+    overrides.append(argument)
+  return others, overrides
+
+
+def _name(argument: str) -> str:
+  return argument.partition("=")[0].lstrip("-")
+
+
+def _fields(config: ml_collections.ConfigDict) -> list[str]:
+  paths = flax.traverse_util.flatten_dict(config.to_dict())
+  return [".".join(("config", *path)) for path in paths]
+
+
+def _check_fields(names: Iterable[str]) -> None:
+  """Refuse fields that the default config does not have."""
+  known = _fields(_default_config())
+  for name in names:
+    name = name.removeprefix("no") if name.startswith("noconfig.") else name
+    # Each of several sources has the fields of a single one.
+    parts = name.split(".")
+    if parts[:2] == ["config", "sources"] and len(parts) == 4:
+      parts[1:3] = ["source"]
+    if ".".join(parts) not in known:
+      nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      raise types.InputError(
+        f"unknown field {name}; did you mean {nearest}? configs/default.py"
+        " lists all fields"
+      )
+
+
+def _default_config() -> ml_collections.ConfigDict:
+  try:
+    return importlib.import_module("configs.default").get_config()
+  except ModuleNotFoundError as error:
+    raise types.InputError(
+      "there is no configs/default.py here; run this in the root of a clone of"
+      " the repository"
+    ) from error

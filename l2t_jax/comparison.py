@@ -1,0 +1,740 @@
+"""Set finished runs side by side: `table.csv`, `table.md` and `table.png`.
+
+Pure rendering: it reads no run and trains none, and knows nothing of JAX. A
+`Cell` holds the summaries of one method in one column; a column is a data set
+("stl10") or a value of a field ("per_class=50").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import csv
+import io
+import math
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+import uuid
+
+from matplotlib import axes, figure, lines, ticker
+import numpy as np
+from rich import box, console, table, text
+
+
+class Cell(NamedTuple):
+  """What is known of one method in one column."""
+
+  method: str
+  column: str  # Name of a config, or of a swept value: "per_class=50".
+  summaries: tuple[dict[str, Any], ...]  # summary.json of the finished seeds.
+  num_seeds: int  # Asked for.
+  errors: tuple[str, ...] = ()  # One a failed seed: "seed 2: loss is nan".
+
+
+class _Stats(NamedTuple):
+  """Over the finished seeds of a cell; None where it is not known."""
+
+  test: tuple[float, ...]  # %, seed by seed.
+  test_mean: float | None = None  # %.
+  test_std: float | None = None  # %, of a sample: over n - 1.
+  val_mean: float | None = None  # %.
+  val_std: float | None = None  # %.
+  seconds: float | None = None  # Mean.
+  memory_mib: float | None = None  # The largest.
+
+
+class _Grid(NamedTuple):
+  """The cells as methods x columns, both in the order given."""
+
+  methods: tuple[str, ...]
+  columns: tuple[str, ...]
+  cells: dict[tuple[str, str], Cell]
+  stats: dict[tuple[str, str], _Stats]  # Of all places, also empty ones.
+
+
+class _Table(NamedTuple):
+  """A table of texts; the first column names the method."""
+
+  title: str
+  header: tuple[str, ...]
+  rows: tuple[tuple[str, ...], ...]
+  right: bool  # Whether to align all but the methods to the right.
+
+
+_PAPER_METHODS = (
+  "scratch",
+  "lwf",
+  "at",
+  "lwf_at",
+  "fm_single",
+  "fm_one_to_one",
+  "l2t_w_single",
+  "l2t_w_one_to_one",
+  "l2t_ww",
+)
+# Jang et al., ICML 2019, Table 1: column -> method -> top-1 accuracy in %. As
+# in the README: recalled, and not measurements of this code.
+PAPER: dict[str, dict[str, float]] = {
+  column: dict(zip(_PAPER_METHODS, values, strict=True))
+  for column, values in {
+    "cifar100": (67.7, 69.2, 67.5, 68.8, 69.4, 70.0, 70.3, 70.0, 71.0),
+    "stl10": (65.2, 68.6, 74.2, 75.1, 75.0, 76.4, 74.4, 76.4, 78.3),
+    "cub200": (42.2, 45.5, 57.7, 58.9, 47.6, 48.9, 52.0, 56.6, 65.1),
+    "mit67": (48.9, 53.7, 59.2, 61.4, 55.2, 54.9, 60.4, 59.8, 64.9),
+    "stanford40": (36.9, 39.7, 59.3, 60.2, 42.9, 44.5, 46.3, 48.2, 63.1),
+    "dogs": (58.1, 66.3, 69.7, 72.7, 66.1, 67.3, 69.2, 69.8, 78.1),
+  }.items()
+}
+
+_CSV_HEADER = (
+  "method",
+  "column",
+  "seeds",
+  "test_mean",
+  "test_std",
+  "val_mean",
+  "val_std",
+  "paper",
+  "seconds",
+  "memory_mib",
+)
+_UNKNOWN = "–"
+
+# Okabe and Ito's colours for the colour-blind, darkened enough to carry text;
+# a marker for each, as neighbours of twelve lines need more than a colour.
+_COLORS = ("#0072B2", "#C44E00", "#00805C", "#A8478F", "#222222", "#8A6D00")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GREY, _INK, _SOFT = "#B4B4B4", "#222222", "#666666"
+_WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
+_DPI = 180
+_ROW = 0.36  # Height of a method's row, in inches.
+_VALUE = 0.95  # Width of the numbers at the right of a panel, in inches.
+_PAPER_MARKER: Any = {
+  "marker": "D",
+  "markersize": 6,
+  "markerfacecolor": "white",
+  "markeredgecolor": _COLORS[1],
+  "markeredgewidth": 1.4,
+}
+
+
+def write(workdir: pathlib.Path | str, cells: Sequence[Cell]) -> None:
+  """Write `table.csv`, `table.md` and `table.png` into `workdir`.
+
+  Each file is replaced as a whole, so that several processes may write the same
+  folder.
+
+  Args:
+    workdir: the folder; it is made where it does not exist.
+    cells: at most one for a method and a column; what is left out counts as not
+      run. Methods and columns stand in the order in which they first come.
+
+  Raises:
+    ValueError: no cell, or two for the same method and column.
+  """
+  grid = _make_grid(cells)
+  picture = io.BytesIO()
+  draw(cells).savefig(picture, format="png", dpi=_DPI, facecolor="white")
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  for name, content in (
+    ("table.csv", _csv(grid).encode()),
+    ("table.md", _markdown(grid).encode()),
+    ("table.png", picture.getvalue()),
+  ):
+    temporary = workdir / f".{name}.{os.getpid()}.{uuid.uuid4().hex}"
+    try:
+      temporary.write_bytes(content)
+      temporary.replace(workdir / name)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+
+def print_table(cells: Sequence[Cell]) -> None:
+  """Print what `table.md` says to the terminal, in as many parts as it needs.
+
+  Args:
+    cells: as in `write`.
+
+  Raises:
+    ValueError: as in `write`.
+  """
+  grid = _make_grid(cells)
+  out = console.Console(file=sys.stdout, highlight=False)
+  for content in _tables(grid):
+    out.print(text.Text(content.title, "bold"))
+    for part in _parts(content, out.width):
+      rows = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+      for i, header in enumerate(part.header):
+        width = _column_width(part, i)
+        rows.add_column(
+          text.Text(header),
+          width=width,
+          justify="right" if i and part.right else "left",
+        )
+      for row in part.rows:
+        # As Text, no method or field name is read as markup.
+        rows.add_row(*map(text.Text, row))
+      out.print(rows)
+  for note in _notes(grid):
+    out.print(text.Text(note))
+
+
+def draw(cells: Sequence[Cell]) -> figure.Figure:
+  """Lay out the picture: a panel for each data set, or lines over a sweep.
+
+  Args:
+    cells: as in `write`.
+
+  Returns:
+    The figure, 10 inches wide.
+
+  Raises:
+    ValueError: as in `write`.
+  """
+  grid = _make_grid(cells)
+  sweep = _sweep(grid.columns)
+  return _draw_sweep(grid, *sweep) if sweep else _draw_panels(grid)
+
+
+def _make_grid(cells: Sequence[Cell]) -> _Grid:
+  """Order the cells by method and column; compute each one's statistics."""
+  if not cells:
+    raise ValueError("a comparison needs at least one cell")
+  by_place: dict[tuple[str, str], Cell] = {}
+  for cell in cells:
+    if by_place.setdefault((cell.method, cell.column), cell) is not cell:
+      raise ValueError(
+        f"two cells for method {cell.method!r}, column {cell.column!r}"
+      )
+  methods = tuple(dict.fromkeys(cell.method for cell in cells))
+  columns = tuple(dict.fromkeys(cell.column for cell in cells))
+  stats = {}
+  for place in ((m, c) for m in methods for c in columns):
+    stats[place] = _statistics(
+      by_place[place].summaries if place in by_place else ()
+    )
+  return _Grid(methods, columns, by_place, stats)
+
+
+def _statistics(summaries: Sequence[Mapping[str, Any]]) -> _Stats:
+  if not summaries:
+    return _Stats(())
+  test, val = (
+    tuple(100 * float(summary[key]) for summary in summaries)
+    for key in ("test_accuracy", "val_accuracy")
+  )
+  memory = [s["memory_bytes"] for s in summaries if s.get("memory_bytes")]
+  std = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else None
+  return _Stats(
+    test=test,
+    test_mean=float(np.mean(test)),
+    test_std=std(test),
+    val_mean=float(np.mean(val)),
+    val_std=std(val),
+    seconds=float(np.mean([s["seconds"] for s in summaries])),
+    memory_mib=max(memory) / 2**20 if memory else None,
+  )
+
+
+def _paper(method: str, column: str) -> float | None:
+  return PAPER.get(column, {}).get(method)
+
+
+def _seeds(cell: Cell | None) -> str:
+  """Say how many seeds are done, and of how many if some are not."""
+  if cell is None:
+    return "0"
+  done = len(cell.summaries)
+  return str(done) if done >= cell.num_seeds else f"{done} of {cell.num_seeds}"
+
+
+def _mean_and_std(mean: float | None, std: float | None) -> str:
+  if mean is None:
+    return _UNKNOWN
+  return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+
+
+def _number(value: float | None, digits: int) -> str:
+  return _UNKNOWN if value is None else f"{value:.{digits}f}"
+
+
+def _memory(mib: float | None) -> str:
+  if mib is None:
+    return _UNKNOWN
+  return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+
+
+def _csv(grid: _Grid) -> str:
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator="\n")
+  writer.writerow(_CSV_HEADER)
+  for (method, column), stats in grid.stats.items():
+    values = (
+      stats.test_mean,
+      stats.test_std,
+      stats.val_mean,
+      stats.val_std,
+      _paper(method, column),
+      stats.seconds,
+      stats.memory_mib,
+    )
+    rounded = ["" if v is None else round(v, 4) for v in values]
+    writer.writerow([method, column, len(stats.test), *rounded])
+  return out.getvalue()
+
+
+def _markdown(grid: _Grid) -> str:
+  parts = []
+  for content in _tables(grid):
+    dash = "---:" if content.right else "---"
+    dashes = ["---"] + [dash] * (len(content.header) - 1)
+    rows = [[_escape(cell) for cell in content.header], dashes]
+    for method, *values in content.rows:
+      # Within backticks only a bar means something.
+      rows.append([f"`{method}`".replace("|", r"\|"), *values])
+    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    parts.append(f"**{_escape(content.title)}**\n\n{body}")
+  parts.append("\n".join(f"- {_escape(note)}" for note in _notes(grid)))
+  return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escape(line: str) -> str:
+  """Keep GitHub from reading a bar as a column's end, a "<" as HTML."""
+  return line.replace("|", r"\|").replace("<", "&lt;")
+
+
+def _tables(grid: _Grid) -> tuple[_Table, ...]:
+  """Set out the results: one table for one column, else accuracy and cost."""
+  if len(grid.columns) == 1:
+    return (_single_table(grid),)
+  accuracies, costs = [], []
+  for method in grid.methods:
+    places = [(method, column) for column in grid.columns]
+    accuracies.append((method, *(_accuracy(grid, *place) for place in places)))
+    costs.append((method, *(_cost(grid.stats[place]) for place in places)))
+  header = ("method", *grid.columns)
+  title = "Test accuracy in % at the best validation epoch"
+  return (
+    _Table(title, header, tuple(accuracies), False),
+    _Table("Time of a run and memory", header, tuple(costs), False),
+  )
+
+
+def _single_table(grid: _Grid) -> _Table:
+  column = grid.columns[0]
+  header = ["method", "test %", "validation %", "seeds", "s a run", "memory"]
+  rows = []
+  for method in grid.methods:
+    stats = grid.stats[method, column]
+    row = [
+      method,
+      _mean_and_std(stats.test_mean, stats.test_std),
+      _mean_and_std(stats.val_mean, stats.val_std),
+      _seeds(grid.cells.get((method, column))),
+      _number(stats.seconds, 0),
+      _memory(stats.memory_mib),
+    ]
+    rows.append(row)
+  if _has_paper(grid):
+    header.insert(2, "paper %")
+    for row in rows:
+      row.insert(2, _number(_paper(row[0], column), 1))
+  title = f"{column}: accuracy at the best validation epoch"
+  return _Table(title, tuple(header), tuple(map(tuple, rows)), True)
+
+
+def _accuracy(grid: _Grid, method: str, column: str) -> str:
+  """Write a cell of the table of accuracies."""
+  stats = grid.stats[method, column]
+  cell = grid.cells.get((method, column))
+  parts = _mean_and_std(stats.test_mean, stats.test_std)
+  paper = _paper(method, column)
+  if paper is not None:
+    parts += f" [{paper:.1f}]"
+  if cell and 0 < len(cell.summaries) < cell.num_seeds:
+    parts += f", {_seeds(cell)} seeds"
+  return parts
+
+
+def _cost(stats: _Stats) -> str:
+  if stats.seconds is None:
+    return _UNKNOWN
+  memory = "" if stats.memory_mib is None else f", {_memory(stats.memory_mib)}"
+  return f"{stats.seconds:.0f} s{memory}"
+
+
+def _notes(grid: _Grid) -> list[str]:
+  """Say what is missing, what the signs mean and what it ran on."""
+  notes = []
+  for method, column in grid.stats:
+    name = method if len(grid.columns) == 1 else f"{method}, {column}"
+    cell = grid.cells.get((method, column))
+    if cell is None:
+      notes.append(f"{name}: not run")
+      continue
+    notes += [f"{name}, {' '.join(error.split())}" for error in cell.errors]
+    unaccounted = cell.num_seeds - len(cell.summaries) - len(cell.errors)
+    if unaccounted > 0:
+      notes.append(f"{name}: {_seeds(cell)} seeds")
+  if any(stats.test_std is not None for stats in grid.stats.values()):
+    notes.append("±: sample standard deviation over the seeds.")
+  if _has_paper(grid):
+    sign = "paper %" if len(grid.columns) == 1 else "[ ]"
+    notes.append(f"{sign}: reported by the paper, not measured here.")
+  summaries = [s for cell in grid.cells.values() for s in cell.summaries]
+  if any(stats.memory_mib is not None for stats in grid.stats.values()):
+    notes.append("Memory: what the compiled training step needs.")
+  if summaries:
+    epochs = _distinct(summary["epochs"] for summary in summaries)
+    notes.append(f"Epochs: {epochs}. {_ran_on(summaries)}.")
+  return notes
+
+
+def _has_paper(grid: _Grid) -> bool:
+  return any(_paper(*place) is not None for place in grid.stats)
+
+
+def _ran_on(summaries: Sequence[Mapping[str, Any]]) -> str:
+  """Say on what devices, and with which versions, the runs were made."""
+  names = dict.fromkeys(n for s in summaries for n in s["versions"])
+  versions = (
+    f"{name} {_distinct(s['versions'].get(name, '?') for s in summaries)}"
+    for name in names
+  )
+  devices = _distinct(summary["device"] for summary in summaries)
+  return f"Device: {devices}; {', '.join(versions)}"
+
+
+def _distinct(values: Iterable[Any]) -> str:
+  return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def _column_width(content: _Table, column: int) -> int:
+  """Return the width at which no cell, and no word of the header, breaks."""
+  words = content.header[column].split()
+  return max(map(len, [*words, *(row[column] for row in content.rows)]))
+
+
+def _parts(content: _Table, width: int) -> list[_Table]:
+  """Split a table that is wider than the terminal; each part has methods."""
+  gap = 3  # Between two columns.
+  taken = first = _column_width(content, 0)
+  parts: list[list[int]] = [[0]]
+  for i in range(1, len(content.header)):
+    needed = gap + _column_width(content, i)
+    if taken + needed > width and len(parts[-1]) > 1:
+      parts.append([0])
+      taken = first
+    parts[-1].append(i)
+    taken += needed
+  pick = lambda row, part: tuple(row[i] for i in part)
+  return [
+    content._replace(
+      header=pick(content.header, part),
+      rows=tuple(pick(row, part) for row in content.rows),
+    )
+    for part in parts
+  ]
+
+
+def _sweep(columns: Sequence[str]) -> tuple[str, dict[float, str]] | None:
+  """Read columns as the values of one field.
+
+  Returns:
+    (name of the field, value -> column by rising value), or None where they are
+    something else.
+  """
+  names, values = set(), {}
+  for column in columns:
+    name, _, value = column.rpartition("=")
+    names.add(name)
+    try:
+      values[float(value)] = column
+    except ValueError:
+      return None
+  same = len(names) == 1 and "" not in names and all(map(math.isfinite, values))
+  if not same or not len(columns) == len(values) > 1:
+    return None
+  return names.pop(), dict(sorted(values.items()))
+
+
+def _short(name: str, width: int) -> str:
+  """Cut a name in its middle; a dollar sign would start a formula."""
+  if len(name) > width:
+    head = width // 2
+    name = f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+  return name.replace("$", r"\$")
+
+
+class _Page:
+  """A figure measured in inches from its top left corner."""
+
+  def __init__(self, height: float):
+    self.height = height
+    self.figure = figure.Figure(figsize=(_WIDTH, height))
+
+  def panel(
+    self, left: float, top: float, wide: float, tall: float
+  ) -> axes.Axes:
+    bottom = 1 - (top + tall) / self.height
+    place = left / _WIDTH, bottom, wide / _WIDTH, tall / self.height
+    return self.figure.add_axes(place)
+
+  def write(self, left: float, top: float, line: str, size: float) -> None:
+    color = _INK if size > 9 else _SOFT
+    weight = "bold" if size > 10 else "normal"
+    style: Any = {"size": size, "weight": weight, "color": color, "va": "top"}
+    self.figure.text(left / _WIDTH, 1 - top / self.height, line, **style)
+
+  def diamond(self, left: float, top: float) -> None:
+    """Draw the mark of the paper's numbers, for the legend."""
+    x, y = left / _WIDTH, 1 - top / self.height
+    self.figure.add_artist(
+      lines.Line2D([x], [y], linestyle="", **_PAPER_MARKER)
+    )
+
+
+def _draw_panels(grid: _Grid) -> figure.Figure:
+  """Draw a panel a column: methods as rows, accuracy from left to right."""
+  num_rows = math.ceil(len(grid.columns) / 3)
+  num_across = math.ceil(len(grid.columns) / num_rows)
+  names = [_short(method, 24) for method in grid.methods]
+  left = 0.5 + 0.083 * max(map(len, names))
+  across = (_WIDTH - left - 0.1) / num_across
+  tall = _ROW * len(grid.methods) + 0.1
+  first, each = 1.3, tall + 0.95
+  page = _Page(first + num_rows * each - 0.1)
+  _write_header(
+    page,
+    grid,
+    "Large dot: mean over the seeds; whisker: ± one standard deviation; "
+    "small dots: the seeds.",
+  )
+  for i, column in enumerate(grid.columns):
+    x = left + across * (i % num_across)
+    top = first + each * (i // num_across)
+    page.write(x, top, _short(column, int(across / 0.11)), 11)
+    ax = page.panel(x, top + 0.3, across - _VALUE - 0.2, tall)
+    _draw_panel(ax, grid, column)
+    ax.set_yticks(range(len(names)), names if i % num_across == 0 else [])
+    ax.tick_params(axis="y", labelsize=9, labelcolor=_INK)
+    ax.set_xlabel("test accuracy, %", size=8, color=_SOFT)
+  return page.figure
+
+
+def _write_header(page: _Page, grid: _Grid, key: str) -> None:
+  page.write(0.35, 0.25, "Test accuracy at the best validation epoch", 17)
+  counts = [len(stats.test) for stats in grid.stats.values()]
+  if max(counts) < 2:
+    key = "One seed each." if any(counts) else "No run has finished."
+  page.write(0.35, 0.68, key, 8.5)
+  if _has_paper(grid):
+    page.diamond(0.43, 0.98)
+    page.write(0.57, 0.92, "reported by the paper", 8.5)
+
+
+def _draw_panel(ax: axes.Axes, grid: _Grid, column: str) -> None:
+  """Draw the results of one column, and write them at its right."""
+  known: list[float] = []
+  beside: Any = {"transform": ax.get_yaxis_transform()}
+  for y, method in enumerate(grid.methods):
+    stats = grid.stats[method, column]
+    cell = grid.cells.get((method, column))
+    paper = _paper(method, column)
+    if paper is not None:
+      ax.plot(paper, y, zorder=4, **_PAPER_MARKER)
+      known.append(paper)
+    value = _mean_and_std(stats.test_mean, stats.test_std)
+    part = cell and 0 < len(cell.summaries) < cell.num_seeds
+    beside["va"] = "bottom" if part else "center"
+    ax.text(1.04, y, value, size=8.5, color=_INK, **beside)
+    if part:
+      beside["va"] = "top"
+      seeds = f"{_seeds(cell)} seeds"
+      ax.text(1.04, y + 0.03, seeds, size=7, color=_SOFT, **beside)
+    if stats.test_mean is None:
+      continue
+    mean, std = stats.test_mean, stats.test_std or 0.0
+    known += [mean - std, mean + std, *stats.test]
+    ax.plot([mean - std, mean + std], [y, y], color=_COLORS[0], linewidth=2)
+    ax.plot(mean, y, "o", color=_COLORS[0], markersize=7, zorder=3)
+    if len(stats.test) > 1:  # Below the mean, which would hide them.
+      dots: Any = {"color": _COLORS[0], "markersize": 3, "alpha": 0.6}
+      ax.plot(stats.test, [y + 0.28] * len(stats.test), "o", **dots)
+  ax.set_ylim(len(grid.methods) - 0.45, -0.55)
+  _plain(ax)
+  ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+  ax.set_axisbelow(True)
+  ax.tick_params(axis="y", length=0)
+  if not known:
+    ax.set(xlim=(0, 1), xticks=[])
+    return
+  ax.set_xlim(*_limits(known))
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
+class _End(NamedTuple):
+  """Where a line of a sweep ends, and what is written there."""
+
+  label: str
+  color: str
+  point: tuple[float, float] | None  # Value and mean; None: no result.
+  early: bool  # Whether later values have no result.
+
+
+def _draw_sweep(
+  grid: _Grid, name: str, columns: Mapping[float, str]
+) -> figure.Figure:
+  """Draw accuracy against the value of a field, a line for each method."""
+  missing = any(
+    place not in grid.cells or len(stats.test) < grid.cells[place].num_seeds
+    for place, stats in grid.stats.items()
+  )
+  tall = max(3.4, 0.35 * len(grid.methods))
+  page = _Page(tall + 1.85 + 0.25 * missing)
+  key = "Mean over the seeds; band: ± one standard deviation."
+  _write_header(page, grid, key)
+  if missing:
+    note = "Some seeds are missing: table.md says which."
+    page.write(0.35, page.height - 0.35, note, 8.5)
+  known: list[float] = []
+  for stats in grid.stats.values():
+    if stats.test_mean is not None:
+      std = stats.test_std or 0.0
+      known += [stats.test_mean - std, stats.test_mean + std]
+  low, high = _limits(known) if known else (0.0, 1.0)
+  ends = [_end(grid, i, columns) for i in range(len(grid.methods))]
+  longest = max(len(end.label) for end in ends)
+  wide = min(7.2, _WIDTH - 1.6 - 0.09 * longest)
+  ax = page.panel(0.85, 1.1, wide, tall)
+  for i, method in enumerate(grid.methods):
+    stats_of = {x: grid.stats[method, column] for x, column in columns.items()}
+    _draw_line(ax, i, stats_of, len(grid.methods))
+  _plain(ax)
+  ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+  ax.set_ylim(low, high)
+  ax.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+  if not known:
+    ax.set_yticks([])
+  _set_values(ax, list(columns), wide)
+  ax.set_xlabel(_short(name, 60), size=9, color=_SOFT)
+  ax.set_ylabel("test accuracy, %", size=9, color=_SOFT)
+  # Methods without a result stand below all others.
+  ends.sort(key=lambda end: -end.point[1] if end.point else math.inf)
+  spots = _spread(
+    [end.point[1] if end.point else low for end in ends],
+    gap=0.2 / tall * (high - low),
+    low=low,
+    high=high,
+  )
+  for end, spot in zip(ends, spots, strict=True):
+    _label_end(ax, end, (spot - low) / (high - low))
+  return page.figure
+
+
+def _end(grid: _Grid, index: int, columns: Mapping[float, str]) -> _End:
+  method = grid.methods[index]
+  label = _short(method, 24)
+  means = {x: grid.stats[method, c].test_mean for x, c in columns.items()}
+  xs = [x for x in columns if means[x] is not None]
+  if not xs:
+    return _End(f"{_UNKNOWN}  {label}", _SOFT, None, False)
+  mean = means[xs[-1]]
+  assert mean is not None
+  early = xs[-1] != list(columns)[-1]
+  # The number would be taken for that of the last value.
+  label = f"{label} (to {xs[-1]:g})" if early else f"{mean:.1f}  {label}"
+  return _End(label, _COLORS[index % len(_COLORS)], (xs[-1], mean), early)
+
+
+def _draw_line(
+  ax: axes.Axes, index: int, stats_of: Mapping[float, _Stats], num_lines: int
+) -> None:
+  """Draw one method's means and the band of their standard deviations."""
+  xs = [x for x, stats in stats_of.items() if stats.test_mean is not None]
+  means = np.array([stats_of[x].test_mean for x in xs])
+  stds = np.array([stats_of[x].test_std or 0.0 for x in xs])
+  color = _COLORS[index % len(_COLORS)]
+  faint = 0.16 if num_lines < 5 else 0.07
+  band: Any = {"color": color, "alpha": faint, "linewidth": 0}
+  ax.fill_between(xs, means - stds, means + stds, **band)
+  line = ax.plot(xs, means, color=color, linewidth=2, clip_on=False)[0]
+  line.set(marker=_MARKERS[index % len(_COLORS)], markersize=5)
+  line.set_linestyle(("-", (0, (4, 1.5)))[index // len(_COLORS) % 2])
+
+
+def _label_end(ax: axes.Axes, end: _End, height: float) -> None:
+  """Write a line's label at the right of `ax`, joined to its last point."""
+  style: Any = {"size": 8.5, "weight": "bold", "va": "center"}
+  style |= {"color": end.color}
+  if end.point is None:
+    ax.text(1.06, height, end.label, transform=ax.transAxes, **style)
+    return
+  arrow: Any = {"arrowstyle": "-", "color": end.color, "relpos": (0, 0.5)}
+  # A full line would read as more results.
+  arrow |= {"lw": 0.8, "linestyle": ":" if end.early else "-"}
+  ax.annotate(
+    end.label,
+    xy=end.point,
+    xytext=(1.06, height),
+    textcoords="axes fraction",
+    arrowprops={**arrow, "shrinkA": 2, "shrinkB": 4},
+    annotation_clip=False,
+    **style,
+  )
+
+
+def _set_values(ax: axes.Axes, values: Sequence[float], wide: float) -> None:
+  """Put a tick at each value; write those that have room."""
+  log = values[0] > 0 and values[-1] / values[0] > 10
+  if log:
+    ax.set_xscale("log")
+  at = np.log(values) if log else np.array(values)
+  inches = wide * (at - at[0]) / (at[-1] - at[0])
+  labels, taken = [], -math.inf
+  for value, x in zip(values, inches, strict=True):
+    label = f"{value:g}"
+    half = 0.04 * len(label) + 0.04
+    fits = x - half > taken
+    labels.append(label if fits else "")
+    taken = x + half if fits else taken
+  ax.set_xticks(values, labels)
+  ax.minorticks_off()
+  margin = 0.02 * (at[-1] - at[0])
+  ends = at[0] - margin, at[-1] + margin
+  ax.set_xlim(*(np.exp(ends) if log else ends))
+
+
+def _spread(
+  ends: Sequence[float], *, gap: float, low: float, high: float
+) -> np.ndarray:
+  """Move falling heights apart by at least `gap`, by as little as possible.
+
+  Least squares: with i * gap added, the result is the closest sequence that
+  does not rise, which pooling neighbours finds. They stay between `low` and
+  `high` where there is room for all.
+  """
+  pools: list[tuple[float, int]] = []
+  for i, end in enumerate(ends):
+    pools.append((end + i * gap, 1))
+    while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+      (a, n), (b, m) = pools.pop(), pools.pop()
+      pools.append(((a * n + b * m) / (n + m), n + m))
+  heights = np.repeat([a for a, _ in pools], [n for _, n in pools])
+  heights = np.clip(heights, low + (len(ends) - 1) * gap, high)
+  return heights - gap * np.arange(len(ends))
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+  """Return the range of an axis that shows all values, at least 1 % wide."""
+  middle = (min(values) + max(values)) / 2
+  half = 0.56 * max(1.0, max(values) - min(values))
+  return middle - half, middle + half
+
+
+def _plain(ax: axes.Axes) -> None:
+  ax.spines[["top", "right"]].set_visible(False)
+  ax.spines[["left", "bottom"]].set_color(_GREY)
+  ax.tick_params(labelsize=8, color=_GREY, labelcolor=_SOFT)

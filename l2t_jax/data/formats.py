@@ -1,0 +1,57 @@
+"""How a network wants its images, and how to turn one format into another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+# Red, green and blue in a grey value (ITU-R 601, which Pillow uses too).
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+class ImageFormat(NamedTuple):
+  """Size, colours and normalisation of square images."""
+
+  size: int  # Height and width in pixels.
+  channels: int  # 1 (grey) or 3 (RGB).
+  mean: tuple[float, ...]  # One value or one per channel, on a scale of 0 to 1.
+  std: tuple[float, ...]  # Likewise.
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return (self.size, self.size, self.channels)
+
+
+def convert(
+  images: chex.Array, old: ImageFormat, new: ImageFormat
+) -> chex.Array:
+  """Turn normalised images into those of another format.
+
+  Resizing is bilinear and antialiased; a grey image becomes one with three
+  equal channels, a colour image its luminance. Images of the same format pass
+  untouched.
+
+  Args:
+    images: [B, H, W, C] in the old format.
+    old: what they are.
+    new: what they become.
+
+  Returns:
+    [B, H, W, C] in the new format.
+  """
+  chex.assert_shape(images, (None, *old.shape))
+  if old == new:
+    return images
+  constant = lambda values: jnp.asarray(values, images.dtype)
+  images = images * constant(old.std) + constant(old.mean)
+  if old.channels > new.channels:
+    images = jnp.sum(images * constant(_LUMINANCE), axis=-1, keepdims=True)
+  elif old.channels < new.channels:
+    images = jnp.repeat(images, new.channels, axis=-1)
+  if old.size != new.size:
+    images = jax.image.resize(images, (len(images), *new.shape), "bilinear")
+  return (images - constant(new.mean)) / constant(new.std)

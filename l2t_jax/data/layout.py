@@ -1,0 +1,282 @@
+"""Data sets of the paper: from their official archives to folders of images.
+
+    python -m l2t_jax.data.layout NAME ARCHIVES OUT
+
+NAME is tinyimagenet, mit67 or stanford40. ARCHIVES is the folder with the
+downloads as they are published, still packed; `DATA_SETS` says which and from
+where. OUT gets the official split as train/CLASS/* and test/CLASS/*, the files
+unchanged: --config.data.source=folder --config.data.path=OUT reads them. An
+interrupted run leaves only OUT.partial, which the next one replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import contextlib
+import pathlib
+import re
+import shutil
+import sys
+import tarfile
+from typing import NamedTuple
+import zipfile
+import zlib
+
+from l2t_jax import types
+
+
+class Destination(NamedTuple):
+  """Where an image belongs in the layout."""
+
+  part: str  # 'train' or 'test'.
+  class_name: str
+  file_name: str
+
+
+class Published(NamedTuple):
+  """A data set as its makers publish it."""
+
+  files: tuple[str, ...]  # All that is needed; the images are in the first.
+  homepage: str
+  num_train: int
+  num_test: int
+  # From the folder of `files` to (member of the first of them, destination).
+  list_images: Callable[[pathlib.Path], Iterable[tuple[str, Destination]]]
+
+
+def make_layout(
+  published: Published, archives: pathlib.Path, out: pathlib.Path
+) -> None:
+  """Write the images of a published data set as folders, all or nothing.
+
+  Args:
+    published: an entry of `DATA_SETS`.
+    archives: the folder that holds `published.files`.
+    out: the folder to make; it must not exist.
+
+  Raises:
+    types.InputError: an archive or an image is missing or damaged, the numbers
+      of images are not the official ones, or `out` exists or is not writable.
+  """
+  absent = [name for name in published.files if not (archives / name).is_file()]
+  if absent:
+    raise types.InputError(
+      f"folder {str(archives)!r} lacks {', '.join(absent)}; download from"
+      f" {published.homepage} and do not unpack"
+    )
+  if out.exists():
+    raise types.InputError(
+      f"{str(out)!r} exists already; remove it or choose another folder"
+    )
+  partial = out.with_name(out.name + ".partial")
+  try:
+    destinations = _collect(published.list_images(archives))
+    if partial.exists():
+      shutil.rmtree(partial)
+    _extract(archives / published.files[0], destinations, partial)
+    _check_counts(published, partial)
+    partial.rename(out)
+  except OSError as error:
+    raise types.InputError(
+      f"cannot read {str(archives)!r} or write {str(out)!r}: {error}"
+    ) from error
+
+
+def _collect(
+  images: Iterable[tuple[str, Destination]],
+) -> dict[str, Destination]:
+  """Map members to destinations, and refuse what could do harm."""
+  destinations: dict[str, Destination] = {}
+  for member, destination in images:
+    for name in destination:
+      # The names come from files of unknown origin and become a path.
+      if not re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name):
+        raise types.InputError(
+          f"image {member!r} is listed with the name {name!r}, which is no"
+          " plain file name; download the archives again"
+        )
+    first = destinations.setdefault(member, destination)
+    if first != destination:
+      raise types.InputError(
+        f"image {member!r} is listed for both {'/'.join(first[:2])} and"
+        f" {'/'.join(destination[:2])}; download the lists again"
+      )
+  return destinations
+
+
+def _extract(
+  archive: pathlib.Path,
+  destinations: Mapping[str, Destination],
+  out: pathlib.Path,
+) -> None:
+  """Copy the members that have a destination; all must be there."""
+  missing = set(destinations)
+  with _naming_damage(archive):
+    for member, content in _read_members(archive, destinations):
+      path = out.joinpath(*destinations[member])
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content)
+      missing.discard(member)
+  if missing:
+    names = sorted(missing)
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    raise types.InputError(
+      f"{archive} lacks {', '.join(names[:3])}{more}: found"
+      f" {len(destinations) - len(names)} of {len(destinations)} listed images;"
+      " download it again"
+    )
+
+
+def _read_members(
+  path: pathlib.Path, wanted: Collection[str]
+) -> Iterator[tuple[str, bytes]]:
+  """Yield the name and the content of regular members, in their order."""
+  if path.suffix == ".zip":
+    with zipfile.ZipFile(path) as archive:
+      for name in archive.namelist():
+        if name in wanted:
+          yield name, archive.read(name)
+    return
+  # As a stream: to jump between members of a compressed tar is slow.
+  with tarfile.open(path, "r|*") as stream:
+    for member in stream:
+      name = member.name.removeprefix("./")
+      file = stream.extractfile(member) if member.isfile() else None
+      if file and name in wanted:
+        yield name, file.read()
+
+
+def _check_counts(published: Published, folder: pathlib.Path) -> None:
+  """Count the files that were written."""
+  found = [len(list(folder.glob(f"{part}/*/*"))) for part in ("train", "test")]
+  expected = [published.num_train, published.num_test]
+  if found != expected:
+    raise types.InputError(
+      f"found {found[0]} training and {found[1]} test images, expected"
+      f" {expected[0]} and {expected[1]}; download"
+      f" {', '.join(published.files)} again from {published.homepage}"
+    )
+
+
+@contextlib.contextmanager
+def _naming_damage(path: pathlib.Path) -> Iterator[None]:
+  """Turn what readers raise on broken files into an InputError."""
+  try:
+    yield
+  except (
+    EOFError,
+    UnicodeDecodeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    raise types.InputError(
+      f"{path} is damaged ({type(error).__name__}); download it again"
+    ) from error
+
+
+def _read_zip_texts(path: pathlib.Path, pattern: str) -> dict[str, list[str]]:
+  """Read the lines of the members of a zip file that match a pattern."""
+  with _naming_damage(path), zipfile.ZipFile(path) as archive:
+    return {
+      name: _lines(archive.read(name))
+      for name in archive.namelist()
+      if re.fullmatch(pattern, name)
+    }
+
+
+def _lines(content: bytes) -> list[str]:
+  """Return the lines that are not blank; names may contain spaces."""
+  lines = (line.strip() for line in content.decode().splitlines())
+  return [line for line in lines if line]
+
+
+def _list_tinyimagenet(
+  archives: pathlib.Path,
+) -> Iterator[tuple[str, Destination]]:
+  """List train as train and val as test: the official test has no labels."""
+  path = archives / "tiny-imagenet-200.zip"
+  with _naming_damage(path), zipfile.ZipFile(path) as archive:
+    members = archive.namelist()
+  pattern = re.compile(r"tiny-imagenet-200/train/([^/]+)/images/([^/]+\.JPEG)")
+  for match in filter(None, map(pattern.fullmatch, members)):
+    yield match[0], Destination("train", match[1], match[2])
+  annotations = _read_zip_texts(
+    path, r"tiny-imagenet-200/val/val_annotations\.txt"
+  )
+  for line in (line for lines in annotations.values() for line in lines):
+    # The file, its class and a box, separated by tabs.
+    file_name, class_name, *_ = [*line.split("\t"), ""]
+    member = f"tiny-imagenet-200/val/images/{file_name}"
+    yield member, Destination("test", class_name, file_name)
+
+
+def _list_mit67(archives: pathlib.Path) -> Iterator[tuple[str, Destination]]:
+  for part, name in (("train", "TrainImages.txt"), ("test", "TestImages.txt")):
+    with _naming_damage(archives / name):
+      lines = _lines((archives / name).read_bytes())
+    for line in lines:
+      class_name, _, file_name = line.partition("/")
+      yield f"Images/{line}", Destination(part, class_name, file_name)
+
+
+def _list_stanford40(
+  archives: pathlib.Path,
+) -> Iterator[tuple[str, Destination]]:
+  # Beside them, train.txt and test.txt repeat all images without the action.
+  pattern = r"ImageSplits/(.+)_(train|test)\.txt"
+  lists = _read_zip_texts(archives / "Stanford40_ImageSplits.zip", pattern)
+  for name, lines in lists.items():
+    action, part = re.findall(pattern, name)[0]
+    for line in lines:
+      yield f"JPEGImages/{line}", Destination(part, action, line)
+
+
+DATA_SETS = {
+  "tinyimagenet": Published(
+    files=("tiny-imagenet-200.zip",),
+    homepage="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    num_train=100_000,
+    num_test=10_000,
+    list_images=_list_tinyimagenet,
+  ),
+  "mit67": Published(
+    files=("indoorCVPR_09.tar", "TrainImages.txt", "TestImages.txt"),
+    homepage="https://web.mit.edu/torralba/www/indoor.html",
+    num_train=5_360,
+    num_test=1_340,
+    list_images=_list_mit67,
+  ),
+  "stanford40": Published(
+    files=("Stanford40_JPEGImages.zip", "Stanford40_ImageSplits.zip"),
+    homepage="http://vision.stanford.edu/Datasets/40actions.html",
+    num_train=4_000,
+    num_test=5_532,
+    list_images=_list_stanford40,
+  ),
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description="Sort the images of official archives into folders by class."
+  )
+  parser.add_argument("name", choices=list(DATA_SETS))
+  parser.add_argument("archives", type=pathlib.Path, help="folder of downloads")
+  parser.add_argument("out", type=pathlib.Path, help="folder to make")
+  args = parser.parse_args()
+  published = DATA_SETS[args.name]
+  try:
+    make_layout(published, args.archives, args.out)
+  except types.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  print(
+    f"wrote {published.num_train} training and {published.num_test} test images"
+    f" to {args.out}"
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,289 @@
+"""Train every cell of a table of methods, and print it.
+
+    python -m l2t_jax.table --config=configs/stl10.py \
+      --methods=scratch,fm_one_to_one,l2t_ww --seeds=3 --workdir=runs/table
+
+A cell is a method with a config; each of its seeds has a folder of its own,
+WORKDIR/COLUMN/METHOD/seedN, as `train.py` makes it. The same command again
+skips what is done, resumes what was cut off and repeats what failed. Several
+configs are several columns (--config=configs/stl10.py,configs/cifar10.py), and
+so are several values of a field (--sweep=data.per_class=5,10,50). A field of
+all cells is set as --config.field=value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+import json
+import os
+import pathlib
+import time
+import traceback
+from typing import Any, NamedTuple
+
+# XLA warns in long lines that code from its own cache may not fit this CPU.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from absl import flags
+import jax
+import ml_collections
+from rich import console
+
+from l2t_jax import commands, comparison, experiment, objectives, types
+
+_CONFIG = flags.DEFINE_list(
+  "config", None, "Config files, a column each.", required=True
+)
+_METHODS = flags.DEFINE_list(
+  "methods", None, "Rows: values of config.method; all of the paper's if none."
+)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs a cell.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the table.", required=True
+)
+_SWEEP = flags.DEFINE_string(
+  "sweep", "", "FIELD=VALUE,VALUE,...: a column for each value of a field."
+)
+_SHARD = flags.DEFINE_string(
+  "shard", "1/1", "I/N: train the I-th of N shares of the cells, from 1 on."
+)
+_TOGETHER = flags.DEFINE_integer(
+  "together",
+  0,
+  "Seeds of a cell that train at once; 0: one on a CPU, else as many as fit.",
+  lower_bound=0,
+)
+# The paper's rows.
+_PAPER_METHODS = tuple(comparison.PAPER["stl10"])
+
+_OUT = console.Console(highlight=False, soft_wrap=True)
+
+
+class Cell(NamedTuple):
+  """A method in a column, with all of its seeds."""
+
+  column: str
+  method: str
+  config: ml_collections.ConfigDict
+  workdirs: dict[int, pathlib.Path]  # Seed -> folder of its run.
+
+
+def main(overrides: list[str]) -> int:
+  """Train what is not done yet; return 1 where something failed."""
+  workdir = pathlib.Path(_WORKDIR.value)
+  share = _parse_shard(_SHARD.value)
+  columns = load_columns(_CONFIG.value, _SWEEP.value, overrides)
+  methods = _METHODS.value or _PAPER_METHODS
+  cells = make_cells(columns, methods, _SEEDS.value, workdir)
+  for cell in cells:  # Before anything is trained.
+    experiment.check(cell.config, cell.workdirs)
+  _use_compilation_cache(workdir / "cache")
+  jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
+  runs = sum(len(job.workdirs) for job in jobs)
+  _OUT.print(f"{len(cells)} cells; {runs} runs to do here")
+  for job in jobs:
+    run_job(job)
+    comparison.write(workdir, results(cells))
+  comparison.write(workdir, results(cells))
+  comparison.print_table(results(cells))
+  _OUT.print(f"saved as {workdir}/table.md, table.csv and table.png")
+  for cell in cells[::-1]:
+    picture = next(iter(cell.workdirs.values())) / "transfer_map.png"
+    if picture.exists():
+      _OUT.print(f"what {cell.method} transferred where: {picture}")
+      break
+  return int(any(cell.errors for cell in results(cells)))
+
+
+def load_columns(
+  paths: Sequence[str], sweep: str, overrides: Sequence[str]
+) -> dict[str, ml_collections.ConfigDict]:
+  """Read the configs of a table's columns.
+
+  Args:
+    paths: config files.
+    sweep: "FIELD=VALUE,VALUE,...", or "" for none.
+    overrides: such as "--config.epochs=5"; for all columns.
+
+  Returns:
+    Column -> config. A column's name is that of the config file, that of a
+    swept value ("per_class=5"), or both.
+
+  Raises:
+    types.InputError: a file, a field or a value is wrong, or two columns have
+      the same name.
+  """
+  field, _, values = sweep.partition("=")
+  if sweep and not (field and values):
+    raise types.InputError(
+      f"--sweep={sweep} must be a field and its values, such as"
+      " --sweep=data.per_class=5,10,50"
+    )
+  columns: dict[str, ml_collections.ConfigDict] = {}
+  for path in paths:
+    name = commands.column_name(path)
+    for value in values.split(",") if sweep else ("",):
+      column, more = name, list(overrides)
+      if sweep:
+        value_name = f"{field.rpartition('.')[2]}={value}"
+        column = value_name if len(paths) == 1 else f"{name} {value_name}"
+        more.append(f"--config.{field}={value}")
+      if column in columns:
+        raise types.InputError(f"there are two columns named {column!r}")
+      columns[column] = commands.load_config(path, more)
+  return columns
+
+
+def make_cells(
+  columns: Mapping[str, ml_collections.ConfigDict],
+  methods: Sequence[str],
+  num_seeds: int,
+  workdir: pathlib.Path,
+) -> list[Cell]:
+  """Lay the table out, column by column.
+
+  Args:
+    columns: name -> config.
+    methods: keys of `objectives.METHODS`.
+    num_seeds: seeds count from the config's own.
+    workdir: of the table.
+
+  Raises:
+    types.InputError: for a method that is unknown or named twice.
+  """
+  cells = []
+  for column, base in columns.items():
+    for method in methods:
+      objectives.get_method(method)
+      config = copy.deepcopy(base)
+      config.method = method
+      folder = workdir / column / method
+      seeds = range(base.seed, base.seed + num_seeds)
+      cells.append(
+        Cell(column, method, config, {s: folder / f"seed{s}" for s in seeds})
+      )
+  if len(set(methods)) < len(methods):
+    raise types.InputError(f"--methods={','.join(methods)} names one twice")
+  return cells
+
+
+def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
+  """Divide the runs that are not done into those that train at once.
+
+  The division does not depend on what is done, so that the shares of several
+  processes never overlap; a job without anything left to do stays in the list.
+  """
+  jobs = []
+  for cell in cells:
+    seeds = list(cell.workdirs)
+    for first in range(0, len(seeds), together):
+      mine = seeds[first : first + together]
+      left = {
+        seed: cell.workdirs[seed]
+        for seed in mine
+        if not (cell.workdirs[seed] / "summary.json").exists()
+      }
+      jobs.append(cell._replace(workdirs=left))
+  return jobs
+
+
+def run_job(job: Cell) -> None:
+  """Train a job's seeds; where that fails, each alone; note what fails."""
+  if not job.workdirs:
+    return
+  start = time.time()
+  names = ", ".join(map(str, job.workdirs))
+  title = f"{job.column}  {job.method}  seed {names}"
+  first = next(iter(job.workdirs.values()))
+  first.mkdir(parents=True, exist_ok=True)
+  try:
+    with (
+      _OUT.status(f"training {title}"),
+      (first / "train.log").open("a") as log,
+      contextlib.redirect_stdout(log),
+    ):
+      summaries = experiment.train_together(job.config, job.workdirs)
+  except Exception as error:
+    if len(job.workdirs) > 1:
+      _OUT.print(f"{title}: {_one_line(error)}; each alone")
+      for seed, workdir in job.workdirs.items():
+        run_job(job._replace(workdirs={seed: workdir}))
+      return
+    _OUT.print(f"{title}: FAILED: {_one_line(error)}")
+    (first / "error.txt").write_text(
+      f"{_one_line(error)}\n\n{traceback.format_exc()}"
+    )
+    return
+  for workdir in job.workdirs.values():
+    (workdir / "error.txt").unlink(missing_ok=True)
+  accuracies = lambda key: ", ".join(f"{s[key]:.1%}" for s in summaries)
+  _OUT.print(
+    f"{title}: validation {accuracies('val_accuracy')}, test"
+    f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
+  )
+
+
+def results(cells: Sequence[Cell]) -> list[comparison.Cell]:
+  """Read what the runs of all cells have left so far."""
+  return [
+    comparison.Cell(
+      cell.method,
+      cell.column,
+      tuple(_read_summaries(cell.workdirs.values())),
+      len(cell.workdirs),
+      tuple(_read_errors(cell.workdirs)),
+    )
+    for cell in cells
+  ]
+
+
+def _read_summaries(workdirs) -> list[dict[str, Any]]:
+  files = (workdir / "summary.json" for workdir in workdirs)
+  return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def _read_errors(workdirs) -> list[str]:
+  files = ((seed, workdir / "error.txt") for seed, workdir in workdirs.items())
+  return [
+    f"seed {seed}: {file.read_text().splitlines()[0]}"
+    for seed, file in files
+    if file.exists()
+  ]
+
+
+def _one_line(error: BaseException) -> str:
+  text = " ".join(str(error).split())
+  if not isinstance(error, types.InputError):
+    text = f"{type(error).__name__}: {text}"
+  return text[:300]
+
+
+def _parse_shard(shard: str) -> slice:
+  """Turn "I/N" into every N-th element, starting with the I-th."""
+  index, _, count = shard.partition("/")
+  if not (
+    index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)
+  ):
+    raise types.InputError(
+      f"--shard={shard} must be I/N with I from 1 to N, such as 2/4"
+    )
+  return slice(int(index) - 1, None, int(count))
+
+
+def _default_together() -> int:
+  """Grouped convolutions, what vmapped ones become, are slow on CPU."""
+  return 1 if jax.default_backend() == "cpu" else _SEEDS.value
+
+
+def _use_compilation_cache(folder: pathlib.Path) -> None:
+  """Compile each method once for all of its seeds, and for the next call."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+if __name__ == "__main__":
+  commands.run(main)
