@@ -68,9 +68,12 @@ def load_config(
   """
   _check_fields(_name(override) for override in overrides)
   values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file("config", flag_values=values)
+  arguments = ["", f"--config={path}", *overrides]
+  holder = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=arguments
+  )
   try:
-    values(["", f"--config={path}", *overrides])
+    values(arguments)
     config = holder.value
     _check_fields(_fields(config))
   except OSError as error:

@@ -71,7 +71,11 @@ class Cell(NamedTuple):
 
 
 def main(overrides: list[str]) -> int:
-  """Train what is not done yet; return 1 where something failed."""
+  """Train what is not done yet.
+
+  Returns:
+    The exit status: 0, 1 where something failed, 130 where it was interrupted.
+  """
   workdir = pathlib.Path(_WORKDIR.value)
   share = _parse_shard(_SHARD.value)
   columns = load_columns(_CONFIG.value, _SWEEP.value, overrides)
@@ -83,9 +87,14 @@ def main(overrides: list[str]) -> int:
   jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
   runs = sum(len(job.workdirs) for job in jobs)
   _OUT.print(f"{len(cells)} cells; {runs} runs to do here")
-  for job in jobs:
-    run_job(job)
-    comparison.write(workdir, results(cells))
+  status = 0
+  try:
+    for job in jobs:
+      run_job(job)
+      comparison.write(workdir, results(cells))
+  except KeyboardInterrupt:
+    _OUT.print("interrupted; the same command goes on from here")
+    status = 130
   comparison.write(workdir, results(cells))
   comparison.print_table(results(cells))
   _OUT.print(f"saved as {workdir}/table.md, table.csv and table.png")
@@ -94,7 +103,7 @@ def main(overrides: list[str]) -> int:
     if picture.exists():
       _OUT.print(f"what {cell.method} transferred where: {picture}")
       break
-  return int(any(cell.errors for cell in results(cells)))
+  return status or int(any(cell.errors for cell in results(cells)))
 
 
 def load_columns(

@@ -3,9 +3,34 @@
 import jax
 import pytest
 
+from l2t_jax import experiment
+from tests import small_runs
+
 
 @pytest.fixture
 def x64():
   """Compute in float64."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+  """Source weights, trained for one epoch through train.py."""
+  workdir = tmp_path_factory.mktemp("source") / "run"
+  result = small_runs.run_python(
+    "train.py",
+    "--config=configs/digits_source.py",
+    "--config.epochs=1",
+    f"--workdir={workdir}",
+  )
+  assert result.returncode == 0, result.stderr
+  return workdir / "target.safetensors"
+
+
+@pytest.fixture(scope="session")
+def finished(source, tmp_path_factory):
+  """A finished run of three epochs."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  experiment.train_and_evaluate(small_runs.small_config(source), workdir)
+  return workdir

@@ -1,0 +1,43 @@
+"""Small runs on real digits, for tests from the command line or a config."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from configs import digits
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Killed(Exception):
+  """Stands for what ends a run in the middle."""
+
+
+def run_python(*arguments):
+  """Run Python with some arguments in the root of the project."""
+  return subprocess.run(
+    [sys.executable, *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+
+
+def small_config(source, epochs=3):
+  config = digits.get_config()
+  config.source.weights = str(source)
+  config.epochs = epochs
+  config.batch_size = 16
+  config.data.image_size = 8
+  config.data.val_fraction = 0.02
+  config.data.test_fraction = 0.02
+  config.transfer.pairs = "stage3_block1->conv3, stage1_block1->conv1"
+  config.bilevel.num_inner_steps = 1
+  config.checkpoint_every = 1
+  return config
+
+
+def records(workdir, kind):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [r for r in map(json.loads, lines) if r["kind"] == kind]

@@ -1,0 +1,251 @@
+"""What a config can choose: methods, sources, data, frozen maps, seeds."""
+
+import json
+import re
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from l2t_jax import (
+  build,
+  experiment,
+  logs,
+  models,
+  objectives,
+  pretrained,
+  types,
+)
+from tests import small_runs
+
+# Runs and their compiled steps are shared by the tests of one process.
+pytestmark = pytest.mark.xdist_group("methods")
+LOSSES = ("matching", "attention", "lwf", "kd")
+
+
+def test_lists_of_methods_agree():
+  """What the default config says are the methods that there are."""
+  text = (small_runs.ROOT / "configs" / "default.py").read_text()
+  comment, _, _ = text.partition("config.method =")
+  for method in objectives.METHODS:
+    assert re.search(rf"\b{method}\b", comment), method
+
+
+@pytest.mark.parametrize(
+  "method", ["lwf", "at", "lwf_at", "fm_all_to_all", "kd", "finetune"]
+)
+def test_a_method_is_switched_by_its_name_alone(source, tmp_path, method):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = method
+  config.transfer.pairs = ""
+  config.data.image_size = 16
+  if method == "finetune":  # Needs the source's architecture.
+    config.target.model = "resnet_tiny"
+  summary = experiment.train_and_evaluate(config, tmp_path)
+  assert summary["method"] == method
+  (record,) = small_runs.records(tmp_path, "epoch")
+  losses = {
+    "lwf": {"lwf"},
+    "at": {"attention"},
+    "lwf_at": {"lwf", "attention"},
+    "fm_all_to_all": {"matching"},
+    "kd": {"kd"},
+    "finetune": set(),
+  }[method]
+  assert {n for n in LOSSES if f"train_{n}_loss" in record} == losses
+  total = sum(record[f"train_{name}_loss"] for name in ("target", *losses))
+  np.testing.assert_allclose(record["train_loss"], total, rtol=1e-4)
+  assert (tmp_path / "transfer_map.json").exists() == ("matching" in losses)
+
+
+def test_fine_tuning_starts_from_the_source(source):
+  config = small_runs.small_config(source)
+  config.method = "finetune"
+  config.target.model = "resnet_tiny"
+  config.data.image_size = 16
+  run = build.build(config)
+  state = run.create_state(0)
+  variables, _ = pretrained.load(source)
+  chex.assert_trees_all_equal(state.inner.params["target"], variables["params"])
+  chex.assert_trees_all_equal(
+    state.inner.model_state["batch_stats"], variables["batch_stats"]
+  )
+  # Of other classes: the classifier alone starts afresh.
+  config.data.classes = (1, 2, 3)
+  config.batch_size = 15
+  run = build.build(config)
+  state = run.create_state(0)
+  assert run.notes[-1].endswith("afresh: params/fc/bias, params/fc/kernel")
+  params = state.inner.params["target"]
+  chex.assert_trees_all_equal(params["block1"], variables["params"]["block1"])
+  assert params["fc"]["kernel"].shape == (64, 3)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      {"method": "finetune"},
+      "fine-tuning needs a source of the target's architecture, but only",
+    ),
+    (
+      {"method": "kd", "data.classes": (0, 1, 2), "batch_size": 15},
+      "the source has 10, the data have 3; use 'lwf'",
+    ),
+    ({"lwf.temperature": 0.0}, "config.lwf.temperature is 0.0; it must be"),
+    ({"meta.update_every": 0}, "config.meta.update_every is 0"),
+    ({"transfer.pair_activation": "gelu"}, "one of relu6, relu, softplus"),
+    ({"bilevel.look_ahead_loss": "sum"}, "one of auxiliary, total"),
+    ({"optimizer.schedule": "linear"}, "one of cosine, step"),
+    ({"method": "at", "transfer.map": "x.json"}, "'at' matches no features"),
+    ({"transfer.map": "nowhere.json"}, "nowhere.json"),
+    ({"source.mean": (0.1, 0.2)}, "of 1 channels; set its field mean to 1"),
+    ({"data.unlabeled_path": "images"}, "unlabeled"),
+  ],
+)
+def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
+  config = small_runs.small_config(source)
+  with config.ignore_type():
+    config.update_from_flattened_dict(fields)
+  with pytest.raises(types.InputError, match=re.escape(message)) as error:
+    experiment.train_and_evaluate(config, tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
+  """Two architectures, sizes and normalisations; RGB images, grey sources."""
+  config = small_runs.small_config(source, epochs=1)
+  config.source.weights = ""
+  config.sources.digits = default.source()
+  config.sources.digits.weights = str(source)
+  config.sources.digits.image_size = 16
+  config.sources.mnist = default.source()
+  config.sources.mnist.weights = str(finished / "target.safetensors")
+  config.data.channels = 3
+  config.transfer.pairs = "single"
+  run = build.build(config)
+  assert [pair.name for pair in run.pairs] == [
+    "digits/stage3_block1->conv3",
+    "mnist/conv3->conv3",
+  ]
+  assert run.source_taps["digits/stage3_block1"] == (4, 4, 64)
+  assert run.source_taps["mnist/conv3"] == (2, 2, 64)
+  # A source sees what it was trained on.
+  batch = next(run.dataset.train_batches(0))
+  network = build._load_source(
+    config.sources.mnist, run.image_format, None, "mnist"
+  )
+  seen, *_ = network.apply_fn(*network.variables, batch.images, train=False)
+  red_green_blue = jnp.array([0.299, 0.587, 0.114])
+  grey = jnp.sum(batch.images * red_green_blue, axis=-1, keepdims=True)
+  module, *variables = pretrained.load_network(
+    finished / "target.safetensors", (8, 8, 1)
+  )
+  alone, *_ = models.as_apply_fn(module)(*variables, grey, train=False)
+  np.testing.assert_allclose(seen, alone, rtol=1e-3, atol=1e-4)
+  experiment.train_and_evaluate(config, tmp_path)
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  assert set(content["source_shares"]) == {"digits", "mnist"}
+  np.testing.assert_allclose(sum(content["source_shares"].values()), 1)
+
+
+def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = "fm_single"
+  config.transfer.pairs = ""
+  config.log_every = 1
+  experiment.train_and_evaluate(config, tmp_path / "fixed")
+  config.method = "l2t_ww"
+  config.transfer.map = str(tmp_path / "fixed" / "transfer_map.json")
+  experiment.train_and_evaluate(config, tmp_path / "reused")
+  fixed, reused = (
+    small_runs.records(tmp_path / name, "train") for name in ("fixed", "reused")
+  )
+  # The same weights, seed and pairs: the same loss, from step 0 on.
+  for ours, theirs in zip(reused, fixed, strict=True):
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+  assert "outer_loss" not in reused[0]
+  # A map's weights are what the loss is weighted with.
+  content = json.loads((tmp_path / "fixed" / "transfer_map.json").read_text())
+  content["pairs"][0]["pair_weight"] = 3.0
+  edited = tmp_path / "edited.json"
+  edited.write_text(json.dumps(content))
+  config.transfer.map = str(edited)
+  experiment.train_and_evaluate(config, tmp_path / "edited")
+  first = small_runs.records(tmp_path / "edited", "train")[0]
+  np.testing.assert_allclose(
+    first["matching_loss"], 3 * fixed[0]["matching_loss"], rtol=1e-4
+  )
+
+
+def test_meta_updates_now_and_then(source, finished, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.log_every = 1
+  config.meta.update_every = 2
+  experiment.train_and_evaluate(config, tmp_path)
+  steps = small_runs.records(tmp_path, "train")
+  assert ["outer_loss" in record for record in steps] == [
+    step % 2 == 0 for step in range(len(steps))
+  ]
+  assert len(steps) == 3
+  # The target itself trains in every iteration.
+  assert "train_outer_loss" in small_runs.records(tmp_path, "epoch")[0]
+
+
+def test_images_without_labels(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = "fm_single"
+  config.transfer.pairs = ""
+  experiment.train_and_evaluate(config, tmp_path / "without")
+  config.data.unlabeled = True
+  config.data.unlabeled_batch_size = 24
+  summary = experiment.train_and_evaluate(config, tmp_path / "with")
+  assert summary["num_unlabeled"] == 5000 - 2 * 100 - 50
+  assert summary["num_train"] == 50
+  ours, theirs = (
+    small_runs.records(tmp_path / name, "train")[0]
+    for name in ("with", "without")
+  )
+  assert ours["matching_loss"] != theirs["matching_loss"]
+  # A method that transfers nothing never opens them.
+  config.method = "scratch"
+  summary = experiment.train_and_evaluate(config, tmp_path / "scratch")
+  assert summary["num_unlabeled"] == 0
+
+
+def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
+  """Killed and resumed together, too."""
+  config = small_runs.small_config(source, epochs=2)
+  config.method = "fm_single"
+  config.transfer.pairs = ""
+  config.log_every = 1
+  for seed in (0, 1):
+    config.seed = seed
+    experiment.train_and_evaluate(config, tmp_path / f"alone{seed}")
+  workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+  write = logs.MetricsLog.write
+
+  def killed_in_epoch_2(self, kind, step, values):
+    if values["epoch"] == 2:
+      raise small_runs.Killed
+    write(self, kind, step, values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(logs.MetricsLog, "write", killed_in_epoch_2)
+    with pytest.raises(small_runs.Killed):
+      experiment.train_together(config, workdirs)
+  summaries = experiment.train_together(config, workdirs)
+  for seed, summary in zip((0, 1), summaries, strict=True):
+    assert summary["seed"] == seed
+    assert summary["seeds_together"] == 2
+    ours = small_runs.records(workdirs[seed], "train")
+    alone = small_runs.records(tmp_path / f"alone{seed}", "train")
+    assert [r["step"] for r in ours] == [r["step"] for r in alone]
+    # float32 drifts apart; test_training.py compares in float64.
+    for one, other in zip(ours, alone, strict=True):
+      np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-2)
+    np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=1e-5)
+    assert (workdirs[seed] / "target.safetensors").exists()

@@ -1,0 +1,193 @@
+"""The table command: which runs it does, repeats, skips and shares."""
+
+import csv
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from l2t_jax import table, types
+from tests import small_runs
+
+pytestmark = pytest.mark.xdist_group("methods")
+
+
+def arguments(workdir, source, *more):
+  """The command line of a small table."""
+  fields = {
+    "source.weights": source,
+    "epochs": 2,
+    "batch_size": 16,
+    "data.image_size": 8,
+    "data.val_fraction": 0.02,
+    "data.test_fraction": 0.02,
+    "checkpoint_every": 1,
+  }
+  return [
+    "-m",
+    "l2t_jax.table",
+    "--config=configs/digits.py",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in fields.items()),
+    *more,
+  ]
+
+
+def rows(workdir):
+  with (workdir / "table.csv").open() as file:
+    return list(csv.DictReader(file))
+
+
+def summaries(workdir):
+  return {
+    str(path.parent.relative_to(workdir)): path.read_bytes()
+    for path in workdir.glob("*/*/*/summary.json")
+  }
+
+
+def test_it_trains_what_is_missing_and_nothing_twice(source, tmp_path):
+  command = arguments(tmp_path, source, "--methods=scratch,finetune,lwf")
+  result = small_runs.run_python(*command, "--seeds=1")
+  # Fine-tuning is not possible here: it fails alone, and is told of.
+  assert result.returncode == 1, result.stderr
+  assert "finetune, seed 0: fine-tuning needs a source" in result.stdout
+  first = rows(tmp_path)
+  assert [row["method"] for row in first] == ["scratch", "finetune", "lwf"]
+  assert [row["seeds"] for row in first] == ["1", "0", "1"]
+  assert next(iter(first[0])) == "method"
+  summary = json.loads(
+    (tmp_path / "digits" / "lwf" / "seed0" / "summary.json").read_text()
+  )
+  assert float(first[2]["test_mean"]) == pytest.approx(
+    100 * summary["test_accuracy"], abs=1e-3
+  )
+  assert summary["memory_bytes"] > 0
+  before = summaries(tmp_path)
+  assert set(before) == {"digits/scratch/seed0", "digits/lwf/seed0"}
+  # One more seed: what is there stays.
+  command = arguments(tmp_path, source, "--methods=scratch,lwf")
+  result = small_runs.run_python(*command, "--seeds=2", "--together=2")
+  assert result.returncode == 0, result.stderr
+  after = summaries(tmp_path)
+  assert len(after) == 4
+  assert all(after[name] == content for name, content in before.items())
+  assert [row["seeds"] for row in rows(tmp_path)] == ["2", "2"]
+  for name in ("table.md", "table.png"):
+    assert (tmp_path / name).stat().st_size > 100
+  # What failed is repeated, not remembered.
+  assert (tmp_path / "digits" / "finetune" / "seed0" / "error.txt").exists()
+
+
+def test_a_killed_table_goes_on(source, tmp_path):
+  command = arguments(
+    tmp_path, source, "--methods=scratch,kd", "--seeds=1", "--config.epochs=40"
+  )
+  process = subprocess.Popen(
+    [sys.executable, *command], cwd=small_runs.ROOT, stdout=subprocess.DEVNULL
+  )
+  second = tmp_path / "digits" / "kd" / "seed0"
+  checkpoints = second / "checkpoints"
+  deadline = time.time() + 300
+  while not any(checkpoints.glob("[0-9]*")) and time.time() < deadline:
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  before = summaries(tmp_path)
+  assert set(before) == {"digits/scratch/seed0"}
+  result = small_runs.run_python(*command)
+  assert result.returncode == 0, result.stderr
+  assert "1 runs to do here" in result.stdout
+  after = summaries(tmp_path)
+  assert after["digits/scratch/seed0"] == before["digits/scratch/seed0"]
+  assert "resuming after epoch" in (second / "train.log").read_text()
+  epochs = [r["epoch"] for r in small_runs.records(second, "epoch")]
+  assert epochs == list(range(1, 41))
+
+
+def test_a_sweep_is_a_column_for_each_value(tmp_path):
+  columns = table.load_columns(
+    ["configs/digits.py"], "data.per_class=5,10", ["--config.epochs=7"]
+  )
+  assert list(columns) == ["per_class=5", "per_class=10"]
+  assert [c.data.per_class for c in columns.values()] == [5, 10]
+  assert {c.epochs for c in columns.values()} == {7}
+  columns = table.load_columns(["configs/stl10.py", "configs/svhn.py"], "", [])
+  assert list(columns) == ["stl10", "svhn"]
+
+
+def cells(workdir, num_seeds=3):
+  columns = table.load_columns(["configs/digits.py"], "", [])
+  methods = ["scratch", "lwf", "l2t_ww"]
+  return table.make_cells(columns, methods, num_seeds, workdir)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_shares_are_all_of_the_runs_once(tmp_path, together):
+  everything = cells(tmp_path)
+  # Also where some are done already.
+  done = tmp_path / "digits" / "lwf" / "seed1"
+  done.mkdir(parents=True)
+  (done / "summary.json").write_text("{}")
+  shares = [
+    table.make_jobs(everything, together)[table._parse_shard(f"{i}/4")]
+    for i in range(1, 5)
+  ]
+  runs = [
+    workdir
+    for share in shares
+    for job in share
+    for workdir in job.workdirs.values()
+  ]
+  wanted = {w for cell in everything for w in cell.workdirs.values()} - {done}
+  assert len(runs) == len(wanted) == 8
+  assert set(runs) == wanted
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (
+      ["--methods=scratch,l2t"],
+      "unknown method 'l2t'; the methods are scratch",
+    ),
+    (["--methods=lwf,lwf"], "--methods=lwf,lwf names one twice"),
+    (["--shard=0/4"], "--shard=0/4 must be I/N with I from 1 to N"),
+    (["--shard=half"], "--shard=half must be I/N"),
+    (["--sweep=data.per_class"], "must be a field and its values"),
+    (["--sweep=data.perclass=1,2"], "did you mean config.data.per_class?"),
+    (["--config.epochs=0"], "config.epochs is 0; it must be at least 1"),
+    (["--config=configs/stl10.py"], "no source weights at weights/tiny"),
+    (["--seeds=0"], "flag --seeds=0"),
+  ],
+)
+def test_a_wrong_command_is_one_line(source, tmp_path, arguments, message):
+  command = ["--config=configs/digits.py", f"--config.source.weights={source}"]
+  if arguments[0].startswith("--config=configs"):
+    command = []
+  result = small_runs.run_python(
+    "-m", "l2t_jax.table", f"--workdir={tmp_path / 't'}", *command, *arguments
+  )
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert result.stderr.startswith("error: ")
+  assert result.stderr.count("\n") == 1
+  assert not (tmp_path / "t").exists()
+
+
+def test_two_columns_of_one_name():
+  with pytest.raises(types.InputError, match="two columns named 'digits'"):
+    table.load_columns(["configs/digits.py", "configs/digits.py"], "", [])
+
+
+def test_a_folder_of_another_table_is_refused(tmp_path):
+  folder = tmp_path / "digits" / "scratch" / "seed0"
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text('{"epochs": 3}')
+  command = arguments(tmp_path, pathlib.Path("x"), "--methods=scratch")
+  result = small_runs.run_python(*command)
+  assert result.returncode == 2
+  assert "epochs was 3, is 2" in result.stderr
