@@ -18,6 +18,7 @@ from configs import default
 
 
 def get_config() -> config_dict.ConfigDict:
+  # The other experiments at 224x224 start from this one.
   config = default.get_config()
   config.batch_size = 64
   config.data.name = "caltech_birds2011"

@@ -14,16 +14,13 @@ Not run with this code so far: 15,000 iterations need a GPU.
 
 from ml_collections import config_dict
 
-from configs import default
+from configs import cub200
 
 
 def get_config() -> config_dict.ConfigDict:
-  config = default.get_config()
-  config.batch_size = 64
+  config = cub200.get_config()
   config.data.source = "folder"
+  config.data.name = ""
   config.data.path = "data/mit67"
-  config.data.image_size = 224
-  config.data.augment = "random_resized_crop_flip"
-  config.source.weights = "weights/imagenet_resnet34.safetensors"
-  config.target.model = "resnet18"
+  config.data.val_fraction = 0.1
   return config

@@ -15,17 +15,11 @@ Not run with this code so far: 11,200 iterations need a GPU.
 
 from ml_collections import config_dict
 
-from configs import default
+from configs import mit67
 
 
 def get_config() -> config_dict.ConfigDict:
-  config = default.get_config()
-  config.batch_size = 64
-  config.data.source = "folder"
+  config = mit67.get_config()
   config.data.path = "data/stanford40"
-  config.data.image_size = 224
-  config.data.augment = "random_resized_crop_flip"
-  config.source.weights = "weights/imagenet_resnet34.safetensors"
-  config.target.model = "resnet18"
   config.meta.learning_rate = 1e-3
   return config

@@ -5,13 +5,31 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from configs import digits
+from l2t_jax import logs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Killed(Exception):
   """Stands for what ends a run in the middle."""
+
+
+def kill_in_epoch(number, train, monkeypatch):
+  """Call `train`, which dies when it records something of an epoch."""
+  write = logs.MetricsLog.write
+
+  def write_or_die(self, kind, step, values):
+    if values["epoch"] == number:
+      raise Killed
+    write(self, kind, step, values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(logs.MetricsLog, "write", write_or_die)
+    with pytest.raises(Killed):
+      train()
 
 
 def run_python(*arguments):

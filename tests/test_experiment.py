@@ -17,7 +17,6 @@ from l2t_jax import (
   build,
   checkpoint,
   experiment,
-  logs,
   types,
 )
 from tests import small_runs
@@ -64,17 +63,8 @@ def test_a_run_that_is_cut_off_ends_bit_equal(
   source, finished, tmp_path, monkeypatch
 ):
   config = small_runs.small_config(source)
-  write = logs.MetricsLog.write
-
-  def killed_in_epoch_3(self, kind, step, values):
-    if values["epoch"] == 3:
-      raise small_runs.Killed
-    write(self, kind, step, values)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(logs.MetricsLog, "write", killed_in_epoch_3)
-    with pytest.raises(small_runs.Killed):
-      experiment.train_and_evaluate(config, tmp_path)
+  train = lambda: experiment.train_and_evaluate(config, tmp_path)
+  small_runs.kill_in_epoch(3, train, monkeypatch)
   # What a crash can leave behind: a half-written record.
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"kind": "train", "st')

@@ -12,7 +12,6 @@ from configs import default
 from l2t_jax import (
   build,
   experiment,
-  logs,
   models,
   objectives,
   pretrained,
@@ -226,17 +225,8 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
     config.seed = seed
     experiment.train_and_evaluate(config, tmp_path / f"alone{seed}")
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-  write = logs.MetricsLog.write
-
-  def killed_in_epoch_2(self, kind, step, values):
-    if values["epoch"] == 2:
-      raise small_runs.Killed
-    write(self, kind, step, values)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(logs.MetricsLog, "write", killed_in_epoch_2)
-    with pytest.raises(small_runs.Killed):
-      experiment.train_together(config, workdirs)
+  train = lambda: experiment.train_together(config, workdirs)
+  small_runs.kill_in_epoch(2, train, monkeypatch)
   summaries = experiment.train_together(config, workdirs)
   for seed, summary in zip((0, 1), summaries, strict=True):
     assert summary["seed"] == seed

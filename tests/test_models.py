@@ -185,3 +185,17 @@ def test_command_lists_taps():
   output = subprocess.run(command, capture_output=True, text=True, check=True)
   for text in ("stage3_block5", "8x8", "64", "yes"):
     assert text in output.stdout
+
+
+@pytest.mark.parametrize("name", ["resnet_tiny", "vgg_tiny"])
+def test_the_last_tap_is_what_enters_the_classifier(name):
+  module = models.create(name, num_classes=7)
+  params, model_state = models.init(module, jax.random.key(0), (16, 16, 3))
+  assert list(models.tap_shapes(module, (16, 16, 3)))[-1] == "penultimate"
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+  logits, features, _ = models.as_apply_fn(module)(
+    params, model_state, images, train=False
+  )
+  classifier = params["fc" if "fc" in params else "classifier"]
+  by_hand = features["penultimate"][:, 0, 0] @ classifier["kernel"]
+  np.testing.assert_allclose(logits, by_hand + classifier["bias"], rtol=1e-5)

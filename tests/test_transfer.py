@@ -202,3 +202,64 @@ def test_bfloat16_features_are_matched_in_float32():
     regressors, half(features(TARGET, 1)), maps, pairs
   )
   assert {d.dtype.name for d in distances.values()} == {"float32"}
+
+
+def test_a_pairs_initial_values_do_not_depend_on_the_others():
+  some = transfer.make_pairs("m2->n1, m1->n3", SOURCE, TARGET)
+  key = jax.random.key(0)
+  options = {"learn_channels": True, "learn_pairs": True}
+  for init in (
+    lambda pairs: transfer.init_regressors(key, pairs, SOURCE, TARGET),
+    lambda pairs: transfer.init_meta_params(key, pairs, SOURCE, **options)[
+      "pair"
+    ],
+  ):
+    every, few = init(all_pairs()), init(some)
+    for pair in some:
+      for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(
+          few[pair.name][name], every[pair.name][name]
+        )
+    kernels = [every[pair.name]["kernel"] for pair in all_pairs()]
+    assert len({float(kernel[0, 0]) for kernel in kernels}) == len(kernels)
+
+
+@pytest.mark.parametrize(
+  ("activation", "values", "slopes"),
+  [
+    ("relu6", [0, 2, 6], [0, 1, 0]),
+    ("relu", [0, 2, 7], [0, 1, 1]),
+    (
+      "softplus",
+      np.log1p(np.exp([-1, 2, 7])),
+      1 / (1 + np.exp(-np.array([-1.0, 2, 7]))),
+    ),
+  ],
+)
+def test_pair_activations(activation, values, slopes, x64):
+  """g's outputs are -1, 2 and 7."""
+  pairs = transfer.make_pairs("m1->n1", SOURCE, TARGET)
+  pooled = {"m1": jnp.array([[-1.0, 0.0], [2.0, 0.0], [7.0, 0.0]])}
+
+  def weights(bias):
+    layer = {"kernel": jnp.array([[1.0], [0.0]]), "bias": bias}
+    return transfer.transfer_weights(
+      {"pair": {"m1->n1": layer}}, pooled, pairs, activation=activation
+    ).pair["m1->n1"]
+
+  np.testing.assert_allclose(weights(jnp.zeros(1)), values, rtol=1e-12)
+  jacobian = jax.jacobian(weights)(jnp.zeros(1))[:, 0]
+  np.testing.assert_allclose(jacobian, slopes, rtol=1e-12)
+
+
+def test_a_map_is_repeated_for_every_image():
+  given = transfer.TransferMap(
+    {"m1->n1": np.array([0.25, 0.75])}, {"m1->n1": 3.0}
+  )
+  weights = transfer.repeat_map(given, {"m1": jnp.zeros((4, 2))})
+  np.testing.assert_array_equal(weights.channel["m1->n1"], [[0.25, 0.75]] * 4)
+  np.testing.assert_array_equal(weights.pair["m1->n1"], [3.0] * 4)
+  loss = transfer.matching_loss(
+    {"m1->n1": jnp.array([[4.0, 8.0]] * 4)}, weights, beta=0.5
+  )
+  np.testing.assert_allclose(loss, 0.5 * 3 * (0.25 * 4 + 0.75 * 8))
