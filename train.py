@@ -13,14 +13,11 @@ from l2t_jax import commands, experiment
 _CONFIG = flags.DEFINE_string(
   "config", None, "Config file, such as configs/stl10.py.", required=True
 )
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run.", required=True
-)
 
 
 def main(overrides: list[str]) -> None:
   config = commands.load_config(_CONFIG.value, overrides)
-  experiment.train_and_evaluate(config, _WORKDIR.value)
+  experiment.train_and_evaluate(config, commands.WORKDIR.value)
 
 
 if __name__ == "__main__":

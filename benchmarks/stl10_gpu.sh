@@ -18,21 +18,21 @@
 # command, set OUT to a folder that does: summaries and tables are copied there.
 # FLAGs go to `l2t_jax.table`, such as --seeds=5 or --config.precision=tf32.
 set -uo pipefail
-FOLDER=$(realpath "$1")
+FOLDER=$(realpath "$1") || exit
 METHODS=$2
-WORKDIR=$(realpath "${3:-runs/stl10_gpu}")
-cd "$(dirname "$0")/.."
+WORKDIR=$(realpath -m "${3:-runs/stl10_gpu}") || exit
+cd "$(dirname "$0")/.." || exit
 if compgen -G "$FOLDER/*.whl" > /dev/null; then
-  python -m pip install --quiet --no-deps "$FOLDER"/*.whl
+  python -m pip install --quiet --no-deps "$FOLDER"/*.whl || exit
 fi
-timeout --signal=INT --kill-after=30 "${LIMIT:-560}" \
+timeout --signal=INT --kill-after=30 "${LIMIT:-500}" \
   python -u -m l2t_jax.table --config=configs/stl10.py --workdir="$WORKDIR" \
   --methods="$METHODS" --seeds=3 \
   --config.data.source=npz --config.data.path="$FOLDER/stl10_32.npz" \
   --config.data.split_file="$FOLDER/author_splits.npz" \
   --config.data.split_prefix=stl10 \
   --config.source.weights="$FOLDER/resnet32_tinyimagenet.safetensors" \
-  --config.checkpoint_every=20 "${@:4}"
+  --config.checkpoint_every=5 "${@:4}"
 status=$?
 if [ -n "${OUT:-}" ]; then
   cp "$WORKDIR"/table.* "$OUT"/

@@ -54,7 +54,7 @@ class Run(NamedTuple):
   source_taps: transfer.TapShapes
   target_taps: transfer.TapShapes
   pairs: tuple[transfer.Pair, ...]
-  has_map: bool  # Whether the pairs have transfer weights.
+  matches_features: bool  # Whether the pairs have transfer weights.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   learns: bool  # Whether there is a meta update.
   train_step: Any  # `training.make_train_step`, with a meta update.
@@ -143,21 +143,55 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   method = objectives.METHODS[config.method]
   for name, source in _source_configs(config).items():
+    field = f"config.sources.{name}" if name else "config.source"
+    _check_source(source, field, config.source)
     if method.needs_source and not source.weights:
-      field = f"config.sources.{name}" if name else "config.source"
       raise types.InputError(
         f"method {config.method!r} needs {field}.weights: a file made by"
         " python -m l2t_jax.pretrained, or target.safetensors of another run"
       )
-  if config.transfer.map and "matching" not in method.losses:
+  if config.transfer.map:
+    if "attention" in method.losses:
+      raise types.InputError(
+        f"config.transfer.map is {config.transfer.map!r}, but method"
+        f" {config.method!r} matches no features; use l2t_ww"
+      )
+    _check_map_fields(config.transfer)
+
+
+def _check_source(source, field, fields):
+  different = set(source) ^ set(fields)
+  if different:
     raise types.InputError(
-      f"config.transfer.map is {config.transfer.map!r}, but method"
-      f" {config.method!r} matches no features; use l2t_ww"
+      f"{field} has other fields than config.source: {', '.join(different)};"
+      " start from default.source()"
+    )
+  if source.image_size < 0:
+    raise types.InputError(
+      f"{field}.image_size is {source.image_size}; it must be 0 or more"
+    )
+  if any(value <= 0 for value in source.std):
+    raise types.InputError(
+      f"{field}.std is {tuple(source.std)}; its values must be more than 0"
     )
 
 
+def _check_map_fields(fields):
+  """Refuse what would be ignored: a map says all of it."""
+  for field, usual in (
+    ("pairs", ""),
+    ("channel_weights", "learned"),
+    ("pair_weights", "learned"),
+  ):
+    if fields[field] != usual:
+      raise types.InputError(
+        f"config.transfer.map is {fields.map!r} and decides what"
+        f" config.transfer.{field} would; leave that at {usual!r}"
+      )
+
+
 def check_source_files(config: ml_collections.ConfigDict) -> None:
-  """Raise `types.InputError` where weights that are needed are missing."""
+  """Raise `types.InputError` where a file of weights is missing."""
   if objectives.METHODS[config.method].needs_source:
     for source in _source_configs(config).values():
       pretrained.check_exists(pathlib.Path(source.weights))
@@ -247,7 +281,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     source_taps=plan.source_taps,
     target_taps=plan.target_taps,
     pairs=plan.pairs,
-    has_map=matches,
+    matches_features=matches,
     create_state=create_state,
     learns=plan.learn_channels or plan.learn_pairs,
     train_step=make_train_step(),
@@ -358,10 +392,14 @@ def _plan_transfer(config, method, networks, target, image_shape):
   else:
     target_taps = models.select_taps(target, image_shape, config.target.taps)
     source_taps = _merged(n.taps for n in networks.values())
+    # The last tap is each source's own; resolutions compare over all sources.
+    groups = [source_taps]
+    if wanted == "single":
+      groups = [network.taps for network in networks.values()]
     pairs = tuple(
       pair
-      for network in networks.values()
-      for pair in transfer.make_pairs(wanted, network.taps, target_taps)
+      for taps in groups
+      for pair in transfer.make_pairs(wanted, taps, target_taps)
     )
   if transfer_map:
     _check_map(config, transfer_map, pairs, source_taps)

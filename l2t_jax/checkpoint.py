@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import copy
 import pathlib
 from typing import Any
@@ -47,25 +46,18 @@ class Checkpoints:
       ),
     )
 
-  def steps(self) -> list[int]:
-    """List what was saved, in iterations done."""
-    return list(self._manager.all_steps())
-
   def restore(
-    self, step: int, like: types.TrainState
+    self, like: types.TrainState
   ) -> tuple[types.TrainState, dict[str, Any]]:
-    """Restore a checkpoint and delete those after it.
+    """Restore the newest checkpoint; there must be one.
 
     Args:
-      step: one of `steps`.
       like: a state of the same shapes and shardings.
 
     Returns:
       (state, progress).
     """
-    for newer in self.steps():
-      if newer > step:
-        self._manager.delete(newer)
+    step = self._manager.latest_step()
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -76,7 +68,7 @@ class Checkpoints:
     return restored["state"], restored["progress"]
 
 
-def newest_common_step(runs: Sequence[Checkpoints]) -> int:
-  """Find the newest step that all of the runs have saved; 0 for none."""
-  common = set.intersection(*(set(run.steps()) for run in runs))
-  return max(common, default=0)
+def newest_step(folder: pathlib.Path) -> int:
+  """Find the iterations that the newest checkpoint has done; 0 for none."""
+  with ocp.CheckpointManager(folder.absolute()) as manager:
+    return manager.latest_step() or 0

@@ -22,6 +22,11 @@ from l2t_jax import types
 
 FLAGS = flags.FLAGS
 
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder that the results go to.", required=True
+)
+flags.register_validator("workdir", bool, "it must name a folder")
+
 
 def run(main: Callable[[list[str]], object]) -> None:
   """Run `main` with the overrides of the command line.
@@ -72,16 +77,25 @@ def load_config(
   holder = config_flags.DEFINE_config_file(
     "config", flag_values=values, sys_argv=arguments
   )
+  # Where the file's module is kept: what it lacks must not come from the last.
+  sys.modules.pop("config_config", None)
   try:
     values(arguments)
     config = holder.value
     _check_fields(_fields(config))
+  except AttributeError as error:
+    raise types.InputError(f"--config={path}: {error}") from error
   except OSError as error:
     reason = str(error).splitlines()[-1].strip()
     raise types.InputError(f"--config: {reason}") from error
   except types.InputError:
     raise
-  except (flags.Error, KeyError, TypeError, ValueError) as error:
+  except KeyError as error:
+    raise types.InputError(
+      f"{' '.join(overrides)}: {path} has no such source; sources are added in"
+      " a config file, config.sources.NAME = default.source()"
+    ) from error
+  except (flags.Error, TypeError, ValueError) as error:
     raise types.InputError(" ".join(str(error).split())) from error
   return config
 

@@ -386,6 +386,12 @@ def _notes(grid: _Grid) -> list[str]:
   summaries = [s for cell in grid.cells.values() for s in cell.summaries]
   if any(stats.memory_mib is not None for stats in grid.stats.values()):
     notes.append("Memory: what the compiled training step needs.")
+  together = {s.get("seeds_together", 1) for s in summaries} - {1}
+  if together:
+    notes.append(
+      f"{_distinct(sorted(together))} seeds trained at once: time is a seed's"
+      " share, memory that of all."
+    )
   if summaries:
     epochs = _distinct(summary["epochs"] for summary in summaries)
     notes.append(f"Epochs: {epochs}. {_ran_on(summaries)}.")

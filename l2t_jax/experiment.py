@@ -37,6 +37,7 @@ from l2t_jax import (
   types,
 )
 
+_CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Fields that may differ between a run and its resumption.
 _FREE_FIELDS = ("log_every", "checkpoint_every", "data.num_workers")
@@ -53,9 +54,9 @@ class _Programs(NamedTuple):
 
   train_step: Any
   train_step_without_meta: Any  # None where every iteration has a meta update.
-  eval_step: Any
+  eval_step: Any  # Jitted; compiled where it is first used.
   memory_bytes: int | None  # Of the training step; None: unknown.
-  seconds: float  # Compile time.
+  seconds: float  # That it took to compile the training step.
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ def train_together(
   """Train several seeds of one experiment side by side, under `jax.vmap`.
 
   Each seed computes what it computes alone, up to rounding. Runs that were cut
-  off resume from the newest checkpoint that all of them have.
+  off resume, those that had come equally far together.
 
   Args:
     config: the fields of configs/default.py, but for `seed`.
@@ -111,10 +112,13 @@ def train_together(
 
   Raises:
     types.InputError: as `train_and_evaluate`.
-    DoesNotFit: the seeds need more memory than the accelerator has.
+    DoesNotFit: the seeds need more memory than the accelerator has; their
+      folders are as they were.
   """
   check(config, workdirs)
-  summaries, left = {}, {}
+  summaries: dict[int, dict[str, Any]] = {}
+  # Newest checkpoint -> runs that go on from there.
+  left: dict[int, dict[pathlib.Path, ml_collections.ConfigDict]] = {}
   for seed, workdir in workdirs.items():
     workdir = pathlib.Path(workdir)
     summary_file = workdir / "summary.json"
@@ -122,11 +126,12 @@ def train_together(
       print(f"{workdir} holds a complete run; nothing to do")
       summaries[seed] = json.loads(summary_file.read_text())
     else:
-      _make_folder(workdir)
-      left[workdir] = _with_seed(config, seed)
-  if left:
+      make_folder(workdir)
+      step = checkpoint.newest_step(workdir / _CHECKPOINTS)
+      left.setdefault(step, {})[workdir] = _with_seed(config, seed)
+  for step, configs in left.items():
     with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
-      summaries |= _train(left)
+      summaries |= _train(configs, step)
   return [summaries[seed] for seed in workdirs]
 
 
@@ -150,13 +155,6 @@ def check(
   build.check_source_files(config)
 
 
-def evaluate(
-  run: build.Run, inner: types.InnerState, split: str
-) -> dict[str, float]:
-  """Evaluate on all of "val" or "test"; return {"loss", "accuracy"}."""
-  return _evaluate(run, jax.jit(run.eval_step), inner, split, 1)[0]
-
-
 def _evaluate(run, eval_step, inner, split, num_seeds):
   """Return {"loss", "accuracy"} of each seed."""
   totals = [
@@ -177,40 +175,27 @@ def _evaluate(run, eval_step, inner, split, num_seeds):
   return results
 
 
-def _train(configs):
-  """Train the seeds that are left; return seed -> summary."""
+def _train(configs, step):
+  """Train some seeds from a step on; return seed -> summary."""
   first = next(iter(configs.values()))
   run = build.build(first)
+  states = [run.create_state(config.seed) for config in configs.values()]
+  # Before anything in the folders changes: it may not fit.
+  programs = _compile(run, _stack(states), first, len(states))
   for workdir, config in configs.items():
     _write_json(workdir / "config.json", json.loads(config.to_json()))
   with contextlib.ExitStack() as stack:
-    checkpoints = [
-      stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
-      for workdir in configs
-    ]
-    states = [run.create_state(config.seed) for config in configs.values()]
-    step = checkpoint.newest_common_step(checkpoints)
-    progress = [{"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}] * len(
-      states
-    )
-    if step:
-      states, progress = zip(
-        *(c.restore(step, s) for c, s in zip(checkpoints, states, strict=True)),
-        strict=True,
+    seeds = []
+    for index, (workdir, config) in enumerate(configs.items()):
+      checkpoints = stack.enter_context(
+        checkpoint.Checkpoints(workdir / _CHECKPOINTS)
       )
-    seeds = [
-      _Seed(
-        config,
-        workdir,
-        run.dataset.with_seed(config.seed),
-        its_checkpoints,
-        stack.enter_context(logs.MetricsLog(workdir, from_step=step)),
-        dict(its_progress),
-      )
-      for (workdir, config), its_checkpoints, its_progress in zip(
-        configs.items(), checkpoints, progress, strict=True
-      )
-    ]
+      progress = {"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}
+      if step:
+        states[index], progress = checkpoints.restore(states[index])
+      log = stack.enter_context(logs.MetricsLog(workdir, from_step=step))
+      dataset = run.dataset.with_seed(config.seed)
+      seeds.append(_Seed(config, workdir, dataset, checkpoints, log, progress))
     display = stack.enter_context(
       logs.Progress(
         first.epochs * run.dataset.steps_per_epoch,
@@ -218,15 +203,15 @@ def _train(configs):
         first.batch_size * len(seeds),
       )
     )
-    state = _stack(states)
-    display.say(_headline(run, state, first))
+    display.say(_headline(run, states[0], first))
     if step:
       display.say(f"resuming after epoch {seeds[0].progress['epoch']}")
-    programs = _compile(run, state, first, len(seeds))
+    state = _stack(states)
+    del states  # The copies would stay in the accelerator's memory.
     _run_epochs(run, programs, state, seeds, display)
   summaries = {}
   for seed in seeds:
-    if run.has_map:
+    if run.matches_features:
       _write_transfer_map(run, seed)
     summary = _summary(run, programs, seed, len(seeds))
     _write_json(seed.workdir / "summary.json", summary)
@@ -235,7 +220,7 @@ def _train(configs):
 
 
 def _compile(run, state, config, num_seeds):
-  """Compile training and evaluation ahead, to know time and memory."""
+  """Compile training ahead, to know its time and memory."""
   start = time.time()
   train_step, without_meta = run.train_step, run.train_step_without_meta
   eval_step = run.eval_step
@@ -477,12 +462,12 @@ def _summary(run, programs, seed, num_seeds):
     "test_accuracy": progress["test_accuracy"],
     "best_epoch": progress["best_epoch"],
     "epochs": config.epochs,
-    # Of training and evaluation; of the seed's share where several trained
-    # together. Compilation is apart.
+    # Of training and evaluation, without compiling the training step; where
+    # several seeds trained together, this one's share.
     "seconds": round(progress["seconds"], 1),
     "compile_seconds": round(programs.seconds, 1),
-    "memory_bytes": programs.memory_bytes
-    and programs.memory_bytes // num_seeds,
+    # Of the training step, of all seeds that trained together.
+    "memory_bytes": programs.memory_bytes,
     "seeds_together": num_seeds,
     "split_hash": dataset.split_hash,
     "num_train": dataset.num_train,
@@ -528,7 +513,8 @@ def _with_seed(config, seed):
   return config
 
 
-def _make_folder(workdir):
+def make_folder(workdir: pathlib.Path) -> None:
+  """Make the folder of a run; raise `types.InputError` where that fails."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -543,10 +529,11 @@ def _check_same_config(workdir, config):
   config_file = workdir / "config.json"
   if config_file.exists():
     old = _flatten(json.loads(config_file.read_text()))
+    new = _flatten(json.loads(config.to_json()))
     differences = [
-      f"{field} was {old.get(field)!r}, is {value!r}"
-      for field, value in _flatten(json.loads(config.to_json())).items()
-      if old.get(field) != value and field not in _FREE_FIELDS
+      f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
+      for field in new | old
+      if old.get(field) != new.get(field) and field not in _FREE_FIELDS
     ]
     if differences:
       raise types.InputError(

@@ -184,6 +184,7 @@ def attention_map(features: chex.Array) -> chex.Array:
     [N, H·W], rows of Euclidean length 1 (0 where all features are 0).
   """
   chex.assert_rank(features, 4)
+  features = transfer.at_least_float32(features)
   energy = jnp.mean(jnp.square(features), axis=-1)
   energy = energy.reshape(len(energy), -1)
   square = jnp.sum(jnp.square(energy), axis=-1, keepdims=True)
@@ -277,7 +278,8 @@ def lwf(tap: str, *, temperature: float, weight: float) -> AuxiliaryLoss:
 
   def loss_fn(params, weights, target, source):
     del weights
-    pooled = jnp.mean(target.features[tap], axis=(1, 2))
+    feature = transfer.at_least_float32(target.features[tap])
+    pooled = jnp.mean(feature, axis=(1, 2))
     losses = [
       softened_cross_entropy(
         transfer.linear(params["heads"][name], pooled),

@@ -195,13 +195,8 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
   Raises:
     types.InputError: for a file that is missing, damaged, or not converted.
   """
-  check_exists(path)
-  arrays, metadata = _read_safetensors(path)
-  if "model" not in metadata or "num_classes" not in metadata:
-    raise types.InputError(
-      f"{path} was not written by l2t_jax; convert it first:"
-      f" python -m l2t_jax.pretrained {path} OUT.safetensors --model=..."
-    )
+  metadata = read_metadata(path)
+  arrays = safetensors.numpy.load_file(path)
   return traverse_util.unflatten_dict(arrays, sep="/"), metadata
 
 
@@ -242,7 +237,20 @@ def load_network(
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
   """Read what a file that `save` wrote says of itself; errors as in `load`."""
-  return load(path)[1]
+  check_exists(path)
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      metadata = file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    raise types.InputError(
+      f"{path} is not a whole safetensors file: {error}"
+    ) from error
+  if "model" not in metadata or "num_classes" not in metadata:
+    raise types.InputError(
+      f"{path} was not written by l2t_jax; convert it first:"
+      f" python -m l2t_jax.pretrained {path} OUT.safetensors --model=..."
+    )
+  return metadata
 
 
 class Adopted(NamedTuple):

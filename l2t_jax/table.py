@@ -19,6 +19,7 @@ import copy
 import json
 import os
 import pathlib
+import sys
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -40,9 +41,6 @@ _METHODS = flags.DEFINE_list(
   "methods", None, "Rows: values of config.method; all of the paper's if none."
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs a cell.", lower_bound=1)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the table.", required=True
-)
 _SWEEP = flags.DEFINE_string(
   "sweep", "", "FIELD=VALUE,VALUE,...: a column for each value of a field."
 )
@@ -55,10 +53,11 @@ _TOGETHER = flags.DEFINE_integer(
   "Seeds of a cell that train at once; 0: one on a CPU, else as many as fit.",
   lower_bound=0,
 )
+_SUMMARY, _ERROR = "summary.json", "error.txt"  # What a run leaves.
 # The paper's rows.
 _PAPER_METHODS = tuple(comparison.PAPER["stl10"])
 
-_OUT = console.Console(highlight=False, soft_wrap=True)
+_OUT = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
 class Cell(NamedTuple):
@@ -76,13 +75,14 @@ def main(overrides: list[str]) -> int:
   Returns:
     The exit status: 0, 1 where something failed, 130 where it was interrupted.
   """
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(commands.WORKDIR.value)
   share = _parse_shard(_SHARD.value)
   columns = load_columns(_CONFIG.value, _SWEEP.value, overrides)
   methods = _METHODS.value or _PAPER_METHODS
   cells = make_cells(columns, methods, _SEEDS.value, workdir)
   for cell in cells:  # Before anything is trained.
     experiment.check(cell.config, cell.workdirs)
+  experiment.make_folder(workdir)
   _use_compilation_cache(workdir / "cache")
   jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
   runs = sum(len(job.workdirs) for job in jobs)
@@ -90,8 +90,9 @@ def main(overrides: list[str]) -> int:
   status = 0
   try:
     for job in jobs:
-      run_job(job)
-      comparison.write(workdir, results(cells))
+      if job.workdirs:
+        run_job(job)
+        comparison.write(workdir, results(cells))
   except KeyboardInterrupt:
     _OUT.print("interrupted; the same command goes on from here")
     status = 130
@@ -125,6 +126,11 @@ def load_columns(
       the same name.
   """
   field, _, values = sweep.partition("=")
+  for name in (f"--config.{field}=", *overrides):
+    if name.startswith("--config.method="):
+      raise types.InputError(
+        "the rows of a table are its methods: set --methods, not config.method"
+      )
   if sweep and not (field and values):
     raise types.InputError(
       f"--sweep={sweep} must be a field and its values, such as"
@@ -133,7 +139,7 @@ def load_columns(
   columns: dict[str, ml_collections.ConfigDict] = {}
   for path in paths:
     name = commands.column_name(path)
-    for value in values.split(",") if sweep else ("",):
+    for value in map(str.strip, values.split(",")) if sweep else ("",):
       column, more = name, list(overrides)
       if sweep:
         value_name = f"{field.rpartition('.')[2]}={value}"
@@ -160,10 +166,12 @@ def make_cells(
     workdir: of the table.
 
   Raises:
-    types.InputError: for a method that is unknown or named twice.
+    types.InputError: for a method that is unknown or named twice, and where a
+      column's config makes two of them the same.
   """
   cells = []
   for column, base in columns.items():
+    _check_rows_differ(methods, base.transfer)
     for method in methods:
       objectives.get_method(method)
       config = copy.deepcopy(base)
@@ -176,6 +184,24 @@ def make_cells(
   if len(set(methods)) < len(methods):
     raise types.InputError(f"--methods={','.join(methods)} names one twice")
   return cells
+
+
+def _check_rows_differ(methods, fields):
+  """Refuse rows that pairs or a map of the user's make the same."""
+  rows: dict[objectives.Method, str] = {}
+  for name in methods:
+    method = objectives.get_method(name)
+    if method.pair_set and (fields.pairs or fields.map):
+      method = method._replace(pair_set="")
+    if method.pair_set == "" and fields.map:
+      method = method._replace(learn_channels=False, learn_pairs=False)
+    same = rows.setdefault(method, name)
+    if same != name:
+      field = "map" if fields.map else "pairs"
+      raise types.InputError(
+        f"config.transfer.{field} is set, which makes {same} and {name} the"
+        " same; leave one of them out of --methods"
+      )
 
 
 def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
@@ -192,7 +218,7 @@ def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
       left = {
         seed: cell.workdirs[seed]
         for seed in mine
-        if not (cell.workdirs[seed] / "summary.json").exists()
+        if not (cell.workdirs[seed] / _SUMMARY).exists()
       }
       jobs.append(cell._replace(workdirs=left))
   return jobs
@@ -200,38 +226,49 @@ def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
 
 def run_job(job: Cell) -> None:
   """Train a job's seeds; where that fails, each alone; note what fails."""
-  if not job.workdirs:
-    return
   start = time.time()
-  names = ", ".join(map(str, job.workdirs))
-  title = f"{job.column}  {job.method}  seed {names}"
+  title = (
+    f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
+  )
   first = next(iter(job.workdirs.values()))
-  first.mkdir(parents=True, exist_ok=True)
-  try:
-    with (
-      _OUT.status(f"training {title}"),
-      (first / "train.log").open("a") as log,
-      contextlib.redirect_stdout(log),
-    ):
-      summaries = experiment.train_together(job.config, job.workdirs)
-  except Exception as error:
-    if len(job.workdirs) > 1:
-      _OUT.print(f"{title}: {_one_line(error)}; each alone")
-      for seed, workdir in job.workdirs.items():
-        run_job(job._replace(workdirs={seed: workdir}))
+  summaries, failure = _train_logged(job, title, first)
+  if failure:
+    experiment.make_folder(first)
+    (first / _ERROR).write_text(failure)
+    line = failure.splitlines()[0]
+    if len(job.workdirs) == 1:
+      _OUT.print(f"{title}: FAILED: {line}")
       return
-    _OUT.print(f"{title}: FAILED: {_one_line(error)}")
-    (first / "error.txt").write_text(
-      f"{_one_line(error)}\n\n{traceback.format_exc()}"
-    )
+    _OUT.print(f"{title}: {line}; now each alone")
+    for seed, workdir in job.workdirs.items():
+      run_job(job._replace(workdirs={seed: workdir}))
     return
   for workdir in job.workdirs.values():
-    (workdir / "error.txt").unlink(missing_ok=True)
+    (workdir / _ERROR).unlink(missing_ok=True)
   accuracies = lambda key: ", ".join(f"{s[key]:.1%}" for s in summaries)
   _OUT.print(
     f"{title}: validation {accuracies('val_accuracy')}, test"
     f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
   )
+
+
+def _train_logged(
+  job: Cell, title: str, folder: pathlib.Path
+) -> tuple[list[dict[str, Any]], str]:
+  """Train, its lines going to train.log; return (summaries, what failed).
+
+  What failed is text: an exception would keep the memory of what it ended.
+  """
+  try:
+    experiment.make_folder(folder)
+    with (
+      _OUT.status(f"training {title}"),
+      (folder / "train.log").open("a") as log,
+      contextlib.redirect_stdout(log),
+    ):
+      return experiment.train_together(job.config, job.workdirs), ""
+  except Exception as error:
+    return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
 
 
 def results(cells: Sequence[Cell]) -> list[comparison.Cell]:
@@ -249,16 +286,15 @@ def results(cells: Sequence[Cell]) -> list[comparison.Cell]:
 
 
 def _read_summaries(workdirs) -> list[dict[str, Any]]:
-  files = (workdir / "summary.json" for workdir in workdirs)
+  files = (workdir / _SUMMARY for workdir in workdirs)
   return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def _read_errors(workdirs) -> list[str]:
-  files = ((seed, workdir / "error.txt") for seed, workdir in workdirs.items())
   return [
-    f"seed {seed}: {file.read_text().splitlines()[0]}"
-    for seed, file in files
-    if file.exists()
+    f"seed {seed}: {(workdir / _ERROR).read_text().splitlines()[0]}"
+    for seed, workdir in workdirs.items()
+    if (workdir / _ERROR).exists() and not (workdir / _SUMMARY).exists()
   ]
 
 

@@ -204,7 +204,7 @@ def prepare_source(
   """
   maps, pooled = {}, {}
   for pair in pairs:
-    feature = features[pair.source].astype(_accumulator(features[pair.source]))
+    feature = at_least_float32(features[pair.source])
     chex.assert_rank(feature, 4)
     height, width, _ = target_taps[pair.target]
     pooled[pair.source] = feature.mean(axis=(1, 2))
@@ -366,9 +366,9 @@ def _pair_key(key, pair):
   return jax.random.fold_in(key, zlib.crc32(pair.name.encode()))
 
 
-def _accumulator(x):
-  """At least float32: bfloat16 features are matched in float32."""
-  return jnp.promote_types(x.dtype, jnp.float32)
+def at_least_float32(x: chex.Array) -> chex.Array:
+  """Widen bfloat16 features: they are compared in float32."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _map_name(source, height, width):

@@ -42,6 +42,16 @@ def _cell(method, column, test, *, num_seeds=None, errors=(), **fields):
   return comparison.Cell(method, column, summaries, asked, errors)
 
 
+def test_seeds_that_trained_at_once_are_told_of(tmp_path):
+  comparison.write(tmp_path, [_cell("lwf", "stl10", (60.0,))])
+  assert "at once" not in (tmp_path / "table.md").read_text()
+  comparison.write(
+    tmp_path, [_cell("lwf", "stl10", (60.0, 61.0), seeds_together=2)]
+  )
+  text = (tmp_path / "table.md").read_text()
+  assert "2 seeds trained at once: time is a seed's share" in text
+
+
 def _grid(num_methods, columns, *, num_seeds=3):
   """Return made-up results; from three methods on, some are missing."""
   rng = np.random.default_rng(0)

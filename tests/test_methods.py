@@ -99,7 +99,13 @@ def test_fine_tuning_starts_from_the_source(source):
     ({"bilevel.look_ahead_loss": "sum"}, "one of auxiliary, total"),
     ({"optimizer.schedule": "linear"}, "one of cosine, step"),
     ({"method": "at", "transfer.map": "x.json"}, "'at' matches no features"),
-    ({"transfer.map": "nowhere.json"}, "nowhere.json"),
+    (
+      {"transfer.map": "x.json", "transfer.pair_weights": "constant"},
+      "decides what config.transfer.pairs would; leave that at ''",
+    ),
+    ({"source.image_size": -3}, "config.source.image_size is -3"),
+    ({"source.std": (0.0,)}, "config.source.std is (0.0,); its values must"),
+    ({"transfer.map": "nowhere.json", "transfer.pairs": ""}, "nowhere.json"),
     ({"source.mean": (0.1, 0.2)}, "of 1 channels; set its field mean to 1"),
     ({"data.unlabeled_path": "images"}, "unlabeled"),
   ],
@@ -123,7 +129,9 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   config.sources.digits.image_size = 16
   config.sources.mnist = default.source()
   config.sources.mnist.weights = str(finished / "target.safetensors")
+  config.sources.mnist.mean = (0.25,)
   config.data.channels = 3
+  config.data.mean, config.data.std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
   config.transfer.pairs = "single"
   run = build.build(config)
   assert [pair.name for pair in run.pairs] == [
@@ -138,8 +146,12 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
     config.sources.mnist, run.image_format, None, "mnist"
   )
   seen, *_ = network.apply_fn(*network.variables, batch.images, train=False)
+  # Its own mean as configured, its own deviation as its training recorded it.
+  pixels = batch.images * jnp.array(config.data.std)
+  pixels += jnp.array(config.data.mean)
   red_green_blue = jnp.array([0.299, 0.587, 0.114])
-  grey = jnp.sum(batch.images * red_green_blue, axis=-1, keepdims=True)
+  grey = jnp.sum(pixels * red_green_blue, axis=-1, keepdims=True)
+  grey = (grey - 0.25) / 0.3081
   module, *variables = pretrained.load_network(
     finished / "target.safetensors", (8, 8, 1)
   )
@@ -180,7 +192,7 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   )
 
 
-def test_meta_updates_now_and_then(source, finished, tmp_path):
+def test_meta_updates_now_and_then(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   config.log_every = 1
   config.meta.update_every = 2
@@ -192,6 +204,48 @@ def test_meta_updates_now_and_then(source, finished, tmp_path):
   assert len(steps) == 3
   # The target itself trains in every iteration.
   assert "train_outer_loss" in small_runs.records(tmp_path, "epoch")[0]
+
+
+@pytest.mark.parametrize(
+  ("fields", "learned"),
+  [
+    ({}, {"channel", "pair"}),
+    ({"transfer.pair_weights": "constant"}, {"channel"}),
+    ({"transfer.channel_weights": "uniform"}, {"pair"}),
+    ({"method": "l2t_w_single"}, {"channel"}),
+    ({"method": "fm_single"}, set()),
+  ],
+)
+def test_ablations_switch_off_what_is_learned(source, fields, learned):
+  config = small_runs.small_config(source)
+  config.update_from_flattened_dict(fields)
+  run = build.build(config)
+  assert set(run.create_state(0).meta_params) == learned
+  assert run.learns == bool(learned)
+
+
+def test_a_source_as_a_plain_dict_is_told_what_it_lacks(source):
+  config = small_runs.small_config(source)
+  config.source.weights = ""
+  config.sources.mine = {"weights": str(source)}
+  message = "config.sources.mine has other fields than config.source:"
+  with pytest.raises(types.InputError, match=message):
+    build.check(config)
+
+
+def test_one_source_without_a_common_resolution_is_no_error(source):
+  config = small_runs.small_config(source)
+  config.source.weights = ""
+  for name, size in (("small", 4), ("same", 16)):
+    config.sources[name] = default.source()
+    config.sources[name].weights = str(source)
+    config.sources[name].image_size = size
+  config.data.image_size = 16
+  config.target.taps = ("conv1",)  # 16x16.
+  config.transfer.pairs = "one_to_one"
+  assert [pair.name for pair in build.build(config).pairs] == [
+    "same/stage1_block1->conv1"
+  ]
 
 
 def test_images_without_labels(source, tmp_path):
@@ -215,19 +269,23 @@ def test_images_without_labels(source, tmp_path):
   assert summary["num_unlabeled"] == 0
 
 
+def together_config(source):
+  config = small_runs.small_config(source, epochs=2)
+  config.meta.update_every = 2
+  config.log_every = 1
+  return config
+
+
 def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
   """Killed and resumed together, too."""
-  config = small_runs.small_config(source, epochs=2)
-  config.method = "fm_single"
-  config.transfer.pairs = ""
-  config.log_every = 1
+  config = together_config(source)
   for seed in (0, 1):
     config.seed = seed
     experiment.train_and_evaluate(config, tmp_path / f"alone{seed}")
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
   train = lambda: experiment.train_together(config, workdirs)
   small_runs.kill_in_epoch(2, train, monkeypatch)
-  summaries = experiment.train_together(config, workdirs)
+  summaries = train()
   for seed, summary in zip((0, 1), summaries, strict=True):
     assert summary["seed"] == seed
     assert summary["seeds_together"] == 2
@@ -236,6 +294,34 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
     assert [r["step"] for r in ours] == [r["step"] for r in alone]
     # float32 drifts apart; test_training.py compares in float64.
     for one, other in zip(ours, alone, strict=True):
+      assert one.keys() == other.keys()
       np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-2)
     np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=1e-5)
     assert (workdirs[seed] / "target.safetensors").exists()
+
+
+def test_nothing_is_lost_where_seeds_cannot_train_together(
+  source, tmp_path, monkeypatch
+):
+  """One is ahead; they do not fit; then they do, each from where it is."""
+  config = together_config(source)
+  workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+  train_one = lambda: experiment.train_and_evaluate(config, workdirs[0])
+  small_runs.kill_in_epoch(2, train_one, monkeypatch)
+  train = lambda: experiment.train_together(config, workdirs)
+  small_runs.kill_in_epoch(1, train, monkeypatch)
+  before = small_runs.records(workdirs[0], "epoch")
+  assert [record["epoch"] for record in before] == [1]
+
+  def does_not_fit(*_):
+    raise experiment.DoesNotFit
+
+  with monkeypatch.context() as patch:
+    patch.setattr(experiment, "_compile", does_not_fit)
+    with pytest.raises(experiment.DoesNotFit):
+      train()
+  assert small_runs.records(workdirs[0], "epoch") == before
+  train()
+  after = small_runs.records(workdirs[0], "epoch")
+  assert after[0] == before[0]
+  assert [record["epoch"] for record in after] == [1, 2]

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from l2t_jax import table, types
+from l2t_jax import experiment, table, types
 from tests import small_runs
 
 pytestmark = pytest.mark.xdist_group("methods")
@@ -78,8 +78,33 @@ def test_it_trains_what_is_missing_and_nothing_twice(source, tmp_path):
   assert [row["seeds"] for row in rows(tmp_path)] == ["2", "2"]
   for name in ("table.md", "table.png"):
     assert (tmp_path / name).stat().st_size > 100
-  # What failed is repeated, not remembered.
-  assert (tmp_path / "digits" / "finetune" / "seed0" / "error.txt").exists()
+  # What failed is repeated, and its error forgotten once it works.
+  failed = tmp_path / "digits" / "finetune" / "seed0"
+  assert "Traceback" in (failed / "error.txt").read_text()
+  command = arguments(tmp_path, source, "--methods=finetune", "--seeds=1")
+  result = small_runs.run_python(*command, "--config.target.model=resnet_tiny")
+  assert result.returncode == 0, result.stderr
+  assert [row["seeds"] for row in rows(tmp_path)] == ["1"]
+  assert not (failed / "error.txt").exists()
+
+
+def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
+  (job,) = table.make_jobs(cells(tmp_path, 2)[:1], 2)
+  asked = []
+
+  def train_together(config, workdirs):
+    asked.append(list(workdirs))
+    if len(workdirs) > 1:
+      raise experiment.DoesNotFit
+    if 1 in workdirs:
+      raise types.InputError("no")
+    return [{"val_accuracy": 0.5, "test_accuracy": 0.5}]
+
+  monkeypatch.setattr(experiment, "train_together", train_together)
+  table.run_job(job)
+  assert asked == [[0, 1], [0], [1]]
+  errors = [(w / "error.txt").exists() for w in job.workdirs.values()]
+  assert errors == [False, True]
 
 
 def test_a_killed_table_goes_on(source, tmp_path):
@@ -92,7 +117,8 @@ def test_a_killed_table_goes_on(source, tmp_path):
   second = tmp_path / "digits" / "kd" / "seed0"
   checkpoints = second / "checkpoints"
   deadline = time.time() + 300
-  while not any(checkpoints.glob("[0-9]*")) and time.time() < deadline:
+  is_saved = lambda: any(path.name.isdigit() for path in checkpoints.glob("*"))
+  while not is_saved() and time.time() < deadline:
     time.sleep(0.05)
   process.send_signal(signal.SIGKILL)
   process.wait()
@@ -162,6 +188,14 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
     (["--config.epochs=0"], "config.epochs is 0; it must be at least 1"),
     (["--config=configs/stl10.py"], "no source weights at weights/tiny"),
     (["--seeds=0"], "flag --seeds=0"),
+    (["--config.method=lwf"], "set --methods, not config.method"),
+    (["--sweep=method=lwf,at"], "set --methods, not config.method"),
+    (["--workdir="], "it must name a folder"),
+    (["--config.sources.mine.weights=x"], "has no such source"),
+    (
+      ["--config.transfer.pairs=single"],
+      "makes fm_single and fm_one_to_one the same",
+    ),
   ],
 )
 def test_a_wrong_command_is_one_line(source, tmp_path, arguments, message):
@@ -176,6 +210,14 @@ def test_a_wrong_command_is_one_line(source, tmp_path, arguments, message):
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
   assert not (tmp_path / "t").exists()
+
+
+def test_a_file_without_a_config_is_no_column(tmp_path):
+  """Above all not that of the file before it."""
+  (tmp_path / "empty.py").write_text("x = 1")
+  paths = ["configs/svhn.py", str(tmp_path / "empty.py")]
+  with pytest.raises(types.InputError, match=r"empty\.py.*get_config"):
+    table.load_columns(paths, "", [])
 
 
 def test_two_columns_of_one_name():
