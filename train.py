@@ -10,6 +10,7 @@ from absl import flags
 
 from l2t_jax import commands, experiment
 
+flags.declare_key_flag("workdir")
 _CONFIG = flags.DEFINE_string(
   "config", None, "Config file, such as configs/stl10.py.", required=True
 )

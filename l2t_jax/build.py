@@ -12,6 +12,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -73,6 +74,16 @@ class _SourceNetwork(NamedTuple):
   num_classes: int
   taps: dict[str, tuple[int, int, int]]  # The chosen ones, named as in pairs.
   all_taps: dict[str, tuple[int, int, int]]
+
+
+class _TargetNetwork(NamedTuple):
+  """The network that is trained."""
+
+  module: nn.Module
+  start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
+  head_tap: str  # What second heads read, and its channels.
+  num_features: int
+  notes: tuple[str, ...]  # On what it starts from.
 
 
 class _Plan(NamedTuple):
@@ -200,6 +211,9 @@ def check_source_files(config: ml_collections.ConfigDict) -> None:
 def build(config: ml_collections.ConfigDict) -> Run:
   """Load data and sources, make networks and iterations.
 
+  Args:
+    config: the fields of configs/default.py, which `check` has seen.
+
   Raises:
     types.InputError: for data, weights or values that cannot work together.
   """
@@ -215,18 +229,21 @@ def build(config: ml_collections.ConfigDict) -> Run:
   )
   shape = image_format.shape
   dtype = PRECISIONS[config.precision][0]
-  target = models.create(config.target.model, dataset.num_classes, dtype)
   networks = {}
   if method.needs_source:
     networks = {
       name: _load_source(source, image_format, dtype, name)
       for name, source in _source_configs(config).items()
     }
+  target = _make_target(
+    models.create(config.target.model, dataset.num_classes, dtype),
+    method,
+    networks,
+    shape,
+  )
   plan = _Plan()
   if method.pair_set:
-    plan = _plan_transfer(config, method, networks, target, shape)
-  start, notes = _start_of_target(method, target, networks, shape)
-  head = list(models.tap_shapes(target, shape).items())[-1]
+    plan = _plan_transfer(config, method, networks, target.module, shape)
   optimizer_fn = training.sgd(
     momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay,
@@ -239,16 +256,14 @@ def build(config: ml_collections.ConfigDict) -> Run:
     epochs=config.epochs,
     steps_per_epoch=dataset.steps_per_epoch,
   )
-  target_fn = models.as_apply_fn(target)
+  target_fn = models.as_apply_fn(target.module)
   auxiliary = _auxiliary_losses(
-    config, method, plan.pairs, networks, head[0], dataset.num_classes
+    config, method, plan.pairs, networks, target.head_tap, dataset.num_classes
   )
 
   def create_state(seed):
     state = training.create_state(
-      *_initial_values(
-        seed, method, plan, networks, target, start, head, shape
-      ),
+      *_initial_values(seed, method, plan, networks, target, shape),
       optimizer_fn=optimizer_fn,
       meta_optimizer=meta_optimizer,
     )
@@ -289,7 +304,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     eval_step=training.make_eval_step(target_fn),
     learning_rate_fn=learning_rate_fn,
     mesh=mesh,
-    notes=(*_source_notes(config, networks, plan.pairs), *notes),
+    notes=(*_source_notes(config, networks, plan.pairs), *target.notes),
   )
 
 
@@ -459,10 +474,18 @@ def _auxiliary_losses(config, method, pairs, networks, head_tap, num_classes):
   return {name: makers[name]() for name in method.losses}
 
 
-def _start_of_target(method, target, networks, image_shape):
-  """Return (variables -> those that training starts from, notes)."""
-  if not method.starts_from_source:
-    return lambda variables: variables, ()
+def _make_target(module, method, networks, image_shape):
+  *_, (head_tap, (*_, num_features)) = models.tap_shapes(
+    module, image_shape
+  ).items()
+  start, notes = lambda variables: variables, ()
+  if method.starts_from_source:
+    start, notes = _start_from_source(module, networks, image_shape)
+  return _TargetNetwork(module, start, head_tap, num_features, notes)
+
+
+def _start_from_source(module, networks, image_shape):
+  """Return (fresh variables -> those that training starts from, notes)."""
   if len(networks) > 1:
     raise types.InputError(
       "fine-tuning starts from one source, but config.sources has"
@@ -470,11 +493,11 @@ def _start_of_target(method, target, networks, image_shape):
     )
   ((params, model_state),) = (n.variables for n in networks.values())
   others = {"params": params, **model_state}
-  shapes = pretrained.variable_shapes(target, image_shape)
+  shapes = pretrained.variable_shapes(module, image_shape)
   _, copied, fresh = pretrained.adopt(shapes, others)
   if len(copied) < len(fresh):
     raise types.InputError(
-      f"fine-tuning needs a source of the target's architecture, but only"
+      "fine-tuning needs a source of the target's architecture, but only"
       f" {len(copied)} of {len(copied) + len(fresh)} arrays of the target have"
       " a namesake of their shape in the source; use a transfer method"
     )
@@ -484,23 +507,23 @@ def _start_of_target(method, target, networks, image_shape):
   return lambda variables: pretrained.adopt(variables, others)[0], (note,)
 
 
-def _initial_values(
-  seed, method, plan, networks, target, start, head, image_shape
-):
+def _initial_values(seed, method, plan, networks, target, image_shape):
   """Return (params, model_state, meta_params)."""
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
   target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
-  params, model_state = models.init(target, target_key, image_shape)
-  variables = dict(start({"params": params, **model_state}))
+  params, model_state = models.init(target.module, target_key, image_shape)
+  variables = dict(target.start({"params": params, **model_state}))
   params = {"target": variables.pop("params")}
   if "matching" in method.losses:
     params["regressors"] = transfer.init_regressors(
       regressor_key, plan.pairs, plan.source_taps, plan.target_taps
     )
   if "lwf" in method.losses:
-    _, (*_, num_features) = head
-    num_classes = {name: n.num_classes for name, n in networks.items()}
-    params["heads"] = objectives.init_heads(head_key, num_features, num_classes)
+    params["heads"] = objectives.init_heads(
+      head_key,
+      target.num_features,
+      {name: network.num_classes for name, network in networks.items()},
+    )
   meta_params = transfer.init_meta_params(
     meta_key,
     plan.pairs,

@@ -1,4 +1,4 @@
-"""Train every cell of a table of methods, and print it.
+r"""Train every cell of a table of methods, and print it.
 
     python -m l2t_jax.table --config=configs/stl10.py \
       --methods=scratch,fm_one_to_one,l2t_ww --seeds=3 --workdir=runs/table
@@ -34,6 +34,7 @@ from rich import console
 
 from l2t_jax import commands, comparison, experiment, objectives, types
 
+flags.declare_key_flag("workdir")
 _CONFIG = flags.DEFINE_list(
   "config", None, "Config files, a column each.", required=True
 )
