@@ -1,10 +1,22 @@
 """Shared fixtures."""
 
+import atexit
+import os
+import tempfile
+
 import jax
 import pytest
 
 from l2t_jax import experiment
 from tests import small_runs
+
+
+def pytest_configure():
+  """Let all processes of one session share what they compile."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="l2t_jax_cache_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    atexit.register(folder.cleanup)
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def test_a_checkpoint_holds_what_it_was_given(tmp_path):
       checkpoints.save(1, state, progress)
       progress["epoch"] = 2
     with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
-      assert checkpoints.restore(1, like=state)[1]["epoch"] == 1
+      assert checkpoints.restore(like=state)[1]["epoch"] == 1
 
 
 def test_a_folder_without_images(tmp_path):

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -174,42 +174,53 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "message"),
+  ("methods", "sweep", "override", "message"),
   [
+    ("scratch,l2t", "", "", "unknown method 'l2t'; the methods are scratch"),
+    ("lwf,lwf", "", "", "--methods=lwf,lwf names one twice"),
+    ("lwf", "data.per_class", "", "must be a field and its values"),
+    ("lwf", "data.perclass=1,2", "", "did you mean config.data.per_class?"),
+    ("lwf", "method=lwf,at", "", "set --methods, not config.method"),
+    ("lwf", "", "config.method=lwf", "set --methods, not config.method"),
+    ("lwf", "", "config.sources.mine.weights=x", "has no such source"),
     (
-      ["--methods=scratch,l2t"],
-      "unknown method 'l2t'; the methods are scratch",
-    ),
-    (["--methods=lwf,lwf"], "--methods=lwf,lwf names one twice"),
-    (["--shard=0/4"], "--shard=0/4 must be I/N with I from 1 to N"),
-    (["--shard=half"], "--shard=half must be I/N"),
-    (["--sweep=data.per_class"], "must be a field and its values"),
-    (["--sweep=data.perclass=1,2"], "did you mean config.data.per_class?"),
-    (["--config.epochs=0"], "config.epochs is 0; it must be at least 1"),
-    (["--config=configs/stl10.py"], "no source weights at weights/tiny"),
-    (["--seeds=0"], "flag --seeds=0"),
-    (["--config.method=lwf"], "set --methods, not config.method"),
-    (["--sweep=method=lwf,at"], "set --methods, not config.method"),
-    (["--workdir="], "it must name a folder"),
-    (["--config.sources.mine.weights=x"], "has no such source"),
-    (
-      ["--config.transfer.pairs=single"],
+      "fm_single,fm_one_to_one",
+      "",
+      "config.transfer.pairs=single",
       "makes fm_single and fm_one_to_one the same",
     ),
   ],
 )
-def test_a_wrong_command_is_one_line(source, tmp_path, arguments, message):
-  command = ["--config=configs/digits.py", f"--config.source.weights={source}"]
-  if arguments[0].startswith("--config=configs"):
-    command = []
-  result = small_runs.run_python(
-    "-m", "l2t_jax.table", f"--workdir={tmp_path / 't'}", *command, *arguments
-  )
+def test_a_table_that_cannot_be(tmp_path, methods, sweep, override, message):
+  with pytest.raises(types.InputError, match=re.escape(message)) as error:
+    columns = table.load_columns(
+      ["configs/digits.py"], sweep, [f"--{override}"] if override else []
+    )
+    table.make_cells(columns, methods.split(","), 2, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "half", "1/", "-1/2"])
+def test_a_wrong_share(shard):
+  with pytest.raises(types.InputError, match="must be I/N with I from 1 to N"):
+    table._parse_shard(shard)
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.epochs=0", "config.epochs is 0"),
+    ("--seeds=0", "flag --seeds=0"),
+  ],
+)
+def test_a_wrong_command_is_one_line(source, tmp_path, argument, message):
+  workdir = tmp_path / "t"
+  result = small_runs.run_python(*arguments(workdir, source), argument)
   assert result.returncode == 2
   assert message in result.stderr
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
-  assert not (tmp_path / "t").exists()
+  assert not workdir.exists()
 
 
 def test_a_file_without_a_config_is_no_column(tmp_path):
@@ -226,10 +237,9 @@ def test_two_columns_of_one_name():
 
 
 def test_a_folder_of_another_table_is_refused(tmp_path):
+  (cell,) = cells(tmp_path, 1)[:1]
   folder = tmp_path / "digits" / "scratch" / "seed0"
   folder.mkdir(parents=True)
   (folder / "config.json").write_text('{"epochs": 3}')
-  command = arguments(tmp_path, pathlib.Path("x"), "--methods=scratch")
-  result = small_runs.run_python(*command)
-  assert result.returncode == 2
-  assert "epochs was 3, is 2" in result.stderr
+  with pytest.raises(types.InputError, match="epochs was 3, is 100"):
+    experiment.check(cell.config, cell.workdirs)
