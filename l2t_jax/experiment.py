@@ -306,7 +306,6 @@ def _run_epochs(run, programs, state, seeds, display):
         "seconds": seed.progress["seconds"] + seconds,
         "channel_weights": record.pop("channel_weights", None),
       }
-      mine = _take(state, index, len(seeds))
       if is_best[index]:
         record["test_accuracy"] = test[index]["accuracy"]
         seed.progress |= {
@@ -314,11 +313,12 @@ def _run_epochs(run, programs, state, seeds, display):
           "val_accuracy": accuracy,
           "test_accuracy": record["test_accuracy"],
         }
-        _save_target(run, seed, mine.inner)
+        _save_target(run, seed, _take(state.inner, index, len(seeds)))
       seed.log.write("epoch", epoch * steps, record)
       name = f"seed {seed.config.seed}  " if len(seeds) > 1 else ""
       display.say(name + _epoch_line(record, config.epochs))
       if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+        mine = _take(state, index, len(seeds))
         seed.checkpoints.save(epoch * steps, mine, seed.progress)
 
 

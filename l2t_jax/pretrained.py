@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+import contextlib
 import hashlib
 import pathlib
 import re
@@ -133,7 +134,7 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise types.InputError(f"no checkpoint at {path}")
   if path.suffix == ".safetensors":
-    return _read_safetensors(path)[0]
+    return _read_safetensors(path)
   try:
     import torch
   except ImportError as error:
@@ -196,7 +197,7 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
     types.InputError: for a file that is missing, damaged, or not converted.
   """
   metadata = read_metadata(path)
-  arrays = safetensors.numpy.load_file(path)
+  arrays = _read_safetensors(path)
   return traverse_util.unflatten_dict(arrays, sep="/"), metadata
 
 
@@ -238,13 +239,11 @@ def load_network(
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
   """Read what a file that `save` wrote says of itself; errors as in `load`."""
   check_exists(path)
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      metadata = file.metadata() or {}
-  except safetensors.SafetensorError as error:
-    raise types.InputError(
-      f"{path} is not a whole safetensors file: {error}"
-    ) from error
+  with (
+    _naming_damage(path),
+    safetensors.safe_open(path, framework="numpy") as file,
+  ):
+    metadata = file.metadata() or {}
   if "model" not in metadata or "num_classes" not in metadata:
     raise types.InputError(
       f"{path} was not written by l2t_jax; convert it first:"
@@ -291,10 +290,15 @@ def variable_shapes(
 
 
 def _read_safetensors(path):
+  with _naming_damage(path):
+    return safetensors.numpy.load_file(path)
+
+
+@contextlib.contextmanager
+def _naming_damage(path):
+  """Turn what the library raises on broken files into an InputError."""
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      metadata = file.metadata() or {}
-    return safetensors.numpy.load_file(path), metadata
+    yield
   except safetensors.SafetensorError as error:
     raise types.InputError(
       f"{path} is not a whole safetensors file: {error}"

@@ -97,15 +97,16 @@ def main(overrides: list[str]) -> int:
   except KeyboardInterrupt:
     _OUT.print("interrupted; the same command goes on from here")
     status = 130
-  comparison.write(workdir, results(cells))
-  comparison.print_table(results(cells))
+  final = results(cells)
+  comparison.write(workdir, final)
+  comparison.print_table(final)
   _OUT.print(f"saved as {workdir}/table.md, table.csv and table.png")
   for cell in cells[::-1]:
     picture = next(iter(cell.workdirs.values())) / "transfer_map.png"
     if picture.exists():
       _OUT.print(f"what {cell.method} transferred where: {picture}")
       break
-  return status or int(any(cell.errors for cell in results(cells)))
+  return status or int(any(cell.errors for cell in final))
 
 
 def load_columns(
@@ -170,11 +171,12 @@ def make_cells(
     types.InputError: for a method that is unknown or named twice, and where a
       column's config makes two of them the same.
   """
+  if len(set(methods)) < len(methods):
+    raise types.InputError(f"--methods={','.join(methods)} names one twice")
   cells = []
   for column, base in columns.items():
     _check_rows_differ(methods, base.transfer)
     for method in methods:
-      objectives.get_method(method)
       config = copy.deepcopy(base)
       config.method = method
       folder = workdir / column / method
@@ -182,8 +184,6 @@ def make_cells(
       cells.append(
         Cell(column, method, config, {s: folder / f"seed{s}" for s in seeds})
       )
-  if len(set(methods)) < len(methods):
-    raise types.InputError(f"--methods={','.join(methods)} names one twice")
   return cells
 
 
@@ -232,9 +232,9 @@ def run_job(job: Cell) -> None:
     f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
   )
   first = next(iter(job.workdirs.values()))
+  experiment.make_folder(first)
   summaries, failure = _train_logged(job, title, first)
   if failure:
-    experiment.make_folder(first)
     (first / _ERROR).write_text(failure)
     line = failure.splitlines()[0]
     if len(job.workdirs) == 1:
@@ -261,7 +261,6 @@ def _train_logged(
   What failed is text: an exception would keep the memory of what it ended.
   """
   try:
-    experiment.make_folder(folder)
     with (
       _OUT.status(f"training {title}"),
       (folder / "train.log").open("a") as log,

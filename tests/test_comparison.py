@@ -4,13 +4,12 @@ import csv
 import itertools
 import pathlib
 
-from matplotlib import text as mpl_text
-from matplotlib.backends import backend_agg
 import numpy as np
 from PIL import Image
 import pytest
 
 from l2t_jax import comparison
+from tests import pictures
 
 VERSIONS = {"python": "3.11.7", "jax": "0.10.1", "numpy": "2.4.6"}
 METHODS = (
@@ -422,29 +421,12 @@ def test_labels_are_moved_apart_by_as_little_as_possible():
 
 @pytest.mark.parametrize("case", CASES)
 def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
-  drawn = []
-  draw_text = backend_agg.RendererAgg.draw_text
-
-  def record(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
-    assert not ismath, f"{s!r} is read as a formula"
-    drawn.append(mtext)
-    draw_text(self, gc, x, y, s, prop, angle, ismath, mtext)
-
-  monkeypatch.setattr(backend_agg.RendererAgg, "draw_text", record)
   num_methods, columns = CASES[case]
   fig = comparison.draw(_grid(num_methods, columns))
-  backend_agg.FigureCanvasAgg(fig).draw()
-  # An annotation's own extent includes its arrow.
-  extent = mpl_text.Text.get_window_extent
-  boxes = [(t.get_text(), extent(t)) for t in drawn]
-  assert len(boxes) > 5 + num_methods
-  for text, box in boxes:
-    assert min(box.x0, box.y0) >= 0, text
-    assert box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1, text
-  for (a, box_a), (b, box_b) in itertools.combinations(boxes, 2):
-    width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
-    height = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
-    assert width < 1 or height < 1, f"{a!r} overlaps {b!r}"
+  texts = pictures.draw_texts(fig, monkeypatch)
+  assert len(texts) > 5 + num_methods
+  pictures.assert_inside(fig, texts)
+  pictures.assert_apart(texts)
 
 
 @pytest.mark.parametrize("columns", [["stl10"], PAPERS, _values((5, 50))])

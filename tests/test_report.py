@@ -4,13 +4,12 @@ import copy
 import itertools
 import json
 
-from matplotlib import text as mpl_text
-from matplotlib.backends import backend_agg
 import numpy as np
 from PIL import Image
 import pytest
 
 from l2t_jax import report, types
+from tests import pictures
 
 SOURCE = [(f"stage{i}", (32 >> i, 32 >> i, 16 << i)) for i in range(3)]
 TARGET = [(f"pool{i}", (32 >> i, 32 >> i, 64)) for i in range(5)]
@@ -343,30 +342,12 @@ def test_records_that_do_not_fit_are_refused(pair_weights, channels, message):
 
 @pytest.mark.parametrize("case", CASES)
 def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
-  drawn = []
-  draw_text = backend_agg.RendererAgg.draw_text
-
-  def record(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
-    assert not ismath, f"{s!r} is read as a formula"
-    drawn.append(mtext)
-    draw_text(self, gc, x, y, s, prop, angle, ismath, mtext)
-
-  monkeypatch.setattr(backend_agg.RendererAgg, "draw_text", record)
   fig = report.draw_transfer_map(CASES[case]())
-  backend_agg.FigureCanvasAgg(fig).draw()
-  # An annotation's own extent includes its arrow.
-  extent = mpl_text.Text.get_window_extent
-  boxes = [(t.get_text(), extent(t), t.get_rotation()) for t in drawn]
-  assert len(boxes) > 15
-  for text, box, _ in boxes:
-    assert min(box.x0, box.y0) >= 0, text
-    assert box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1, text
+  texts = pictures.draw_texts(fig, monkeypatch)
+  assert len(texts) > 15
+  pictures.assert_inside(fig, texts)
   # The frame around a slanted text overlaps where the text does not.
-  straight = [(text, box) for text, box, angle in boxes if angle == 0]
-  for (a, box_a), (b, box_b) in itertools.combinations(straight, 2):
-    width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
-    height = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
-    assert width < 1 or height < 1, f"{a!r} overlaps {b!r}"
+  pictures.assert_apart([text for text in texts if text[2] == 0])
 
 
 def test_labels_of_neighbouring_lines_stand_apart():
