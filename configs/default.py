@@ -126,8 +126,9 @@ def get_config() -> config_dict.ConfigDict:
   # What those steps minimise: auxiliary (L_wfm; one step with L_org follows
   # them), or total (L_org + L_wfm; the usual bilevel scheme).
   config.bilevel.look_ahead_loss = "auxiliary"
-  # How the hypergradient is computed: reverse, remat or mixed.
-  config.bilevel.mode = "mixed"
+  # How the hypergradient is computed: reverse, remat, mixed, linearized; auto
+  # is linearized (the fastest), or mixed where that does not fit into memory.
+  config.bilevel.mode = "auto"
   # How the look-ahead loops: scan, unroll, or auto (unroll on CPU, where XLA
   # is slow in loops).
   config.bilevel.loop = "auto"

@@ -32,11 +32,15 @@ import optax
 from l2t_jax import types
 
 # How the hypergradient is computed. All agree to rounding.
-#   reverse: plain reverse over reverse; the graphs of all steps are kept.
-#   remat:   the same, each step recomputed on the way back (jax.checkpoint).
-#   mixed:   forward over reverse: on the way back, one jvp of the joint
-#            gradient stands for the Hessian-vector and the mixed product.
-MODES = ("reverse", "remat", "mixed")
+#   reverse:    plain reverse over reverse; the graphs of all steps are kept.
+#   remat:      the same, each step recomputed on the way back
+#               (jax.checkpoint).
+#   mixed:      forward over reverse: on the way back, one jvp of the joint
+#               gradient stands for the Hessian-vector and the mixed product.
+#               Between the passes a step keeps its inputs alone.
+#   linearized: the same products, from a linearization that each step keeps:
+#               nothing is computed twice, and memory grows with T.
+MODES = ("reverse", "remat", "mixed", "linearized")
 
 StepFn = Callable[
   [types.InnerState, types.PyTree, types.PyTree],
@@ -48,7 +52,7 @@ def make_inner_step(
   loss_fn: types.InnerLossFn,
   optimizer: optax.GradientTransformation,
   *,
-  mode: str = "mixed",
+  mode: str = "linearized",
 ) -> StepFn:
   """Build one differentiable step of inner training.
 
@@ -71,7 +75,11 @@ def make_inner_step(
     raise types.InputError(
       f"unknown hypergradient mode {mode!r}; use one of {', '.join(MODES)}"
     )
-  gradient = (_mixed_gradient if mode == "mixed" else _gradient)(loss_fn)
+  make_gradient = {
+    "mixed": _mixed_gradient,
+    "linearized": _linearized_gradient,
+  }.get(mode, _gradient)
+  gradient = make_gradient(loss_fn)
 
   def step(state, meta_params, batch):
     check_differentiable(optimizer, state.params)
@@ -115,34 +123,35 @@ def unroll(
     batches: leaves with a leading axis, one entry a step; or, where
       `num_steps` is given, one batch that every step sees.
     num_steps: T, for one batch that every step sees.
-    rolled: whether the loop is a `lax.scan`. It compiles once for any T; on
-      CPU, XLA runs convolutions in a rolled loop about 30 times slower.
+    rolled: whether the steps behind the first are a `lax.scan`. It compiles
+      once for any T; on CPU, XLA runs convolutions in a rolled loop about 30
+      times slower. The first step stands before the loop, because nothing
+      that it starts from depends on the meta-parameters: its way back needs
+      no Hessian-vector product, which a loop would compute all the same.
 
   Returns:
     The state after the last step and the losses [T] before each step.
   """
-  if rolled:
-    shared = num_steps is not None
-
-    def body(state, batch):
-      return step(state, meta_params, batches if shared else batch)
-
-    return jax.lax.scan(
-      body, state, None if shared else batches, length=num_steps
-    )
-  if num_steps is not None:
-    each = [batches] * num_steps
-  else:
-    leaves, treedef = jax.tree.flatten(batches)
+  if num_steps is None:
+    leaves = jax.tree.leaves(batches)
     chex.assert_equal_shape_prefix(leaves, 1)
-    each = [
-      jax.tree.unflatten(treedef, entry) for entry in zip(*leaves, strict=True)
-    ]
+    num_steps = len(leaves[0])
+    batch_of = lambda k: jax.tree.map(lambda leaf: leaf[k], batches)
+  else:
+    batch_of = lambda k: batches
   losses = []
-  for batch in each:
-    state, loss = step(state, meta_params, batch)
+  for k in range(min(num_steps, 1) if rolled else num_steps):
+    state, loss = step(state, meta_params, batch_of(k))
     losses.append(loss)
-  return state, jnp.stack(losses) if losses else jnp.zeros((0,))
+  first_losses = jnp.stack(losses) if losses else jnp.zeros((0,))
+  if len(losses) == num_steps:
+    return state, first_losses
+  state, more = jax.lax.scan(
+    lambda state, k: step(state, meta_params, batch_of(k)),
+    state,
+    jnp.arange(1, num_steps),
+  )
+  return state, jnp.concatenate([first_losses, more])
 
 
 def hypergradient(
@@ -197,9 +206,8 @@ def _mixed_gradient(loss_fn):
 
       (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ) = d/dε (∇_θ L, ∇_φ L)(θ + ε v, φ) at ε = 0.
 
-  Between the passes it keeps the step's inputs alone. A loss whose derivatives
-  are not those of its value (a straight-through estimator, say) has no
-  symmetric Hessian: use another mode for it.
+  A loss whose derivatives are not those of its value (a straight-through
+  estimator, say) has no symmetric Hessian: use another mode for it.
   """
   gradient = jax.custom_vjp(_gradient(loss_fn))
 
@@ -207,20 +215,53 @@ def _mixed_gradient(loss_fn):
     return gradient(*args), args
 
   def backward(args, cotangents):
+    # XLA would find what the way there has computed, and keep all of it.
+    args, along = jax.lax.optimization_barrier((args, cotangents[0]))
     params, *rest = args
-    along, _, _ = cotangents  # loss and model_state are not differentiated.
-
-    def joint_gradient(params):
-      grads, _ = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, *rest)
-      return grads
-
-    _, (hessian_product, mixed_product) = jax.jvp(
-      joint_gradient, (params,), (along,)
+    _, products = jax.jvp(
+      lambda params: _joint_gradient(loss_fn)(params, *rest)[0],
+      (params,),
+      (along,),
     )
-    return hessian_product, mixed_product, None, None
+    return *products, None, None
 
   gradient.defvjp(forward, backward)
   return gradient
+
+
+def _linearized_gradient(loss_fn):
+  """Return `_gradient` with a backward pass prepared on the way there.
+
+  The products are those of `_mixed_gradient`; the joint gradient is
+  linearized when it is computed, so that nothing is computed twice.
+  """
+  gradient = jax.custom_vjp(_gradient(loss_fn))
+
+  def forward(params, *rest):
+    (grads, _), tangent_fn, aux = jax.linearize(
+      lambda params: _joint_gradient(loss_fn)(params, *rest),
+      params,
+      has_aux=True,
+    )
+    return (grads, *aux), tangent_fn
+
+  def backward(tangent_fn, cotangents):
+    return *tangent_fn(cotangents[0]), None, None
+
+  gradient.defvjp(forward, backward)
+  return gradient
+
+
+def _joint_gradient(loss_fn):
+  """Return (...) -> ((∇_θ L, ∇_φ L), (loss [], model_state))."""
+
+  def joint_gradient(*args):
+    aux, grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
+      *args
+    )
+    return grads, aux
+
+  return joint_gradient
 
 
 def check_differentiable(

@@ -42,6 +42,8 @@ _SCHEDULES = {
   "step": training.steps_by_epoch,
 }
 _LOOPS = ("auto", "scan", "unroll")
+# The fastest mode, and the one whose memory does not grow with T.
+_AUTO_MODES = ("linearized", "mixed")
 # Folded into the seed's key for initialisation; the data fold in epochs.
 _INIT = 2**32 - 1
 
@@ -58,8 +60,10 @@ class Run(NamedTuple):
   matches_features: bool  # Whether the pairs have transfer weights.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   learns: bool  # Whether there is a meta update.
-  train_step: Any  # `training.make_train_step`, with a meta update.
-  train_step_without_meta: Any  # The same without.
+  # (mode=, update_meta=True) -> `training.make_train_step`.
+  make_train_step: Callable[..., Any]
+  modes: tuple[str, ...]  # Of the hypergradient; the first that fits is used.
+  blank_batch: types.Batch  # Zeros, of the shapes that the run trains on.
   eval_step: Any  # `training.make_eval_step`.
   learning_rate_fn: Callable[[int], Any]  # iteration -> learning rate.
   mesh: jax.sharding.Mesh
@@ -139,7 +143,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     ("transfer.pair_activation", transfer.PAIR_ACTIVATIONS),
     ("optimizer.schedule", _SCHEDULES),
     ("bilevel.look_ahead_loss", training.LOOK_AHEAD_LOSSES),
-    ("bilevel.mode", bilevel.MODES),
+    ("bilevel.mode", ("auto", *bilevel.MODES)),
     ("bilevel.loop", _LOOPS),
   ):
     if _get(config, field) not in choices:
@@ -282,7 +286,6 @@ def build(config: ml_collections.ConfigDict) -> Run:
     learning_rate_fn=learning_rate_fn,
     optimizer_fn=optimizer_fn,
     meta_optimizer=meta_optimizer,
-    mode=config.bilevel.mode,
     rolled=config.bilevel.loop == "scan"
     or (config.bilevel.loop == "auto" and jax.default_backend() != "cpu"),
   )
@@ -299,13 +302,25 @@ def build(config: ml_collections.ConfigDict) -> Run:
     matches_features=matches,
     create_state=create_state,
     learns=plan.learn_channels or plan.learn_pairs,
-    train_step=make_train_step(),
-    train_step_without_meta=make_train_step(update_meta=False),
+    make_train_step=make_train_step,
+    modes=_AUTO_MODES
+    if config.bilevel.mode == "auto"
+    else (config.bilevel.mode,),
+    blank_batch=_blank_batch(config, dataset, image_format),
     eval_step=training.make_eval_step(target_fn),
     learning_rate_fn=learning_rate_fn,
     mesh=mesh,
     notes=(*_source_notes(config, networks, plan.pairs), *target.notes),
   )
+
+
+def _blank_batch(config, dataset, image_format):
+  images = lambda size: jnp.zeros((size, *image_format.shape))
+  unlabeled = None
+  if dataset.num_unlabeled:
+    unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)
+  labels = jnp.zeros(config.batch_size, jnp.int32)
+  return types.Batch(images(config.batch_size), labels, unlabeled)
 
 
 def _source_configs(config):

@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 import difflib
 import importlib
+import os
 import pathlib
 import sys
+
+# XLA warns in long lines that code from its own cache may not fit this CPU; it
+# looks here when jax is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags, logging
 import flax
 import ml_collections
 from ml_collections import config_flags
 
-from l2t_jax import types
+from l2t_jax import compilation, types
 
 FLAGS = flags.FLAGS
 
@@ -50,6 +55,7 @@ def run(main: Callable[[list[str]], object]) -> None:
 
   def quietly(_: list[str]) -> object:
     logging.set_verbosity(logging.WARNING)
+    compilation.use_cache()
     return main(overrides)
 
   try:

@@ -29,6 +29,7 @@ import optax
 from l2t_jax import (
   build,
   checkpoint,
+  compilation,
   data,
   logs,
   pretrained,
@@ -41,8 +42,6 @@ _CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Fields that may differ between a run and its resumption.
 _FREE_FIELDS = ("log_every", "checkpoint_every", "data.num_workers")
-# Share of an accelerator's memory that seeds may need together.
-_MEMORY_SHARE = 0.9
 
 
 class DoesNotFit(Exception):
@@ -52,11 +51,11 @@ class DoesNotFit(Exception):
 class _Programs(NamedTuple):
   """What was compiled for a run."""
 
-  train_step: Any
-  train_step_without_meta: Any  # None where every iteration has a meta update.
+  train_step: compilation.Program
+  # None where every iteration has a meta update.
+  train_step_without_meta: compilation.Program | None
   eval_step: Any  # Jitted; compiled where it is first used.
-  memory_bytes: int | None  # Of the training step; None: unknown.
-  seconds: float  # That it took to compile the training step.
+  mode: str  # How the hypergradient is computed.
 
 
 @dataclasses.dataclass
@@ -220,65 +219,44 @@ def _train(configs, step):
 
 
 def _compile(run, state, config, num_seeds):
-  """Compile training ahead, to know its time and memory."""
-  start = time.time()
-  train_step, without_meta = run.train_step, run.train_step_without_meta
+  """Compile training ahead, to know its time and memory.
+
+  Takes the first of the run's modes that fits into memory.
+  """
   eval_step = run.eval_step
   if num_seeds > 1:
-    train_step, without_meta = (
-      jax.vmap(step, in_axes=(0, None, 0))
-      for step in (train_step, without_meta)
-    )
     eval_step = jax.vmap(eval_step, in_axes=(0, None))
-  batch = _stack([_blank_batch(run, config)] * num_seeds)
+  batch = _stack([run.blank_batch] * num_seeds)
   batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
 
-  def compile_step(step):
-    jitted = jax.jit(
-      step, donate_argnums=0, out_shardings=sharding.replicated(run.mesh)
+  def compile_step(**options):
+    step = run.make_train_step(**options)
+    if num_seeds > 1:
+      step = jax.vmap(step, in_axes=(0, None, 0))
+    return compilation.compile_ahead(
+      step,
+      state,
+      run.sources,
+      batch,
+      donate_argnums=0,
+      out_shardings=sharding.replicated(run.mesh),
     )
-    return jitted.lower(state, run.sources, batch).compile()
 
-  program = compile_step(train_step)
-  memory = _memory_bytes(program)
-  available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-  if (
-    num_seeds > 1
-    and memory is not None
-    and available is not None
-    and memory > _MEMORY_SHARE * available
-  ):
-    raise DoesNotFit(f"{num_seeds} seeds together need {memory} bytes")
+  for mode in run.modes:
+    program = compile_step(mode=mode)
+    if compilation.fits(program):
+      break
+  else:
+    if num_seeds > 1:
+      raise DoesNotFit(
+        f"{num_seeds} seeds together need {program.memory_bytes} bytes"
+      )
   sparse = run.learns and config.meta.update_every > 1
   return _Programs(
     program,
-    compile_step(without_meta) if sparse else None,
-    jax.jit(eval_step),
-    memory,
-    time.time() - start,
-  )
-
-
-def _blank_batch(run, config):
-  """A batch of zeros of the shapes that the run trains on."""
-  images = lambda size: jnp.zeros((size, *run.image_format.shape))
-  unlabeled = None
-  if run.dataset.num_unlabeled:
-    unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)
-  labels = jnp.zeros(config.batch_size, jnp.int32)
-  return types.Batch(images(config.batch_size), labels, unlabeled)
-
-
-def _memory_bytes(program):
-  """What a compiled program holds at its peak: arguments and temporaries."""
-  analysis = program.memory_analysis()
-  if analysis is None:
-    return None
-  return (
-    analysis.argument_size_in_bytes
-    + analysis.output_size_in_bytes
-    - analysis.alias_size_in_bytes
-    + analysis.temp_size_in_bytes
+    compile_step(mode=mode, update_meta=False) if sparse else None,
+    jax.jit(eval_step, compiler_options=compilation.options()),
+    mode,
   )
 
 
@@ -335,7 +313,7 @@ def _train_epoch(run, programs, state, epoch, seeds, display):
     batch = sharding.shard(batch, run.mesh, axis=int(len(seeds) > 1))
     skips = programs.train_step_without_meta and step % config.meta.update_every
     program = programs.train_step_without_meta if skips else programs.train_step
-    state, metrics = program(state, run.sources, batch)
+    state, metrics = program.call(state, run.sources, batch)
     pending.append(metrics)
     step += 1
     if step % config.log_every == 0 or step == last_step:
@@ -465,9 +443,11 @@ def _summary(run, programs, seed, num_seeds):
     # Of training and evaluation, without compiling the training step; where
     # several seeds trained together, this one's share.
     "seconds": round(progress["seconds"], 1),
-    "compile_seconds": round(programs.seconds, 1),
+    "compile_seconds": round(programs.train_step.seconds, 1),
     # Of the training step, of all seeds that trained together.
-    "memory_bytes": programs.memory_bytes,
+    "memory_bytes": programs.train_step.memory_bytes,
+    "flops": programs.train_step.flops,
+    "hypergradient_mode": programs.mode if run.learns else None,
     "seeds_together": num_seeds,
     "split_hash": dataset.split_hash,
     "num_train": dataset.num_train,

@@ -260,7 +260,7 @@ def attention(pairs: Sequence[transfer.Pair], *, beta: float) -> AuxiliaryLoss:
     del params, weights
     losses = [
       attention_loss(
-        transfer.source_map(source.matching, pair, target.features),
+        transfer.source_map(source.matching, pair, pairs),
         target.features[pair.target],
       )
       for pair in pairs

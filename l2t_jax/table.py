@@ -17,15 +17,11 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import copy
 import json
-import os
 import pathlib
 import sys
 import time
 import traceback
 from typing import Any, NamedTuple
-
-# XLA warns in long lines that code from its own cache may not fit this CPU.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import flags
 import jax
@@ -84,7 +80,6 @@ def main(overrides: list[str]) -> int:
   for cell in cells:  # Before anything is trained.
     experiment.check(cell.config, cell.workdirs)
   experiment.make_folder(workdir)
-  _use_compilation_cache(workdir / "cache")
   jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
   runs = sum(len(job.workdirs) for job in jobs)
   _OUT.print(f"{len(cells)} cells; {runs} runs to do here")
@@ -320,14 +315,6 @@ def _parse_shard(shard: str) -> slice:
 def _default_together() -> int:
   """Grouped convolutions, what vmapped ones become, are slow on CPU."""
   return 1 if jax.default_backend() == "cpu" else _SEEDS.value
-
-
-def _use_compilation_cache(folder: pathlib.Path) -> None:
-  """Compile each method once for all of its seeds, and for the next call."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 if __name__ == "__main__":

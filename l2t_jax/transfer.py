@@ -17,14 +17,16 @@ ICML 2019 (arXiv 1905.05901), sections 2.1 and 2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import NamedTuple
 import zlib
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from l2t_jax import types
+from l2t_jax import lowering, types
 
 # Names of taps in order of depth, with their shapes (H, W, C).
 TapShapes = Mapping[str, tuple[int, int, int]]
@@ -55,7 +57,8 @@ class Pair(NamedTuple):
 class SourceMaps(NamedTuple):
   """What the matching reads of the source: one pass a batch, constants."""
 
-  maps: dict[str, jax.Array]  # "m@HxW" -> [B, H, W, C_m], at targets' sizes.
+  # n -> [B, H, W, ΣC_m]: the maps of its pairs at its size, in their order.
+  maps: dict[str, jax.Array]
   pooled: dict[str, jax.Array]  # m -> [B, C_m], mean over positions.
 
 
@@ -202,29 +205,45 @@ def prepare_source(
     pairs: the set C.
     target_taps: shapes of the target's taps.
   """
-  maps, pooled = {}, {}
-  for pair in pairs:
-    feature = at_least_float32(features[pair.source])
-    chex.assert_rank(feature, 4)
-    height, width, _ = target_taps[pair.target]
-    pooled[pair.source] = feature.mean(axis=(1, 2))
-    name = _map_name(pair.source, height, width)
-    if name not in maps:
-      shape = (feature.shape[0], height, width, feature.shape[-1])
-      maps[name] = jax.image.resize(
-        feature, shape, method="bilinear", antialias=False
-      )
+  features = {
+    pair.source: at_least_float32(features[pair.source]) for pair in pairs
+  }
+  chex.assert_rank(list(features.values()), 4)
+
+  @functools.cache
+  def resize(source, height, width):
+    num_images, *_, channels = features[source].shape
+    return jax.image.resize(
+      features[source],
+      (num_images, height, width, channels),
+      method="bilinear",
+      antialias=False,
+    )
+
+  @functools.cache
+  def stack(sources, height, width):
+    maps = [resize(source, height, width) for source in sources]
+    return jnp.concatenate(maps, axis=-1)
+
+  maps = {
+    target: stack(
+      tuple(pair.source for pair in group), *target_taps[target][:2]
+    )
+    for target, group in _by_target(pairs).items()
+  }
+  pooled = {name: x.mean(axis=(1, 2)) for name, x in features.items()}
   return jax.lax.stop_gradient(SourceMaps(maps, pooled))
 
 
 def source_map(
-  source_maps: SourceMaps,
-  pair: Pair,
-  target_features: Mapping[str, chex.Array],
+  source_maps: SourceMaps, pair: Pair, pairs: Sequence[Pair]
 ) -> chex.Array:
   """Look a pair's source map up, [B, H, W, C_m] at its target tap's size."""
-  _, height, width, _ = target_features[pair.target].shape
-  return source_maps.maps[_map_name(pair.source, height, width)]
+  group = _by_target(pairs)[pair.target]
+  widths = [source_maps.pooled[other.source].shape[-1] for other in group]
+  start = sum(widths[: group.index(pair)])
+  stacked = source_maps.maps[pair.target]
+  return stacked[..., start : start + widths[group.index(pair)]]
 
 
 def transfer_weights(
@@ -302,14 +321,25 @@ def channel_distances(
   Returns:
     pair -> d [B, C_m].
   """
-  distances = {}
-  for pair in pairs:
-    feature = target_features[pair.target]
-    wanted = source_map(source_maps, pair, target_features)
-    regressed = linear(regressors[pair.name], feature.astype(wanted.dtype))
+  distances: dict[str, jax.Array] = {}
+  for target, group in _by_target(pairs).items():
+    wanted = source_maps.maps[target]
+    # All regressors of a tap in one matrix product.
+    layers = [regressors[pair.name] for pair in group]
+    together = jax.tree.map(
+      lambda *parts: jnp.concatenate(parts, axis=-1), *layers
+    )
+    regressed = _linear_by_image(
+      together, target_features[target].astype(wanted.dtype)
+    )
     chex.assert_equal_shape([wanted, regressed])
-    distances[pair.name] = jnp.square(wanted - regressed).mean(axis=(1, 2))
-  return distances
+    _, height, width, _ = wanted.shape
+    distance = lowering.sum_by_image(jnp.square(wanted - regressed))
+    distance /= height * width
+    ends = np.cumsum([layer["bias"].size for layer in layers])
+    parts = jnp.split(distance, ends[:-1], axis=-1)
+    distances |= zip((pair.name for pair in group), parts, strict=True)
+  return {pair.name: distances[pair.name] for pair in pairs}
 
 
 def matching_loss(
@@ -346,6 +376,24 @@ def linear(layer: Mapping[str, chex.Array], x: chex.Array) -> chex.Array:
   return jnp.einsum("...i,io->...o", x, layer["kernel"]) + layer["bias"]
 
 
+def _linear_by_image(layer, x):
+  """`linear` on [B, H, W, I], with a derivative by the kernel that is fast.
+
+  That derivative sums over all positions of all images. Where an image has
+  more positions than channels, the sum over an image's positions is taken
+  first: two to three times faster on CPU than one product of a great depth.
+  """
+  num_images, height, width, channels = x.shape
+  if height * width <= channels:
+    return linear(layer, x)
+  kernel = jnp.broadcast_to(
+    layer["kernel"], (num_images, *layer["kernel"].shape)
+  )
+  y = jnp.einsum("bpi,bio->bpo", x.reshape(num_images, -1, channels), kernel)
+  y = y.reshape(num_images, height, width, -1)
+  return y + lowering.spread(layer["bias"], y.shape)
+
+
 def torch_linear(
   key: chex.PRNGKey, fan_in: int, fan_out: int
 ) -> dict[str, jax.Array]:
@@ -371,8 +419,12 @@ def at_least_float32(x: chex.Array) -> chex.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _map_name(source, height, width):
-  return f"{source}@{height}x{width}"
+def _by_target(pairs):
+  """Target tap -> its pairs, in their order."""
+  groups: dict[str, list[Pair]] = {}
+  for pair in pairs:
+    groups.setdefault(pair.target, []).append(pair)
+  return groups
 
 
 def _resolutions(taps):

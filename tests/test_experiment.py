@@ -142,7 +142,7 @@ assert jax.device_count() == 4
     ("precision", "f16", "'f16'; it must be one of f32, tf32, bf16"),
     ("method", "l2t", "config.method is 'l2t'; it must be one of scratch"),
     ("target.model", "vgg", "config.target.model is 'vgg'"),
-    ("bilevel.mode", "fast", "one of reverse, remat, mixed"),
+    ("bilevel.mode", "fast", "one of auto, reverse, remat, mixed"),
     ("source.weights", "", "needs config.source.weights"),
     ("source.weights", "nowhere.safetensors", "no source weights at nowhere"),
     ("transfer.pairs", "a->conv1", "unknown source tap 'a'"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import chex
+from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -199,3 +200,43 @@ def test_the_last_tap_is_what_enters_the_classifier(name):
   classifier = params["fc" if "fc" in params else "classifier"]
   by_hand = features["penultimate"][:, 0, 0] @ classifier["kernel"]
   np.testing.assert_allclose(logits, by_hand + classifier["bias"], rtol=1e-5)
+
+
+def test_batch_norm_is_that_of_flax_in_every_derivative(x64):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+  x, weight = 3 + draw(4, 3, 2, 5), draw(4, 3, 2, 5)
+  params = {"scale": 1 + 0.1 * draw(5), "bias": draw(5)}
+  norms = (
+    layers.BatchNorm(train=True),
+    nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5),
+  )
+
+  def loss(norm, params, x):
+    stats = {"mean": jnp.zeros(5), "var": jnp.ones(5)}
+    y, state = norm.apply(
+      {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+    )
+    return jnp.sum(weight * jnp.tanh(y)), state["batch_stats"]
+
+  results = []
+  for norm in norms:
+    gradient = jax.grad(
+      lambda *args, norm=norm: loss(norm, *args), argnums=(0, 1), has_aux=True
+    )
+    first = lambda *args, gradient=gradient: gradient(*args)[0]
+    along = (jax.tree.map(jnp.sin, params), jnp.cos(x))
+    forward = jax.jvp(first, (params, x), along)
+    squares = lambda *args, first=first: sum(
+      jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(first(*args))
+    )
+    reverse = jax.grad(squares, argnums=(0, 1))(params, x)
+    results.append((forward, reverse, gradient(params, x)[1]))
+  (*ours, stats), (*flax, flax_stats) = results
+  chex.assert_trees_all_close(ours, flax, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(stats["mean"], flax_stats["mean"], rtol=1e-12)
+  # PyTorch keeps the unbiased variance of the 24 values of a channel.
+  flax_var = 10 * (flax_stats["var"] - 0.9)
+  np.testing.assert_allclose(
+    10 * (stats["var"] - 0.9), flax_var * 24 / 23, rtol=1e-9
+  )

@@ -124,12 +124,12 @@ def test_resize_has_half_pixel_centres_and_no_antialiasing():
   pair = transfer.Pair("m", "n")
   small = transfer.prepare_source({"m": image}, (pair,), {"n": (2, 2, 1)})
   # Centres at 1.5 and 5.5; antialiasing would give 1.7 and 5.3.
-  np.testing.assert_allclose(small.maps["m@2x2"][0, 0, :, 0], [1.5, 5.5])
+  np.testing.assert_allclose(small.maps["n"][0, 0, :, 0], [1.5, 5.5])
   same = transfer.prepare_source({"m": image}, (pair,), {"n": (8, 8, 1)})
-  np.testing.assert_array_equal(same.maps["m@8x8"], image)
+  np.testing.assert_array_equal(same.maps["n"], image)
   large = transfer.prepare_source({"m": image}, (pair,), {"n": (16, 16, 1)})
   np.testing.assert_allclose(
-    large.maps["m@16x16"][0, 0, :4, 0], [0, 0.25, 0.75, 1.25]
+    large.maps["n"][0, 0, :4, 0], [0, 0.25, 0.75, 1.25]
   )
 
 
@@ -137,7 +137,8 @@ def test_source_is_resized_once_per_resolution():
   targets = {"a": (2, 2, 4), "b": (2, 2, 8), "c": (4, 4, 4)}
   pairs = transfer.make_pairs("all_to_all", {"m1": SOURCE["m1"]}, targets)
   maps = transfer.prepare_source(features(SOURCE, 0), pairs, targets)
-  assert sorted(maps.maps) == ["m1@2x2", "m1@4x4"]
+  assert sorted(maps.maps) == ["a", "b", "c"]
+  assert maps.maps["a"] is maps.maps["b"]
   np.testing.assert_allclose(
     maps.pooled["m1"], features(SOURCE, 0)["m1"].mean(axis=(1, 2)), rtol=1e-6
   )
@@ -159,6 +160,7 @@ def test_distances_and_loss_equal_loops(x64):
   for p in pairs:
     height, width, _ = TARGET[p.target]
     layer = regressors[p.name]
+    source_maps = transfer.source_map(maps, p, pairs)
     for b in range(3):
       for c in range(SOURCE[p.source][-1]):
         d = 0.0
@@ -168,7 +170,7 @@ def test_distances_and_loss_equal_loops(x64):
               np.dot(target_features[p.target][b, i, j], layer["kernel"][:, c])
               + layer["bias"][c]
             )
-            wanted = maps.maps[f"{p.source}@{height}x{width}"][b, i, j, c]
+            wanted = source_maps[b, i, j, c]
             d += (wanted - regressed) ** 2 / (height * width)
         w = weights.channel[p.name][b, c]
         expected += 0.5 * weights.pair[p.name][b] * w * d / 3

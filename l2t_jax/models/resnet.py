@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    norm = lambda name: layers.batch_norm(train, dtype=self.dtype, name=name)
+    norm = lambda name: layers.BatchNorm(train, dtype=self.dtype, name=name)
     y = layers.conv(
       self.features, strides=self.strides, dtype=self.dtype, name="conv1"
     )(x)
@@ -48,7 +48,7 @@ class BottleneckBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    norm = lambda name: layers.batch_norm(train, dtype=self.dtype, name=name)
+    norm = lambda name: layers.BatchNorm(train, dtype=self.dtype, name=name)
     y = layers.conv(self.features, 1, dtype=self.dtype, name="conv1")(x)
     y = nn.relu(norm("bn1")(y))
     y = layers.conv(
@@ -88,7 +88,7 @@ class CifarResNet(nn.Module):
     x = layers.conv(
       self.widths[0], use_bias=True, dtype=self.dtype, name="conv1"
     )(images)
-    x = nn.relu(layers.batch_norm(train, dtype=self.dtype, name="bn1")(x))
+    x = nn.relu(layers.BatchNorm(train, dtype=self.dtype, name="bn1")(x))
     features = {}
     for stage, width in enumerate(self.widths):
       for block in range(self.blocks_per_stage):
@@ -133,7 +133,7 @@ class ResNet(nn.Module):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
     x = layers.conv(64, 7, strides=2, dtype=self.dtype, name="conv1")(images)
-    x = nn.relu(layers.batch_norm(train, dtype=self.dtype, name="bn1")(x))
+    x = nn.relu(layers.BatchNorm(train, dtype=self.dtype, name="bn1")(x))
     x = layers.max_pool(x, window=3, stride=2, padding=1)
     features = {}
     for stage, size in enumerate(self.stage_sizes):

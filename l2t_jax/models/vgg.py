@@ -55,7 +55,7 @@ class VGG(nn.Module):
       x = layers.conv(
         entry, use_bias=True, dtype=self.dtype, name=f"features_{index}"
       )(x)
-      x = layers.batch_norm(
+      x = layers.BatchNorm(
         train, dtype=self.dtype, name=f"features_{index + 1}"
       )(x)
       x = nn.relu(x)

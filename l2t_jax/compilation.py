@@ -1,0 +1,107 @@
+"""Programs: compiled ahead of their first call, with what they cost.
+
+Compiled programs are kept on disk, so that a second start does not compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# By backend. XLA:CPU (jaxlib 0.10.1) hands convolutions to YNNPACK, which
+# takes two to three times as long as its own for the gradient by the kernel.
+_OPTIONS: Mapping[str, Mapping[str, str]] = {
+  "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+}
+
+
+class Program(NamedTuple):
+  """A compiled function."""
+
+  call: Any  # Takes arguments of the shapes that it was compiled for.
+  seconds: float  # That tracing and compiling took.
+  flops: float | None  # By XLA's count; None: unknown.
+  memory_bytes: int | None  # Arguments, results, temporaries; None: unknown.
+
+
+def compile_ahead(
+  function: Callable[..., Any], *args: Any, **jit_options: Any
+) -> Program:
+  """Compile a function for arguments, or for shapes like theirs.
+
+  Args:
+    function: pure; it is jitted here.
+    *args: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
+    **jit_options: of `jax.jit`, such as `donate_argnums`.
+  """
+  start = time.perf_counter()
+  lowered = jax.jit(function, **jit_options).lower(*args)
+  compiled = lowered.compile(compiler_options=options())
+  seconds = time.perf_counter() - start
+  costs = compiled.cost_analysis() or {}
+  return Program(compiled, seconds, costs.get("flops"), _memory(compiled))
+
+
+def options() -> dict[str, str | bool]:
+  """Return XLA's options for this backend, for `jax.jit` and `compile`."""
+  return dict(_accepted_options(jax.default_backend()))
+
+
+def memory_limit() -> int:
+  """Return the bytes of memory of the first local device."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(program: Program) -> bool:
+  """Return whether a program leaves a tenth of the memory free."""
+  if program.memory_bytes is None:
+    return True
+  return program.memory_bytes <= 0.9 * memory_limit()
+
+
+def use_cache() -> None:
+  """Keep compiled programs in ~/.cache/l2t_jax.
+
+  A folder of one's own goes into JAX_COMPILATION_CACHE_DIR, and
+  JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  folder = pathlib.Path(home).expanduser() / "l2t_jax"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def _accepted_options(backend):
+  """Leave out what this jaxlib does not know: such options come and go."""
+  wanted = _OPTIONS.get(backend, {})
+  try:
+    jax.jit(lambda x: x).lower(jnp.zeros(())).compile(dict(wanted))
+  except (jax.errors.JaxRuntimeError, ValueError):
+    return {}
+  return wanted
+
+
+def _memory(compiled):
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return None
+  return (
+    analysis.argument_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+    + analysis.temp_size_in_bytes
+  )

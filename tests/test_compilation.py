@@ -1,0 +1,82 @@
+"""Programs: options that exist, the cache, and what --plan says of them."""
+
+import itertools
+
+import jax.numpy as jnp
+import pytest
+
+from l2t_jax import bilevel, compilation, experiment, plan
+from tests import small_runs
+
+
+@pytest.mark.xdist_group("experiment")
+def test_plan_names_the_cost_of_every_mode(source, tmp_path, capsys):
+  config = small_runs.small_config(source)
+  made = plan.make(config)
+  assert tuple(made.programs) == bilevel.MODES
+  assert made.chosen == "linearized"
+  assert made.steps_per_epoch == 3 and made.epochs == 3
+  # VGG-tiny on one channel with 10 classes: 3x3 kernels with biases, batch
+  # norms, and the classifier.
+  widths = (1, 16, 32, 64)
+  convs = sum(9 * i * o + 3 * o for i, o in itertools.pairwise(widths))
+  assert made.num_parameters["target"] == convs + 64 * 10 + 10
+  plan.show(made)
+  printed = capsys.readouterr().out
+  assert f"{made.num_parameters['target']:,}" in printed
+  assert "chosen" in printed and "3 iterations an epoch" in printed
+
+
+@pytest.mark.xdist_group("experiment")
+def test_what_does_not_fit_is_computed_with_less_memory(
+  source, tmp_path, monkeypatch
+):
+  made = plan.make(small_runs.small_config(source))
+  sizes = {mode: p.memory_bytes for mode, p in made.programs.items()}
+  monkeypatch.setattr(
+    compilation, "fits", lambda p: p.memory_bytes != sizes["linearized"]
+  )
+  config = small_runs.small_config(source, epochs=1)
+  summary = experiment.train_and_evaluate(config, tmp_path)
+  assert summary["hypergradient_mode"] == "mixed"
+  assert plan.make(config).chosen == "mixed"
+
+
+def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
+  assert compilation.options()
+  monkeypatch.setattr(compilation, "_OPTIONS", {"cpu": {"no_such": "1"}})
+  compilation._accepted_options.cache_clear()
+  try:
+    assert compilation.options() == {}
+    program = compilation.compile_ahead(jnp.dot, jnp.eye(8), jnp.eye(8))
+  finally:
+    compilation._accepted_options.cache_clear()
+  assert program.flops == 2 * 8**3
+  assert program.memory_bytes == 3 * 8 * 8 * 4
+
+
+def test_a_second_start_finds_what_the_first_compiled(tmp_path):
+  arguments = (
+    "train.py",
+    "--config=configs/digits_source.py",
+    "--config.epochs=1",
+    "--config.target.model=vgg_tiny",
+    "--config.data.per_class=5",
+    "--config.batch_size=16",
+  )
+  program = (
+    "import os, runpy, sys;"
+    "os.environ.pop('JAX_COMPILATION_CACHE_DIR', None);"
+    f"os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r};"
+    "sys.argv = sys.argv[1:];"
+    "runpy.run_path('train.py', run_name='__main__')"
+  )
+  found = []
+  for name in ("first", "second"):
+    result = small_runs.run_python(
+      "-c", program, *arguments, f"--workdir={tmp_path / name}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr, result.stderr
+    found.append(sorted((tmp_path / "l2t_jax").glob("*-cache")))
+  assert found[0] == found[1] and found[0]
