@@ -66,7 +66,9 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
   )
   program = (
     "import os, runpy, sys;"
+    # Both are set by this process: by conftest.py, and by importing jax.
     "os.environ.pop('JAX_COMPILATION_CACHE_DIR', None);"
+    "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None);"
     f"os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r};"
     "sys.argv = sys.argv[1:];"
     "runpy.run_path('train.py', run_name='__main__')"
