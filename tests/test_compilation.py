@@ -31,15 +31,11 @@ def test_plan_names_the_cost_of_every_mode(source, tmp_path, capsys):
 def test_what_does_not_fit_is_computed_with_less_memory(
   source, tmp_path, monkeypatch
 ):
-  made = plan.make(small_runs.small_config(source))
-  sizes = {mode: p.memory_bytes for mode, p in made.programs.items()}
-  monkeypatch.setattr(
-    compilation, "fits", lambda p: p.memory_bytes != sizes["linearized"]
-  )
+  answers = iter([False, True])
+  monkeypatch.setattr(compilation, "fits", lambda program: next(answers))
   config = small_runs.small_config(source, epochs=1)
   summary = experiment.train_and_evaluate(config, tmp_path)
   assert summary["hypergradient_mode"] == "mixed"
-  assert plan.make(config).chosen == "mixed"
 
 
 def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):

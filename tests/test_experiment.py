@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from l2t_jax import (
   experiment,
   types,
 )
+from l2t_jax.data import in_memory
 from tests import small_runs
 
 # Runs and their compiled steps are shared by the tests of one process.
@@ -317,3 +319,23 @@ def test_configs_are_complete():
     assert set(experiment._flatten(config.to_dict())) == fields
     if name != "default":
       build.check(config)
+
+
+def test_training_that_waits_for_images_says_so(
+  source, tmp_path, monkeypatch, capsys
+):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = "scratch"
+  monkeypatch.setattr(experiment, "_WAITING_SECONDS", 0.5)
+  experiment.train_and_evaluate(config, tmp_path / "fast")
+  assert "waited" not in capsys.readouterr().out
+  read = in_memory.InMemoryDataset.train_batches
+
+  def read_slowly(*args, **kwargs):
+    for batch in read(*args, **kwargs):
+      time.sleep(0.3)
+      yield batch
+
+  monkeypatch.setattr(in_memory.InMemoryDataset, "train_batches", read_slowly)
+  experiment.train_and_evaluate(config, tmp_path / "slow")
+  assert "waited 1 of 1 s for images; raise" in capsys.readouterr().out

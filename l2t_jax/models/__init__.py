@@ -62,7 +62,7 @@ def as_apply_fn(module: nn.Module) -> types.ApplyFn:
     )
     return logits, features, model_state
 
-  return apply_fn
+  return jax.jit(apply_fn, static_argnames="train")
 
 
 def init(
