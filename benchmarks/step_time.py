@@ -375,7 +375,7 @@ def _result(everything, ceilings):
 
 
 def _draw(everything, sweeps, folder):
-  """One panel a sweep: time of an iteration, ours and the peer's."""
+  """The paper's setting, then a panel for each sweep."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -383,34 +383,47 @@ def _draw(everything, sweeps, folder):
 
   base = cases.Setting()
   figure, axes = pyplot.subplots(
-    1,
-    max(1, len(sweeps)),
-    figsize=(4.5 * max(1, len(sweeps)), 3.6),
-    squeeze=False,
+    1, 1 + len(sweeps), figsize=(4.5 * (1 + len(sweeps)), 3.4), squeeze=False
   )
-  for axis, name in zip(axes[0], sweeps, strict=False):
+  bars, *panels = axes[0]
+  at_base = [
+    case
+    for case in everything
+    if case.setting in (base, base._replace(method="scratch"))
+  ]
+  bars.barh(
+    [f"{case.what}: {case.who}" for case in at_base],
+    [case.median * 1e3 for case in at_base],
+    color=["C0" if case.who == "l2t_jax" else "0.7" for case in at_base],
+  )
+  bars.invert_yaxis()
+  bars.set_xlabel("ms")
+  for axis, name in zip(panels, sweeps, strict=True):
     field, values = SWEEPS[name]
-    settings = [base._replace(**{field: value}) for value in values]
     for who in dict.fromkeys(case.who for case in everything):
-      found = {
-        case.setting: case.median
+      medians = {
+        getattr(case.setting, field): case.median * 1e3
         for case in everything
-        if case.who == who and case.what == "iteration"
+        if case.who == who
+        and case.what == "iteration"
+        and case.setting
+        == base._replace(**{field: getattr(case.setting, field)})
       }
-      points = [
-        (str(value), found[setting] * 1e3)
-        for value, setting in zip(values, settings, strict=True)
-        if setting in found
-      ]
-      if len(points) > 1 or name == "mode":
-        axis.plot(*zip(*points, strict=True), "o-", label=who)
+      found = [value for value in values if value in medians]
+      axis.plot(
+        [str(value) for value in found],
+        [medians[value] for value in found],
+        "o-",
+        label=who,
+      )
     axis.set_xlabel(field.replace("_", " "))
     axis.set_ylabel("ms an iteration")
     axis.set_ylim(bottom=0)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
+  for axis in axes[0]:
+    axis.spines[["top", "right"]].set_visible(False)
   figure.suptitle(
-    f"{_device()}: ResNet-32 → VGG-9, batch 128, T = 2", fontsize=10
+    f"{_device()}: ResNet-32 → VGG-9, batch 128, T = 2, float32", fontsize=10
   )
   figure.tight_layout()
   folder.mkdir(parents=True, exist_ok=True)
