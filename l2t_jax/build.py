@@ -19,6 +19,7 @@ import ml_collections
 
 from l2t_jax import (
   bilevel,
+  compilation,
   data,
   models,
   objectives,
@@ -42,7 +43,7 @@ _SCHEDULES = {
   "step": training.steps_by_epoch,
 }
 _LOOPS = ("auto", "scan", "unroll")
-# The fastest mode, and the one whose memory does not grow with T.
+# The fastest mode, and the one that keeps least between the passes.
 _AUTO_MODES = ("linearized", "mixed")
 # Folded into the seed's key for initialisation; the data fold in epochs.
 _INIT = 2**32 - 1
@@ -311,6 +312,36 @@ def build(config: ml_collections.ConfigDict) -> Run:
     learning_rate_fn=learning_rate_fn,
     mesh=mesh,
     notes=(*_source_notes(config, networks, plan.pairs), *target.notes),
+  )
+
+
+def compile_step(
+  run: Run,
+  state: types.TrainState,
+  batch: types.Batch,
+  *,
+  num_seeds: int = 1,
+  **options: Any,
+) -> compilation.Program:
+  """Compile an iteration of a run; its state is donated.
+
+  Args:
+    run: from `build`.
+    state: of one seed, or of several along a leading axis.
+    batch: on the run's mesh; likewise.
+    num_seeds: how many train together.
+    **options: of `run.make_train_step`.
+  """
+  step = run.make_train_step(**options)
+  if num_seeds > 1:
+    step = jax.vmap(step, in_axes=(0, None, 0))
+  return compilation.compile_ahead(
+    step,
+    state,
+    run.sources,
+    batch,
+    donate_argnums=0,
+    out_shardings=sharding.replicated(run.mesh),
   )
 
 

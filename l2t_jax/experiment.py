@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -232,19 +233,9 @@ def _compile(run, state, config, num_seeds):
   batch = _stack([run.blank_batch] * num_seeds)
   batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
 
-  def compile_step(**options):
-    step = run.make_train_step(**options)
-    if num_seeds > 1:
-      step = jax.vmap(step, in_axes=(0, None, 0))
-    return compilation.compile_ahead(
-      step,
-      state,
-      run.sources,
-      batch,
-      donate_argnums=0,
-      out_shardings=sharding.replicated(run.mesh),
-    )
-
+  compile_step = functools.partial(
+    build.compile_step, run, state, batch, num_seeds=num_seeds
+  )
   for mode in run.modes:
     program = compile_step(mode=mode)
     if compilation.fits(program):

@@ -42,14 +42,7 @@ def make(config: ml_collections.ConfigDict) -> Plan:
   batch = sharding.shard(run.blank_batch, run.mesh)
   with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
     programs = {
-      mode: compilation.compile_ahead(
-        run.make_train_step(mode=mode),
-        state,
-        run.sources,
-        batch,
-        donate_argnums=0,
-        out_shardings=sharding.replicated(run.mesh),
-      )
+      mode: build.compile_step(run, state, batch, mode=mode)
       for mode in (bilevel.MODES if run.learns else run.modes[:1])
     }
   chosen = next(

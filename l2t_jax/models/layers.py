@@ -111,7 +111,8 @@ def normalize(
   Returns:
     (y, μ [C], σ² [C]), σ² being the biased variance.
   """
-  mean, var = _mean(x), _mean(jnp.square(x)) - jnp.square(_mean(x))
+  mean = _mean(x)
+  var = _mean(jnp.square(x)) - jnp.square(mean)
   var = jnp.where(var > 0, var, 0)  # The difference may round below 0.
   factor = scale * jax.lax.rsqrt(var + epsilon)
   return (x - mean) * factor + bias, mean, var
