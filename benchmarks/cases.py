@@ -38,6 +38,7 @@ class Setting(NamedTuple):
   target: str = "vgg9"
   image_size: int = 32
   num_seeds: int = 1
+  rolled: bool = True
 
 
 class Iteration(NamedTuple):
@@ -88,7 +89,7 @@ def create(setting: Setting) -> Iteration:
     optimizer_fn=OPTIMIZER_FN,
     meta_optimizer=META_OPTIMIZER,
     mode=setting.mode,
-    rolled=jax.default_backend() != "cpu",
+    rolled=setting.rolled,
   )
 
   def create_state(key):

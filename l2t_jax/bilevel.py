@@ -112,7 +112,7 @@ def unroll(
   batches: types.PyTree,
   *,
   num_steps: int | None = None,
-  rolled: bool = False,
+  rolled: bool = True,
 ) -> tuple[types.InnerState, chex.Array]:
   """Take several inner steps.
 
@@ -123,9 +123,8 @@ def unroll(
     batches: leaves with a leading axis, one entry a step; or, where
       `num_steps` is given, one batch that every step sees.
     num_steps: T, for one batch that every step sees.
-    rolled: whether the steps behind the first are a `lax.scan`. It compiles
-      once for any T; on CPU, XLA runs convolutions in a rolled loop about 30
-      times slower. The first step stands before the loop, because nothing
+    rolled: whether the steps behind the first are a `lax.scan`, which compiles
+      once for any T. The first step stands before the loop, because nothing
       that it starts from depends on the meta-parameters: its way back needs
       no Hessian-vector product, which a loop would compute all the same.
 

@@ -42,7 +42,7 @@ _SCHEDULES = {
   "cosine": training.cosine_by_epoch,
   "step": training.steps_by_epoch,
 }
-_LOOPS = ("auto", "scan", "unroll")
+_LOOPS = ("scan", "unroll")
 # The fastest mode, and the one that keeps least between the passes.
 _AUTO_MODES = ("linearized", "mixed")
 # Folded into the seed's key for initialisation; the data fold in epochs.
@@ -287,8 +287,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     learning_rate_fn=learning_rate_fn,
     optimizer_fn=optimizer_fn,
     meta_optimizer=meta_optimizer,
-    rolled=config.bilevel.loop == "scan"
-    or (config.bilevel.loop == "auto" and jax.default_backend() != "cpu"),
+    rolled=config.bilevel.loop == "scan",
   )
   return Run(
     dataset=dataset,

@@ -32,7 +32,9 @@ class Program(NamedTuple):
 
   call: Any  # Takes arguments of the shapes that it was compiled for.
   seconds: float  # That tracing and compiling took.
-  flops: float | None  # By XLA's count; None: unknown.
+  # By XLA's count, which takes a loop's body once: None where there is a loop,
+  # or no count.
+  flops: float | None
   memory_bytes: int | None  # Arguments, results, temporaries; None: unknown.
 
 
@@ -50,8 +52,7 @@ def compile_ahead(
   lowered = jax.jit(function, **jit_options).lower(*args)
   compiled = lowered.compile(compiler_options=options())
   seconds = time.perf_counter() - start
-  costs = compiled.cost_analysis() or {}
-  return Program(compiled, seconds, costs.get("flops"), _memory(compiled))
+  return Program(compiled, seconds, _flops(compiled), _memory(compiled))
 
 
 def options() -> dict[str, str | bool]:
@@ -98,6 +99,12 @@ def _accepted_options(backend):
   except (jax.errors.JaxRuntimeError, ValueError):
     return {}
   return wanted
+
+
+def _flops(compiled):
+  if " while(" in compiled.as_text():
+    return None
+  return (compiled.cost_analysis() or {}).get("flops")
 
 
 def _memory(compiled):

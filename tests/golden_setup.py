@@ -133,7 +133,7 @@ class Setup:
   def source_fn(self):
     return models.as_apply_fn(self.source)
 
-  def make_train_step(self, mode, rolled=False):
+  def make_train_step(self, mode, rolled=True):
     matching = objectives.matching(self.pairs, beta=self.settings["beta"])
     return training.make_train_step(
       objectives.make_losses(

@@ -77,7 +77,7 @@ def make_train_step(
   *,
   mode="mixed",
   num_inner_steps=2,
-  rolled=False,
+  rolled=True,
   optimizer_fn=OPTIMIZER_FN,
   target=TARGET,
   look_ahead_loss="auxiliary",

@@ -88,19 +88,6 @@ def test_eval_mode_changes_nothing_and_train_mode_the_statistics():
   assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_convolution_on_small_maps_is_a_convolution(size, x64):
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.standard_normal((2, size, size, 5)))
-  kernel = jnp.asarray(rng.standard_normal((3, 3, 5, 4)))
-  expected = jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
-  module = layers.conv(4, name="conv")
-  actual = module.apply({"params": {"kernel": kernel}}, x)
-  np.testing.assert_allclose(actual, expected, rtol=1e-12)
-
-
 @pytest.mark.parametrize(
   ("window", "stride", "padding", "size"), [(2, 2, 0, 8), (3, 2, 1, 9)]
 )

@@ -60,13 +60,17 @@ def test_jitted_equals_unjitted(size):
 
 @pytest.mark.parametrize(
   "options",
-  [{"mode": "reverse"}, {"mode": "remat"}, {"rolled": True}],
-  ids=["reverse", "remat", "rolled"],
+  [
+    {"mode": "reverse"},
+    {"mode": "remat"},
+    {"num_inner_steps": 3, "rolled": False},
+  ],
+  ids=["reverse", "remat", "unrolled"],
 )
 def test_modes_and_loops_agree(options, x64):
   data = small_setup.batch(4)
   step, state, source = setup(**options)
-  usual, *_ = setup()
+  usual, *_ = setup(num_inner_steps=options.get("num_inner_steps", 2))
   chex.assert_trees_all_close(
     step(state, source, data),
     usual(state, source, data),

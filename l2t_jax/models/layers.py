@@ -46,7 +46,6 @@ def conv(
     use_bias=use_bias,
     kernel_init=KAIMING_FAN_OUT,
     dtype=dtype,
-    conv_general_dilated=lowering.conv_general_dilated,
     name=name,
   )
 
