@@ -123,10 +123,11 @@ def unroll(
     batches: leaves with a leading axis, one entry a step; or, where
       `num_steps` is given, one batch that every step sees.
     num_steps: T, for one batch that every step sees.
-    rolled: whether the steps behind the first are a `lax.scan`, which compiles
-      once for any T. The first step stands before the loop, because nothing
-      that it starts from depends on the meta-parameters: its way back needs
-      no Hessian-vector product, which a loop would compute all the same.
+    rolled: whether the steps behind the first, where they are several, are a
+      `lax.scan`, which compiles once for any T. The first step stands before
+      the loop, because nothing that it starts from depends on the
+      meta-parameters: its way back needs no Hessian-vector product, which a
+      loop would compute all the same.
 
   Returns:
     The state after the last step and the losses [T] before each step.
@@ -139,7 +140,7 @@ def unroll(
   else:
     batch_of = lambda k: batches
   losses = []
-  for k in range(min(num_steps, 1) if rolled else num_steps):
+  for k in range(1 if rolled and num_steps > 2 else num_steps):
     state, loss = step(state, meta_params, batch_of(k))
     losses.append(loss)
   first_losses = jnp.stack(losses) if losses else jnp.zeros((0,))

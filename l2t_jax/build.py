@@ -266,13 +266,17 @@ def build(config: ml_collections.ConfigDict) -> Run:
     config, method, plan.pairs, networks, target.head_tap, dataset.num_classes
   )
 
-  def create_state(seed):
-    state = training.create_state(
-      *_initial_values(seed, method, plan, networks, target, shape),
+  add_optimizers = jax.jit(
+    functools.partial(
+      training.create_state,
       optimizer_fn=optimizer_fn,
       meta_optimizer=meta_optimizer,
     )
-    return sharding.replicate(state, mesh)
+  )
+
+  def create_state(seed):
+    values = _initial_values(seed, method, plan, networks, target, shape)
+    return sharding.replicate(add_optimizers(*values), mesh)
 
   matches = "matching" in method.losses
   make_train_step = functools.partial(

@@ -394,6 +394,7 @@ def _linear_by_image(layer, x):
   return y + lowering.spread(layer["bias"], y.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("fan_in", "fan_out"))
 def torch_linear(
   key: chex.PRNGKey, fan_in: int, fan_out: int
 ) -> dict[str, jax.Array]:

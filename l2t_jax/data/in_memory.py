@@ -98,6 +98,9 @@ def _read_resized(
 ) -> np.ndarray:
   """Read all images of a split as uint8 [N, H, W, C]."""
   height, width, channels = image_shape
+  pixels = subset.records.pixels
+  if pixels is not None and pixels.shape[1:] == image_shape:
+    return pixels[subset.indices]
 
   def read(position: int) -> np.ndarray:
     image = subset.read_image(position, channels=channels)

@@ -37,6 +37,8 @@ class Records(NamedTuple):
   # Reads one image, of any size and mode; goes to worker processes by pickle.
   read_image: Callable[[int], Image.Image]
   labels: np.ndarray  # [N] int32, 0 .. num_classes - 1; -1: class left out.
+  # The same images, uint8 [N, H, W, C], where they are in memory.
+  pixels: np.ndarray | None = None
 
 
 class Source(NamedTuple):
@@ -176,7 +178,7 @@ def _image_from_array(images: np.ndarray, index: int) -> Image.Image:
 def _array_records(images: np.ndarray, labels: np.ndarray) -> Records:
   """Wrap images uint8 [N, H, W, C] and labels [N]."""
   read_image = functools.partial(_image_from_array, images)
-  return Records(read_image, labels.astype(np.int32))
+  return Records(read_image, labels.astype(np.int32), images)
 
 
 def _open_bundled(name: str) -> Source:
