@@ -18,6 +18,11 @@ _CONFIG = flags.DEFINE_string(
 _PLAN = flags.DEFINE_bool(
   "plan", False, "Say what the run would need, and train nothing."
 )
+flags.register_multi_flags_validator(
+  ["workdir", "plan"],
+  lambda values: values["workdir"] or values["plan"],
+  "--workdir must name a folder",
+)
 
 
 def main(overrides: list[str]) -> None:
@@ -25,7 +30,7 @@ def main(overrides: list[str]) -> None:
   if _PLAN.value:
     plan.show(plan.make(config))
   else:
-    experiment.train_and_evaluate(config, commands.WORKDIR.value)
+    experiment.train_and_evaluate(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

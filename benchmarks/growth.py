@@ -49,10 +49,15 @@ def _settings():
   }
   return {
     **{
-      f"T, {mode}": {
-        str(T): _BASE._replace(num_inner_steps=T, mode=mode) for T in steps
+      axis: {
+        str(T): _BASE._replace(num_inner_steps=T, mode=mode, rolled=rolled)
+        for T in steps
       }
-      for mode in ("linearized", "mixed")
+      for axis, mode, rolled in (
+        ("T, linearized", "linearized", True),
+        ("T, linearized, unrolled", "linearized", False),
+        ("T, mixed", "mixed", True),
+      )
     },
     "pairs": {
       str(n): _BASE._replace(pairs=pairs(n)) for n in (3, 6, 9, 12, 15)
@@ -166,7 +171,7 @@ def _print(axis, measured):
   rows = table.Table(axis, *(name.replace("_", " ") for name in names))
   forms = {
     "seconds": lambda x: f"{x:.2f}",
-    "flops": lambda x: f"{x / 1e9:,.0f} G",
+    "flops": lambda x: f"{x / 1e9:,.0f} G" if x else "",
     "compile_seconds": lambda x: f"{x:.1f}",
   }
   mebibytes = lambda x: f"{x / 2**20:,.1f} Mi"

@@ -27,10 +27,7 @@ from l2t_jax import compilation, types
 
 FLAGS = flags.FLAGS
 
-WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder that the results go to.", required=True
-)
-flags.register_validator("workdir", bool, "it must name a folder")
+flags.DEFINE_string("workdir", None, "Folder that the results go to.")
 
 
 def run(main: Callable[[list[str]], object]) -> None:

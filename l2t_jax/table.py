@@ -31,6 +31,7 @@ from rich import console
 from l2t_jax import commands, comparison, experiment, objectives, types
 
 flags.declare_key_flag("workdir")
+flags.register_validator("workdir", bool, "it must name a folder")
 _CONFIG = flags.DEFINE_list(
   "config", None, "Config files, a column each.", required=True
 )
@@ -72,7 +73,7 @@ def main(overrides: list[str]) -> int:
   Returns:
     The exit status: 0, 1 where something failed, 130 where it was interrupted.
   """
-  workdir = pathlib.Path(commands.WORKDIR.value)
+  workdir = pathlib.Path(flags.FLAGS.workdir)
   share = _parse_shard(_SHARD.value)
   columns = load_columns(_CONFIG.value, _SWEEP.value, overrides)
   methods = _METHODS.value or _PAPER_METHODS
