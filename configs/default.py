@@ -73,13 +73,19 @@ def get_config() -> config_dict.ConfigDict:
   config.sources = config_dict.ConfigDict()
 
   config.target = config_dict.ConfigDict()
-  # A network of `l2t_jax.models`.
+  # A network of `l2t_jax.models`, or a function of your own as
+  # "package.module:function" that takes num_classes and returns a Linen module,
+  # or takes num_classes and rngs and returns an NNX module.
   config.target.model = "vgg9"
+  # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
+  # network's own choice, or else the last one of each resolution.
+  # `python -m l2t_jax.models MODEL` lists what there is.
   config.target.taps = ()
 
   config.transfer = config_dict.ConfigDict()
-  # "" for the method's own; single, one_to_one, all_to_all, or a list such as
-  # "stage1_block5->conv2, stage3_block5->conv8".
+  # "" for the method's own; single, one_to_one (equal resolutions), nearest
+  # (each target tap with the source tap of the nearest resolution),
+  # all_to_all, or a list such as "stage1_block5->conv2, stage3_block5->conv8".
   config.transfer.pairs = ""
   # Weight of the matching loss.
   config.transfer.beta = 0.5
@@ -147,8 +153,8 @@ def source() -> config_dict.ConfigDict:
   # Weights of the source network, from `python -m l2t_jax.pretrained` or
   # "target.safetensors" of an earlier run; they name the network.
   config.weights = ""
-  # Its taps; () for the network's default ones. Pairs that are listed in
-  # transfer.pairs choose among all taps instead.
+  # Its taps, as in target.taps. Pairs that are listed in transfer.pairs choose
+  # among all taps instead.
   config.taps = ()
   # Height and width of the images that it sees; 0 for those of the data.
   config.image_size = 0

@@ -6,13 +6,12 @@ takes plain values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -74,7 +73,9 @@ class Run(NamedTuple):
 class _SourceNetwork(NamedTuple):
   """A source network that was loaded."""
 
-  apply_fn: types.ApplyFn  # Takes images in the format of the data.
+  # Taps, named as in pairs -> what computes them from images in the format of
+  # the data.
+  make_apply_fn: Callable[[Collection[str]], types.ApplyFn]
   variables: training.Source
   num_classes: int
   taps: dict[str, tuple[int, int, int]]  # The chosen ones, named as in pairs.
@@ -84,7 +85,7 @@ class _SourceNetwork(NamedTuple):
 class _TargetNetwork(NamedTuple):
   """The network that is trained."""
 
-  module: nn.Module
+  network: models.Network
   start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
   head_tap: str  # What second heads read, and its channels.
   num_features: int
@@ -138,7 +139,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field, choices in (
     ("method", objectives.METHODS),
     ("precision", PRECISIONS),
-    ("target.model", models.MODELS),
     ("transfer.channel_weights", ("learned", "uniform")),
     ("transfer.pair_weights", ("learned", "constant")),
     ("transfer.pair_activation", transfer.PAIR_ACTIVATIONS),
@@ -152,6 +152,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{field} is {_get(config, field)!r}; it must be one of"
         f" {', '.join(choices)}"
       )
+  models.find(config.target.model)
   if config.sources and config.source.weights:
     raise types.InputError(
       "config.source.weights and config.sources are both set; one source goes"
@@ -248,7 +249,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   )
   plan = _Plan()
   if method.pair_set:
-    plan = _plan_transfer(config, method, networks, target.module, shape)
+    plan = _plan_transfer(config, method, networks, target.network, shape)
   optimizer_fn = training.sgd(
     momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay,
@@ -261,7 +262,9 @@ def build(config: ml_collections.ConfigDict) -> Run:
     epochs=config.epochs,
     steps_per_epoch=dataset.steps_per_epoch,
   )
-  target_fn = models.as_apply_fn(target.module)
+  target_fn = models.as_apply_fn(
+    target.network, {*plan.target_taps, target.head_tap}
+  )
   auxiliary = _auxiliary_losses(
     config, method, plan.pairs, networks, target.head_tap, dataset.num_classes
   )
@@ -282,7 +285,10 @@ def build(config: ml_collections.ConfigDict) -> Run:
   make_train_step = functools.partial(
     training.make_train_step,
     objectives.make_losses(target_fn, auxiliary),
-    {name: network.apply_fn for name, network in networks.items()},
+    {
+      name: network.make_apply_fn(plan.source_taps)
+      for name, network in networks.items()
+    },
     pairs=plan.pairs,
     target_taps=plan.target_taps,
     weights_fn=_weights_fn(config, plan) if matches else None,
@@ -403,20 +409,26 @@ def _load_source(config, image_format, dtype, name):
   path = pathlib.Path(config.weights)
   metadata = pretrained.read_metadata(path)
   own_format = _source_format(config, metadata, image_format)
-  module, *variables = pretrained.load_network(path, own_format.shape, dtype)
-  apply_fn = models.as_apply_fn(module)
-
-  def on_images_of_the_data(params, model_state, images, *, train):
-    images = formats.convert(images, image_format, own_format)
-    return apply_fn(params, model_state, images, train=train)
-
+  network, *variables = pretrained.load_network(path, own_format.shape, dtype)
+  all_taps = models.tap_shapes(network, own_format.shape)
   named = lambda taps: {transfer.tap_name(name, t): taps[t] for t in taps}
+
+  def make_apply_fn(taps):
+    wanted = {t for t in all_taps if transfer.tap_name(name, t) in taps}
+    apply_fn = models.as_apply_fn(network, wanted)
+
+    def on_images_of_the_data(params, model_state, images, *, train):
+      images = formats.convert(images, image_format, own_format)
+      return apply_fn(params, model_state, images, train=train)
+
+    return on_images_of_the_data
+
   return _SourceNetwork(
-    apply_fn=on_images_of_the_data,
+    make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
     num_classes=int(metadata["num_classes"]),
-    taps=named(models.select_taps(module, own_format.shape, config.taps)),
-    all_taps=named(models.tap_shapes(module, own_format.shape)),
+    taps=named(models.select_taps(network, own_format.shape, config.taps)),
+    all_taps=named(all_taps),
   )
 
 
@@ -523,17 +535,17 @@ def _auxiliary_losses(config, method, pairs, networks, head_tap, num_classes):
   return {name: makers[name]() for name in method.losses}
 
 
-def _make_target(module, method, networks, image_shape):
+def _make_target(network, method, networks, image_shape):
   *_, (head_tap, (*_, num_features)) = models.tap_shapes(
-    module, image_shape
+    network, image_shape
   ).items()
   start, notes = lambda variables: variables, ()
   if method.starts_from_source:
-    start, notes = _start_from_source(module, networks, image_shape)
-  return _TargetNetwork(module, start, head_tap, num_features, notes)
+    start, notes = _start_from_source(network, networks, image_shape)
+  return _TargetNetwork(network, start, head_tap, num_features, notes)
 
 
-def _start_from_source(module, networks, image_shape):
+def _start_from_source(network, networks, image_shape):
   """Return (fresh variables -> those that training starts from, notes)."""
   if len(networks) > 1:
     raise types.InputError(
@@ -542,7 +554,7 @@ def _start_from_source(module, networks, image_shape):
     )
   ((params, model_state),) = (n.variables for n in networks.values())
   others = {"params": params, **model_state}
-  shapes = pretrained.variable_shapes(module, image_shape)
+  shapes = pretrained.variable_shapes(network, image_shape)
   _, copied, fresh = pretrained.adopt(shapes, others)
   if len(copied) < len(fresh):
     raise types.InputError(
@@ -560,7 +572,7 @@ def _initial_values(seed, method, plan, networks, target, image_shape):
   """Return (params, model_state, meta_params)."""
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
   target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
-  params, model_state = models.init(target.module, target_key, image_shape)
+  params, model_state = models.init(target.network, target_key, image_shape)
   variables = dict(target.start({"params": params, **model_state}))
   params = {"target": variables.pop("params")}
   if "matching" in method.losses:

@@ -21,7 +21,6 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -203,7 +202,7 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
 
 def load_network(
   path: pathlib.Path, image_shape: tuple[int, int, int], dtype: Any = None
-) -> tuple[nn.Module, types.PyTree, types.PyTree]:
+) -> tuple[models.Network, types.PyTree, types.PyTree]:
   """Read a file that `save` wrote and make the network that it names.
 
   Args:
@@ -280,13 +279,13 @@ def adopt(variables: types.PyTree, others: types.PyTree) -> Adopted:
 
 
 def variable_shapes(
-  module: nn.Module, image_shape: tuple[int, int, int]
+  network: models.Network, image_shape: tuple[int, int, int]
 ) -> types.PyTree:
   """Shapes of a network's variables, without making them."""
-  return jax.eval_shape(
-    lambda images: module.init(jax.random.key(0), images, train=False),
-    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+  params, model_state = jax.eval_shape(
+    lambda key: models.init(network, key, image_shape), jax.random.key(0)
   )
+  return {"params": params, **model_state}
 
 
 def _read_safetensors(path):
@@ -321,8 +320,9 @@ def convert_file(
       " classifier"
     )
   module = models.create(model, num_classes=classes[0])
+  size = models.image_size(module)
   # Colour images; the first convolution says so, or is found not to fit.
-  image_shape = (module.image_size, module.image_size, 3)
+  image_shape = (size, size, 3)
   variables = variable_shapes(module, image_shape)
   converted, report = convert(tensors, variables)
   metadata = {

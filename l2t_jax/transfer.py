@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import math
 from typing import NamedTuple
 import zlib
 
@@ -31,7 +32,7 @@ from l2t_jax import lowering, types
 # Names of taps in order of depth, with their shapes (H, W, C).
 TapShapes = Mapping[str, tuple[int, int, int]]
 
-PAIR_SETS = ("single", "one_to_one", "all_to_all")
+PAIR_SETS = ("single", "one_to_one", "nearest", "all_to_all")
 
 # What turns g's output into λ. relu6 is the paper's; the derivative of
 # `jax.nn.relu6` compares floats for equality, which fusions can break; see
@@ -90,9 +91,10 @@ def make_pairs(
 
   Args:
     pair_set: "single" (last source tap to the last target tap), "one_to_one"
-      (taps of equal resolution), "all_to_all", or a list of pairs, each as
-      "source->target" or (source, target); or such a list as one string,
-      separated by commas.
+      (taps of equal resolution), "nearest" (each target tap with the source
+      tap of the nearest resolution, the deepest of several), "all_to_all", or a
+      list of pairs, each as "source->target" or (source, target); or such a
+      list as one string, separated by commas.
     source_taps: the source's taps from shallow to deep.
     target_taps: the target's taps from shallow to deep.
 
@@ -118,9 +120,19 @@ def make_pairs(
       raise types.InputError(
         "pairs 'one_to_one': no source tap has the resolution of a target tap"
         f" ({_resolutions(source_taps)}; {_resolutions(target_taps)});"
-        " use 'all_to_all' or list the pairs"
+        " use 'nearest', 'all_to_all' or list the pairs"
       )
     return pairs
+  if pair_set == "nearest":
+    level = lambda shape: math.log(shape[0] * shape[1])
+    nearest = {
+      n: min(
+        reversed(source_taps),
+        key=lambda m: abs(level(source_taps[m]) - level(shape)),
+      )
+      for n, shape in target_taps.items()
+    }
+    return tuple(p for p in everything if nearest[p.target] == p.source)
   if isinstance(pair_set, str) and "->" in pair_set:
     pair_set = pair_set.split(",")
   if isinstance(pair_set, str):

@@ -31,7 +31,7 @@ def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
     )
   keys = jax.random.split(jax.random.key(seed), 3)
   target_params, model_state = _variables(target, seed)
-  num_features = models.tap_shapes(target, SHAPE)[HEAD_TAP][-1]
+  *_, (*_, num_features) = models.tap_shapes(target, SHAPE).values()
   params = {
     "target": target_params,
     "regressors": transfer.init_regressors(

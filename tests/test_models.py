@@ -54,7 +54,7 @@ def test_taps_are_in_order_of_depth_however_named():
 
 
 def test_unknown_names():
-  with pytest.raises(types.InputError, match="'resnet31'; the models are"):
+  with pytest.raises(types.InputError, match="'resnet31'; it must be one of"):
     models.create("resnet31", 10)
   with pytest.raises(types.InputError, match=r"unknown tap .conv9.*conv1"):
     models.select_taps(models.create("vgg9", 10), (32, 32, 3), ("conv9",))

@@ -33,6 +33,7 @@ def test_pair_sets():
   assert names("all_to_all") == [
     "m1->n1", "m1->n2", "m1->n3", "m2->n1", "m2->n2", "m2->n3"
   ]  # fmt: skip
+  assert names("nearest") == ["m1->n1", "m2->n2", "m2->n3"]
   assert names("m2->n1, m1->n3") == ["m2->n1", "m1->n3"]
   assert names([("m2", "n1"), "m1->n3"]) == ["m2->n1", "m1->n3"]
 

@@ -1,18 +1,43 @@
-"""Flax Linen networks that return (logits, features), by name."""
+"""Networks: the bundled ones by name, and any other Flax network.
+
+`networks` says what a network is and what its taps are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import importlib
+import inspect
 from typing import Any
 
-import chex
 from flax import linen as nn
-import jax
-import jax.numpy as jnp
 
 from l2t_jax import types
 from l2t_jax.models import resnet, vgg
+from l2t_jax.models.networks import (
+  Functions,
+  Network,
+  as_apply_fn,
+  init,
+  propose_taps,
+  select_taps,
+  tap_shapes,
+)
+
+__all__ = [
+  "MODELS",
+  "Functions",
+  "Network",
+  "as_apply_fn",
+  "create",
+  "find",
+  "image_size",
+  "init",
+  "propose_taps",
+  "select_taps",
+  "tap_shapes",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
   "resnet_tiny": functools.partial(resnet.CifarResNet, blocks_per_stage=1),
@@ -32,85 +57,64 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def create(name: str, num_classes: int, dtype: Any = None) -> nn.Module:
+def find(name: str) -> Callable[..., Any]:
+  """Find what makes a network.
+
+  Args:
+    name: a key of `MODELS`; or "package.module:function", to be imported.
+
+  Raises:
+    types.InputError: there is no such network.
+  """
+  if name in MODELS:
+    return MODELS[name]
+  module, _, function = name.partition(":")
+  if not function:
+    raise types.InputError(
+      f"unknown model {name!r}; it must be one of {', '.join(MODELS)}, or a"
+      " function of your own as 'package.module:function'"
+    )
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as error:
+    raise types.InputError(
+      f"cannot import the model {name!r}: {error}"
+    ) from error
+
+
+def image_size(network: Network) -> int:
+  """Return the side in pixels of the images that a network is made for."""
+  return getattr(network, "image_size", 32)
+
+
+def create(name: str, num_classes: int, dtype: Any = None) -> Network:
   """Create a network by name.
 
   Args:
-    name: a key of `MODELS`.
+    name: what `find` takes. A function of one's own is called with
+      `num_classes`, and with `dtype` where it has such an argument. It returns
+      a Linen module; where it has an argument `rngs`, it is what makes an NNX
+      module.
     num_classes: K, the number of logits.
     dtype: of the activations; None for that of the parameters.
 
   Raises:
-    types.InputError: for an unknown name.
+    types.InputError: for an unknown name, and a dtype that the network does not
+      take.
   """
-  if name not in MODELS:
+  make = find(name)
+  if name in MODELS:
+    return make(num_classes=num_classes, dtype=dtype)
+  arguments = inspect.signature(make).parameters
+  options = {"num_classes": num_classes}
+  if "dtype" in arguments:
+    options["dtype"] = dtype
+  elif dtype is not None:
     raise types.InputError(
-      f"unknown model {name!r}; the models are {', '.join(MODELS)}"
+      f"the model {name!r} has no argument dtype; it runs with precision f32 or"
+      " tf32"
     )
-  return MODELS[name](num_classes=num_classes, dtype=dtype)
-
-
-def as_apply_fn(module: nn.Module) -> types.ApplyFn:
-  """Turn a Linen module into a pure function; in eval mode nothing changes."""
-
-  def apply_fn(params, model_state, images, *, train):
-    variables = {"params": params, **model_state}
-    if not train:
-      return *module.apply(variables, images, train=False), model_state
-    (logits, features), model_state = module.apply(
-      variables, images, train=True, mutable=list(model_state)
-    )
-    return logits, features, model_state
-
-  return jax.jit(apply_fn, static_argnames="train")
-
-
-def init(
-  module: nn.Module, key: chex.PRNGKey, image_shape: tuple[int, int, int]
-) -> tuple[types.PyTree, types.PyTree]:
-  """Initialise a network; return (params, model_state)."""
-  images = jnp.zeros((1, *image_shape))
-  variables = dict(
-    jax.jit(module.init, static_argnames="train")(key, images, train=False)
-  )
-  return variables.pop("params"), variables
-
-
-def tap_shapes(
-  module: nn.Module, image_shape: tuple[int, int, int]
-) -> dict[str, tuple[int, int, int]]:
-  """List what a network's features are, without running it.
-
-  Returns:
-    Tap -> (H, W, C), from shallow to deep.
-  """
-  shapes = {}
-
-  def run(key, images):
-    (_, features), _ = module.init_with_output(key, images, train=False)
-    # Recorded here because a dict that leaves a transformation is sorted.
-    shapes.update({name: x.shape[1:] for name, x in features.items()})
-
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  jax.eval_shape(run, jax.random.key(0), images)
-  return shapes
-
-
-def select_taps(
-  module: nn.Module,
-  image_shape: tuple[int, int, int],
-  taps: tuple[str, ...] = (),
-) -> dict[str, tuple[int, int, int]]:
-  """Choose taps by name, or the network's `default_taps` where none is named.
-
-  Raises:
-    types.InputError: for a tap that the network does not have.
-  """
-  shapes = tap_shapes(module, image_shape)
-  for tap in taps:
-    if tap not in shapes:
-      raise types.InputError(
-        f"unknown tap {tap!r}; the network's taps are {', '.join(shapes)}"
-      )
-  chosen = taps or module.default_taps
-  return {name: shapes[name] for name in shapes if name in chosen}
+  make = functools.partial(make, **options)
+  if "rngs" in arguments:
+    return lambda rngs: make(rngs=rngs)
+  return make()

@@ -1,34 +1,54 @@
-"""List the taps of a network: python -m l2t_jax.models resnet32."""
+"""List the taps of a network.
+
+python -m l2t_jax.models resnet32
+python -m l2t_jax.models my_package.my_module:make --image_size=224
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from rich import console, table
 
-from l2t_jax import models
+from l2t_jax import models, types
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("model", choices=list(models.MODELS))
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument(
-    "--image_size", type=int, help="pixels (32; 224 for ImageNet networks)"
+    "model",
+    help=f"{', '.join(models.MODELS)}, or package.module:function",
+  )
+  parser.add_argument(
+    "--image_size", type=int, help="pixels (32; 224 for ours for ImageNet)"
   )
   parser.add_argument("--channels", type=int, default=3)
   args = parser.parse_args()
-  module = models.create(args.model, num_classes=10)
-  size = args.image_size or module.image_size
-  taps = models.tap_shapes(module, (size, size, args.channels))
+  try:
+    _print_taps(args.model, args.image_size, args.channels)
+  except types.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_taps(model, image_size, channels):
+  network = models.create(model, num_classes=10)
+  size = image_size or models.image_size(network)
+  shape = (size, size, channels)
+  taps = models.tap_shapes(network, shape)
+  chosen = models.select_taps(network, shape)
   rows = table.Table(
-    "tap",
+    table.Column("tap", overflow="fold"),
     "height x width",
     "channels",
     "default",
-    title=f"{args.model} at {size}x{size}",
+    title=f"{model} at {size}x{size}",
   )
   for name, (height, width, channels) in taps.items():
-    mark = "yes" if name in module.default_taps else ""
+    mark = "yes" if name in chosen else ""
     rows.add_row(name, f"{height}x{width}", str(channels), mark)
   console.Console().print(rows)
 

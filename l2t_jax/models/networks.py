@@ -1,0 +1,443 @@
+"""Any network as pure functions, with any of its layers as a tap.
+
+A network is one of
+
+  * a Linen module;
+  * an NNX module, or a function `make(rngs)` that makes one;
+  * `Functions`.
+
+It turns images into logits, or into (logits, features), where features is a
+dict tap -> [B, H, W, C]. Where it returns no such dict, the output of every
+submodule is a tap, named by the submodule's path, such as "stages_1/blocks_0";
+outputs of further calls of the same submodule are "stages_1/blocks_0#1" and so
+on. Taps are maps [B, H, W, C] or tokens [B, N, C] of a square grid, with a
+class token before them or without; tokens become maps.
+
+Modules that behave differently in training have an argument `train`,
+`training`, `is_training`, `deterministic` or `use_running_average` (or, in NNX,
+follow `.train()` and `.eval()`). Dropout draws from a key that is a part of the
+model state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+import fnmatch
+import inspect
+import math
+import re
+from typing import Any, NamedTuple
+
+import chex
+import flax
+from flax import linen as nn
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+
+from l2t_jax import types
+
+Shape = tuple[int, int, int]
+# Arguments of a module that say whether it trains, and what says that it does.
+_MODES = {
+  "train": True,
+  "training": True,
+  "is_training": True,
+  "deterministic": False,
+  "use_running_average": False,
+}
+# As many taps are proposed where all have the same resolution.
+_NUM_PROPOSED = 4
+
+
+class Functions(NamedTuple):
+  """A network by hand."""
+
+  init: Callable[[chex.PRNGKey], tuple[types.PyTree, types.PyTree]]
+  # (params, model_state, images, *, train) -> (logits, features, model_state).
+  apply: types.ApplyFn
+
+
+Network = nn.Module | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | Functions
+
+
+class _Pure(NamedTuple):
+  """What the libraries have in common."""
+
+  # (key, images) -> (params, model_state).
+  init: Callable[[chex.PRNGKey, jax.Array], tuple[types.PyTree, types.PyTree]]
+  # (params, model_state, images, train, taps) -> (output, outputs of
+  # submodules by path, model_state); taps None: of all submodules.
+  apply: Callable[..., tuple[Any, dict[str, Any], types.PyTree]]
+
+
+def as_apply_fn(
+  network: Network, taps: Collection[str] | None = None
+) -> types.ApplyFn:
+  """Turn a network into a pure function; in eval mode its state stays.
+
+  Args:
+    network: see above.
+    taps: those that the features are wanted of; None for all.
+  """
+  pure = _pure(network)
+
+  def apply_fn(params, model_state, images, *, train):
+    output, outputs, model_state = pure.apply(
+      params, model_state, images, train, taps
+    )
+    logits, features = _split(output, outputs)
+    features = {name: _as_map(x) for name, x in features.items()}
+    wanted = lambda name: taps is None or name in taps
+    features = {
+      name: x for name, x in features.items() if x is not None and wanted(name)
+    }
+    return logits, features, model_state
+
+  return jax.jit(apply_fn, static_argnames="train")
+
+
+def init(
+  network: Network, key: chex.PRNGKey, image_shape: Shape
+) -> tuple[types.PyTree, types.PyTree]:
+  """Initialise a network; return (params, model_state).
+
+  An NNX module that exists already keeps its values, whatever the key.
+  """
+  images = jnp.zeros((1, *image_shape))
+  return jax.jit(_pure(network).init)(key, images)
+
+
+def tap_shapes(network: Network, image_shape: Shape) -> dict[str, Shape]:
+  """List what can be tapped, without running the network.
+
+  Returns:
+    Tap -> (H, W, C), in the order of computation.
+  """
+  maps, _ = _all_outputs(network, image_shape)
+  return maps
+
+
+def select_taps(
+  network: Network, image_shape: Shape, patterns: Sequence[str] = ()
+) -> dict[str, Shape]:
+  """Choose taps by name.
+
+  Args:
+    network: see above.
+    image_shape: (H, W, C) of its images.
+    patterns: names, or globs such as "stages_*/blocks_2", where * stands for
+      any part of one name and ** for several. None: the network's
+      `default_taps`, or else `propose_taps`.
+
+  Returns:
+    Tap -> (H, W, C), in the order of computation.
+
+  Raises:
+    types.InputError: for a pattern that no tap fits.
+  """
+  maps, others = _all_outputs(network, image_shape)
+  if not patterns:
+    patterns = getattr(network, "default_taps", None) or propose_taps(maps)
+  chosen = set()
+  for pattern in patterns:
+    found = [name for name in maps if _fits(name, pattern)]
+    if not found:
+      raise types.InputError(_no_tap(pattern, maps, others))
+    chosen.update(found)
+  return {name: shape for name, shape in maps.items() if name in chosen}
+
+
+def propose_taps(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+  """Propose taps where none are named: the last one of each resolution.
+
+  Where all have the same, as in a transformer, four of the blocks that repeat,
+  evenly spaced.
+
+  Args:
+    shapes: tap -> (H, W, C), in the order of computation.
+
+  Raises:
+    types.InputError: there are none.
+  """
+  if not shapes:
+    raise types.InputError(
+      "the network has no layer that could be tapped: none of its submodules"
+      " returns a map [B, H, W, C] or tokens [B, N, C]; let it return (logits,"
+      " features), a dict of such arrays"
+    )
+  # Small maps say little, and deep paths lead into the parts of a block.
+  maps = {n: s[:2] for n, s in shapes.items() if s[0] * s[1] > 1}
+  if len(maps) < 2:
+    return tuple(maps or shapes)[-1:]
+  depths = sorted(name.count("/") for name in maps)
+  maps = {n: size for n, size in maps.items() if n.count("/") <= depths[1]}
+  last = {size: name for name, size in maps.items()}
+  if len(last) > 1:
+    return tuple(last.values())
+  groups: dict[str, list[str]] = {}
+  for name in maps:
+    groups.setdefault(re.sub(r"\d+", "", name), []).append(name)
+  blocks = max(groups.values(), key=len)
+  if len(blocks) == 1:
+    return tuple(last.values())
+  count = min(_NUM_PROPOSED, len(blocks))
+  return tuple(blocks[(i + 1) * len(blocks) // count - 1] for i in range(count))
+
+
+def _all_outputs(network, image_shape):
+  """Return (tap -> its shape as a map, other output -> its shape), in order."""
+  pure = _pure(network)
+
+  def run(key, images):
+    params, model_state = pure.init(key, images)
+    output, outputs, _ = pure.apply(params, model_state, images, False, None)
+    _, features = _split(output, outputs)
+    return {name: x for name, x in features.items() if hasattr(x, "shape")}
+
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(
+    jax.random.key(0), images
+  )
+  computed = {
+    variable: (i, j)
+    for i, equation in enumerate(jaxpr.jaxpr.eqns)
+    for j, variable in enumerate(equation.outvars)
+  }
+  # A dict's leaves are in the order of its sorted keys.
+  position = {
+    name: computed.get(variable, (-1, 0))
+    for name, variable in zip(sorted(shapes), jaxpr.jaxpr.outvars, strict=True)
+  }
+  # A module that returns its child's output comes after the child.
+  in_order = sorted(shapes, key=lambda name: (position[name], -name.count("/")))
+  maps, others = {}, {}
+  for name in in_order:
+    as_map = jax.eval_shape(_as_map, shapes[name])
+    if as_map is None:
+      others[name] = shapes[name].shape
+    else:
+      maps[name] = as_map.shape[1:]
+  return maps, others
+
+
+def _split(output, outputs):
+  """Return (logits, features) of what a network and its submodules return."""
+  if isinstance(output, tuple) and len(output) == 2:
+    logits, features = output
+    if isinstance(features, Mapping):
+      return logits, dict(features)
+  if not hasattr(output, "shape"):
+    raise types.InputError(
+      f"the network returns a {type(output).__name__}; it must return logits or"
+      " (logits, features), a dict of arrays"
+    )
+  return output, outputs
+
+
+def _as_map(x):
+  """[B, H, W, C] as it is, tokens [B, N, C] as a square map, else None."""
+  if not hasattr(x, "ndim"):
+    return None
+  if x.ndim == 4:
+    return x
+  if x.ndim != 3:
+    return None
+  size, num_tokens, channels = x.shape
+  for first in (0, 1):  # Without a class token, and with one.
+    side = math.isqrt(max(num_tokens - first, 0))
+    if side and side**2 == num_tokens - first:
+      return x[:, first:].reshape(size, side, side, channels)
+  return None
+
+
+def _fits(name, pattern):
+  if "**" in pattern:
+    return fnmatch.fnmatchcase(name, pattern)
+  parts, patterns = name.split("/"), pattern.split("/")
+  return len(parts) == len(patterns) and all(
+    map(fnmatch.fnmatchcase, parts, patterns)
+  )
+
+
+def _no_tap(pattern, maps, others):
+  for name, shape in others.items():
+    if _fits(name, pattern):
+      return (
+        f"tap {name!r} has the shape {['B', *shape[1:]]}; taps are maps"
+        " [B, H, W, C], or tokens [B, N, C] where N is a square number, or one"
+        " more with a class token"
+      )
+  return f"unknown tap {pattern!r}; the network's taps are {', '.join(maps)}"
+
+
+def _pure(network) -> _Pure:
+  if isinstance(network, nn.Module):
+    return _linen(network)
+  if isinstance(network, Functions):
+    return _functions(network)
+  if isinstance(network, nnx.Module) or callable(network):
+    return _nnx(network)
+  raise types.InputError(
+    f"{network!r} is no network: a Linen module, an NNX module, a function that"
+    " makes one from rngs, or l2t_jax.models.Functions is needed"
+  )
+
+
+def _mode(call, train):
+  """Keyword arguments that tell a module whether it trains."""
+  names = inspect.signature(call).parameters
+  return {
+    name: train == when_training
+    for name, when_training in _MODES.items()
+    if name in names
+  }
+
+
+def _functions(functions):
+  def apply(params, model_state, images, train, taps):
+    del taps
+    logits, features, model_state = functions.apply(
+      params, model_state, images, train=train
+    )
+    return (logits, features), {}, model_state
+
+  return _Pure(lambda key, images: functions.init(key), apply)
+
+
+def _linen(module):
+  mode = lambda train: _mode(module.__call__, train)
+
+  def init(key, images):
+    keys = {"params": key, "dropout": key}
+    variables = dict(module.init(keys, images, **mode(False)))
+    variables.pop("intermediates", None)
+    try:
+      jax.eval_shape(
+        lambda: module.apply(
+          variables, images, **mode(True), mutable=list(variables)
+        )
+      )
+    except flax.errors.InvalidRngError:
+      key = jax.random.fold_in(key, 1)
+      variables["dropout"] = {"key": jax.random.key_data(key)}
+    return variables.pop("params", {}), variables
+
+  def apply(params, model_state, images, train, taps):
+    state, rngs = dict(model_state), {}
+    dropout = state.pop("dropout", None)
+    if train and dropout:
+      key, next_key = jax.random.split(jax.random.wrap_key_data(dropout["key"]))
+      rngs["dropout"] = key
+      dropout = {"key": jax.random.key_data(next_key)}
+    is_tap = lambda path: (
+      taps is None or any(tap.partition("#")[0] == path for tap in taps)
+    )
+    output, changed = module.apply(
+      {"params": params, **state},
+      images,
+      **mode(train),
+      rngs=rngs,
+      mutable=[*(state if train else ()), "intermediates"],
+      capture_intermediates=lambda submodule, method: (
+        method == "__call__" and is_tap("/".join(submodule.path))
+      ),
+    )
+    changed = dict(changed)
+    outputs = _by_path(
+      traverse_util.flatten_dict(changed.pop("intermediates", {}))
+    )
+    if train:
+      model_state = changed | ({"dropout": dropout} if dropout else {})
+    return output, outputs, model_state
+
+  return _Pure(init, apply)
+
+
+def _nnx(model):
+  """A module that exists, or a function that makes one."""
+  exists = isinstance(model, nnx.Module)
+  blank = nnx.clone(model) if exists else _make_abstract(model)
+  mode = lambda train: _mode(type(blank).__call__, train)
+  graphs = {}
+  for train in (False, True):
+    blank.train() if train else blank.eval()
+    graphs[train] = nnx.graphdef(blank)
+  blanks = _params_and_others(blank)
+
+  def init(key, images):
+    del images
+    made = model if exists else model(nnx.Rngs(key))
+    params, others = map(_to_dict, _params_and_others(made))
+    return params, others
+
+  def apply(params, model_state, images, train, taps):
+    del taps
+    states = map(_from_dict, blanks, (params, model_state))
+    merged = nnx.merge(graphs[train], *states)
+    output, outputs = nnx.capture(
+      lambda merged: merged(images, **mode(train)),
+      nnx.Intermediate,
+      method_outputs=nnx.Intermediate,
+    )(merged)
+    calls = {path: x.get_value() for path, x in nnx.to_flat_state(outputs)}
+    if train:
+      model_state = _to_dict(_params_and_others(merged)[1])
+    return output, _by_path(calls), model_state
+
+  return _Pure(init, apply)
+
+
+def _params_and_others(module):
+  return nnx.state(module, nnx.Param, ...)
+
+
+def _make_abstract(make):
+  try:
+    made = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+  except TypeError as error:
+    raise types.InputError(
+      f"{make!r} does not make a network from rngs: {error}"
+    ) from error
+  if not isinstance(made, nnx.Module):
+    raise types.InputError(
+      f"{make!r} made a {type(made).__name__}; it must make an NNX module"
+    )
+  return made
+
+
+def _to_dict(state):
+  """An NNX state as a nested dict with names as keys, of plain arrays."""
+  plain = lambda x: jax.random.key_data(x) if _is_key(x) else x
+  return traverse_util.unflatten_dict(
+    {
+      tuple(map(str, path)): plain(variable.get_value())
+      for path, variable in nnx.to_flat_state(state)
+    }
+  )
+
+
+def _from_dict(like, tree):
+  """Undo `_to_dict`; `like` is a state of the same structure."""
+  flat = traverse_util.flatten_dict(tree)
+  variables = []
+  for path, variable in nnx.to_flat_state(like):
+    x = flat[tuple(map(str, path))]
+    if _is_key(variable.get_value()):
+      x = jax.random.wrap_key_data(x)
+    variables.append((path, variable.replace(x)))
+  return nnx.from_flat_state(variables)
+
+
+def _is_key(x):
+  return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _by_path(outputs):
+  """{(module, ..., "__call__"): outputs of its calls} -> {name: output}."""
+  return {
+    "/".join(map(str, path)) + (f"#{i}" if i else ""): output
+    for (*path, method), calls in outputs.items()
+    if method == "__call__" and path
+    for i, output in enumerate(calls)
+  }

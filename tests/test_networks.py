@@ -1,0 +1,285 @@
+"""Networks that are not ours: their taps, and that they train all the same."""
+
+import functools
+
+import chex
+from flax import linen as nn
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples import networks as examples
+from l2t_jax import models, training, transfer, types
+from tests import small_setup
+
+IMAGES = (8, 8, 3)
+
+
+class LinenNet(nn.Module):
+  """Batch norm, dropout, and a submodule that is called twice."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3), name="stem")(x)
+    x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+    shared = nn.Conv(4, (3, 3), name="shared")
+    x = shared(nn.relu(shared(x)))
+    x = nn.Dropout(0.5, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
+    return nn.Dense(5, name="head")(x)
+
+
+class NnxNet(nnx.Module):
+  def __init__(self, rngs):
+    self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.head = nnx.Linear(4, 5, rngs=rngs)
+
+  def __call__(self, x):
+    x = jnp.mean(self.norm(self.stem(x)), axis=(1, 2))
+    return self.head(self.dropout(x))
+
+
+def init_by_hand(key):
+  kernel = jax.random.normal(key, (3, 4))
+  return {"kernel": kernel, "head": jnp.ones((4, 5))}, {}
+
+
+def apply_by_hand(params, model_state, images, *, train):
+  x = images @ params["kernel"]
+  features = {"late": x[:, ::2, ::2], "early": x, "mean": x.mean((1, 2))}
+  return features["mean"] @ params["head"], features, model_state
+
+
+BY_HAND = models.Functions(init_by_hand, apply_by_hand)
+
+
+@pytest.mark.parametrize("network", [LinenNet(), NnxNet], ids=["linen", "nnx"])
+def test_training_and_evaluation(network):
+  key, images = (
+    jax.random.key(0),
+    jax.random.normal(jax.random.key(1), (4, *IMAGES)),
+  )
+  params, state = models.init(network, key, IMAGES)
+  assert set(params) >= {"stem", "norm", "head"}
+  apply_fn = models.as_apply_fn(network, ("stem",))
+  logits, features, same = apply_fn(params, state, images, train=False)
+  assert logits.shape == (4, 5)
+  assert {name: x.shape for name, x in features.items()} == {
+    "stem": (4, 8, 8, 4)
+  }
+  chex.assert_trees_all_equal(same, state)
+  first, _, after = apply_fn(params, state, images, train=True)
+  chex.assert_trees_all_equal_structs(after, state)
+  # Statistics and the dropout's key move, so that the next step drops others.
+  for new, old in zip(*map(jax.tree.leaves, (after, state)), strict=True):
+    if new.size > 2 or new.dtype != jnp.uint32:
+      assert bool((new != old).any())
+  statistics = lambda tree: {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(tree).items()
+    if leaf.dtype != jnp.uint32
+  }
+  keys_only = traverse_util.unflatten_dict(
+    traverse_util.flatten_dict(after) | statistics(state)
+  )
+  second, *_ = apply_fn(params, keys_only, images, train=True)
+  assert float(jnp.abs(first - second).max()) > 1e-3
+
+
+def test_taps_are_listed_in_the_order_of_computation():
+  assert models.tap_shapes(LinenNet(), IMAGES) == {
+    name: (8, 8, 4) for name in ("stem", "norm", "shared", "shared#1")
+  }
+  assert models.tap_shapes(NnxNet, IMAGES) == {
+    name: (8, 8, 4) for name in ("stem", "norm")
+  }
+  assert models.tap_shapes(BY_HAND, IMAGES) == {
+    "early": (8, 8, 4),
+    "late": (4, 4, 4),
+  }
+
+
+def test_nnx_modules_that_exist_keep_their_values():
+  module = NnxNet(nnx.Rngs(7))
+  params, state = models.init(module, jax.random.key(0), IMAGES)
+  np.testing.assert_array_equal(
+    params["stem"]["kernel"], module.stem.kernel[...]
+  )
+  images = jax.random.normal(jax.random.key(1), (4, *IMAGES))
+  logits, *_ = models.as_apply_fn(module)(params, state, images, train=False)
+  module.eval()
+  np.testing.assert_allclose(logits, module(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_tokens_become_maps(class_token):
+  tokens = jnp.arange(16.0).reshape(1, 16, 1)
+
+  def apply(params, state, images, *, train):
+    first = jnp.full((1, int(class_token), 1), -1.0)
+    features = {"tokens": jnp.concatenate([first, tokens], axis=1)}
+    return jnp.zeros((1, 5)), features, state
+
+  network = models.Functions(lambda key: ({}, {}), apply)
+  assert models.tap_shapes(network, IMAGES) == {"tokens": (4, 4, 1)}
+  images = jnp.zeros((1, *IMAGES))
+  _, features, _ = models.as_apply_fn(network)({}, {}, images, train=False)
+  np.testing.assert_array_equal(
+    features["tokens"][0, :, :, 0], tokens.reshape(4, 4)
+  )
+
+
+@pytest.mark.parametrize(
+  ("network", "patterns", "expected"),
+  [
+    (examples.ConvNeXt(5), (), ("stage0_0", "stage1_0")),
+    (examples.ConvNeXt(5), ("stage*",), ("stage0_0", "stage1_0", "stage2_0")),
+    (
+      examples.ConvNeXt(5),
+      ("*/Conv_?",),
+      tuple(f"stage{i}_0/Conv_0" for i in range(3)),
+    ),
+    (examples.ConvNeXt(5), ("**1_0**", "down0"), None),
+    (examples.ViT(5, patch_size=2), (), tuple(f"block_{i}" for i in range(4))),
+    (
+      examples.ViT(5, patch_size=2, depth=6),
+      (),
+      tuple(f"block_{i}" for i in (0, 2, 3, 5)),
+    ),
+    (LinenNet(), (), ("shared#1",)),
+    (small_setup.TARGET, (), small_setup.TARGET.default_taps),
+  ],
+)
+def test_taps_by_glob_and_by_default(network, patterns, expected):
+  chosen = tuple(models.select_taps(network, IMAGES, patterns))
+  if expected is None:
+    assert chosen[0] == "down0" and chosen[-1] == "stage1_0" and len(chosen) > 3
+  else:
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+  ("network", "pattern", "message"),
+  [
+    (examples.ConvNeXt(5), "stag_*", "unknown tap 'stag_.'.*stage0_0"),
+    (
+      examples.ConvNeXt(5),
+      "head",
+      r"'head' has the shape \['B', 5\]; taps are",
+    ),
+    (BY_HAND, "mean", r"'mean' has the shape \['B', 4\]"),
+  ],
+)
+def test_taps_that_cannot_be(network, pattern, message):
+  with pytest.raises(types.InputError, match=message):
+    models.select_taps(network, IMAGES, (pattern,))
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype", "message"),
+  [
+    ("no_such.module:make", None, "cannot import.*no_such"),
+    ("examples.networks:convnet", None, "cannot import.*convnet"),
+    ("examples.networks:vit", jnp.bfloat16, "no argument dtype.*precision f32"),
+  ],
+)
+def test_models_of_ones_own_that_cannot_be(name, dtype, message):
+  with pytest.raises(types.InputError, match=message):
+    models.create(name, 5, dtype)
+
+
+def test_what_is_no_network():
+  with pytest.raises(types.InputError, match="is no network"):
+    models.tap_shapes("resnet32", IMAGES)
+  with pytest.raises(types.InputError, match="returns a dict; it must return"):
+    models.tap_shapes(nn.Sequential([lambda x: {"x": x}]), IMAGES)
+  with pytest.raises(types.InputError, match="no layer that could be tapped"):
+    models.select_taps(nn.Sequential([lambda x: x.mean((1, 2))]), IMAGES)
+
+
+def as_nnx(params):
+  """Names of ConvNeXt's parameters in Linen -> those in NNX."""
+  parts = {"Conv_0": "conv", "LayerNorm_0": "norm", "Dense_0": "widen"}
+  renamed = {}
+  for (module, *rest), leaf in traverse_util.flatten_dict(params).items():
+    if module.startswith("down"):
+      path = ("downs", module[-1], *rest)
+    elif module.startswith("stage"):
+      stage, block = module.removeprefix("stage").split("_")
+      part = parts.get(rest[0], "narrow")
+      path = ("stages", stage, "layers", block, part, *rest[1:])
+    else:
+      path = (module, *rest)
+    renamed[path] = leaf
+  return traverse_util.unflatten_dict(renamed)
+
+
+def test_linen_and_nnx_train_alike(x64):
+  linen = examples.ConvNeXt(small_setup.NUM_CLASSES)
+  make_nnx = functools.partial(
+    examples.NnxConvNeXt, small_setup.NUM_CLASSES, IMAGES[-1]
+  )
+  nnx_network = lambda rngs: make_nnx(rngs=rngs)
+  params, _ = models.init(linen, jax.random.key(0), IMAGES)
+  rename = lambda name: name.replace("stage0_0", "stages/0").replace(
+    "stage1_0", "stages/1"
+  )
+  state, sources, pairs, target_taps = small_setup.create(target=linen)
+  results = []
+  for network, change, to_params in (
+    (linen, lambda name: name, lambda params: params),
+    (nnx_network, rename, as_nnx),
+  ):
+    taps = {change(name): shape for name, shape in target_taps.items()}
+    assert taps == models.select_taps(network, IMAGES)
+    renamed = lambda by_pair, change=change: {
+      change(name): value for name, value in by_pair.items()
+    }
+    inner_params = {
+      "target": to_params(params),
+      "regressors": renamed(state.inner.params["regressors"]),
+    }
+    start = training.create_state(
+      inner_params,
+      {},
+      {kind: renamed(layers) for kind, layers in state.meta_params.items()},
+      optimizer_fn=small_setup.OPTIMIZER_FN,
+      meta_optimizer=small_setup.META_OPTIMIZER,
+    )
+    step = small_setup.make_train_step(
+      "l2t_ww",
+      tuple(transfer.Pair(p.source, change(p.target)) for p in pairs),
+      taps,
+      target=network,
+    )
+    after, metrics = jax.jit(step)(start, sources, small_setup.batch(4))
+    results.append((after, metrics))
+  (linen_state, linen_metrics), (nnx_state, nnx_metrics) = results
+  scalars = lambda metrics: {
+    k: v for k, v in metrics.items() if k != "transfer"
+  }
+  chex.assert_trees_all_close(
+    scalars(linen_metrics), scalars(nnx_metrics), rtol=1e-9
+  )
+  chex.assert_trees_all_close(
+    as_nnx(linen_state.inner.params["target"]),
+    nnx_state.inner.params["target"],
+    rtol=1e-9,
+    atol=1e-12,
+  )
+  moments = lambda state: [
+    leaf
+    for _, leaf in sorted(
+      (rename(jax.tree_util.keystr(path)), leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(
+        state.meta_opt_state
+      )
+    )
+  ]
+  # Adam's first moment is the hypergradient, but for a factor.
+  chex.assert_trees_all_close(
+    moments(linen_state), moments(nnx_state), rtol=1e-9, atol=1e-15
+  )
