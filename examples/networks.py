@@ -7,11 +7,16 @@ are named by a glob, the target's are proposed:
 
     python train.py --config=configs/digits_source.py --workdir=runs/vit \
       --config.target.model=examples.networks:vit \
-      --config.optimizer.learning_rate=0.02
+      --config.optimizer.learning_rate=0.05
     python train.py --config=configs/digits.py --workdir=runs/vit_to_convnext \
       --config.source.weights=runs/vit/target.safetensors \
       --config.source.taps="('block_*',)" \
-      --config.target.model=examples.networks:convnext_nnx
+      --config.target.model=examples.networks:convnext_nnx \
+      --config.optimizer.learning_rate=0.05 --config.transfer.beta=0.02
+
+A transformer's features grow from block to block: with the usual beta, the
+matching loss would outweigh the cross-entropy a hundredfold, and the training
+would end in NaN.
 """
 
 from flax import linen as nn
@@ -122,9 +127,9 @@ class ViT(nn.Module):
   def __call__(self, x):
     size = (self.patch_size, self.patch_size)
     x = nn.Conv(self.width, size, strides=size, name="patches")(x)
-    x = x.reshape(len(x), -1, self.width)
+    x = x.reshape(x.shape[0], -1, self.width)
     token = self.param("token", nn.initializers.zeros, (1, 1, self.width))
-    x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x], axis=1)
+    x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
     init = nn.initializers.normal(0.02)
     x = x + self.param("positions", init, (1, *x.shape[1:]))
     for block in range(self.depth):

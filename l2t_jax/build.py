@@ -6,7 +6,7 @@ takes plain values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 import functools
 import json
 import pathlib
@@ -20,6 +20,7 @@ from l2t_jax import (
   bilevel,
   compilation,
   data,
+  logs,
   models,
   objectives,
   pretrained,
@@ -29,7 +30,7 @@ from l2t_jax import (
   transfer,
   types,
 )
-from l2t_jax.data import formats
+from l2t_jax.data import formats, records
 
 # config.precision -> (dtype of the activations, precision of products).
 PRECISIONS = {
@@ -48,11 +49,33 @@ _AUTO_MODES = ("linearized", "mixed")
 _INIT = 2**32 - 1
 
 
+class SourceNetwork(NamedTuple):
+  """A source network with its weights, in the place of a file of them."""
+
+  network: models.Network
+  params: types.PyTree
+  model_state: types.PyTree
+
+
+class Given(NamedTuple):
+  """Objects in the place of what a config names; None for the config's."""
+
+  data: records.Source | None = None
+  # Name -> network; a single source has the name "".
+  sources: Mapping[str, SourceNetwork] | None = None
+  target: models.Network | None = None
+  task: types.Task | None = None
+
+
+NOTHING = Given()
+
+
 class Run(NamedTuple):
   """All that the loop needs, made from a config."""
 
   dataset: data.Dataset
   image_format: formats.ImageFormat
+  num_outputs: int  # Of the target.
   sources: dict[str, training.Source]
   source_taps: transfer.TapShapes
   target_taps: transfer.TapShapes
@@ -103,8 +126,12 @@ class _Plan(NamedTuple):
   learn_pairs: bool = False
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Refuse values that no run can have; see configs/default.py.
+def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
+  """Refuse values that no run can have; see l2t_jax/defaults.py.
+
+  Args:
+    config: the fields.
+    given: what is there already.
 
   Raises:
     types.InputError: naming the field, its value and what would be right.
@@ -118,6 +145,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     ("log_every", positive, "at least 1"),
     ("checkpoint_every", positive, "at least 1"),
     ("seed", not_negative, "0 or more"),
+    ("target.num_outputs", not_negative, "0 or more"),
     ("bilevel.num_inner_steps", positive, "at least 1"),
     ("transfer.beta", positive, "more than 0"),
     ("lwf.temperature", positive, "more than 0"),
@@ -152,7 +180,16 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{field} is {_get(config, field)!r}; it must be one of"
         f" {', '.join(choices)}"
       )
-  models.find(config.target.model)
+  if given.target is None:
+    models.find(config.target.model)
+  if given.task is None:
+    objectives.get_task(config.target.task)
+  unknown = set(config.trackers) - set(logs.TRACKERS)
+  if unknown:
+    raise types.InputError(
+      f"config.trackers has {', '.join(map(repr, unknown))}; there are"
+      f" {', '.join(logs.TRACKERS)}"
+    )
   if config.sources and config.source.weights:
     raise types.InputError(
       "config.source.weights and config.sources are both set; one source goes"
@@ -207,18 +244,22 @@ def _check_map_fields(fields):
       )
 
 
-def check_source_files(config: ml_collections.ConfigDict) -> None:
+def check_source_files(
+  config: ml_collections.ConfigDict, given: Given = NOTHING
+) -> None:
   """Raise `types.InputError` where a file of weights is missing."""
-  if objectives.METHODS[config.method].needs_source:
+  needs_source = objectives.METHODS[config.method].needs_source
+  if needs_source and given.sources is None:
     for source in _source_configs(config).values():
       pretrained.check_exists(pathlib.Path(source.weights))
 
 
-def build(config: ml_collections.ConfigDict) -> Run:
+def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   """Load data and sources, make networks and iterations.
 
   Args:
-    config: the fields of configs/default.py, which `check` has seen.
+    config: the fields of l2t_jax/defaults.py, which `check` has seen.
+    given: what is there already.
 
   Raises:
     types.InputError: for data, weights or values that cannot work together.
@@ -226,7 +267,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   method = objectives.get_method(config.method)
   mesh = sharding.make_mesh()
   _check_devices(config, mesh)
-  dataset = _load_data(config, method)
+  dataset = _load_data(config, method, given.data)
   image_format = formats.ImageFormat(
     dataset.image_shape[0],
     dataset.image_shape[-1],
@@ -235,14 +276,21 @@ def build(config: ml_collections.ConfigDict) -> Run:
   )
   shape = image_format.shape
   dtype = PRECISIONS[config.precision][0]
+  task = given.task or objectives.get_task(config.target.task)
+  num_outputs = config.target.num_outputs or dataset.num_classes
+  _check_labels(dataset, task)
   networks = {}
   if method.needs_source:
     networks = {
-      name: _load_source(source, image_format, dtype, name)
+      name: _load_source(
+        source, image_format, dtype, name, (given.sources or {}).get(name)
+      )
       for name, source in _source_configs(config).items()
     }
   target = _make_target(
-    models.create(config.target.model, dataset.num_classes, dtype),
+    models.create(config.target.model, num_outputs, dtype)
+    if given.target is None
+    else given.target,
     method,
     networks,
     shape,
@@ -266,7 +314,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     target.network, {*plan.target_taps, target.head_tap}
   )
   auxiliary = _auxiliary_losses(
-    config, method, plan.pairs, networks, target.head_tap, dataset.num_classes
+    config, method, plan.pairs, networks, target.head_tap, num_outputs
   )
 
   add_optimizers = jax.jit(
@@ -284,7 +332,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   matches = "matching" in method.losses
   make_train_step = functools.partial(
     training.make_train_step,
-    objectives.make_losses(target_fn, auxiliary),
+    objectives.make_losses(target_fn, auxiliary, task),
     {
       name: network.make_apply_fn(plan.source_taps)
       for name, network in networks.items()
@@ -302,6 +350,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   return Run(
     dataset=dataset,
     image_format=image_format,
+    num_outputs=num_outputs,
     sources={
       name: sharding.replicate(network.variables, mesh)
       for name, network in networks.items()
@@ -317,7 +366,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     if config.bilevel.mode == "auto"
     else (config.bilevel.mode,),
     blank_batch=_blank_batch(config, dataset, image_format),
-    eval_step=training.make_eval_step(target_fn),
+    eval_step=training.make_eval_step(target_fn, task),
     learning_rate_fn=learning_rate_fn,
     mesh=mesh,
     notes=(*_source_notes(config, networks, plan.pairs), *target.notes),
@@ -359,7 +408,9 @@ def _blank_batch(config, dataset, image_format):
   unlabeled = None
   if dataset.num_unlabeled:
     unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)
-  labels = jnp.zeros(config.batch_size, jnp.int32)
+  labels = jnp.zeros(
+    (config.batch_size, *dataset.label_shape), dataset.label_dtype
+  )
   return types.Batch(images(config.batch_size), labels, unlabeled)
 
 
@@ -385,7 +436,7 @@ def _check_devices(config, mesh):
       )
 
 
-def _load_data(config, method):
+def _load_data(config, method, opened):
   fields = config.data.to_dict()
   if not method.losses:  # Nothing reads them.
     fields |= {"unlabeled": False, "unlabeled_path": ""}
@@ -396,6 +447,7 @@ def _load_data(config, method):
     seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    opened=opened,
   )
   if not dataset.num_val:
     raise types.InputError(
@@ -405,11 +457,27 @@ def _load_data(config, method):
   return dataset
 
 
-def _load_source(config, image_format, dtype, name):
-  path = pathlib.Path(config.weights)
-  metadata = pretrained.read_metadata(path)
-  own_format = _source_format(config, metadata, image_format)
-  network, *variables = pretrained.load_network(path, own_format.shape, dtype)
+def _check_labels(dataset, task):
+  if task is objectives.CLASSIFICATION and (
+    dataset.label_shape or dataset.label_dtype.kind != "i"
+  ):
+    raise types.InputError(
+      f"the data have targets {dataset.label_dtype}"
+      f" {['N', *dataset.label_shape]}, but classification needs a class for"
+      " each image; name a task of yours in config.target.task"
+    )
+
+
+def _load_source(config, image_format, dtype, name, given):
+  if given:
+    own_format = _source_format(config, {}, image_format)
+    network, *variables = given
+  else:
+    path = pathlib.Path(config.weights)
+    own_format = _source_format(
+      config, pretrained.read_metadata(path), image_format
+    )
+    network, *variables = pretrained.load_network(path, own_format.shape, dtype)
   all_taps = models.tap_shapes(network, own_format.shape)
   named = lambda taps: {transfer.tap_name(name, t): taps[t] for t in taps}
 
@@ -426,10 +494,19 @@ def _load_source(config, image_format, dtype, name):
   return _SourceNetwork(
     make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
-    num_classes=int(metadata["num_classes"]),
+    num_classes=_num_outputs(network, variables, own_format),
     taps=named(models.select_taps(network, own_format.shape, config.taps)),
     all_taps=named(all_taps),
   )
+
+
+def _num_outputs(network, variables, image_format):
+  logits, *_ = jax.eval_shape(
+    functools.partial(models.as_apply_fn(network, ()), train=False),
+    *variables,
+    jax.ShapeDtypeStruct((1, *image_format.shape), jnp.float32),
+  )
+  return logits.shape[-1]
 
 
 def _source_format(config, metadata, image_format):
@@ -516,15 +593,15 @@ def _weights_fn(config, plan):
   )
 
 
-def _auxiliary_losses(config, method, pairs, networks, head_tap, num_classes):
+def _auxiliary_losses(config, method, pairs, networks, head_tap, num_outputs):
   """Make the losses that the method adds to L_org; name -> loss."""
   if "kd" in method.losses:
     for name, network in networks.items():
-      if network.num_classes != num_classes:
+      if network.num_classes != num_outputs:
         raise types.InputError(
           f"method {config.method!r} needs the source's classes to be the"
           f" target's: the source{name and ' '}{name} has"
-          f" {network.num_classes}, the data have {num_classes}; use 'lwf'"
+          f" {network.num_classes}, the data have {num_outputs}; use 'lwf'"
         )
   makers = {
     "matching": lambda: objectives.matching(pairs, beta=config.transfer.beta),

@@ -1,7 +1,7 @@
 """What the commands share: config files, overrides, errors of one line.
 
 Config files are Python files with `get_config()`, as those in configs/, whose
-configs/default.py says which fields there are. A field is set on the command
+l2t_jax/defaults.py says which fields there are. A field is set on the command
 line as --config.field=value.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import difflib
-import importlib
 import os
 import pathlib
 import sys
@@ -23,7 +22,7 @@ import flax
 import ml_collections
 from ml_collections import config_flags
 
-from l2t_jax import compilation, types
+from l2t_jax import compilation, defaults, types
 
 FLAGS = flags.FLAGS
 
@@ -136,7 +135,7 @@ def _fields(config: ml_collections.ConfigDict) -> list[str]:
 
 def _check_fields(names: Iterable[str]) -> None:
   """Refuse fields that the default config does not have."""
-  known = _fields(_default_config())
+  known = _fields(defaults.get_config())
   for name in names:
     name = name.removeprefix("no") if name.startswith("noconfig.") else name
     # Each of several sources has the fields of a single one.
@@ -146,16 +145,6 @@ def _check_fields(names: Iterable[str]) -> None:
     if ".".join(parts) not in known:
       nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
       raise types.InputError(
-        f"unknown field {name}; did you mean {nearest}? configs/default.py"
+        f"unknown field {name}; did you mean {nearest}? l2t_jax/defaults.py"
         " lists all fields"
       )
-
-
-def _default_config() -> ml_collections.ConfigDict:
-  try:
-    return importlib.import_module("configs.default").get_config()
-  except ModuleNotFoundError as error:
-    raise types.InputError(
-      "there is no configs/default.py here; run this in the root of a clone of"
-      " the repository"
-    ) from error

@@ -45,7 +45,7 @@ _VERSIONED = (jax, jaxlib, flax, optax, np)
 # seconds from which on it matters.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
 # Fields that may differ between a run and its resumption.
-_FREE_FIELDS = ("log_every", "checkpoint_every", "data.num_workers")
+_FREE_FIELDS = ("log_every", "checkpoint_every", "trackers", "data.num_workers")
 
 
 class DoesNotFit(Exception):
@@ -75,16 +75,19 @@ class _Seed:
 
 
 def train_and_evaluate(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
+  given: build.Given = build.NOTHING,
 ) -> dict[str, Any]:
   """Train one experiment, resuming where an earlier call was cut off.
 
   Args:
-    config: the fields of configs/default.py.
+    config: the fields of l2t_jax/defaults.py.
     workdir: folder of the run. Gets config.json, metrics.jsonl, tensorboard/,
       checkpoints/, target.safetensors (the target at its best validation
       epoch), summary.json, and where features were matched transfer_map.json
       and transfer_map.png.
+    given: what is there already, and not to be loaded as the config says.
 
   Returns:
     The content of summary.json.
@@ -93,13 +96,14 @@ def train_and_evaluate(
     types.InputError: for a config, data or weights that cannot work, and where
       workdir holds a run of another config.
   """
-  (summary,) = train_together(config, {config.seed: workdir})
+  (summary,) = train_together(config, {config.seed: workdir}, given)
   return summary
 
 
 def train_together(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]],
+  given: build.Given = build.NOTHING,
 ) -> list[dict[str, Any]]:
   """Train several seeds of one experiment side by side, under `jax.vmap`.
 
@@ -107,8 +111,9 @@ def train_together(
   off resume, those that had come equally far together.
 
   Args:
-    config: the fields of configs/default.py, but for `seed`.
+    config: the fields of l2t_jax/defaults.py, but for `seed`.
     workdirs: seed -> folder of its run; see `train_and_evaluate`.
+    given: likewise.
 
   Returns:
     The contents of the summary.json files, in the order given.
@@ -118,7 +123,7 @@ def train_together(
     DoesNotFit: the seeds need more memory than the accelerator has; their
       folders are as they were.
   """
-  check(config, workdirs)
+  check(config, workdirs, given)
   summaries: dict[int, dict[str, Any]] = {}
   # Newest checkpoint -> runs that go on from there.
   left: dict[int, dict[pathlib.Path, ml_collections.ConfigDict]] = {}
@@ -134,28 +139,30 @@ def train_together(
       left.setdefault(step, {})[workdir] = _with_seed(config, seed)
   for step, configs in left.items():
     with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
-      summaries |= _train(configs, step)
+      summaries |= _train(configs, step, given)
   return [summaries[seed] for seed in workdirs]
 
 
 def check(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]],
+  given: build.Given = build.NOTHING,
 ) -> None:
   """Refuse what cannot run, before anything is loaded or written.
 
   Args:
-    config: the fields of configs/default.py, but for `seed`.
+    config: the fields of l2t_jax/defaults.py, but for `seed`.
     workdirs: seed -> folder of its run.
+    given: what is there already.
 
   Raises:
     types.InputError: for a wrong value, source weights that are missing, and a
       folder that holds a run of another config.
   """
   for seed, workdir in workdirs.items():
-    build.check(_with_seed(config, seed))
+    build.check(_with_seed(config, seed), given)
     _check_same_config(pathlib.Path(workdir), _with_seed(config, seed))
-  build.check_source_files(config)
+  build.check_source_files(config, given)
 
 
 def _evaluate(run, eval_step, inner, split, num_seeds):
@@ -172,16 +179,16 @@ def _evaluate(run, eval_step, inner, split, num_seeds):
     results.append(
       {
         "loss": sums["loss"] / sums["count"],
-        "accuracy": sums["correct"] / sums["count"],
+        "accuracy": sums["accuracy"] / sums["count"],
       }
     )
   return results
 
 
-def _train(configs, step):
+def _train(configs, step, given):
   """Train some seeds from a step on; return seed -> summary."""
   first = next(iter(configs.values()))
-  run = build.build(first)
+  run = build.build(first, given)
   states = [run.create_state(config.seed) for config in configs.values()]
   # Before anything in the folders changes: it may not fit.
   programs = _compile(run, _stack(states), first, len(states))
@@ -196,7 +203,14 @@ def _train(configs, step):
       progress = {"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}
       if step:
         states[index], progress = checkpoints.restore(states[index])
-      log = stack.enter_context(logs.MetricsLog(workdir, from_step=step))
+      log = stack.enter_context(
+        logs.MetricsLog(
+          workdir,
+          from_step=step,
+          trackers=config.trackers,
+          config=json.loads(config.to_json()),
+        )
+      )
       dataset = run.dataset.with_seed(config.seed)
       seeds.append(_Seed(config, workdir, dataset, checkpoints, log, progress))
     display = stack.enter_context(
@@ -411,7 +425,7 @@ def _save_target(run, seed, inner):
     jax.device_get({"params": inner.params["target"], **inner.model_state}),
     {
       "model": config.target.model,
-      "num_classes": str(run.dataset.num_classes),
+      "num_classes": str(run.num_outputs),
       "class_names": json.dumps(list(run.dataset.class_names)),
       "channels": str(image_format.channels),
       "mean": json.dumps(image_format.mean),

@@ -1,15 +1,19 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, a progress bar."""
+"""What a run says while it goes: metrics.jsonl, trackers, a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import importlib
 import json
 import pathlib
 import time
-from typing import Any
+from typing import Any, Protocol
 
+from flax import traverse_util
 from rich import console, progress
-import tensorboardX
+
+from l2t_jax import types
 
 METRICS = "metrics.jsonl"
 # What a progress line shows, and the metric behind it.
@@ -20,10 +24,106 @@ _SHOWN = {
   "accuracy": "accuracy",
 }
 _SECONDS_OF_SILENCE = 30
+_PROJECT = "l2t_jax"  # What runs belong to, in trackers.
+
+
+class Tracker(Protocol):
+  """Where scalars go, beside metrics.jsonl."""
+
+  def write(self, scalars: Mapping[str, float], step: int) -> None:
+    """Record scalars by name."""
+
+  def close(self) -> None:
+    """Write what is still held back."""
+
+
+class _TensorBoard:
+  def __init__(self, workdir, from_step, config):
+    del config
+    tensorboardX = _require("tensorboardX", "tensorboard")
+    self._writer = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=from_step + 1
+    )
+
+  def write(self, scalars, step):
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self):
+    self._writer.close()
+
+
+class _Wandb:
+  """A run of Weights & Biases, resumed with that of the folder."""
+
+  def __init__(self, workdir, from_step, config):
+    del from_step
+    self._run = _require("wandb", "wandb").init(
+      project=_PROJECT,
+      name="/".join(workdir.absolute().parts[-3:]),
+      id=_id_of(workdir),
+      dir=str(workdir),
+      config=config,
+      resume="allow",
+      reinit="create_new",
+    )
+
+  def write(self, scalars, step):
+    self._run.log(dict(scalars), step=step)
+
+  def close(self):
+    self._run.finish()
+
+
+class _MLflow:
+  """A run of MLflow, wherever MLFLOW_TRACKING_URI says; resumed likewise."""
+
+  def __init__(self, workdir, from_step, config):
+    del from_step
+    mlflow = _require("mlflow", "mlflow")
+    self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
+    experiment = self._client.get_experiment_by_name(_PROJECT)
+    experiment_id = (
+      experiment.experiment_id
+      if experiment
+      else self._client.create_experiment(_PROJECT)
+    )
+    tag = {"l2t_jax.id": _id_of(workdir)}
+    found = self._client.search_runs(
+      [experiment_id], f"tags.`l2t_jax.id` = '{tag['l2t_jax.id']}'"
+    )
+    if found:
+      self._run_id = found[0].info.run_id
+      return
+    run = self._client.create_run(experiment_id, tags=tag)
+    self._run_id = run.info.run_id
+    for name, value in traverse_util.flatten_dict(config, sep=".").items():
+      self._client.log_param(self._run_id, name, value)
+
+  def write(self, scalars, step):
+    now = int(time.time() * 1000)
+    self._client.log_batch(
+      self._run_id,
+      metrics=[
+        # Its names have no "->".
+        self._entities.Metric(name.replace("->", " to "), value, now, step)
+        for name, value in scalars.items()
+      ],
+    )
+
+  def close(self):
+    self._client.set_terminated(self._run_id)
+
+
+TRACKERS: Mapping[str, Callable[..., Tracker]] = {
+  "tensorboard": _TensorBoard,
+  "wandb": _Wandb,
+  "mlflow": _MLflow,
+}
 
 
 class MetricsLog:
-  """Append records to metrics.jsonl and scalars to TensorBoard files.
+  """Append records to metrics.jsonl and hand scalars to trackers.
 
   A context manager that closes both.
 
@@ -31,17 +131,35 @@ class MetricsLog:
   that each iteration stands in the file once.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, from_step: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    from_step: int,
+    trackers: Sequence[str],
+    config: Mapping[str, Any],
+  ):
+    """Open the log.
+
+    Args:
+      workdir: folder of the run.
+      from_step: iterations done.
+      trackers: names in `TRACKERS`.
+      config: of the run, for the trackers.
+
+    Raises:
+      types.InputError: a tracker is not installed.
+    """
     path = workdir / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= from_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(path)
+    self._trackers = [
+      TRACKERS[name](workdir, from_step, config) for name in trackers
+    ]
     self._file = path.open("a")
-    self._tensorboard = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=from_step + 1
-    )
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Write one record.
@@ -49,24 +167,23 @@ class MetricsLog:
     Args:
       kind: "train" (one logging interval) or "epoch".
       step: iterations done.
-      values: JSON-able; numbers, also inside of dicts, go to TensorBoard too.
+      values: JSON-able; numbers, also inside of dicts, go to trackers too.
     """
     record = {"kind": kind, "step": step, **values}
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      if isinstance(value, Mapping):
-        for key, entry in value.items():
-          self._tensorboard.add_scalar(f"{kind}/{name}/{key}", entry, step)
-      elif isinstance(value, int | float):
-        self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+    flat = traverse_util.flatten_dict({kind: dict(values)}, sep="/")
+    scalars = {k: v for k, v in flat.items() if isinstance(v, int | float)}
+    for tracker in self._trackers:
+      tracker.write(scalars, step)
 
   def __enter__(self) -> MetricsLog:
     return self
 
   def __exit__(self, *_) -> None:
     self._file.close()
-    self._tensorboard.close()
+    for tracker in self._trackers:
+      tracker.close()
 
 
 class Progress:
@@ -125,6 +242,21 @@ class Progress:
 
   def __exit__(self, *_) -> None:
     self._bar.stop()
+
+
+def _require(module: str, tracker: str) -> Any:
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise types.InputError(
+      f"tracker {tracker!r} needs {module}: pip install {module}, or leave it"
+      " out of config.trackers"
+    ) from error
+
+
+def _id_of(workdir):
+  """16 hex digits that tell folders apart."""
+  return hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
 
 
 def _step_of(line: str) -> float:

@@ -121,9 +121,38 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   )
 
 
-def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-  """Share of the images whose largest logit is their label's, [B, K], [B]."""
-  return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+def is_right(logits: chex.Array, labels: chex.Array) -> chex.Array:
+  """Whether the largest logit is the label's, [B, K], [B] -> [B], 0 or 1."""
+  return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+
+
+CLASSIFICATION = types.Task(cross_entropy, is_right)
+
+
+def get_task(name: str) -> types.Task:
+  """Find a task.
+
+  Args:
+    name: "classification"; or "package.module:NAME", a `types.Task` to be
+      imported.
+
+  Raises:
+    types.InputError: there is no such task.
+  """
+  if name == "classification":
+    return CLASSIFICATION
+  if ":" not in name:
+    raise types.InputError(
+      f"unknown task {name!r}; it must be classification, or a"
+      " l2t_jax.types.Task of your own as 'package.module:NAME'"
+    )
+  task = types.import_by_name(name, "task")
+  if not isinstance(task, types.Task):
+    raise types.InputError(
+      f"the task {name!r} is a {type(task).__name__}; it must be a"
+      " l2t_jax.types.Task"
+    )
+  return task
 
 
 def softened_cross_entropy(
@@ -307,8 +336,36 @@ def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
   return loss_fn
 
 
+def task_loss(
+  task: types.Task, outputs: chex.Array, labels: chex.Array
+) -> chex.Array:
+  """Compute L_org; raise `types.InputError` where it is no scalar."""
+  loss = task.loss(outputs, labels)
+  if jnp.shape(loss):
+    raise types.InputError(
+      f"the task's loss returned an array of shape {list(jnp.shape(loss))} for"
+      f" {len(labels)} images; it must return a scalar, such as the mean"
+    )
+  return loss
+
+
+def task_accuracy(
+  task: types.Task, outputs: chex.Array, labels: chex.Array
+) -> chex.Array:
+  """Compute each image's accuracy, [B]; raise `types.InputError` otherwise."""
+  accuracy = task.accuracy(outputs, labels)
+  if jnp.shape(accuracy) != (len(labels),):
+    raise types.InputError(
+      f"the task's accuracy returned the shape {list(jnp.shape(accuracy))} for"
+      f" {len(labels)} images; it must return one value an image"
+    )
+  return accuracy
+
+
 def make_losses(
-  apply_fn: types.ApplyFn, auxiliary: Mapping[str, AuxiliaryLoss]
+  apply_fn: types.ApplyFn,
+  auxiliary: Mapping[str, AuxiliaryLoss],
+  task: types.Task = CLASSIFICATION,
 ) -> Losses:
   """Build the losses of a target network in train mode.
 
@@ -319,6 +376,7 @@ def make_losses(
   Args:
     apply_fn: the target network.
     auxiliary: name -> loss; what is added to L_org.
+    task: L_org, and what is recorded as "accuracy".
 
   Returns:
     The losses. What `total` returns beside the loss is
@@ -353,7 +411,7 @@ def make_losses(
   def target(params, weights, model_state, batch):
     del weights
     logits, _, model_state = forward(params, model_state, batch.images)
-    return cross_entropy(logits, batch.labels), model_state
+    return task_loss(task, logits, batch.labels), model_state
 
   def auxiliary_loss(params, weights, model_state, batch):
     _, outputs, model_state = on_all_images(params, model_state, batch)
@@ -362,13 +420,13 @@ def make_losses(
 
   def total(params, weights, model_state, batch):
     logits, outputs, model_state = on_all_images(params, model_state, batch)
-    target_loss = cross_entropy(logits, batch.labels)
+    target_loss = task_loss(task, logits, batch.labels)
     loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
     loss += target_loss
     metrics |= {
       "loss": loss,
       "target_loss": target_loss,
-      "accuracy": accuracy(logits, batch.labels),
+      "accuracy": jnp.mean(task_accuracy(task, logits, batch.labels)),
     }
     return loss, (model_state, metrics)
 

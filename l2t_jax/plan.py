@@ -30,7 +30,7 @@ def make(config: ml_collections.ConfigDict) -> Plan:
   """Compile an iteration in every mode, and time the chosen one.
 
   Args:
-    config: the fields of configs/default.py.
+    config: the fields of l2t_jax/defaults.py.
 
   Raises:
     types.InputError: for a config, data or weights that cannot work.

@@ -63,6 +63,11 @@ def torch_name(path: tuple[str, ...]) -> str:
   return ".".join([*modules, _TORCH_LEAVES[leaf]])
 
 
+def has_torch_name(path: tuple[str, ...]) -> bool:
+  """Return whether `torch_name` knows such a leaf."""
+  return path[0] in ("params", "batch_stats") and path[-1] in _TORCH_LEAVES
+
+
 def to_torch_layout(kernel: Any) -> Any:
   """[H, W, I, O] -> [O, I, H, W] and [I, O] -> [O, I]; others as they are."""
   if kernel.ndim == 4:

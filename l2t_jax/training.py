@@ -273,26 +273,27 @@ def make_train_step(
 
 
 def make_eval_step(
-  target_fn: types.ApplyFn,
+  target_fn: types.ApplyFn, task: types.Task = objectives.CLASSIFICATION
 ) -> Callable[[types.InnerState, types.EvalBatch], dict[str, chex.Array]]:
   """Build the evaluation of one batch in eval mode; the caller jits it.
 
   Returns:
     `eval_step(inner, batch)` -> sums over the images that are no padding:
-    {"loss", "correct", "count"}.
+    {"loss", "accuracy", "count"}.
   """
 
   def eval_step(inner, batch):
     logits, _, _ = target_fn(
       inner.params["target"], inner.model_state, batch.images, train=False
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch.labels
-    )
-    correct = jnp.argmax(logits, axis=-1) == batch.labels
+    # Image by image, so that padding can be left out.
+    losses = jax.vmap(
+      lambda *one: objectives.task_loss(task, *(x[None] for x in one))
+    )(logits, batch.labels)
+    accuracies = objectives.task_accuracy(task, logits, batch.labels)
     return {
       "loss": jnp.sum(batch.mask * losses),
-      "correct": jnp.sum(batch.mask * correct),
+      "accuracy": jnp.sum(batch.mask * accuracies),
       "count": jnp.sum(batch.mask),
     }
 

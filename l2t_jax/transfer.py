@@ -125,9 +125,9 @@ def make_pairs(
     return pairs
   if pair_set == "nearest":
     level = lambda shape: math.log(shape[0] * shape[1])
-    nearest = {
+    nearest: dict[str, str] = {
       n: min(
-        reversed(source_taps),
+        reversed(list(source_taps)),
         key=lambda m: abs(level(source_taps[m]) - level(shape)),
       )
       for n, shape in target_taps.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import importlib
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -19,11 +21,29 @@ class InputError(ValueError):
   """
 
 
+def import_by_name(name: str, what: str) -> Any:
+  """Import "package.module:attribute".
+
+  Args:
+    name: of the attribute; see above.
+    what: for messages, such as "model".
+
+  Raises:
+    InputError: there is no such thing.
+  """
+  module, _, attribute = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise InputError(f"cannot import the {what} {name!r}: {error}") from error
+
+
 class Batch(NamedTuple):
   """One mini-batch of labelled images, with others that have no labels."""
 
   images: jax.Array  # [B, H, W, C] float32, normalised.
-  labels: jax.Array  # [B] int32, 0 .. num_classes - 1.
+  # [B] int32, 0 .. num_classes - 1; or [B, ...], what another task reads.
+  labels: jax.Array
   unlabeled: jax.Array | None = None  # [U, H, W, C], or None.
 
 
@@ -31,7 +51,7 @@ class EvalBatch(NamedTuple):
   """A batch of fixed size whose last images may be padding."""
 
   images: jax.Array  # [B, H, W, C] float32, normalised.
-  labels: jax.Array  # [B] int32.
+  labels: jax.Array  # As in Batch.
   mask: jax.Array  # [B] float32, 1 for an image, 0 for padding.
 
 
@@ -50,6 +70,19 @@ class TrainState(NamedTuple):
   inner: InnerState  # Target and regressors after the last real update.
   meta_params: PyTree  # Parameters of f and g; empty where none is learned.
   meta_opt_state: PyTree  # Adam's moments for meta_params.
+
+
+class Task(NamedTuple):
+  """What the target learns from labelled images: L_org, and how it is judged.
+
+  Outputs are what the network returns in the place of logits, [B, ...]; labels
+  are what the data hold for each image, [B, ...].
+  """
+
+  loss: Callable[[chex.Array, chex.Array], chex.Array]  # -> [], a mean.
+  # -> [B], one value an image, more being better: what the best epoch is chosen
+  # by, and recorded as "accuracy".
+  accuracy: Callable[[chex.Array, chex.Array], chex.Array]
 
 
 class InnerLossFn(Protocol):

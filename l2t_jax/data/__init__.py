@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 
 import numpy as np
+from PIL import Image
 
 from l2t_jax import types
+from l2t_jax.data import images as pillow
 from l2t_jax.data import in_memory as memory
 from l2t_jax.data import pipeline, records, splits, streaming
 from l2t_jax.data.pipeline import Dataset
 
-__all__ = ["Dataset", "load"]
+__all__ = ["Dataset", "load", "make_eval_resize"]
 
 # Larger images are streamed unless the caller says otherwise.
 MAX_IN_MEMORY_SIZE = 96
@@ -46,6 +48,7 @@ def load(
   in_memory: bool | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  opened: records.Source | None = None,
 ) -> Dataset:
   """Open a data set.
 
@@ -90,6 +93,8 @@ def load(
       are small.
     process_index: of this process among those that train together.
     process_count: how many of them there are.
+    opened: images and labels that are there already, in the place of what
+      source, name and path say.
 
   Returns:
     The data set; each process gets its own rows of the global batches.
@@ -113,9 +118,9 @@ def load(
   _check_unlabeled(
     unlabeled, unlabeled_path, unlabeled_batch_size, per_class, process_count
   )
-  opened = records.keep_classes(
-    records.open_source(source, name=name, path=path), classes
-  )
+  if opened is None:
+    opened = records.open_source(source, name=name, path=path)
+  opened = records.keep_classes(opened, classes)
   full_split = splits.make_split(
     opened,
     split_file=split_file,
@@ -124,6 +129,7 @@ def load(
     test_fraction=test_fraction,
     split_seed=split_seed,
   )
+  _check_targets(opened, augment)
   split = full_split
   if per_class:
     split = splits.keep_per_class(
@@ -169,6 +175,19 @@ def load(
   )
 
 
+def make_eval_resize(
+  image_size: int, eval_resize: int, in_memory: bool | None = None
+) -> Callable[[Image.Image], Image.Image]:
+  """Return what gives an image the size that evaluation sees; see `load`."""
+  if in_memory is None:
+    in_memory = image_size <= MAX_IN_MEMORY_SIZE
+  if in_memory:
+    return functools.partial(pillow.resize, width=image_size, height=image_size)
+  return functools.partial(
+    pillow.resize_and_center_crop, resized=eval_resize, size=image_size
+  )
+
+
 def _check_images(
   image_size: int,
   channels: int,
@@ -210,6 +229,25 @@ def _check_reading(
     raise types.InputError(
       f"eval_resize is {eval_resize}, but must be at least"
       f" image_size={image_size}"
+    )
+
+
+def _check_targets(source: records.Source, augment: str) -> None:
+  targets = source.train.targets
+  if targets is None:
+    return
+  if source.test is not None and (
+    source.test.targets is None
+    or source.test.targets.shape[1:] != targets.shape[1:]
+  ):
+    raise types.InputError(
+      f"the training images have targets of shape {list(targets.shape[1:])},"
+      " but the test images do not"
+    )
+  if targets.ndim > 2 and augment != "none":
+    raise types.InputError(
+      f"augment is {augment!r} and would move the images, but not their targets"
+      f" of shape {list(targets.shape[1:])}; use 'none'"
     )
 
 

@@ -48,7 +48,7 @@ class InMemoryDataset(pipeline.SplitDataset):
       image_shape=image_shape,
     )
     self._arrays = {
-      name: jax.device_put((_read_resized(subset, image_shape), subset.labels))
+      name: jax.device_put((_read_resized(subset, image_shape), subset.targets))
       for name, subset in self._subsets.items()
     }
     static = {

@@ -34,6 +34,8 @@ class Dataset(Protocol):
   num_classes: int
   class_names: tuple[str, ...]
   image_shape: tuple[int, int, int]  # (H, W, C).
+  label_shape: tuple[int, ...]  # Of one image; () for a class.
+  label_dtype: np.dtype
   num_train: int
   num_val: int  # 0 where no validation images were asked for.
   num_test: int
@@ -86,6 +88,13 @@ class Subset(NamedTuple):
   def labels(self) -> np.ndarray:
     """Labels int32 [N]."""
     return self.records.labels[self.indices]
+
+  @property
+  def targets(self) -> np.ndarray:
+    """What batches hold as labels, [N, ...]: the classes or something else."""
+    if self.records.targets is None:
+      return self.labels
+    return self.records.targets[self.indices]
 
   def read_image(self, position: int, *, channels: int) -> Image.Image:
     """Read the image at a position from 0 to N - 1, grey or RGB."""
@@ -201,6 +210,8 @@ class SplitDataset:
       self._subsets["unlabeled"] = unlabeled
       self.num_unlabeled = len(unlabeled.indices)
       self.split_hash = splits.split_hash((*split, unlabeled.indices))
+    targets = self._subsets["train"].targets
+    self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
 
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
     """Yield an epoch's batches; see Dataset."""

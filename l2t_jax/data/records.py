@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import functools
 import importlib
@@ -39,6 +39,8 @@ class Records(NamedTuple):
   labels: np.ndarray  # [N] int32, 0 .. num_classes - 1; -1: class left out.
   # The same images, uint8 [N, H, W, C], where they are in memory.
   pixels: np.ndarray | None = None
+  # What the target learns of each image, [N, ...], where that is not its class.
+  targets: np.ndarray | None = None
 
 
 class Source(NamedTuple):
@@ -70,7 +72,7 @@ def open_source(source: str, *, name: str, path: str) -> Source:
   """
   openers = {
     "bundled": lambda: _open_bundled(name),
-    "npz": lambda: _open_npz(path),
+    "npz": lambda: from_arrays(load_npz(path), repr(path)),
     "folder": lambda: _open_folder(_existing_folder(path)),
     "tfds": lambda: _open_tfds(name, path),
   }
@@ -96,11 +98,21 @@ def open_unlabeled(path: str) -> Records:
   Raises:
     types.InputError: there is no such folder, or it has no images.
   """
-  root = _existing_folder(path)
-  files = [(file, -1) for file in sorted(root.rglob("*")) if _is_image(file)]
+  return _file_records(
+    [(file, -1) for file in list_images(_existing_folder(path))]
+  )
+
+
+def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Find images in a folder and its subfolders, sorted.
+
+  Raises:
+    types.InputError: there are none.
+  """
+  files = sorted(filter(_is_image, folder.rglob("*")))
   if not files:
-    raise _no_images(root)
-  return _file_records(files)
+    raise _no_images(folder)
+  return files
 
 
 def keep_classes(source: Source, classes: Sequence[int]) -> Source:
@@ -175,10 +187,15 @@ def _image_from_array(images: np.ndarray, index: int) -> Image.Image:
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _array_records(images: np.ndarray, labels: np.ndarray) -> Records:
-  """Wrap images uint8 [N, H, W, C] and labels [N]."""
+def _array_records(
+  images: np.ndarray, labels: np.ndarray, targets: np.ndarray | None = None
+) -> Records:
+  """Wrap images uint8 [N, H, W, C], labels [N] and targets [N, ...]."""
   read_image = functools.partial(_image_from_array, images)
-  return Records(read_image, labels.astype(np.int32), images)
+  if targets is not None:
+    is_float = targets.dtype.kind == "f"
+    targets = targets.astype(np.float32 if is_float else np.int32)
+  return Records(read_image, labels.astype(np.int32), images, targets)
 
 
 def _open_bundled(name: str) -> Source:
@@ -199,37 +216,73 @@ def _open_bundled(name: str) -> Source:
   return Source(_array_records(images, labels), 0, None, class_names)
 
 
-def _open_npz(path: str) -> Source:
-  arrays = load_npz(path)
-  for key in ("x_train", "y_train"):
+def from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> Source:
+  """Make a data set of arrays.
+
+  Args:
+    arrays: "x_train", uint8 images [N, H, W] or [N, H, W, 1 or 3], and
+      "y_train", their classes [N], or "t_train", [N, ...], what else is to be
+      learned of them; the same with "_val" and "_test" if there is such a
+      split; and "class_names".
+    where: they come from, for messages.
+
+  Raises:
+    types.InputError: an array is missing or malformed.
+  """
+  needed = ("x_train",) if "t_train" in arrays else ("x_train", "y_train")
+  for key in needed:
     if key not in arrays:
       raise types.InputError(
-        f"{path!r} lacks {key!r}; its keys are {_listed(sorted(arrays))}"
+        f"{where} lacks {key!r}; its keys are {_listed(sorted(arrays))}"
       )
-  train = _npz_records(path, arrays, "train")
-  has_test = "x_test" in arrays or "y_test" in arrays
-  test = _npz_records(path, arrays, "test") if has_test else None
+  is_given = lambda part: any(f"{kind}_{part}" in arrays for kind in "xyt")
+  records, num_val = _checked_records(where, arrays, "train"), 0
+  if is_given("val"):
+    validation = _checked_records(where, arrays, "val")
+    num_val = len(validation.labels)
+    records = _joined(where, records, validation)
+  test = _checked_records(where, arrays, "test") if is_given("test") else None
   num_seen = 1 + max(
-    records.labels.max(initial=0) for records in (train, test) if records
+    part.labels.max(initial=0) for part in (records, test) if part
   )
   class_names = tuple(
     str(name) for name in arrays.get("class_names", np.arange(num_seen))
   )
   if num_seen > len(class_names):
     raise types.InputError(
-      f"{path!r} has label {num_seen - 1}, but class_names has only"
+      f"{where} has label {num_seen - 1}, but class_names has only"
       f" {len(class_names)} entries"
     )
-  return Source(train, 0, test, class_names)
+  return Source(records, num_val, test, class_names)
 
 
-def _npz_records(
-  path: str, arrays: dict[str, np.ndarray], part: str
+def _joined(where: str, first: Records, second: Records) -> Records:
+  """Put the images of `second`, in memory, behind those of `first`."""
+  parts = [
+    [array for array in part[1:] if array is not None]
+    for part in (first, second)
+  ]
+  shapes = [[array.shape[1:] for array in arrays] for arrays in parts]
+  if shapes[0] != shapes[1]:
+    raise types.InputError(
+      f"{where}: the images of train and val, or what is to be learned of them,"
+      f" differ in shape: {shapes[0]}, {shapes[1]}"
+    )
+  labels, images, *targets = map(np.concatenate, zip(*parts, strict=True))
+  return _array_records(images, labels, *targets)
+
+
+def _checked_records(
+  where: str, arrays: Mapping[str, np.ndarray], part: str
 ) -> Records:
-  """Check and wrap x_{part} and y_{part}."""
+  """Check and wrap x_{part}, y_{part} and, if it is there, t_{part}."""
+  targets = arrays.get(f"t_{part}")
+  if targets is not None and f"x_{part}" in arrays:
+    # The classes then only serve to draw the split.
+    arrays = {f"y_{part}": np.zeros(len(targets), np.int32), **arrays}
   for key in (f"x_{part}", f"y_{part}"):
     if key not in arrays:
-      raise types.InputError(f"{path!r} lacks {key!r} beside its other half")
+      raise types.InputError(f"{where} lacks {key!r} beside its other half")
   images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
   if images.ndim == 3:
     images = images[..., None]
@@ -239,20 +292,27 @@ def _npz_records(
     or images.shape[-1] not in (1, 3)
   ):
     raise types.InputError(
-      f"{path!r}: x_{part} is {arrays[f'x_{part}'].dtype}"
+      f"{where}: x_{part} is {arrays[f'x_{part}'].dtype}"
       f" {list(arrays[f'x_{part}'].shape)}, but must be uint8 [N, H, W] or"
       " [N, H, W, 1 or 3]"
     )
   if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
     raise types.InputError(
-      f"{path!r}: y_{part} is {labels.dtype} {list(labels.shape)}, but must"
+      f"{where}: y_{part} is {labels.dtype} {list(labels.shape)}, but must"
       f" be integer [{len(images)}], one label per image of x_{part}"
     )
   if labels.min(initial=0) < 0:
     raise types.InputError(
-      f"{path!r}: y_{part} has label {labels.min()}, but labels start at 0"
+      f"{where}: y_{part} has label {labels.min()}, but labels start at 0"
     )
-  return _array_records(images, labels)
+  if targets is not None and (
+    targets.dtype.kind not in "fiub" or len(targets) != len(images)
+  ):
+    raise types.InputError(
+      f"{where}: t_{part} is {targets.dtype} {list(targets.shape)}, but must"
+      f" be numbers [{len(images)}, ...], something for each image of x_{part}"
+    )
+  return _array_records(images, labels, targets)
 
 
 def _image_from_file(paths: Sequence[pathlib.Path], index: int) -> Image.Image:

@@ -146,7 +146,7 @@ class TrainSteps:
       index: of the step, counted on through all epochs.
 
     Returns:
-      Images uint8 [b, H, W, C], labels int32 [b] and, if there are any, images
+      Images uint8 [b, H, W, C], labels [b, ...] and, if there are any, images
       without labels uint8 [u, H, W, C].
     """
     num_images = len(self.subset.indices)
@@ -156,7 +156,7 @@ class TrainSteps:
     # From the slot in the epoch: the same whichever worker reads the image.
     entropies = [(self.seed, epoch, 1 + slot) for slot in slots]
     images = self._read(self.subset, positions, entropies)
-    labels = self.subset.labels[positions]
+    labels = self.subset.targets[positions]
     if self.unlabeled is None:
       return images, labels
     return images, labels, self._read_unlabeled(self.unlabeled, index)
@@ -198,10 +198,10 @@ class EvalSteps:
   def __getitem__(
     self, index: int
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return images uint8 [b, H, W, C], labels [b] and mask [b] of a step."""
+    """Return images uint8 [b, H, W, C], labels [b, ...], mask [b] of a step."""
     positions, mask = self.plan.eval_positions(len(self.subset.indices), index)
     images = [self.read(self.subset, position) for position in positions]
-    return np.stack(images), self.subset.labels[positions], mask
+    return np.stack(images), self.subset.targets[positions], mask
 
 
 def _read_center(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-import importlib
 import inspect
 from typing import Any
 
@@ -68,18 +67,12 @@ def find(name: str) -> Callable[..., Any]:
   """
   if name in MODELS:
     return MODELS[name]
-  module, _, function = name.partition(":")
-  if not function:
+  if ":" not in name:
     raise types.InputError(
       f"unknown model {name!r}; it must be one of {', '.join(MODELS)}, or a"
       " function of your own as 'package.module:function'"
     )
-  try:
-    return getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError) as error:
-    raise types.InputError(
-      f"cannot import the model {name!r}: {error}"
-    ) from error
+  return types.import_by_name(name, "model")
 
 
 def image_size(network: Network) -> int:

@@ -1,0 +1,116 @@
+"""Take the trained target elsewhere.
+
+    python -m l2t_jax.export RUN OUT.pt
+    python -m l2t_jax.export RUN OUT.safetensors
+    python -m l2t_jax.export RUN OUT.stablehlo
+
+RUN is the folder of a run, or its target.safetensors. The first two are a
+PyTorch state dict, names and layouts as in torchvision's ResNet and the
+authors' networks, by torch.save (needs torch) or as safetensors. The last one
+is a program for CPUs, GPUs and TPUs, from images uint8 [B, H, W, C] of any
+number to the network's outputs, weights and normalisation included:
+
+    program = jax.export.deserialize(open("OUT.stablehlo", "rb").read())
+    outputs = program.call(images)
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+from flax import traverse_util
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from l2t_jax import predict, pretrained, types
+
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_state_dict(predictor: predict.Predictor) -> dict[str, np.ndarray]:
+  """Name and lay out the target's variables as PyTorch does.
+
+  Raises:
+    types.InputError: a variable has no counterpart in PyTorch.
+  """
+  variables = {"params": predictor.params, **predictor.model_state}
+  tensors = {}
+  for path, leaf in traverse_util.flatten_dict(variables).items():
+    if not pretrained.has_torch_name(path):
+      raise types.InputError(
+        f"{'/'.join(path)} has no name in PyTorch: only the kernels, biases and"
+        " batch norms of convolutional networks have; export to .stablehlo"
+      )
+    array = pretrained.to_torch_layout(np.asarray(leaf))
+    tensors[pretrained.torch_name(path)] = np.ascontiguousarray(array)
+  return tensors
+
+
+def to_stablehlo(predictor: predict.Predictor) -> bytes:
+  """Serialise the target as a program; `jax.export.deserialize` reads it."""
+  (batch,) = jax.export.symbolic_shape("batch")
+  shape = (batch, *predictor.image_format.shape)
+  exported = jax.export.export(predictor.make_apply_fn(), platforms=_PLATFORMS)(
+    jax.ShapeDtypeStruct(shape, jnp.uint8)
+  )
+  return bytes(exported.serialize())
+
+
+def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
+  """Write the target in the format that the path's suffix names.
+
+  Raises:
+    types.InputError: the suffix is unknown, torch is missing, or the file
+      cannot be written.
+  """
+  partial = path.with_name(path.name + ".partial")
+  try:
+    if path.suffix == ".stablehlo":
+      partial.write_bytes(to_stablehlo(predictor))
+    elif path.suffix == ".safetensors":
+      safetensors.numpy.save_file(to_state_dict(predictor), partial)
+    elif path.suffix in (".pt", ".pth"):
+      _save_torch(to_state_dict(predictor), partial)
+    else:
+      raise types.InputError(
+        f"{path} must end in .pt, .pth, .safetensors or .stablehlo"
+      )
+    partial.replace(path)
+  except OSError as error:
+    raise types.InputError(
+      f"cannot write {path}: {error.strerror}; choose another place"
+    ) from error
+
+
+def _save_torch(tensors, path):
+  try:
+    import torch
+  except ImportError as error:
+    raise types.InputError(
+      "writing .pt needs torch (pip install torch); .safetensors does not"
+    ) from error
+  torch.save({name: torch.tensor(x) for name, x in tensors.items()}, path)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("run", type=pathlib.Path)
+  parser.add_argument("output", type=pathlib.Path)
+  args = parser.parse_args()
+  try:
+    write(predict.load(args.run), args.output)
+  except types.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+  main()

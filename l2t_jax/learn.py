@@ -1,0 +1,220 @@
+"""Transfer in a notebook: from arrays and networks to a trained target.
+
+    from l2t_jax import learn
+
+    config = learn.default_config()
+    config.epochs = 30
+    result = learn.fit(
+      MyTarget(num_classes=10),
+      {"x_train": images, "y_train": labels},
+      source=learn.Source(my_source, my_params, my_batch_stats),
+      config=config,
+    )
+    result.summary["test_accuracy"]
+    result.figure()
+    logits = result.predict(new_images)
+
+It is what `train.py` does, with objects in the place of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+from matplotlib import figure
+import ml_collections
+import numpy as np
+
+from l2t_jax import (
+  build,
+  defaults,
+  experiment,
+  models,
+  predict,
+  report,
+  types,
+)
+from l2t_jax.data import records
+
+default_config = defaults.get_config
+
+
+class Source(NamedTuple):
+  """A trained network whose features are transferred."""
+
+  network: models.Network
+  # Where they are None, those that an NNX module holds.
+  params: types.PyTree | None = None
+  model_state: types.PyTree = {}  # noqa: RUF012  Batch statistics and the like.
+  # Names or globs of its layers; () for the last one of each resolution.
+  taps: tuple[str, ...] = ()
+  # What it was trained on; 0 and () for what the target sees.
+  image_size: int = 0
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
+
+
+class Result(NamedTuple):
+  """A trained target, at its best validation epoch."""
+
+  predictor: predict.Predictor  # Holds network, params and model_state.
+  summary: dict[str, Any]  # Content of summary.json.
+  transfer_map: dict[str, Any] | None  # Of transfer_map.json.
+  workdir: pathlib.Path  # Everything else that `train.py` leaves.
+
+  def predict(self, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
+    """Compute the target's outputs in eval mode.
+
+    Args:
+      images: uint8 [N, H, W] or [N, H, W, C], as in training.
+      batch_size: images at a time.
+
+    Returns:
+      Logits, or what else the network returns, [N, ...].
+    """
+    _, size, channels = self.predictor.image_format.shape
+    images = _with_channels(images)
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
+      raise types.InputError(
+        f"images are {images.dtype} {list(images.shape)}, but must be uint8"
+        f" [N, {size}, {size}, {channels}], as in training"
+      )
+    apply_fn = self.predictor.make_apply_fn()
+    outputs = [
+      apply_fn(images[start : start + batch_size])
+      for start in range(0, len(images), batch_size)
+    ]
+    return np.concatenate(outputs)
+
+  def figure(self) -> figure.Figure:
+    """Draw what was transferred where."""
+    if self.transfer_map is None:
+      raise types.InputError(
+        f"method {self.summary['method']!r} matches no features: it has no"
+        " transfer map"
+      )
+    return report.draw_transfer_map(self.transfer_map)
+
+
+def fit(
+  target: models.Network,
+  arrays: Mapping[str, np.ndarray],
+  *,
+  source: Source | Mapping[str, Source] | None = None,
+  config: ml_collections.ConfigDict | None = None,
+  task: types.Task | None = None,
+  workdir: str | os.PathLike[str] | None = None,
+) -> Result:
+  """Train a target with what its sources know.
+
+  Args:
+    target: a Linen module; or an NNX module, or a function that makes one; or
+      `models.Functions`. An NNX module that exists starts from its values.
+    arrays: "x_train", uint8 images [N, H, W] or [N, H, W, C], and "y_train",
+      their classes [N], or "t_train", [N, ...], what else `task` reads; the
+      same with "_val" and "_test". What is missing of these is split off.
+    source: what is transferred from; several with a name each; None for
+      methods that need none.
+    config: the fields of l2t_jax/defaults.py, from `default_config`. What the
+      objects say (data.source, image_size, channels, source, target.model and
+      task) is filled in; mean and std are those of the training images unless
+      they were changed.
+    task: what is learned; None for classification.
+    workdir: folder of the run, where it resumes if it was cut off; None for a
+      temporary one.
+
+  Returns:
+    The target and what is known of the run.
+
+  Raises:
+    types.InputError: for arrays, networks and values that cannot work together.
+  """
+  config = ml_collections.ConfigDict(
+    (config or default_config()).to_dict(), type_safe=False
+  )
+  sources = {"": source} if isinstance(source, Source) else dict(source or {})
+  opened = records.from_arrays(dict(arrays), "arrays")
+  _describe_data(config, arrays)
+  _describe_networks(config, target, sources, task)
+  given = build.Given(
+    opened,
+    {name: _with_variables(one) for name, one in sources.items()},
+    target,
+    task,
+  )
+  workdir = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
+  summary = experiment.train_and_evaluate(config, workdir, given)
+  transfer_map = workdir / "transfer_map.json"
+  return Result(
+    predict.load(workdir, network=target),
+    summary,
+    json.loads(transfer_map.read_text()) if transfer_map.exists() else None,
+    workdir,
+  )
+
+
+def _describe_data(config, arrays):
+  """Say in the config what the arrays are, so that another run is refused."""
+  images = _with_channels(np.asarray(arrays["x_train"]))
+  height, width, channels = images.shape[1:]
+  if height != width:
+    raise types.InputError(
+      f"images are {height}x{width}; they must be square: crop or resize them"
+    )
+  usual = default_config().data
+  if (config.data.mean, config.data.std) == (usual.mean, usual.std):
+    pixels = images.reshape(-1, channels) / 255
+    config.data.mean = tuple(np.round(pixels.mean(axis=0), 4).tolist())
+    config.data.std = tuple(np.round(pixels.std(axis=0) + 1e-6, 4).tolist())
+  config.data.source, config.data.name = "arrays", _digest(dict(arrays))
+  config.data.image_size, config.data.channels = height, channels
+
+
+def _describe_networks(config, target, sources, task):
+  config.target.model = _name(target)
+  config.target.task = "given" if task else "classification"
+  config.sources = {}
+  for name, one in sources.items():
+    fields = defaults.source()
+    digest = _digest((one.params, one.model_state))
+    fields.weights = f"{_name(one.network)} {digest}"
+    for field in ("taps", "image_size", "mean", "std"):
+      fields[field] = getattr(one, field)
+    if name:
+      config.sources[name] = fields
+    else:
+      config.source = fields
+
+
+def _with_variables(source):
+  params, model_state = source.params, source.model_state
+  if params is None:
+    params, model_state = models.init(
+      source.network, jax.random.key(0), (1, 1, 1)
+    )
+  return build.SourceNetwork(source.network, params, dict(model_state))
+
+
+def _with_channels(images):
+  return images[..., None] if images.ndim == 3 else images
+
+
+def _name(network):
+  return getattr(network, "__name__", type(network).__name__)
+
+
+def _digest(tree):
+  """16 hex digits that tell arrays apart."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.asarray(leaf)
+    what = (jax.tree_util.keystr(path), array.shape, str(array.dtype))
+    digest.update(repr(what).encode() + array.tobytes())
+  return digest.hexdigest()[:16]

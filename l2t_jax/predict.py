@@ -1,0 +1,193 @@
+"""Classify images with the target of a finished run.
+
+    python -m l2t_jax.predict RUN IMAGES... > predictions.csv
+
+RUN is the folder of a run, or its target.safetensors; IMAGES are files, and
+folders that are searched with their subfolders. The table has the columns
+image, class and probability.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import csv
+import itertools
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from l2t_jax import data, models, pretrained, types
+from l2t_jax.data import augment, formats, records
+from l2t_jax.data import images as pillow
+
+_BATCH_SIZE = 64
+
+
+class Predictor(NamedTuple):
+  """A trained network with all that it takes to run it on images."""
+
+  network: models.Network
+  params: types.PyTree
+  model_state: types.PyTree
+  image_format: formats.ImageFormat
+  class_names: tuple[str, ...]
+  # An image of any size, grey or RGB -> one of the network's, as in evaluation.
+  resize: Callable[[Image.Image], Image.Image]
+
+  def read(self, path: pathlib.Path) -> np.ndarray:
+    """Read an image as the network wants it, uint8 [H, W, C].
+
+    Raises:
+      types.InputError: it cannot be read, or is partly transparent.
+    """
+    image = pillow.decode(path, name=str(path))
+    if "A" in image.getbands() or "transparency" in image.info:
+      raise types.InputError(
+        f"image {path} has transparent pixels ({image.mode}); put it on a"
+        " background first, so that it looks as the training images do"
+      )
+    image = pillow.convert(image, self.image_format.channels)
+    return pillow.to_array(self.resize(image))
+
+  def make_apply_fn(self) -> Any:
+    """Return images uint8 [B, H, W, C] -> outputs [B, ...], jitted."""
+    apply_fn = models.as_apply_fn(self.network, ())
+
+    @jax.jit
+    def outputs(images):
+      images = augment.normalise(
+        images, self.image_format.mean, self.image_format.std
+      )
+      return apply_fn(self.params, self.model_state, images, train=False)[0]
+
+    return outputs
+
+
+def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
+  """Read what a run leaves.
+
+  Args:
+    run: its folder, or the target.safetensors in it.
+    network: the target, where its config does not name it.
+
+  Raises:
+    types.InputError: there is no such file, or its network cannot be made.
+  """
+  path = run / "target.safetensors" if run.is_dir() else run
+  if not path.is_file():
+    raise types.InputError(
+      f"there is no target.safetensors in {run}; a run leaves it with its first"
+      " epoch"
+    )
+  metadata = pretrained.read_metadata(path)
+  if "config" not in metadata:
+    raise types.InputError(
+      f"{path} was converted and not trained by l2t_jax: it says nothing of its"
+      " images and classes"
+    )
+  config = json.loads(metadata["config"])
+  size = config["data"]["image_size"]
+  image_format = formats.ImageFormat(
+    size,
+    int(metadata["channels"]),
+    tuple(json.loads(metadata["mean"])),
+    tuple(json.loads(metadata["std"])),
+  )
+  if network is None:
+    network, params, model_state = pretrained.load_network(
+      path, image_format.shape
+    )
+  else:
+    model_state, _ = pretrained.load(path)
+    params = model_state.pop("params")
+  return Predictor(
+    network,
+    params,
+    model_state,
+    image_format,
+    tuple(json.loads(metadata["class_names"])),
+    data.make_eval_resize(size, config["data"]["eval_resize"]),
+  )
+
+
+def predict(
+  predictor: Predictor, paths: Iterable[pathlib.Path]
+) -> Iterator[tuple[pathlib.Path, str, float]]:
+  """Classify images.
+
+  Args:
+    predictor: from `load`.
+    paths: of images.
+
+  Yields:
+    (path, name of the likeliest class, its probability).
+
+  Raises:
+    types.InputError: an image cannot be read, or the network is no classifier.
+  """
+  apply_fn = predictor.make_apply_fn()
+  for batch in _batched(paths, _BATCH_SIZE):
+    images = np.stack([predictor.read(path) for path in batch])
+    # One shape, so that it is compiled once.
+    padding = ((0, _BATCH_SIZE - len(batch)), *((0, 0),) * 3)
+    outputs = apply_fn(np.pad(images, padding))
+    if outputs.shape != (_BATCH_SIZE, len(predictor.class_names)):
+      raise types.InputError(
+        f"the network's outputs are {['N', *outputs.shape[1:]]}, and no logits"
+        f" of {len(predictor.class_names)} classes; l2t_jax.learn predicts them"
+      )
+    probabilities = np.asarray(jax.nn.softmax(outputs))[: len(batch)]
+    for path, row in zip(batch, probabilities, strict=True):
+      best = int(row.argmax())
+      yield path, predictor.class_names[best], float(row[best])
+
+
+def find_images(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+  """List images: files as they are, folders searched and sorted.
+
+  Raises:
+    types.InputError: a path does not exist, or a folder has no images.
+  """
+  found: list[pathlib.Path] = []
+  for path in paths:
+    if path.is_dir():
+      found += records.list_images(path)
+    elif path.exists():
+      found.append(path)
+    else:
+      raise types.InputError(f"there is no image or folder {path}")
+  return found
+
+
+def _batched(paths, size):
+  paths = iter(paths)
+  while batch := list(itertools.islice(paths, size)):
+    yield batch
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("run", type=pathlib.Path)
+  parser.add_argument("images", type=pathlib.Path, nargs="+")
+  args = parser.parse_args()
+  try:
+    paths = find_images(args.images)
+    table = csv.writer(sys.stdout)
+    table.writerow(("image", "class", "probability"))
+    for path, name, probability in predict(load(args.run), paths):
+      table.writerow((path, name, f"{probability:.4f}"))
+  except types.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

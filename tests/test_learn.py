@@ -1,0 +1,149 @@
+"""The interface for notebooks: arrays and networks in, a trained target out."""
+
+from flax import nnx
+import jax
+import matplotlib.figure
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from examples import networks, tasks
+from l2t_jax import learn, models, types
+
+SHAPE = (8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  digits = datasets.load_digits()
+  images = np.uint8(digits.images * 15)
+  return {
+    "x_train": images[:500],
+    "y_train": digits.target[:500],
+    "x_val": images[500:600],
+    "y_val": digits.target[500:600],
+    "x_test": images[600:1000],
+    "y_test": digits.target[600:1000],
+  }
+
+
+def small_config(method, epochs):
+  config = learn.default_config()
+  config.method = method
+  config.epochs = epochs
+  config.batch_size = 50
+  config.optimizer.learning_rate = 0.05
+  config.bilevel.num_inner_steps = 1
+  config.data.augment = "none"
+  return config
+
+
+def test_a_target_learns_from_a_source(arrays, tmp_path):
+  network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
+  trained = learn.fit(network, arrays, config=small_config("scratch", 10))
+  assert trained.summary["test_accuracy"] > 0.6
+  with pytest.raises(types.InputError, match="'scratch' matches no features"):
+    trained.figure()
+  source = learn.Source(network, trained.predictor.params, taps=("stages/*",))
+  result = learn.fit(
+    networks.ConvNeXt(10),
+    arrays,
+    source=source,
+    config=small_config("l2t_ww", 5),
+    workdir=tmp_path,
+  )
+  assert result.summary["test_accuracy"] > 0.4
+  assert isinstance(result.figure(), matplotlib.figure.Figure)
+  pairs = {(p["source"], p["target"]) for p in result.transfer_map["pairs"]}
+  assert pairs == {
+    (f"stages/{m}", f"stage{n}_0") for m in range(3) for n in range(2)
+  }
+  logits = result.predict(arrays["x_test"], batch_size=150)
+  assert logits.shape == (400, 10)
+  accuracy = np.mean(logits.argmax(axis=-1) == arrays["y_test"])
+  assert accuracy == pytest.approx(result.summary["test_accuracy"], abs=1e-6)
+  with pytest.raises(types.InputError, match=r"must be uint8 \[N, 8, 8, 1\]"):
+    result.predict(arrays["x_test"] / 255)
+  # The same folder with another source is another run.
+  other = source._replace(
+    params=jax.tree.map(lambda x: x + 1, trained.predictor.params)
+  )
+  with pytest.raises(types.InputError, match=r"source.weights was"):
+    learn.fit(
+      networks.ConvNeXt(10),
+      arrays,
+      source=other,
+      config=small_config("l2t_ww", 5),
+      workdir=tmp_path,
+    )
+
+
+def test_tasks_of_ones_own(arrays):
+  ink = {
+    "x_train": arrays["x_train"],
+    "t_train": np.int32(arrays["x_train"] > 120),
+  }
+  result = learn.fit(
+    tasks.Segmenter(), ink, task=tasks.INK, config=small_config("scratch", 4)
+  )
+  assert result.summary["test_accuracy"] > 0.6
+  assert result.predict(ink["x_train"]).shape == (500, 8, 8)
+
+
+@pytest.mark.parametrize(
+  ("loss", "accuracy", "message"),
+  [
+    (
+      lambda o, t: (o - t) ** 2,
+      tasks.INK.accuracy,
+      r"shape \[50, 8, 8\] for 50",
+    ),
+    (tasks.INK.loss, lambda o, t: (o > 0) == t, "one value an image"),
+  ],
+)
+def test_tasks_that_cannot_be(arrays, loss, accuracy, message):
+  ink = {"x_train": arrays["x_train"], "t_train": arrays["x_train"] / 255}
+  with pytest.raises(types.InputError, match=message):
+    learn.fit(
+      tasks.Segmenter(),
+      ink,
+      task=types.Task(loss, accuracy),
+      config=small_config("scratch", 1),
+    )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"x_train": np.zeros((500, 8, 6), np.uint8)}
+      | dict.fromkeys(("x_val", "y_val", "x_test", "y_test")),
+      "8x6; they must be square",
+    ),
+    ({"x_train": np.zeros((500, 8, 8))}, r"x_train is float64 \[500, 8, 8\]"),
+    ({"y_val": None}, "lacks 'y_val'"),
+    ({"t_train": np.zeros((500, 3))}, "differ in shape"),
+  ],
+)
+def test_arrays_that_cannot_be(arrays, changes, message):
+  changed = {k: v for k, v in (arrays | changes).items() if v is not None}
+  with pytest.raises(types.InputError, match=message):
+    learn.fit(models.create("vgg_tiny", 10), changed)
+
+
+def test_targets_need_a_task(arrays):
+  changed = {"x_train": arrays["x_train"], "t_train": np.zeros((500, 3))}
+  with pytest.raises(
+    types.InputError, match=r"float32 \['N', 3\].*target.task"
+  ):
+    learn.fit(
+      models.create("vgg_tiny", 3), changed, config=small_config("scratch", 1)
+    )
+
+
+def test_maps_and_augmentation(arrays):
+  changed = {"x_train": arrays["x_train"], "t_train": arrays["x_train"]}
+  config = small_config("scratch", 1)
+  config.data.augment = "crop"
+  with pytest.raises(types.InputError, match="not their targets"):
+    learn.fit(tasks.Segmenter(), changed, task=tasks.INK, config=config)

@@ -1,0 +1,64 @@
+"""Classifying image files with what a run left."""
+
+import csv
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+from sklearn import datasets
+
+from l2t_jax import predict, types
+from tests import small_runs
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """Digits as files in subfolders named by their classes."""
+  folder = tmp_path_factory.mktemp("pictures")
+  images, labels = datasets.load_digits(return_X_y=True)
+  for i, (image, label) in enumerate(zip(images[:70], labels, strict=False)):
+    path = folder / str(label) / f"{i:03}.png"
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.rint(image.reshape(8, 8) * (255 / 16)).astype(np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
+  return folder
+
+
+@pytest.mark.xdist_group("experiment")
+def test_folders_of_images(source, pictures):
+  result = small_runs.run_python(
+    "-m", "l2t_jax.predict", source.parent, pictures / "0", pictures
+  )
+  assert result.returncode == 0, result.stderr
+  rows = list(csv.DictReader(io.StringIO(result.stdout)))
+  assert len(rows) == 70 + len(list((pictures / "0").iterdir()))
+  right = [row["class"] == row["image"].split("/")[-2] for row in rows]
+  assert np.mean(right) > 0.3  # The source trained for one epoch.
+  assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+  assert rows[0]["image"] == str(sorted((pictures / "0").iterdir())[0])
+
+
+def _save(path, mode):
+  PIL.Image.new(mode, (9, 7)).save(path)
+  return path
+
+
+@pytest.mark.xdist_group("experiment")
+def test_images_that_cannot_be(source, tmp_path):
+  predictor = predict.load(source)
+  assert predictor.read(_save(tmp_path / "rgb.png", "RGB")).shape == (
+    *predictor.image_format.shape[:2],
+    1,
+  )
+  (tmp_path / "broken.png").write_bytes(b"no image")
+  (tmp_path / "empty").mkdir()
+  for make, message in (
+    (lambda: predictor.read(_save(tmp_path / "a.png", "RGBA")), "transparent"),
+    (lambda: predictor.read(tmp_path / "broken.png"), "cannot be read"),
+    (lambda: predict.find_images([tmp_path / "none"]), "no image or folder"),
+    (lambda: predict.find_images([tmp_path / "empty"]), "has no images"),
+    (lambda: predict.load(tmp_path), "there is no target.safetensors"),
+  ):
+    with pytest.raises(types.InputError, match=message):
+      make()
