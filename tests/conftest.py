@@ -19,6 +19,13 @@ def pytest_configure():
     atexit.register(folder.cleanup)
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+  """Let XLA optimise little, but for tests of what it makes of a program."""
+  as_usual = request.node.get_closest_marker("optimized")
+  jax.config.update("jax_disable_most_optimizations", not as_usual)
+
+
 @pytest.fixture
 def x64():
   """Compute in float64."""

@@ -5,6 +5,8 @@ import pytest
 
 from tests import golden_setup, test_parity
 
+pytestmark = pytest.mark.optimized
+
 
 def test_the_peer_computes_the_authors_numbers(x64):
   torch = pytest.importorskip("torch")

@@ -8,6 +8,8 @@ import pytest
 from l2t_jax import bilevel, compilation, experiment, plan
 from tests import small_runs
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.xdist_group("experiment")
 def test_plan_names_the_cost_of_every_mode(source, tmp_path, capsys):

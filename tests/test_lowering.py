@@ -11,6 +11,8 @@ import pytest
 
 from l2t_jax import lowering  # noqa: F401  (changes how JAX lowers)
 
+pytestmark = pytest.mark.optimized
+
 
 def convolve(x, kernel, *, stride=1, pad=1, dilation=1, groups=1):
   return jax.lax.conv_general_dilated(

@@ -11,6 +11,8 @@ import pytest
 from l2t_jax import bilevel, pretrained
 from tests import golden_setup
 
+pytestmark = pytest.mark.optimized
+
 FOLDER = pathlib.Path(
   os.environ.get("L2T_GOLDEN_DIR") or pathlib.Path(__file__).parent / "golden"
 )
