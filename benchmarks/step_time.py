@@ -3,9 +3,10 @@
     python -m benchmarks.step_time
     python -m benchmarks.step_time --sweep=mode,T,precision,batch --folder=DIR
 
-ResNet-32 -> VGG-9, 15 pairs, random images, on the first device. All cases
-take turns in one run, so that their ratios do not depend on what else the
-machine does. Prints a table and, on its last line, a JSON object:
+ResNet-32 -> VGG-9, 15 pairs, random images, on the first device. Ours, the
+peer's and both plain steps take turns, setting by setting, so that their ratios
+do not depend on what else the machine does. Prints a table and, on its last
+line, a JSON object:
 
   ratio_peer   the peer's time for an iteration over ours, the peer being the
                fastest of its variants (see benchmarks/peer_torch.py)
@@ -23,6 +24,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import platform
@@ -65,6 +67,7 @@ class Case:
   flops: float | None = None
   memory_bytes: int | None = None
   repeats: int = 1  # Steps in a measurement.
+  plain_seconds: float = math.nan  # Of the plain step that it took turns with.
   times: list[float] = dataclasses.field(default_factory=list)
 
   @property
@@ -237,12 +240,14 @@ def main() -> None:
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds} must be at least 1")
 
-  everything = _make_cases(settings_of(sweeps), args.compile_peer)
-  for case in everything:
-    case.warm_up()
-  for _ in range(args.rounds):
-    for case in everything:
-      case.times.append(case.measure())
+  everything: list[Case] = []
+  for setting in settings_of(sweeps):
+    known = [case.setting for case in everything if case.what == "plain"]
+    everything += [
+      case
+      for case in _measure(setting, args.rounds, args.compile_peer)
+      if case.what != "plain" or case.setting not in known
+    ]
   ceilings = {
     name: ceiling(*build.PRECISIONS[name])
     for name in dict.fromkeys(case.setting.precision for case in everything)
@@ -253,39 +258,31 @@ def main() -> None:
   print(json.dumps(_result(everything, ceilings)))
 
 
-def _make_cases(settings, compile_peer):
-  """Our steps and the peer's; a plain step for each batch and precision."""
-  plain = lambda setting: setting._replace(
-    method="scratch", mode=cases.Setting().mode, num_inner_steps=2
-  )
-  ours = dict.fromkeys((*map(plain, settings), *settings))
-  everything = [our_case(setting) for setting in ours]
-  if importlib.util.find_spec("torch") is None:
-    return everything
+def _measure(setting, rounds, compile_peer):
+  """Time a setting: ours, the peer's, and the plain steps of both."""
   base = cases.Setting()
-  for setting in settings:
-    if setting.mode != base.mode or setting.num_seeds > 1:
-      continue
+  plain = setting._replace(
+    method="scratch", mode=base.mode, num_inner_steps=base.num_inner_steps
+  )
+  measured = [our_case(plain), our_case(setting)]
+  has_peer = setting.mode == base.mode and setting.num_seeds == 1
+  if has_peer and importlib.util.find_spec("torch"):
     for layout in _LAYOUTS if setting == base else _LAYOUTS[:1]:
-      everything += peer_cases(setting, layout=layout, compiled=False)
-  if compile_peer:
-    everything += peer_cases(base, layout=_LAYOUTS[0], compiled=True)
-  return everything
-
-
-def _plain_of(case, everything):
-  """The plain step of the same code, batch, precision and seeds."""
-  same = lambda other: (
-    other.who,
-    other.setting.batch_size,
-    other.setting.precision,
-    other.setting.num_seeds,
-  )
-  return next(
-    other
-    for other in everything
-    if other.what == "plain" and same(other) == same(case)
-  )
+      measured += peer_cases(setting, layout=layout, compiled=False)
+    if compile_peer and setting == base:
+      measured += peer_cases(base, layout=_LAYOUTS[0], compiled=True)
+  for case in measured:
+    case.warm_up()
+  for _ in range(rounds):
+    for case in measured:
+      case.times.append(case.measure())
+  plain_seconds = {
+    case.who: case.median for case in measured if case.what == "plain"
+  }
+  for case in measured:
+    case.plain_seconds = plain_seconds[case.who]
+    case.run = case.wait = lambda: None  # Lets go of its arrays.
+  return measured
 
 
 def _print_table(everything, ceilings):
@@ -318,7 +315,7 @@ def _print_table(everything, ceilings):
       s.precision,
       f"{case.median * 1e3:,.1f}",
       f"{case.spread:.0%}",
-      f"{case.median / _plain_of(case, everything).median:.1f}",
+      f"{case.median / case.plain_seconds:.1f}",
       show(case.flops and case.flops / 1e9, ".0f"),
       show(speed and speed / 1e9, ".0f"),
       show(share, ".0%"),

@@ -1,0 +1,78 @@
+"""Where metrics go beside metrics.jsonl."""
+
+import importlib.util
+import json
+
+import pytest
+
+from l2t_jax import logs, types
+
+RECORD = {"loss": 0.5, "pair_weights": {"m->n": 1.5}, "name": "no number"}
+SCALARS = {"train/loss": 0.5, "train/pair_weights/m->n": 1.5}
+
+
+class Recorder:
+  """A tracker that remembers what it was told."""
+
+  def __init__(self, workdir, from_step, config):
+    self.opened, self.written, self.closed = (from_step, config), [], False
+    Recorder.latest = self
+
+  def write(self, scalars, step):
+    self.written.append((scalars, step))
+
+  def close(self):
+    self.closed = True
+
+
+def open_log(workdir, *trackers):
+  return logs.MetricsLog(
+    workdir, from_step=3, trackers=trackers, config={"a": {"b": 1}}
+  )
+
+
+def test_trackers_get_scalars(tmp_path, monkeypatch):
+  monkeypatch.setattr(logs, "TRACKERS", {"recorder": Recorder})
+  with open_log(tmp_path, "recorder") as log:
+    log.write("train", 7, RECORD)
+  tracker = Recorder.latest
+  assert tracker.opened == (3, {"a": {"b": 1}})
+  assert tracker.written == [(SCALARS, 7)] and tracker.closed
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[0]) == {"kind": "train", "step": 7, **RECORD}
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_trackers_that_are_not_installed(tracker, tmp_path):
+  if importlib.util.find_spec(tracker):
+    pytest.skip(f"{tracker} is installed")
+  with pytest.raises(types.InputError, match=f"needs {tracker}: pip install"):
+    open_log(tmp_path, tracker)
+
+
+def test_mlflow(tmp_path):
+  mlflow = pytest.importorskip("mlflow")
+  mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+  for step in (1, 2):  # Opened again, it goes on with the same run.
+    with open_log(tmp_path, "mlflow") as log:
+      log.write("train", step, RECORD)
+  (run,) = mlflow.MlflowClient().search_runs(
+    [mlflow.get_experiment_by_name("l2t_jax").experiment_id]
+  )
+  assert run.data.params == {"a.b": "1"}
+  history = mlflow.MlflowClient().get_metric_history(
+    run.info.run_id, "train/pair_weights/m to n"
+  )
+  assert [(metric.step, metric.value) for metric in history] == [
+    (1, 1.5),
+    (2, 1.5),
+  ]
+
+
+def test_wandb(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  with open_log(tmp_path, "wandb") as log:
+    log.write("train", 1, RECORD)
+  (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+  assert run.stat().st_size > 0
