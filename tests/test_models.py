@@ -168,11 +168,18 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
   assert logits.dtype == jnp.float32
 
 
-def test_command_lists_taps():
+def test_command_lists_taps_and_proposes_pairs():
   command = [sys.executable, "-m", "l2t_jax.models", "resnet32"]
+  command.append("--target=examples.networks:convnext")
   output = subprocess.run(command, capture_output=True, text=True, check=True)
   for text in ("stage3_block5", "8x8", "64", "yes"):
     assert text in output.stdout
+  # 16x16, 8x8 and 4x4 against 32x32, 16x16 and 8x8.
+  assert output.stdout.splitlines()[-3:] == [
+    "stage2_block5->stage0_0",
+    "stage3_block5->stage1_0",
+    "stage3_block5->stage2_0",
+  ]
 
 
 @pytest.mark.parametrize("name", ["resnet_tiny", "vgg_tiny"])

@@ -1,7 +1,10 @@
-"""List the taps of a network.
+"""List the taps of a network, and propose pairs with those of another.
 
-python -m l2t_jax.models resnet32
-python -m l2t_jax.models my_package.my_module:make --image_size=224
+    python -m l2t_jax.models resnet32
+    python -m l2t_jax.models resnet32 --target=my_package.my_module:make
+
+"default" marks what is taken where a config names no taps. The pairs are those
+of config.transfer.pairs=nearest.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import sys
 
 from rich import console, table
 
-from l2t_jax import models, types
+from l2t_jax import models, transfer, types
 
 
 def main() -> None:
@@ -22,24 +25,32 @@ def main() -> None:
     "model",
     help=f"{', '.join(models.MODELS)}, or package.module:function",
   )
+  parser.add_argument("--target", help="to propose pairs with; likewise")
   parser.add_argument(
     "--image_size", type=int, help="pixels (32; 224 for ours for ImageNet)"
   )
   parser.add_argument("--channels", type=int, default=3)
   args = parser.parse_args()
   try:
-    _print_taps(args.model, args.image_size, args.channels)
+    default_taps = [
+      _print_taps(model, args.image_size, args.channels)
+      for model in (args.model, args.target)
+      if model
+    ]
+    if args.target:
+      for pair in transfer.make_pairs("nearest", *default_taps):
+        print(pair.name)
   except types.InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
 def _print_taps(model, image_size, channels):
+  """Print a network's taps; return the default ones."""
   network = models.create(model, num_classes=10)
   size = image_size or models.image_size(network)
   shape = (size, size, channels)
-  taps = models.tap_shapes(network, shape)
-  chosen = models.select_taps(network, shape)
+  default_taps = models.select_taps(network, shape)
   rows = table.Table(
     table.Column("tap", overflow="fold"),
     "height x width",
@@ -47,10 +58,12 @@ def _print_taps(model, image_size, channels):
     "default",
     title=f"{model} at {size}x{size}",
   )
-  for name, (height, width, channels) in taps.items():
-    mark = "yes" if name in chosen else ""
-    rows.add_row(name, f"{height}x{width}", str(channels), mark)
+  for name, tap_shape in models.tap_shapes(network, shape).items():
+    height, width, tap_channels = tap_shape
+    mark = "yes" if name in default_taps else ""
+    rows.add_row(name, f"{height}x{width}", str(tap_channels), mark)
   console.Console().print(rows)
+  return default_taps
 
 
 if __name__ == "__main__":
