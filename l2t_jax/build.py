@@ -55,6 +55,7 @@ class SourceNetwork(NamedTuple):
   network: models.Network
   params: types.PyTree
   model_state: types.PyTree
+  metadata: Mapping[str, str] = {}
 
 
 class Given(NamedTuple):
@@ -110,7 +111,7 @@ class _TargetNetwork(NamedTuple):
 
   network: models.Network
   start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
-  head_tap: str  # What second heads read, and its channels.
+  head_tap: str  # What second heads read, and its channels; "" for no heads.
   num_features: int
   notes: tuple[str, ...]  # On what it starts from.
 
@@ -278,7 +279,6 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   dtype = PRECISIONS[config.precision][0]
   task = given.task or objectives.get_task(config.target.task)
   num_outputs = config.target.num_outputs or dataset.num_classes
-  _check_labels(dataset, task)
   networks = {}
   if method.needs_source:
     networks = {
@@ -295,6 +295,10 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     networks,
     shape,
   )
+  outputs = _output_shape(target.network, shape)
+  if task is objectives.CLASSIFICATION:
+    _check_classification(dataset, outputs)
+  num_outputs = outputs[-1]
   plan = _Plan()
   if method.pair_set:
     plan = _plan_transfer(config, method, networks, target.network, shape)
@@ -311,7 +315,7 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     steps_per_epoch=dataset.steps_per_epoch,
   )
   target_fn = models.as_apply_fn(
-    target.network, {*plan.target_taps, target.head_tap}
+    target.network, {*plan.target_taps, target.head_tap} - {""}
   )
   auxiliary = _auxiliary_losses(
     config, method, plan.pairs, networks, target.head_tap, num_outputs
@@ -457,21 +461,31 @@ def _load_data(config, method, opened):
   return dataset
 
 
-def _check_labels(dataset, task):
-  if task is objectives.CLASSIFICATION and (
-    dataset.label_shape or dataset.label_dtype.kind != "i"
-  ):
+def _check_classification(dataset, outputs):
+  if dataset.label_shape or dataset.label_dtype.kind != "i":
     raise types.InputError(
       f"the data have targets {dataset.label_dtype}"
       f" {['N', *dataset.label_shape]}, but classification needs a class for"
       " each image; name a task of yours in config.target.task"
     )
+  classes = dataset.num_labels
+  if len(outputs) != 1 or outputs[0] < classes:
+    raise types.InputError(
+      f"the target's outputs are {['B', *outputs]}, but the data have"
+      f" {classes} classes; it needs a logit for each"
+    )
 
 
 def _load_source(config, image_format, dtype, name, given):
   if given:
-    own_format = _source_format(config, {}, image_format)
-    network, *variables = given
+    own_format = _source_format(config, given.metadata, image_format)
+    network, *variables, _ = given
+    pretrained.check_shapes(
+      network,
+      {"params": given.params, **given.model_state},
+      own_format.shape,
+      f"source{name and ' '}{name}",
+    )
   else:
     path = pathlib.Path(config.weights)
     own_format = _source_format(
@@ -494,19 +508,22 @@ def _load_source(config, image_format, dtype, name, given):
   return _SourceNetwork(
     make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
-    num_classes=_num_outputs(network, variables, own_format),
+    num_classes=_output_shape(network, own_format.shape)[-1],
     taps=named(models.select_taps(network, own_format.shape, config.taps)),
     all_taps=named(all_taps),
   )
 
 
-def _num_outputs(network, variables, image_format):
-  logits, *_ = jax.eval_shape(
-    functools.partial(models.as_apply_fn(network, ()), train=False),
-    *variables,
-    jax.ShapeDtypeStruct((1, *image_format.shape), jnp.float32),
+def _output_shape(network, image_shape):
+  """Shape of what the network makes of one image."""
+  outputs = jax.eval_shape(
+    lambda key, images: models.as_apply_fn(network, ())(
+      *models.init(network, key, image_shape), images, train=False
+    )[0],
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
   )
-  return logits.shape[-1]
+  return outputs.shape[1:]
 
 
 def _source_format(config, metadata, image_format):
@@ -613,9 +630,11 @@ def _auxiliary_losses(config, method, pairs, networks, head_tap, num_outputs):
 
 
 def _make_target(network, method, networks, image_shape):
-  *_, (head_tap, (*_, num_features)) = models.tap_shapes(
-    network, image_shape
-  ).items()
+  head_tap, num_features = "", 0
+  if "lwf" in method.losses:
+    taps = models.tap_shapes(network, image_shape)
+    *_, head_tap = models.select_taps(network, image_shape, list(taps))
+    num_features = taps[head_tap][-1]
   start, notes = lambda variables: variables, ()
   if method.starts_from_source:
     start, notes = _start_from_source(network, networks, image_shape)

@@ -41,6 +41,8 @@ def to_state_dict(predictor: predict.Predictor) -> dict[str, np.ndarray]:
   variables = {"params": predictor.params, **predictor.model_state}
   tensors = {}
   for path, leaf in traverse_util.flatten_dict(variables).items():
+    if path[0] == "rng":  # The key of dropout.
+      continue
     if not pretrained.has_torch_name(path):
       raise types.InputError(
         f"{'/'.join(path)} has no name in PyTorch: only the kernels, biases and"
@@ -70,6 +72,7 @@ def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
   """
   partial = path.with_name(path.name + ".partial")
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".stablehlo":
       partial.write_bytes(to_stablehlo(predictor))
     elif path.suffix == ".safetensors":

@@ -7,7 +7,7 @@
     result = learn.fit(
       MyTarget(num_classes=10),
       {"x_train": images, "y_train": labels},
-      source=learn.Source(my_source, my_params, my_batch_stats),
+      source=learn.Source(my_source, my_params, {"batch_stats": my_stats}),
       config=config,
     )
     result.summary["test_accuracy"]
@@ -24,9 +24,12 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from typing import Any, NamedTuple
 
+from flax import linen as nn
+from flax import nnx
 import jax
 from matplotlib import figure
 import ml_collections
@@ -50,13 +53,15 @@ class Source(NamedTuple):
   """A trained network whose features are transferred."""
 
   network: models.Network
-  # Where they are None, those that an NNX module holds.
+  # None where an NNX module holds them.
   params: types.PyTree | None = None
-  model_state: types.PyTree = {}  # noqa: RUF012  Batch statistics and the like.
+  # Its other collections, such as {"batch_stats": ...}.
+  model_state: types.PyTree = {}  # noqa: RUF012
   # Names or globs of its layers; () for the last one of each resolution.
   taps: tuple[str, ...] = ()
   # What it was trained on; 0 and () for what the target sees.
   image_size: int = 0
+  channels: int = 0
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
 
@@ -175,16 +180,20 @@ def _describe_data(config, arrays):
     config.data.std = tuple(np.round(pixels.std(axis=0) + 1e-6, 4).tolist())
   config.data.source, config.data.name = "arrays", _digest(dict(arrays))
   config.data.image_size, config.data.channels = height, channels
+  config.data.eval_resize = height  # Large ones are evaluated as they are.
 
 
 def _describe_networks(config, target, sources, task):
-  config.target.model = _name(target)
-  config.target.task = "given" if task else "classification"
+  config.target.model = _describe(target)
+  config.target.task = "classification"
+  if task:
+    names = (f"{f.__module__}.{f.__qualname__}" for f in task)
+    config.target.task = " ".join(names)
   config.sources = {}
   for name, one in sources.items():
     fields = defaults.source()
-    digest = _digest((one.params, one.model_state))
-    fields.weights = f"{_name(one.network)} {digest}"
+    values = _digest((_with_variables(one)[1:3], one.channels))
+    fields.weights = f"{_describe(one.network)} {values}"
     for field in ("taps", "image_size", "mean", "std"):
       fields[field] = getattr(one, field)
     if name:
@@ -194,12 +203,19 @@ def _describe_networks(config, target, sources, task):
 
 
 def _with_variables(source):
-  params, model_state = source.params, source.model_state
+  params, model_state = source.params, dict(source.model_state)
   if params is None:
+    if not isinstance(source.network, nnx.Module):
+      raise types.InputError(
+        f"source {_name(source.network)} has no params; give those that it was"
+        " trained to"
+      )
+    # The module's own: key and shape do not matter.
     params, model_state = models.init(
       source.network, jax.random.key(0), (1, 1, 1)
     )
-  return build.SourceNetwork(source.network, params, dict(model_state))
+  metadata = {"channels": str(source.channels)} if source.channels else {}
+  return build.SourceNetwork(source.network, params, model_state, metadata)
 
 
 def _with_channels(images):
@@ -208,6 +224,18 @@ def _with_channels(images):
 
 def _name(network):
   return getattr(network, "__name__", type(network).__name__)
+
+
+def _describe(network):
+  """Name a network so that another one has another name, in any process."""
+  what: Any = repr(network)
+  if isinstance(network, nnx.Module):
+    what = models.init(network, jax.random.key(0), (1, 1, 1))
+  elif not isinstance(network, nn.Module):
+    what = ""  # Functions: their names have to do.
+  else:
+    what = re.sub(r" at 0x[0-9a-f]+", "", what)
+  return f"{_name(network)} {_digest(what)}"
 
 
 def _digest(tree):

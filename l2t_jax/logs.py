@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import pathlib
+import re
 import time
 from typing import Any, Protocol
 
@@ -105,8 +106,7 @@ class _MLflow:
     self._client.log_batch(
       self._run_id,
       metrics=[
-        # Its names have no "->".
-        self._entities.Metric(name.replace("->", " to "), value, now, step)
+        self._entities.Metric(_mlflow_name(name), value, now, step)
         for name, value in scalars.items()
       ],
     )
@@ -242,6 +242,11 @@ class Progress:
 
   def __exit__(self, *_) -> None:
     self._bar.stop()
+
+
+def _mlflow_name(name):
+  """Leave out what MLflow's names may not have."""
+  return re.sub(r"[^/\w.\- ]", "_", name.replace("->", " to "))
 
 
 def _require(module: str, tracker: str) -> Any:

@@ -37,6 +37,7 @@ class Predictor(NamedTuple):
   model_state: types.PyTree
   image_format: formats.ImageFormat
   class_names: tuple[str, ...]
+  task: str  # As in config.target.task.
   # An image of any size, grey or RGB -> one of the network's, as in evaluation.
   resize: Callable[[Image.Image], Image.Image]
 
@@ -47,7 +48,7 @@ class Predictor(NamedTuple):
       types.InputError: it cannot be read, or is partly transparent.
     """
     image = pillow.decode(path, name=str(path))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
       raise types.InputError(
         f"image {path} has transparent pixels ({image.mode}); put it on a"
         " background first, so that it looks as the training images do"
@@ -112,6 +113,7 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     model_state,
     image_format,
     tuple(json.loads(metadata["class_names"])),
+    config["target"]["task"],
     data.make_eval_resize(size, config["data"]["eval_resize"]),
   )
 
@@ -131,18 +133,20 @@ def predict(
   Raises:
     types.InputError: an image cannot be read, or the network is no classifier.
   """
+  if predictor.task != "classification":
+    raise types.InputError(
+      f"the network learned the task {predictor.task!r}, and no classes; its"
+      " outputs are those of l2t_jax.export OUT.stablehlo"
+    )
   apply_fn = predictor.make_apply_fn()
   for batch in _batched(paths, _BATCH_SIZE):
     images = np.stack([predictor.read(path) for path in batch])
     # One shape, so that it is compiled once.
     padding = ((0, _BATCH_SIZE - len(batch)), *((0, 0),) * 3)
-    outputs = apply_fn(np.pad(images, padding))
-    if outputs.shape != (_BATCH_SIZE, len(predictor.class_names)):
-      raise types.InputError(
-        f"the network's outputs are {['N', *outputs.shape[1:]]}, and no logits"
-        f" of {len(predictor.class_names)} classes; l2t_jax.learn predicts them"
-      )
-    probabilities = np.asarray(jax.nn.softmax(outputs))[: len(batch)]
+    logits = apply_fn(np.pad(images, padding))
+    # A network may have more outputs than there are classes.
+    logits = logits[: len(batch), : len(predictor.class_names)]
+    probabilities = np.asarray(jax.nn.softmax(logits))
     for path, row in zip(batch, probabilities, strict=True):
       best = int(row.argmax())
       yield path, predictor.class_names[best], float(row[best])

@@ -173,7 +173,7 @@ def save(
 ) -> None:
   """Write variables and metadata to a safetensors file, all or nothing."""
   flat = traverse_util.flatten_dict(variables, sep="/")
-  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+  arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
   partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,20 +224,39 @@ def load_network(
   """
   variables, metadata = load(path)
   module = models.create(metadata["model"], int(metadata["num_classes"]), dtype)
-  expected = traverse_util.flatten_dict(variable_shapes(module, image_shape))
+  check_shapes(module, variables, image_shape, f"{path}: {metadata['model']}")
+  return module, variables.pop("params"), variables
+
+
+def check_shapes(
+  network: models.Network,
+  variables: types.PyTree,
+  image_shape: tuple[int, int, int],
+  name: str,
+) -> None:
+  """Make sure that variables are those of a network.
+
+  Args:
+    network: what they should fit.
+    variables: {"params": ..., and the collections of its model state}.
+    image_shape: (H, W, C) of its images.
+    name: of the network, for messages.
+
+  Raises:
+    types.InputError: naming the first variable that does not fit.
+  """
+  expected = traverse_util.flatten_dict(variable_shapes(network, image_shape))
   given = traverse_util.flatten_dict(variables)
   for leaf in sorted(expected.keys() | given.keys()):
     shapes = [
-      list(side[leaf].shape) if leaf in side else "missing"
+      list(np.shape(side[leaf])) if leaf in side else "missing"
       for side in (given, expected)
     ]
     if shapes[0] != shapes[1]:
       raise types.InputError(
-        f"{path} does not fit {metadata['model']} on images of"
-        f" {'x'.join(map(str, image_shape))}: {'/'.join(leaf)} is {shapes[0]},"
-        f" expected {shapes[1]}"
+        f"{name} on images of {'x'.join(map(str, image_shape))} does not fit"
+        f" its weights: {'/'.join(leaf)} is {shapes[0]}, expected {shapes[1]}"
       )
-  return module, variables.pop("params"), variables
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:

@@ -49,7 +49,7 @@ def test_a_transformer_teaches_a_convnet(tmp_path):
     # No digit is there; the middle of -1 and 1; ink everywhere.
     ("PRESENCE", "scratch", 0.81),
     ("ANGLE", "fm_all_to_all", -0.5),
-    ("INK", "l2t_ww", 0.3),
+    ("INK", "fm_all_to_all", 0.3),
   ],
 )
 def test_tasks(task, method, guess, source, tmp_path):

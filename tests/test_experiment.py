@@ -144,7 +144,7 @@ assert jax.device_count() == 4
     ("optimizer.momentum", 1.0, "at least 0 and less than 1"),
     ("precision", "f16", "'f16'; it must be one of f32, tf32, bf16"),
     ("method", "l2t", "config.method is 'l2t'; it must be one of scratch"),
-    ("target.model", "vgg", "config.target.model is 'vgg'"),
+    ("target.model", "vgg", "unknown model 'vgg'; it must be one of"),
     ("bilevel.mode", "fast", "one of auto, reverse, remat, mixed"),
     ("source.weights", "", "needs config.source.weights"),
     ("source.weights", "nowhere.safetensors", "no source weights at nowhere"),

@@ -18,7 +18,13 @@ def make_predictor(network, shape):
   params, model_state = models.init(network, jax.random.key(0), shape)
   image_format = formats.ImageFormat(shape[0], shape[-1], (0.4,), (0.3,))
   return predict.Predictor(
-    network, params, model_state, image_format, CLASSES, lambda image: image
+    network,
+    params,
+    model_state,
+    image_format,
+    CLASSES,
+    "classification",
+    lambda image: image,
   )
 
 
@@ -67,10 +73,11 @@ def test_stablehlo_computes_the_same(network, tmp_path):
 
 def test_what_cannot_be_exported(tmp_path):
   predictor = make_predictor(networks.ViT(6), (16, 16, 1))
+  (tmp_path / "a.onnx").touch()
   for name, message in (
     ("a.onnx", "must end in .pt, .pth, .safetensors or .stablehlo"),
     ("a.safetensors", "params/.* has no name in PyTorch"),
-    ("no/such/folder.stablehlo", "cannot write"),
+    ("a.onnx/b.stablehlo", "cannot write"),
   ):
     with pytest.raises(types.InputError, match=message):
       export.write(predictor, tmp_path / name)

@@ -1,5 +1,6 @@
 """The interface for notebooks: arrays and networks in, a trained target out."""
 
+from flax import linen as nn
 from flax import nnx
 import jax
 import matplotlib.figure
@@ -75,6 +76,53 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
       source=other,
       config=small_config("l2t_ww", 5),
       workdir=tmp_path,
+    )
+
+
+def test_what_differs_is_another_run(arrays, tmp_path):
+  config = small_config("scratch", 1)
+  learn.fit(
+    models.create("vgg_tiny", 10), arrays, config=config, workdir=tmp_path
+  )
+  other = models.create("vgg_tiny", 11)
+  with pytest.raises(types.InputError, match=r"target.model was 'VGG"):
+    learn.fit(other, arrays, config=config, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("source", "message"),
+  [
+    (learn.Source(networks.ConvNeXt(10)), "source ConvNeXt has no params"),
+    (
+      learn.Source(networks.ConvNeXt(10), {"head": {"bias": np.zeros(10)}}),
+      r"source on images of 8x8x1 does not fit.*missing, expected \[16\]",
+    ),
+  ],
+)
+def test_sources_that_cannot_be(arrays, source, message):
+  with pytest.raises(types.InputError, match=message):
+    learn.fit(
+      networks.ConvNeXt(10),
+      arrays,
+      source=source,
+      config=small_config("fm_single", 1),
+    )
+
+
+def test_a_network_without_maps_learns(arrays):
+  class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1))))
+
+  result = learn.fit(MLP(), arrays, config=small_config("scratch", 10))
+  assert result.summary["test_accuracy"] > 0.6
+
+
+def test_too_few_outputs(arrays):
+  with pytest.raises(types.InputError, match=r"\['B', 2\].*have 10 classes"):
+    learn.fit(
+      models.create("vgg_tiny", 2), arrays, config=small_config("scratch", 1)
     )
 
 

@@ -26,7 +26,7 @@ LOSSES = ("matching", "attention", "lwf", "kd")
 
 def test_lists_of_methods_agree():
   """What the default config says are the methods that there are."""
-  text = (small_runs.ROOT / "configs" / "default.py").read_text()
+  text = (small_runs.ROOT / "l2t_jax" / "defaults.py").read_text()
   comment, _, _ = text.partition("config.method =")
   for method in objectives.METHODS:
     assert re.search(rf"\b{method}\b", comment), method
@@ -140,9 +140,11 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   # A source sees what it was trained on.
   batch = next(run.dataset.train_batches(0))
   network = build._load_source(
-    config.sources.mnist, run.image_format, None, "mnist"
+    config.sources.mnist, run.image_format, None, "mnist", None
   )
-  seen, *_ = network.apply_fn(*network.variables, batch.images, train=False)
+  seen, *_ = network.make_apply_fn(())(
+    *network.variables, batch.images, train=False
+  )
   # Its own mean as configured, its own deviation as its training recorded it.
   pixels = batch.images * jnp.array(config.data.std)
   pixels += jnp.array(config.data.mean)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from examples import networks as examples
-from l2t_jax import models, training, transfer, types
+from l2t_jax import models, pretrained, training, transfer, types
 from tests import small_setup
 
 IMAGES = (8, 8, 3)
@@ -283,3 +284,39 @@ def test_linen_and_nnx_train_alike(x64):
   chex.assert_trees_all_close(
     moments(linen_state), moments(nnx_state), rtol=1e-9, atol=1e-15
   )
+
+
+class Unusual(nn.Module):
+  """A scalar parameter, draws of its own, and a loss that is sown."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3), name="stem")(x)
+    x *= self.param("temperature", nn.initializers.ones, ())
+    self.sow("losses", "square", jnp.mean(x**2))
+    if train:
+      keep = jax.random.bernoulli(self.make_rng("drop_path"), 0.5, x.shape[:1])
+      x *= keep[:, None, None, None]
+    return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+def test_unusual_modules_train_and_are_read_again(tmp_path):
+  network = Unusual()
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  assert set(state) == {"rng"}
+  apply_fn = models.as_apply_fn(network)
+  images = jax.random.normal(jax.random.key(1), (8, *IMAGES))
+  for _ in range(3):
+    _, _, state = apply_fn(params, state, images, train=True)
+  path = tmp_path / "weights.safetensors"
+  pretrained.save(path, {"params": params, **state}, {})
+  variables = traverse_util.unflatten_dict(
+    safetensors.numpy.load_file(path), sep="/"
+  )
+  pretrained.check_shapes(network, variables, IMAGES, "it")
+  chex.assert_trees_all_equal(variables, {"params": params, **state})
+  del variables["params"]["temperature"]
+  with pytest.raises(
+    types.InputError, match=r"it on .*temperature is missing, expected \[\]"
+  ):
+    pretrained.check_shapes(network, variables, IMAGES, "it")

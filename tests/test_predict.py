@@ -51,6 +51,16 @@ def test_images_that_cannot_be(source, tmp_path):
     *predictor.image_format.shape[:2],
     1,
   )
+  for mode in ("RGBA", "LA", "P", "L", "I;16"):  # Opaque, or deep.
+    image = PIL.Image.new("L" if mode == "LA" else mode, (9, 7), 250)
+    if mode in ("RGBA", "LA"):
+      image = PIL.Image.new(mode, (9, 7), (9,) * (len(mode) - 1) + (255,))
+    image.save(tmp_path / "opaque.png")
+    assert predictor.read(tmp_path / "opaque.png").dtype == np.uint8
+  deep = np.full((9, 7), 40_000, np.uint16)
+  PIL.Image.fromarray(deep).save(tmp_path / "deep.png")
+  assert set(predictor.read(tmp_path / "deep.png").flat) == {40_000 // 256}
+  regression = predictor._replace(task="examples.tasks:ANGLE")
   (tmp_path / "broken.png").write_bytes(b"no image")
   (tmp_path / "empty").mkdir()
   for make, message in (
@@ -58,6 +68,7 @@ def test_images_that_cannot_be(source, tmp_path):
     (lambda: predictor.read(tmp_path / "broken.png"), "cannot be read"),
     (lambda: predict.find_images([tmp_path / "none"]), "no image or folder"),
     (lambda: predict.find_images([tmp_path / "empty"]), "has no images"),
+    (lambda: next(predict.predict(regression, [])), "ANGLE', and no classes"),
     (lambda: predict.load(tmp_path), "there is no target.safetensors"),
   ):
     with pytest.raises(types.InputError, match=message):

@@ -36,6 +36,8 @@ def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
   """Turn an image of any mode into grey (1 channel) or RGB (3)."""
+  if image.mode.startswith("I;16"):  # Pillow would cut off, not scale.
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   return image.convert("L" if channels == 1 else "RGB")
 
 

@@ -36,6 +36,7 @@ class Dataset(Protocol):
   image_shape: tuple[int, int, int]  # (H, W, C).
   label_shape: tuple[int, ...]  # Of one image; () for a class.
   label_dtype: np.dtype
+  num_labels: int  # Classes, where labels are classes.
   num_train: int
   num_val: int  # 0 where no validation images were asked for.
   num_test: int
@@ -212,6 +213,9 @@ class SplitDataset:
       self.split_hash = splits.split_hash((*split, unlabeled.indices))
     targets = self._subsets["train"].targets
     self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
+    self.num_labels = self.num_classes
+    if source.train.targets is not None:
+      self.num_labels = 1 + int(source.train.targets.max(initial=0))
 
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
     """Yield an epoch's batches; see Dataset."""

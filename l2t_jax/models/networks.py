@@ -312,24 +312,38 @@ def _linen(module):
     keys = {"params": key, "dropout": key}
     variables = dict(module.init(keys, images, **mode(False)))
     variables.pop("intermediates", None)
-    try:
-      jax.eval_shape(
+
+    def after_training(rngs):
+      return jax.eval_shape(
         lambda: module.apply(
-          variables, images, **mode(True), mutable=list(variables)
+          variables, images, **mode(True), rngs=rngs, mutable=list(variables)
         )
-      )
+      )[1]
+
+    try:
+      after, draws = after_training({}), False
     except flax.errors.InvalidRngError:
+      after, draws = after_training(keys), True
+    shape_of = lambda tree: jax.tree.map(jnp.shape, tree)
+    # What a module sows grows with every call: it is an output and no state.
+    variables = {
+      name: values
+      for name, values in variables.items()
+      if name == "params" or shape_of(after[name]) == shape_of(values)
+    }
+    if draws:
       key = jax.random.fold_in(key, 1)
-      variables["dropout"] = {"key": jax.random.key_data(key)}
+      variables["rng"] = {"key": jax.random.key_data(key)}
     return variables.pop("params", {}), variables
 
   def apply(params, model_state, images, train, taps):
     state, rngs = dict(model_state), {}
-    dropout = state.pop("dropout", None)
-    if train and dropout:
-      key, next_key = jax.random.split(jax.random.wrap_key_data(dropout["key"]))
-      rngs["dropout"] = key
-      dropout = {"key": jax.random.key_data(next_key)}
+    rng = state.pop("rng", None)
+    if train and rng:
+      keys = jax.random.split(jax.random.wrap_key_data(rng["key"]), 3)
+      # Flax takes streams of other names from "params".
+      rngs = {"dropout": keys[0], "params": keys[1]}
+      rng = {"key": jax.random.key_data(keys[2])}
     is_tap = lambda path: (
       taps is None or any(tap.partition("#")[0] == path for tap in taps)
     )
@@ -348,7 +362,7 @@ def _linen(module):
       traverse_util.flatten_dict(changed.pop("intermediates", {}))
     )
     if train:
-      model_state = changed | ({"dropout": dropout} if dropout else {})
+      model_state = changed | ({"rng": rng} if rng else {})
     return output, outputs, model_state
 
   return _Pure(init, apply)
