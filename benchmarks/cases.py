@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -12,16 +11,16 @@ import numpy as np
 from l2t_jax import (
   build,
   compilation,
+  defaults,
   models,
   objectives,
-  training,
-  transfer,
+  sharding,
   types,
 )
+from l2t_jax.data import records
 
-NUM_CLASSES = 10
-OPTIMIZER_FN = training.sgd(momentum=0.9, weight_decay=1e-4)
-META_OPTIMIZER = training.adam_l2(1e-4, 1e-4)
+LEARNING_RATE = 0.01
+_NUM_CLASSES, _NUM_SOURCE_CLASSES = 10, 200
 
 
 class Setting(NamedTuple):
@@ -42,105 +41,44 @@ class Setting(NamedTuple):
 
 
 class Iteration(NamedTuple):
-  """A training step with its arguments."""
+  """A run with what its training step starts from."""
 
-  step: object  # (state, sources, batch) -> (state, metrics); not jitted.
+  run: build.Run
   state: types.TrainState
-  sources: dict[str, training.Source]
   batch: types.Batch
 
 
 def create(setting: Setting) -> Iteration:
-  """Build a step, its first state, its sources and a batch."""
-  method = objectives.get_method(setting.method)
-  dtype = build.PRECISIONS[setting.precision][0]
-  shape = (setting.image_size, setting.image_size, 3)
-  target = models.create(setting.target, NUM_CLASSES, dtype)
-  target_taps = models.select_taps(target, shape)
-  source = models.create(setting.source, 200, dtype)
-  names = [""] if setting.num_sources == 1 else []
-  names = names or [f"source{i}" for i in range(setting.num_sources)]
-  names = names if method.needs_source else []
-  source_taps = {
-    transfer.tap_name(name, tap): tap_shape
-    for name in names
-    for tap, tap_shape in models.select_taps(source, shape).items()
-  }
-  pairs = ()
-  if method.pair_set:
-    pairs = transfer.make_pairs(
-      setting.pairs or method.pair_set, source_taps, target_taps
+  """Build a run as `train.py` does, its first state and a batch."""
+  config = defaults.get_config()
+  config.method, config.precision = setting.method, setting.precision
+  config.batch_size = setting.batch_size
+  config.data.image_size, config.data.augment = setting.image_size, "none"
+  config.target.model = setting.target
+  config.transfer.pairs = setting.pairs
+  config.optimizer.learning_rate = LEARNING_RATE
+  config.bilevel.num_inner_steps = setting.num_inner_steps
+  config.bilevel.loop = "scan" if setting.rolled else "unroll"
+  names = [f"source{i}" for i in range(setting.num_sources)]
+  if setting.num_sources == 1:
+    names = [""]
+  else:
+    config.sources = {name: defaults.source() for name in names}
+  given = build.Given(data=_blank_images(setting))
+  if objectives.get_method(setting.method).needs_source:
+    given = given._replace(
+      sources={
+        name: _random_source(setting, jax.random.key(i))
+        for i, name in enumerate(names, start=1)
+      }
     )
-  matching = objectives.matching(pairs, beta=0.5)
-  step = training.make_train_step(
-    objectives.make_losses(
-      models.as_apply_fn(target),
-      {"matching": matching} if method.losses else {},
-    ),
-    dict.fromkeys(names, models.as_apply_fn(source)),
-    pairs=pairs,
-    target_taps=target_taps,
-    weights_fn=functools.partial(transfer.transfer_weights, pairs=pairs)
-    if pairs
-    else None,
-    look_ahead_loss="auxiliary",
-    num_inner_steps=setting.num_inner_steps,
-    learning_rate_fn=lambda _: 0.01,
-    optimizer_fn=OPTIMIZER_FN,
-    meta_optimizer=META_OPTIMIZER,
-    mode=setting.mode,
-    rolled=setting.rolled,
-  )
-
-  def create_state(key):
-    keys = jax.random.split(key, 3)
-    params, model_state = models.init(target, keys[0], shape)
-    params = {
-      "target": params,
-      "regressors": transfer.init_regressors(
-        keys[1], pairs, source_taps, target_taps
-      ),
-    }
-    meta_params = transfer.init_meta_params(
-      keys[2],
-      pairs,
-      source_taps,
-      learn_channels=method.learn_channels,
-      learn_pairs=method.learn_pairs,
-    )
-    return training.create_state(
-      params,
-      model_state,
-      meta_params,
-      optimizer_fn=OPTIMIZER_FN,
-      meta_optimizer=META_OPTIMIZER,
-    )
-
-  sources = {
-    name: training.Source(*models.init(source, jax.random.key(i), shape))
-    for i, name in enumerate(names, start=1)
-  }
-  rng = np.random.default_rng(0)
-  draw_batch = lambda leading: types.Batch(
-    jnp.asarray(
-      rng.standard_normal((*leading, setting.batch_size, *shape)), jnp.float32
-    ),
-    jnp.asarray(
-      rng.integers(0, NUM_CLASSES, (*leading, setting.batch_size)), jnp.int32
-    ),
-  )
-  if setting.num_seeds == 1:
-    return Iteration(
-      step, create_state(jax.random.key(0)), sources, draw_batch(())
-    )
-  return Iteration(
-    jax.vmap(step, in_axes=(0, None, 0)),
-    jax.vmap(create_state)(
-      jax.random.split(jax.random.key(0), setting.num_seeds)
-    ),
-    sources,
-    draw_batch((setting.num_seeds,)),
-  )
+  run = build.build(config, given)
+  leading = (setting.num_seeds,) if setting.num_seeds > 1 else ()
+  states = [run.create_state(seed) for seed in range(setting.num_seeds)]
+  state = states[0]
+  if leading:
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+  return Iteration(run, state, _random_batch(run, leading))
 
 
 def compile_iteration(
@@ -148,10 +86,34 @@ def compile_iteration(
 ) -> compilation.Program:
   """Compile a step as `train.py` does; its state is donated."""
   with jax.default_matmul_precision(build.PRECISIONS[setting.precision][1]):
-    return compilation.compile_ahead(
-      iteration.step,
-      iteration.state,
-      iteration.sources,
-      iteration.batch,
-      donate_argnums=0,
+    return build.compile_step(
+      *iteration, num_seeds=setting.num_seeds, mode=setting.mode
     )
+
+
+def _blank_images(setting):
+  """Images that stand for a data set; the batches are drawn elsewhere."""
+  size = (setting.image_size, setting.image_size, 3)
+  count = max(setting.batch_size, _NUM_CLASSES)
+  arrays = {}
+  for part, number in (("train", count), ("val", 1), ("test", 1)):
+    arrays[f"x_{part}"] = np.zeros((number, *size), np.uint8)
+    arrays[f"y_{part}"] = np.arange(number) % _NUM_CLASSES
+  return records.from_arrays(arrays, "random images")
+
+
+def _random_source(setting, key):
+  dtype = build.PRECISIONS[setting.precision][0]
+  network = models.create(setting.source, _NUM_SOURCE_CLASSES, dtype)
+  shape = (setting.image_size, setting.image_size, 3)
+  return build.SourceNetwork(network, *models.init(network, key, shape))
+
+
+def _random_batch(run, leading):
+  rng = np.random.default_rng(0)
+  images, labels, _ = run.blank_batch
+  batch = types.Batch(
+    rng.standard_normal((*leading, *images.shape)).astype(np.float32),
+    rng.integers(0, _NUM_CLASSES, (*leading, *labels.shape), np.int32),
+  )
+  return sharding.shard(batch, run.mesh, axis=len(leading))

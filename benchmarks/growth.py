@@ -26,7 +26,6 @@ import numpy as np
 from rich import console, table
 
 from benchmarks import cases
-from l2t_jax import sharding
 
 _BASE = cases.Setting(batch_size=32)
 _DEVICE_COUNTS = (1, 2, 4)
@@ -81,7 +80,7 @@ def measure(setting: cases.Setting, rounds: int) -> dict[str, object]:
   for _ in range(1 + rounds):
     start = time.perf_counter()
     state, _ = jax.block_until_ready(
-      program.call(state, iteration.sources, iteration.batch)
+      program.call(state, iteration.run.sources, iteration.batch)
     )
     times.append(time.perf_counter() - start)
   return {
@@ -95,16 +94,7 @@ def measure(setting: cases.Setting, rounds: int) -> dict[str, object]:
 def measure_on_devices(count: int) -> dict[str, object]:
   """Compile for several devices; count FLOPs and bytes of collectives."""
   assert jax.device_count() == count
-  iteration = cases.create(_BASE)
-  mesh = sharding.make_mesh()
-  program = cases.compile_iteration(
-    _BASE,
-    iteration._replace(
-      state=sharding.replicate(iteration.state, mesh),
-      sources=sharding.replicate(iteration.sources, mesh),
-      batch=sharding.shard(iteration.batch, mesh),
-    ),
-  )
+  program = cases.compile_iteration(_BASE, cases.create(_BASE))
   return {
     # XLA counts those of one device.
     "flops": program.flops * count,

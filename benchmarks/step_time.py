@@ -30,6 +30,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -39,7 +40,7 @@ import numpy as np
 from rich import console, table
 
 from benchmarks import cases
-from l2t_jax import bilevel, build, compilation, models, transfer
+from l2t_jax import bilevel, build, compilation
 
 # What is varied around the paper's setting, one at a time.
 SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -101,7 +102,7 @@ def our_case(setting: cases.Setting) -> Case:
 
   def run():
     latest["state"], _ = program.call(
-      latest["state"], iteration.sources, iteration.batch
+      latest["state"], iteration.run.sources, iteration.batch
     )
 
   return Case(
@@ -136,22 +137,19 @@ def peer_cases(
     return tensor.contiguous()
 
   iteration = cases.create(setting)
-  shape = (32, 32, 3)
-  taps = [
-    models.select_taps(models.create(name, 10), shape)
-    for name in (setting.source, setting.target)
-  ]
   start = peer_torch.from_jax(
     iteration.state,
-    iteration.sources[""],
-    transfer.make_pairs("all_to_all", *taps),
+    iteration.run.sources[""],
+    iteration.run.pairs,
     place,
   )
   images = place(
     torch.from_numpy(np.array(iteration.batch.images).transpose(0, 3, 1, 2))
   )
   labels = torch.from_numpy(np.array(iteration.batch.labels)).long().to(device)
-  settings = peer_torch.Settings(setting.num_inner_steps, learning_rate=0.01)
+  settings = peer_torch.Settings(
+    setting.num_inner_steps, learning_rate=cases.LEARNING_RATE
+  )
   update = peer_torch.adam_l2(start.meta_params, 1e-4, 1e-4)
   target = lambda tensors: {
     name: x for name, x in tensors.items() if name.startswith("target.")
@@ -242,6 +240,7 @@ def main() -> None:
 
   everything: list[Case] = []
   for setting in settings_of(sweeps):
+    print(setting, file=sys.stderr, flush=True)
     known = [case.setting for case in everything if case.what == "plain"]
     everything += [
       case

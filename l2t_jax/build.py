@@ -110,6 +110,7 @@ class _TargetNetwork(NamedTuple):
   """The network that is trained."""
 
   network: models.Network
+  layout: models.Layout
   start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
   head_tap: str  # What second heads read, and its channels; "" for no heads.
   num_features: int
@@ -275,10 +276,8 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     tuple(config.data.mean),
     tuple(config.data.std),
   )
-  shape = image_format.shape
   dtype = PRECISIONS[config.precision][0]
   task = given.task or objectives.get_task(config.target.task)
-  num_outputs = config.target.num_outputs or dataset.num_classes
   networks = {}
   if method.needs_source:
     networks = {
@@ -287,21 +286,20 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
       )
       for name, source in _source_configs(config).items()
     }
-  target = _make_target(
-    models.create(config.target.model, num_outputs, dtype)
-    if given.target is None
-    else given.target,
-    method,
-    networks,
-    shape,
-  )
-  outputs = _output_shape(target.network, shape)
+  network = given.target
+  if network is None:
+    network = models.create(
+      config.target.model,
+      config.target.num_outputs or dataset.num_classes,
+      dtype,
+    )
+  target = _make_target(network, method, networks, image_format.shape)
   if task is objectives.CLASSIFICATION:
-    _check_classification(dataset, outputs)
-  num_outputs = outputs[-1]
+    _check_classification(dataset, target.layout.output_shape)
+  num_outputs = target.layout.output_shape[-1]
   plan = _Plan()
   if method.pair_set:
-    plan = _plan_transfer(config, method, networks, target.network, shape)
+    plan = _plan_transfer(config, method, networks, target.layout)
   optimizer_fn = training.sgd(
     momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay,
@@ -330,7 +328,7 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   )
 
   def create_state(seed):
-    values = _initial_values(seed, method, plan, networks, target, shape)
+    values = _initial_values(seed, method, plan, networks, target)
     return sharding.replicate(add_optimizers(*values), mesh)
 
   matches = "matching" in method.losses
@@ -480,10 +478,10 @@ def _load_source(config, image_format, dtype, name, given):
   if given:
     own_format = _source_format(config, given.metadata, image_format)
     network, *variables, _ = given
+    layout = models.trace(network, own_format.shape)
     pretrained.check_shapes(
-      network,
+      layout,
       {"params": given.params, **given.model_state},
-      own_format.shape,
       f"source{name and ' '}{name}",
     )
   else:
@@ -491,12 +489,13 @@ def _load_source(config, image_format, dtype, name, given):
     own_format = _source_format(
       config, pretrained.read_metadata(path), image_format
     )
-    network, *variables = pretrained.load_network(path, own_format.shape, dtype)
-  all_taps = models.tap_shapes(network, own_format.shape)
+    network, layout, *variables = pretrained.load_network(
+      path, own_format.shape, dtype
+    )
   named = lambda taps: {transfer.tap_name(name, t): taps[t] for t in taps}
 
   def make_apply_fn(taps):
-    wanted = {t for t in all_taps if transfer.tap_name(name, t) in taps}
+    wanted = {t for t in layout.taps if transfer.tap_name(name, t) in taps}
     apply_fn = models.as_apply_fn(network, wanted)
 
     def on_images_of_the_data(params, model_state, images, *, train):
@@ -508,22 +507,10 @@ def _load_source(config, image_format, dtype, name, given):
   return _SourceNetwork(
     make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
-    num_classes=_output_shape(network, own_format.shape)[-1],
-    taps=named(models.select_taps(network, own_format.shape, config.taps)),
-    all_taps=named(all_taps),
+    num_classes=layout.output_shape[-1],
+    taps=named(models.select_taps(layout, config.taps)),
+    all_taps=named(layout.taps),
   )
-
-
-def _output_shape(network, image_shape):
-  """Shape of what the network makes of one image."""
-  outputs = jax.eval_shape(
-    lambda key, images: models.as_apply_fn(network, ())(
-      *models.init(network, key, image_shape), images, train=False
-    )[0],
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-  )
-  return outputs.shape[1:]
 
 
 def _source_format(config, metadata, image_format):
@@ -546,7 +533,7 @@ def _source_format(config, metadata, image_format):
   return source
 
 
-def _plan_transfer(config, method, networks, target, image_shape):
+def _plan_transfer(config, method, networks, target_layout):
   """Choose the pairs, and what of their weights is learned."""
   transfer_map = None
   wanted = config.transfer.pairs or method.pair_set
@@ -556,11 +543,11 @@ def _plan_transfer(config, method, networks, target, image_shape):
     )
     wanted = list(transfer_map.pair)
   if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
-    target_taps = models.tap_shapes(target, image_shape)
+    target_taps = target_layout.taps
     source_taps = _merged(n.all_taps for n in networks.values())
     pairs = transfer.make_pairs(wanted, source_taps, target_taps)
   else:
-    target_taps = models.select_taps(target, image_shape, config.target.taps)
+    target_taps = models.select_taps(target_layout, config.target.taps)
     source_taps = _merged(n.taps for n in networks.values())
     # The last tap is each source's own; resolutions compare over all sources.
     groups = [source_taps]
@@ -630,18 +617,18 @@ def _auxiliary_losses(config, method, pairs, networks, head_tap, num_outputs):
 
 
 def _make_target(network, method, networks, image_shape):
+  layout = models.trace(network, image_shape)
   head_tap, num_features = "", 0
   if "lwf" in method.losses:
-    taps = models.tap_shapes(network, image_shape)
-    *_, head_tap = models.select_taps(network, image_shape, list(taps))
-    num_features = taps[head_tap][-1]
+    head_tap = models.last_tap(layout.taps)
+    num_features = layout.taps[head_tap][-1]
   start, notes = lambda variables: variables, ()
   if method.starts_from_source:
-    start, notes = _start_from_source(network, networks, image_shape)
-  return _TargetNetwork(network, start, head_tap, num_features, notes)
+    start, notes = _start_from_source(layout, networks)
+  return _TargetNetwork(network, layout, start, head_tap, num_features, notes)
 
 
-def _start_from_source(network, networks, image_shape):
+def _start_from_source(layout, networks):
   """Return (fresh variables -> those that training starts from, notes)."""
   if len(networks) > 1:
     raise types.InputError(
@@ -650,8 +637,7 @@ def _start_from_source(network, networks, image_shape):
     )
   ((params, model_state),) = (n.variables for n in networks.values())
   others = {"params": params, **model_state}
-  shapes = pretrained.variable_shapes(network, image_shape)
-  _, copied, fresh = pretrained.adopt(shapes, others)
+  _, copied, fresh = pretrained.adopt(layout.variables, others)
   if len(copied) < len(fresh):
     raise types.InputError(
       "fine-tuning needs a source of the target's architecture, but only"
@@ -664,11 +650,13 @@ def _start_from_source(network, networks, image_shape):
   return lambda variables: pretrained.adopt(variables, others)[0], (note,)
 
 
-def _initial_values(seed, method, plan, networks, target, image_shape):
+def _initial_values(seed, method, plan, networks, target):
   """Return (params, model_state, meta_params)."""
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
   target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
-  params, model_state = models.init(target.network, target_key, image_shape)
+  params, model_state = models.init(
+    target.network, target_key, target.layout.image_shape
+  )
   variables = dict(target.start({"params": params, **model_state}))
   params = {"target": variables.pop("params")}
   if "matching" in method.losses:

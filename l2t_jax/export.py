@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from l2t_jax import predict, pretrained, types
+from l2t_jax import imports, predict, pretrained, types
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -91,12 +91,9 @@ def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
 
 
 def _save_torch(tensors, path):
-  try:
-    import torch
-  except ImportError as error:
-    raise types.InputError(
-      "writing .pt needs torch (pip install torch); .safetensors does not"
-    ) from error
+  torch = imports.require(
+    "torch", needed_for="writing .pt", otherwise="write .safetensors"
+  )
   torch.save({name: torch.tensor(x) for name, x in tensors.items()}, path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
-import importlib
 import json
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 from flax import traverse_util
 from rich import console, progress
 
-from l2t_jax import types
+from l2t_jax import imports
 
 METRICS = "metrics.jsonl"
 # What a progress line shows, and the metric behind it.
@@ -249,14 +248,12 @@ def _mlflow_name(name):
   return re.sub(r"[^/\w.\- ]", "_", name.replace("->", " to "))
 
 
-def _require(module: str, tracker: str) -> Any:
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    raise types.InputError(
-      f"tracker {tracker!r} needs {module}: pip install {module}, or leave it"
-      " out of config.trackers"
-    ) from error
+def _require(module, tracker):
+  return imports.require(
+    module,
+    needed_for=f"tracker {tracker!r}",
+    otherwise="leave it out of config.trackers",
+  )
 
 
 def _id_of(workdir):

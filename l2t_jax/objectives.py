@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2t_jax import transfer, types
+from l2t_jax import imports, transfer, types
 
 
 class Method(NamedTuple):
@@ -146,7 +146,7 @@ def get_task(name: str) -> types.Task:
       f"unknown task {name!r}; it must be classification, or a"
       " l2t_jax.types.Task of your own as 'package.module:NAME'"
     )
-  task = types.import_by_name(name, "task")
+  task = imports.by_name(name, "task")
   if not isinstance(task, types.Task):
     raise types.InputError(
       f"the task {name!r} is a {type(task).__name__}; it must be a"

@@ -101,7 +101,7 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     tuple(json.loads(metadata["std"])),
   )
   if network is None:
-    network, params, model_state = pretrained.load_network(
+    network, _, params, model_state = pretrained.load_network(
       path, image_format.shape
     )
   else:

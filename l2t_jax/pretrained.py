@@ -28,7 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from l2t_jax import models, types
+from l2t_jax import imports, models, types
 
 # Leaves of Flax variables and what PyTorch calls them.
 _TORCH_LEAVES = {
@@ -139,12 +139,7 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise types.InputError(f"no checkpoint at {path}")
   if path.suffix == ".safetensors":
     return _read_safetensors(path)
-  try:
-    import torch
-  except ImportError as error:
-    raise types.InputError(
-      f"reading {path.name} needs torch: pip install torch"
-    ) from error
+  torch = imports.require("torch", needed_for=f"reading {path.name}")
   try:
     content = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
@@ -205,9 +200,18 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
   return traverse_util.unflatten_dict(arrays, sep="/"), metadata
 
 
+class Loaded(NamedTuple):
+  """A network with its weights."""
+
+  network: models.Network
+  layout: models.Layout
+  params: types.PyTree
+  model_state: types.PyTree
+
+
 def load_network(
   path: pathlib.Path, image_shape: tuple[int, int, int], dtype: Any = None
-) -> tuple[models.Network, types.PyTree, types.PyTree]:
+) -> Loaded:
   """Read a file that `save` wrote and make the network that it names.
 
   Args:
@@ -215,37 +219,32 @@ def load_network(
     image_shape: (H, W, C) of the images that the network will see.
     dtype: of its activations; None for that of the parameters.
 
-  Returns:
-    (module, params, model_state).
-
   Raises:
     types.InputError: as `load` does, and where the weights do not fit the
       network or the images.
   """
   variables, metadata = load(path)
-  module = models.create(metadata["model"], int(metadata["num_classes"]), dtype)
-  check_shapes(module, variables, image_shape, f"{path}: {metadata['model']}")
-  return module, variables.pop("params"), variables
+  name, num_classes = metadata["model"], int(metadata["num_classes"])
+  network = models.create(name, num_classes, dtype)
+  layout = models.trace(network, image_shape)
+  check_shapes(layout, variables, f"{path}: {name}")
+  return Loaded(network, layout, variables.pop("params"), variables)
 
 
 def check_shapes(
-  network: models.Network,
-  variables: types.PyTree,
-  image_shape: tuple[int, int, int],
-  name: str,
+  layout: models.Layout, variables: types.PyTree, name: str
 ) -> None:
   """Make sure that variables are those of a network.
 
   Args:
-    network: what they should fit.
+    layout: of the network, from `models.trace`.
     variables: {"params": ..., and the collections of its model state}.
-    image_shape: (H, W, C) of its images.
     name: of the network, for messages.
 
   Raises:
     types.InputError: naming the first variable that does not fit.
   """
-  expected = traverse_util.flatten_dict(variable_shapes(network, image_shape))
+  expected = traverse_util.flatten_dict(layout.variables)
   given = traverse_util.flatten_dict(variables)
   for leaf in sorted(expected.keys() | given.keys()):
     shapes = [
@@ -253,9 +252,10 @@ def check_shapes(
       for side in (given, expected)
     ]
     if shapes[0] != shapes[1]:
+      size = "x".join(map(str, layout.image_shape))
       raise types.InputError(
-        f"{name} on images of {'x'.join(map(str, image_shape))} does not fit"
-        f" its weights: {'/'.join(leaf)} is {shapes[0]}, expected {shapes[1]}"
+        f"{name} on images of {size} does not fit its weights:"
+        f" {'/'.join(leaf)} is {shapes[0]}, expected {shapes[1]}"
       )
 
 
@@ -302,16 +302,6 @@ def adopt(variables: types.PyTree, others: types.PyTree) -> Adopted:
   return Adopted(traverse_util.unflatten_dict(flat), tuple(copied), tuple(kept))
 
 
-def variable_shapes(
-  network: models.Network, image_shape: tuple[int, int, int]
-) -> types.PyTree:
-  """Shapes of a network's variables, without making them."""
-  params, model_state = jax.eval_shape(
-    lambda key: models.init(network, key, image_shape), jax.random.key(0)
-  )
-  return {"params": params, **model_state}
-
-
 def _read_safetensors(path):
   with _naming_damage(path):
     return safetensors.numpy.load_file(path)
@@ -347,7 +337,7 @@ def convert_file(
   size = models.image_size(module)
   # Colour images; the first convolution says so, or is found not to fit.
   image_shape = (size, size, 3)
-  variables = variable_shapes(module, image_shape)
+  variables = models.trace(module, image_shape).variables
   converted, report = convert(tensors, variables)
   metadata = {
     "model": model,

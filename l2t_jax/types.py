@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import importlib
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -19,23 +18,6 @@ class InputError(ValueError):
   `train.py` and the package's commands print it as one line, without a
   traceback.
   """
-
-
-def import_by_name(name: str, what: str) -> Any:
-  """Import "package.module:attribute".
-
-  Args:
-    name: of the attribute; see above.
-    what: for messages, such as "model".
-
-  Raises:
-    InputError: there is no such thing.
-  """
-  module, _, attribute = name.partition(":")
-  try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise InputError(f"cannot import the {what} {name!r}: {error}") from error
 
 
 class Batch(NamedTuple):

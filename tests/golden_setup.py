@@ -30,8 +30,8 @@ class Setup:
     self.source = models.create("resnet32", 200)
     self.target = models.create("vgg9", settings["classes"])
     shape = (32, 32, 3)
-    self.source_taps = models.select_taps(self.source, shape)
-    self.target_taps = models.select_taps(self.target, shape)
+    self.source_taps = models.select_taps(models.trace(self.source, shape))
+    self.target_taps = models.select_taps(models.trace(self.target, shape))
     self.pairs = transfer.make_pairs(
       "all_to_all", self.source_taps, self.target_taps
     )
@@ -57,7 +57,7 @@ class Setup:
     return (1 + 0.1 * n) * (0.3 if net == "source" else 1)
 
   def variables(self, net, module):
-    shapes = pretrained.variable_shapes(module, (32, 32, 3))
+    shapes = models.trace(module, (32, 32, 3)).variables
 
     def leaf(path, shape):
       torch_shape = jax.eval_shape(pretrained.to_torch_layout, shape).shape

@@ -22,8 +22,9 @@ META_OPTIMIZER = training.adam_l2(1e-3, 1e-4)
 def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
   """Return (train state, sources, pairs, target taps)."""
   method = objectives.get_method(method)
-  source_taps = models.select_taps(SOURCE, SHAPE)
-  target_taps = models.select_taps(target, SHAPE)
+  layout = models.trace(target, SHAPE)
+  source_taps = models.select_taps(models.trace(SOURCE, SHAPE))
+  target_taps = models.select_taps(layout)
   pairs = ()
   if method.pair_set:
     pairs = transfer.make_pairs(
@@ -31,7 +32,7 @@ def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
     )
   keys = jax.random.split(jax.random.key(seed), 3)
   target_params, model_state = _variables(target, seed)
-  *_, (*_, num_features) = models.tap_shapes(target, SHAPE).values()
+  *_, (*_, num_features) = layout.taps.values()
   params = {
     "target": target_params,
     "regressors": transfer.init_regressors(

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from l2t_jax import data, types
+from l2t_jax import data, imports, types
 from l2t_jax.data import augment, images, pipeline, records, splits
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -1049,7 +1049,7 @@ def test_tfds_in_another_format_is_refused(tmp_path, tfds_dir):
 
 def test_missing_package_is_named():
   with pytest.raises(types.InputError, match="pip install some-package"):
-    records.require("no_such_module", "some-package")
+    imports.require("no_such_module", needed_for="it", package="some-package")
 
 
 @pytest.mark.parametrize("start", [-1, 6])

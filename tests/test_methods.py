@@ -151,7 +151,7 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   red_green_blue = jnp.array([0.299, 0.587, 0.114])
   grey = jnp.sum(pixels * red_green_blue, axis=-1, keepdims=True)
   grey = (grey - 0.25) / 0.3081
-  module, *variables = pretrained.load_network(
+  module, _, *variables = pretrained.load_network(
     finished / "target.safetensors", (8, 8, 1)
   )
   alone, *_ = models.as_apply_fn(module)(*variables, grey, train=False)

@@ -20,7 +20,7 @@ from l2t_jax.models import layers
 def test_listed_taps_are_what_the_network_returns(name):
   module = models.create(name, num_classes=7)
   shape = (module.image_size, module.image_size, 3)
-  taps = models.tap_shapes(module, shape)
+  taps = models.trace(module, shape).taps
   assert set(module.default_taps) <= set(taps)
   images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   (logits, features), _ = jax.eval_shape(
@@ -33,14 +33,17 @@ def test_listed_taps_are_what_the_network_returns(name):
 
 def test_taps_of_the_paper():
   shape = (32, 32, 3)
-  source = models.select_taps(models.create("resnet32", 200), shape)
-  target = models.select_taps(models.create("vgg9", 10), shape)
+  source, target = (
+    models.select_taps(models.trace(models.create(name, 10), shape))
+    for name in ("resnet32", "vgg9")
+  )
   assert list(source.values()) == [(32, 32, 16), (16, 16, 32), (8, 8, 64)]
   assert list(target.values()) == [
     (32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512), (2, 2, 512)
   ]  # fmt: skip
   for name in ("resnet18", "resnet34"):
-    taps = models.select_taps(models.create(name, 10), (224, 224, 3))
+    layout = models.trace(models.create(name, 10), (224, 224, 3))
+    taps = models.select_taps(layout)
     assert list(taps.values()) == [
       (56, 56, 64), (28, 28, 128), (14, 14, 256), (7, 7, 512)
     ]  # fmt: skip
@@ -49,7 +52,7 @@ def test_taps_of_the_paper():
 def test_taps_are_in_order_of_depth_however_named():
   module = models.create("resnet32", 10)
   taps = ("stage3_block1", "stage1_block2")
-  chosen = models.select_taps(module, (32, 32, 3), taps)
+  chosen = models.select_taps(models.trace(module, (32, 32, 3)), taps)
   assert list(chosen) == ["stage1_block2", "stage3_block1"]
 
 
@@ -57,7 +60,8 @@ def test_unknown_names():
   with pytest.raises(types.InputError, match="'resnet31'; it must be one of"):
     models.create("resnet31", 10)
   with pytest.raises(types.InputError, match=r"unknown tap .conv9.*conv1"):
-    models.select_taps(models.create("vgg9", 10), (32, 32, 3), ("conv9",))
+    module = models.create("vgg9", 10)
+    models.select_taps(models.trace(module, (32, 32, 3)), ("conv9",))
 
 
 def test_initialisation_is_the_authors():
@@ -186,7 +190,7 @@ def test_command_lists_taps_and_proposes_pairs():
 def test_the_last_tap_is_what_enters_the_classifier(name):
   module = models.create(name, num_classes=7)
   params, model_state = models.init(module, jax.random.key(0), (16, 16, 3))
-  assert list(models.tap_shapes(module, (16, 16, 3)))[-1] == "penultimate"
+  assert list(models.trace(module, (16, 16, 3)).taps)[-1] == "penultimate"
   images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
   logits, features, _ = models.as_apply_fn(module)(
     params, model_state, images, train=False

@@ -91,13 +91,13 @@ def test_training_and_evaluation(network):
 
 
 def test_taps_are_listed_in_the_order_of_computation():
-  assert models.tap_shapes(LinenNet(), IMAGES) == {
+  assert models.trace(LinenNet(), IMAGES).taps == {
     name: (8, 8, 4) for name in ("stem", "norm", "shared", "shared#1")
   }
-  assert models.tap_shapes(NnxNet, IMAGES) == {
+  assert models.trace(NnxNet, IMAGES).taps == {
     name: (8, 8, 4) for name in ("stem", "norm")
   }
-  assert models.tap_shapes(BY_HAND, IMAGES) == {
+  assert models.trace(BY_HAND, IMAGES).taps == {
     "early": (8, 8, 4),
     "late": (4, 4, 4),
   }
@@ -125,7 +125,7 @@ def test_tokens_become_maps(class_token):
     return jnp.zeros((1, 5)), features, state
 
   network = models.Functions(lambda key: ({}, {}), apply)
-  assert models.tap_shapes(network, IMAGES) == {"tokens": (4, 4, 1)}
+  assert models.trace(network, IMAGES).taps == {"tokens": (4, 4, 1)}
   images = jnp.zeros((1, *IMAGES))
   _, features, _ = models.as_apply_fn(network)({}, {}, images, train=False)
   np.testing.assert_array_equal(
@@ -155,7 +155,7 @@ def test_tokens_become_maps(class_token):
   ],
 )
 def test_taps_by_glob_and_by_default(network, patterns, expected):
-  chosen = tuple(models.select_taps(network, IMAGES, patterns))
+  chosen = tuple(models.select_taps(models.trace(network, IMAGES), patterns))
   if expected is None:
     assert chosen[0] == "down0" and chosen[-1] == "stage1_0" and len(chosen) > 3
   else:
@@ -176,7 +176,7 @@ def test_taps_by_glob_and_by_default(network, patterns, expected):
 )
 def test_taps_that_cannot_be(network, pattern, message):
   with pytest.raises(types.InputError, match=message):
-    models.select_taps(network, IMAGES, (pattern,))
+    models.select_taps(models.trace(network, IMAGES), (pattern,))
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,12 @@ def test_models_of_ones_own_that_cannot_be(name, dtype, message):
 
 def test_what_is_no_network():
   with pytest.raises(types.InputError, match="is no network"):
-    models.tap_shapes("resnet32", IMAGES)
+    models.trace("resnet32", IMAGES)
   with pytest.raises(types.InputError, match="returns a dict; it must return"):
-    models.tap_shapes(nn.Sequential([lambda x: {"x": x}]), IMAGES)
+    models.trace(nn.Sequential([lambda x: {"x": x}]), IMAGES)
   with pytest.raises(types.InputError, match="no layer that could be tapped"):
-    models.select_taps(nn.Sequential([lambda x: x.mean((1, 2))]), IMAGES)
+    network = nn.Sequential([lambda x: x.mean((1, 2))])
+    models.select_taps(models.trace(network, IMAGES))
 
 
 def as_nnx(params):
@@ -235,7 +236,7 @@ def test_linen_and_nnx_train_alike(x64):
     (nnx_network, rename, as_nnx),
   ):
     taps = {change(name): shape for name, shape in target_taps.items()}
-    assert taps == models.select_taps(network, IMAGES)
+    assert taps == models.select_taps(models.trace(network, IMAGES))
     renamed = lambda by_pair, change=change: {
       change(name): value for name, value in by_pair.items()
     }
@@ -313,10 +314,11 @@ def test_unusual_modules_train_and_are_read_again(tmp_path):
   variables = traverse_util.unflatten_dict(
     safetensors.numpy.load_file(path), sep="/"
   )
-  pretrained.check_shapes(network, variables, IMAGES, "it")
+  layout = models.trace(network, IMAGES)
+  pretrained.check_shapes(layout, variables, "it")
   chex.assert_trees_all_equal(variables, {"params": params, **state})
   del variables["params"]["temperature"]
   with pytest.raises(
     types.InputError, match=r"it on .*temperature is missing, expected \[\]"
   ):
-    pretrained.check_shapes(network, variables, IMAGES, "it")
+    pretrained.check_shapes(layout, variables, "it")

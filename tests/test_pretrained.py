@@ -71,7 +71,7 @@ def test_torchvision_layout_computes_the_same(
 
   tensors = torchvision_tensors(stage_sizes, num_convs)
   module = models.create(name, 10)
-  shapes = pretrained.variable_shapes(module, (64, 64, 3))
+  shapes = models.trace(module, (64, 64, 3)).variables
   variables, report = pretrained.convert(tensors, shapes)
   assert report.left_over == ()
   images = np.random.default_rng(1).standard_normal((2, 64, 64, 3))

@@ -161,14 +161,17 @@ def load(
       num_workers=num_workers,
     )
   )
+  plan = pipeline.BatchPlan(batch_size, process_index, process_count)
   return build(
-    opened,
-    split,
-    subset,
-    pipeline.BatchPlan(batch_size, process_index, process_count),
-    unlabeled_batch_size=unlabeled_batch_size or batch_size,
-    seed=seed,
-    image_shape=(image_size, image_size, channels),
+    pipeline.Contents(
+      opened,
+      split,
+      subset,
+      plan,
+      plan._replace(batch_size=unlabeled_batch_size or batch_size),
+      seed,
+      (image_size, image_size, channels),
+    ),
     mean=mean,
     std=std,
     augment=augment,

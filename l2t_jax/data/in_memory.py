@@ -13,7 +13,7 @@ import numpy as np
 from l2t_jax import types
 from l2t_jax.data import augment as augmentation
 from l2t_jax.data import images as pillow
-from l2t_jax.data import pipeline, records, splits
+from l2t_jax.data import pipeline
 
 AUGMENTS = ("none", "crop", "crop_flip")
 # In place of an epoch, for the draws of images without labels.
@@ -25,30 +25,18 @@ class InMemoryDataset(pipeline.SplitDataset):
 
   def __init__(
     self,
-    source: records.Source,
-    split: splits.Split,
-    unlabeled: pipeline.Subset | None,
-    plan: pipeline.BatchPlan,
+    contents: pipeline.Contents,
     *,
-    unlabeled_batch_size: int,
-    seed: int,
-    image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
     augment: str,
     crop_padding: int,
   ):
-    super().__init__(
-      source,
-      split,
-      unlabeled,
-      plan,
-      unlabeled_batch_size=unlabeled_batch_size,
-      seed=seed,
-      image_shape=image_shape,
-    )
+    super().__init__(contents)
     self._arrays = {
-      name: jax.device_put((_read_resized(subset, image_shape), subset.targets))
+      name: jax.device_put(
+        (_read_resized(subset, self.image_shape), subset.targets)
+      )
       for name, subset in self._subsets.items()
     }
     static = {
@@ -57,7 +45,9 @@ class InMemoryDataset(pipeline.SplitDataset):
       "mean": mean,
       "std": std,
     }
-    self._train_batch = functools.partial(_train_batch, plan=plan, **static)
+    self._train_batch = functools.partial(
+      _train_batch, plan=self._plan, **static
+    )
     self._unlabeled_images = functools.partial(
       _train_images, plan=self._unlabeled_plan, **static
     )

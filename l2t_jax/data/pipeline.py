@@ -134,6 +134,18 @@ class BatchPlan(NamedTuple):
     return np.where(mask, slots, 0), mask.astype(np.float32)
 
 
+class Contents(NamedTuple):
+  """What a Dataset holds, and how it is cut into batches."""
+
+  source: records.Source
+  split: splits.Split
+  unlabeled: Subset | None
+  plan: BatchPlan
+  unlabeled_plan: BatchPlan
+  seed: int  # Of the order of training images and their augmentation.
+  image_shape: tuple[int, int, int]  # (H, W, C).
+
+
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
   """Return an epoch's permutation of the labelled images, int64 [N]."""
   return _permutation((seed, epoch), num_images)
@@ -178,17 +190,8 @@ def check_counts(**counts: int) -> None:
 class SplitDataset:
   """The part of a Dataset that does not depend on how images are read."""
 
-  def __init__(
-    self,
-    source: records.Source,
-    split: splits.Split,
-    unlabeled: Subset | None,
-    plan: BatchPlan,
-    *,
-    unlabeled_batch_size: int,
-    seed: int,
-    image_shape: tuple[int, int, int],
-  ):
+  def __init__(self, contents: Contents):
+    source, split, unlabeled, plan, unlabeled_plan, seed, image_shape = contents
     self.num_classes = len(source.class_names)
     self.class_names = source.class_names
     self.image_shape = image_shape
@@ -198,7 +201,7 @@ class SplitDataset:
     self.steps_per_epoch = self.num_train // plan.batch_size
     self._seed = seed
     self._plan = plan
-    self._unlabeled_plan = plan._replace(batch_size=unlabeled_batch_size)
+    self._unlabeled_plan = unlabeled_plan
     # A multiple: the devices that divide the one size divide the other, too.
     factor = -(-MIN_EVAL_BATCH_SIZE // plan.batch_size)
     self._eval_plan = plan._replace(batch_size=factor * plan.batch_size)

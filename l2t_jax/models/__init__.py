@@ -12,30 +12,34 @@ from typing import Any
 
 from flax import linen as nn
 
-from l2t_jax import types
+from l2t_jax import imports, types
 from l2t_jax.models import resnet, vgg
 from l2t_jax.models.networks import (
   Functions,
+  Layout,
   Network,
   as_apply_fn,
   init,
+  last_tap,
   propose_taps,
   select_taps,
-  tap_shapes,
+  trace,
 )
 
 __all__ = [
   "MODELS",
   "Functions",
+  "Layout",
   "Network",
   "as_apply_fn",
   "create",
   "find",
   "image_size",
   "init",
+  "last_tap",
   "propose_taps",
   "select_taps",
-  "tap_shapes",
+  "trace",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -72,7 +76,7 @@ def find(name: str) -> Callable[..., Any]:
       f"unknown model {name!r}; it must be one of {', '.join(MODELS)}, or a"
       " function of your own as 'package.module:function'"
     )
-  return types.import_by_name(name, "model")
+  return imports.by_name(name, "model")
 
 
 def image_size(network: Network) -> int:

@@ -50,7 +50,8 @@ def _print_taps(model, image_size, channels):
   network = models.create(model, num_classes=10)
   size = image_size or models.image_size(network)
   shape = (size, size, channels)
-  default_taps = models.select_taps(network, shape)
+  layout = models.trace(network, shape)
+  default_taps = models.select_taps(layout)
   rows = table.Table(
     table.Column("tap", overflow="fold"),
     "height x width",
@@ -58,7 +59,7 @@ def _print_taps(model, image_size, channels):
     "default",
     title=f"{model} at {size}x{size}",
   )
-  for name, tap_shape in models.tap_shapes(network, shape).items():
+  for name, tap_shape in layout.taps.items():
     height, width, tap_channels = tap_shape
     mark = "yes" if name in default_taps else ""
     rows.add_row(name, f"{height}x{width}", str(tap_channels), mark)

@@ -61,6 +61,19 @@ class Functions(NamedTuple):
 Network = nn.Module | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | Functions
 
 
+class Layout(NamedTuple):
+  """What a network consists of."""
+
+  image_shape: Shape
+  # Shapes: {"params": ..., and the collections of its model state}.
+  variables: types.PyTree
+  output_shape: tuple[int, ...]  # Of what it makes of one image.
+  taps: dict[str, Shape]  # Tap -> (H, W, C), in the order of computation.
+  # Outputs of other forms, likewise.
+  others: dict[str, tuple[int, ...]]
+  default_taps: tuple[str, ...]  # The network's own choice; () for none.
+
+
 class _Pure(NamedTuple):
   """What the libraries have in common."""
 
@@ -108,24 +121,62 @@ def init(
   return jax.jit(_pure(network).init)(key, images)
 
 
-def tap_shapes(network: Network, image_shape: Shape) -> dict[str, Shape]:
-  """List what can be tapped, without running the network.
-
-  Returns:
-    Tap -> (H, W, C), in the order of computation.
-  """
-  maps, _ = _all_outputs(network, image_shape)
-  return maps
-
-
-def select_taps(
-  network: Network, image_shape: Shape, patterns: Sequence[str] = ()
-) -> dict[str, Shape]:
-  """Choose taps by name.
+def trace(network: Network, image_shape: Shape) -> Layout:
+  """Find out what a network consists of, without running it.
 
   Args:
     network: see above.
     image_shape: (H, W, C) of its images.
+
+  Raises:
+    types.InputError: it is no network.
+  """
+  pure = _pure(network)
+
+  def run(key, images):
+    params, model_state = pure.init(key, images)
+    output, outputs, _ = pure.apply(params, model_state, images, False, None)
+    logits, features = _split(output, outputs)
+    features = {name: x for name, x in features.items() if hasattr(x, "shape")}
+    return {"params": params, **model_state}, logits, features
+
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  jaxpr, (variables, logits, features) = jax.make_jaxpr(run, return_shape=True)(
+    jax.random.key(0), images
+  )
+  computed = {
+    variable: (i, j)
+    for i, equation in enumerate(jaxpr.jaxpr.eqns)
+    for j, variable in enumerate(equation.outvars)
+  }
+  # They are the last outputs; a dict's leaves are in the order of its keys.
+  outvars = jaxpr.jaxpr.outvars[-len(features) :] if features else []
+  position = {
+    name: computed.get(variable, (-1, 0))
+    for name, variable in zip(sorted(features), outvars, strict=True)
+  }
+  # A module that returns its child's output comes after the child.
+  order = lambda name: (position[name], -name.count("/"))
+  taps, others = {}, {}
+  for name in sorted(features, key=order):
+    as_map = jax.eval_shape(_as_map, features[name])
+    if as_map is None:
+      others[name] = features[name].shape[1:]
+    else:
+      taps[name] = as_map.shape[1:]
+  default_taps = tuple(getattr(network, "default_taps", None) or ())
+  return Layout(
+    image_shape, variables, logits.shape[1:], taps, others, default_taps
+  )
+
+
+def select_taps(
+  layout: Layout, patterns: Sequence[str] = ()
+) -> dict[str, Shape]:
+  """Choose taps by name.
+
+  Args:
+    layout: of the network, from `trace`.
     patterns: names, or globs such as "stages_*/blocks_2", where * stands for
       any part of one name and ** for several. None: the network's
       `default_taps`, or else `propose_taps`.
@@ -136,16 +187,24 @@ def select_taps(
   Raises:
     types.InputError: for a pattern that no tap fits.
   """
-  maps, others = _all_outputs(network, image_shape)
-  if not patterns:
-    patterns = getattr(network, "default_taps", None) or propose_taps(maps)
   chosen = set()
-  for pattern in patterns:
-    found = [name for name in maps if _fits(name, pattern)]
+  for pattern in patterns or layout.default_taps or propose_taps(layout.taps):
+    found = [name for name in layout.taps if _fits(name, pattern)]
     if not found:
-      raise types.InputError(_no_tap(pattern, maps, others))
+      raise types.InputError(_no_tap(pattern, layout))
     chosen.update(found)
-  return {name: shape for name, shape in maps.items() if name in chosen}
+  return {name: x for name, x in layout.taps.items() if name in chosen}
+
+
+def last_tap(shapes: Mapping[str, Shape]) -> str:
+  """Return the tap that is computed last; raise `types.InputError` for none."""
+  if not shapes:
+    raise types.InputError(
+      "the network has no layer that could be tapped: none of its submodules"
+      " returns a map [B, H, W, C] or tokens [B, N, C]; let it return (logits,"
+      " features), a dict of such arrays"
+    )
+  return list(shapes)[-1]
 
 
 def propose_taps(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
@@ -160,65 +219,24 @@ def propose_taps(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
   Raises:
     types.InputError: there are none.
   """
-  if not shapes:
-    raise types.InputError(
-      "the network has no layer that could be tapped: none of its submodules"
-      " returns a map [B, H, W, C] or tokens [B, N, C]; let it return (logits,"
-      " features), a dict of such arrays"
-    )
+  last = last_tap(shapes)
   # Small maps say little, and deep paths lead into the parts of a block.
   maps = {n: s[:2] for n, s in shapes.items() if s[0] * s[1] > 1}
   if len(maps) < 2:
-    return tuple(maps or shapes)[-1:]
+    return (*maps,) or (last,)
   depths = sorted(name.count("/") for name in maps)
   maps = {n: size for n, size in maps.items() if n.count("/") <= depths[1]}
-  last = {size: name for name, size in maps.items()}
-  if len(last) > 1:
-    return tuple(last.values())
+  by_size = {size: name for name, size in maps.items()}
+  if len(by_size) > 1:
+    return tuple(by_size.values())
   groups: dict[str, list[str]] = {}
   for name in maps:
     groups.setdefault(re.sub(r"\d+", "", name), []).append(name)
   blocks = max(groups.values(), key=len)
   if len(blocks) == 1:
-    return tuple(last.values())
+    return tuple(by_size.values())
   count = min(_NUM_PROPOSED, len(blocks))
   return tuple(blocks[(i + 1) * len(blocks) // count - 1] for i in range(count))
-
-
-def _all_outputs(network, image_shape):
-  """Return (tap -> its shape as a map, other output -> its shape), in order."""
-  pure = _pure(network)
-
-  def run(key, images):
-    params, model_state = pure.init(key, images)
-    output, outputs, _ = pure.apply(params, model_state, images, False, None)
-    _, features = _split(output, outputs)
-    return {name: x for name, x in features.items() if hasattr(x, "shape")}
-
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(
-    jax.random.key(0), images
-  )
-  computed = {
-    variable: (i, j)
-    for i, equation in enumerate(jaxpr.jaxpr.eqns)
-    for j, variable in enumerate(equation.outvars)
-  }
-  # A dict's leaves are in the order of its sorted keys.
-  position = {
-    name: computed.get(variable, (-1, 0))
-    for name, variable in zip(sorted(shapes), jaxpr.jaxpr.outvars, strict=True)
-  }
-  # A module that returns its child's output comes after the child.
-  in_order = sorted(shapes, key=lambda name: (position[name], -name.count("/")))
-  maps, others = {}, {}
-  for name in in_order:
-    as_map = jax.eval_shape(_as_map, shapes[name])
-    if as_map is None:
-      others[name] = shapes[name].shape
-    else:
-      maps[name] = as_map.shape[1:]
-  return maps, others
 
 
 def _split(output, outputs):
@@ -260,15 +278,17 @@ def _fits(name, pattern):
   )
 
 
-def _no_tap(pattern, maps, others):
-  for name, shape in others.items():
+def _no_tap(pattern, layout):
+  for name, shape in layout.others.items():
     if _fits(name, pattern):
       return (
-        f"tap {name!r} has the shape {['B', *shape[1:]]}; taps are maps"
+        f"tap {name!r} has the shape {['B', *shape]}; taps are maps"
         " [B, H, W, C], or tokens [B, N, C] where N is a square number, or one"
         " more with a class token"
       )
-  return f"unknown tap {pattern!r}; the network's taps are {', '.join(maps)}"
+  return (
+    f"unknown tap {pattern!r}; the network's taps are {', '.join(layout.taps)}"
+  )
 
 
 def _pure(network) -> _Pure:

@@ -1,0 +1,51 @@
+"""Imports of what may be absent: optional packages, and users' own code."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from l2t_jax import types
+
+
+def require(
+  module: str, *, needed_for: str, package: str = "", otherwise: str = ""
+) -> Any:
+  """Import a module that is heavy or may be absent, when it is needed.
+
+  Args:
+    module: its name.
+    needed_for: what cannot go on without it, for the message.
+    package: what installs it, where that has another name.
+    otherwise: what would do without it, for the message.
+
+  Raises:
+    types.InputError: it is absent.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    alternative = f", or {otherwise}" if otherwise else ""
+    raise types.InputError(
+      f"{needed_for} needs {module}: pip install"
+      f" {package or module}{alternative}"
+    ) from error
+
+
+def by_name(name: str, what: str) -> Any:
+  """Import "package.module:attribute".
+
+  Args:
+    name: of the attribute; see above.
+    what: for messages, such as "model".
+
+  Raises:
+    types.InputError: there is no such thing.
+  """
+  module, _, attribute = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise types.InputError(
+      f"cannot import the {what} {name!r}: {error}"
+    ) from error
