@@ -4,8 +4,9 @@
     python -m benchmarks.step_time --sweep=mode,T,precision,batch --folder=DIR
 
 ResNet-32 -> VGG-9, 15 pairs, random images, on the first device. Ours, the
-peer's and both plain steps take turns, setting by setting, so that their ratios
-do not depend on what else the machine does. Prints a table and, on its last
+peer's and both plain steps take turns, so that their ratios do not depend on
+what else the machine does; each setting in a process of its own, so that one
+that does not fit into memory stops no other. Prints a table and, on its last
 line, a JSON object:
 
   ratio_peer   the peer's time for an iteration over ours, the peer being the
@@ -57,17 +58,14 @@ _LAYOUTS = ("contiguous", "channels-last")
 
 @dataclasses.dataclass
 class Case:
-  """Something to be timed."""
+  """Something that was timed."""
 
   who: str  # "l2t_jax", or the peer and its variant.
   what: str  # "plain" or "iteration".
   setting: cases.Setting
-  run: Callable[[], object]  # One step, from where the last one ended.
-  wait: Callable[[], object]  # Until the device has done it.
   compile_seconds: float | None = None
   flops: float | None = None
   memory_bytes: int | None = None
-  repeats: int = 1  # Steps in a measurement.
   plain_seconds: float = math.nan  # Of the plain step that it took turns with.
   times: list[float] = dataclasses.field(default_factory=list)
 
@@ -81,10 +79,19 @@ class Case:
     low, high = np.quantile(self.times, [0.25, 0.75])
     return (high - low) / 2 / self.median
 
+
+@dataclasses.dataclass
+class Timer:
+  """What times a case."""
+
+  case: Case
+  run: Callable[[], object]  # One step, from where the last one ended.
+  wait: Callable[[], object]  # Until the device has done it.
+  repeats: int = 1  # Steps in a measurement.
+
   def warm_up(self) -> None:
     self.measure()  # The first call may compile.
-    seconds = self.measure()
-    self.repeats = max(1, round(_LEAST_SECONDS / seconds))
+    self.repeats = max(1, round(_LEAST_SECONDS / self.measure()))
 
   def measure(self) -> float:
     start = time.perf_counter()
@@ -94,7 +101,7 @@ class Case:
     return (time.perf_counter() - start) / self.repeats
 
 
-def our_case(setting: cases.Setting) -> Case:
+def our_timer(setting: cases.Setting) -> Timer:
   """Compile one of our steps."""
   iteration = cases.create(setting)
   program = cases.compile_iteration(setting, iteration)
@@ -105,21 +112,20 @@ def our_case(setting: cases.Setting) -> Case:
       latest["state"], iteration.run.sources, iteration.batch
     )
 
-  return Case(
+  case = Case(
     "l2t_jax",
     "plain" if setting.method == "scratch" else "iteration",
     setting,
-    run,
-    lambda: jax.block_until_ready(latest["state"]),
     program.seconds,
     program.flops,
     program.memory_bytes,
   )
+  return Timer(case, run, lambda: jax.block_until_ready(latest["state"]))
 
 
-def peer_cases(
+def peer_timers(
   setting: cases.Setting, *, layout: str, compiled: bool
-) -> list[Case]:
+) -> list[Timer]:
   """Make the peer's plain step and its iteration."""
   import torch
 
@@ -187,9 +193,10 @@ def peer_cases(
 
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None
   name = f"torch, {layout}" + (", compiled" if compiled else "")
+  plain_case = Case(name, "plain", setting._replace(method="scratch"))
   return [
-    Case(name, "plain", setting._replace(method="scratch"), run_plain, wait),
-    Case(name, "iteration", setting, run_iteration, wait),
+    Timer(plain_case, run_plain, wait),
+    Timer(Case(name, "iteration", setting), run_iteration, wait),
   ]
 
 
@@ -230,6 +237,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--compile_peer", action="store_true")
   parser.add_argument("--folder", type=pathlib.Path, help="for a plot")
+  parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
   args = parser.parse_args()
   sweeps = [name for name in args.sweep.split(",") if name]
   for name in sweeps:
@@ -238,13 +246,18 @@ def main() -> None:
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds} must be at least 1")
 
+  if args.setting:
+    measured = _measure(
+      cases.Setting(**args.setting), args.rounds, args.compile_peer
+    )
+    print(json.dumps([dataclasses.asdict(case) for case in measured]))
+    return
   everything: list[Case] = []
   for setting in settings_of(sweeps):
-    print(setting, file=sys.stderr, flush=True)
     known = [case.setting for case in everything if case.what == "plain"]
     everything += [
       case
-      for case in _measure(setting, args.rounds, args.compile_peer)
+      for case in _in_process(setting, args.rounds, args.compile_peer)
       if case.what != "plain" or case.setting not in known
     ]
   ceilings = {
@@ -257,30 +270,52 @@ def main() -> None:
   print(json.dumps(_result(everything, ceilings)))
 
 
+def _in_process(setting, rounds, compile_peer):
+  """Time a setting in another process; nothing where that fails."""
+  print(setting, file=sys.stderr, flush=True)
+  command = [sys.executable, "-m", "benchmarks.step_time"]
+  command += [
+    f"--setting={json.dumps(setting._asdict())}",
+    f"--rounds={rounds}",
+  ]
+  command += ["--compile_peer"] if compile_peer else []
+  result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+  if result.returncode:
+    failure = f"failed with exit status {result.returncode}"
+    if setting == cases.Setting():
+      sys.exit(failure)  # Nothing could be compared with it.
+    print(failure, file=sys.stderr)
+    return []
+  return [
+    Case(**{**case, "setting": cases.Setting(*case["setting"])})
+    for case in json.loads(result.stdout.splitlines()[-1])
+  ]
+
+
 def _measure(setting, rounds, compile_peer):
   """Time a setting: ours, the peer's, and the plain steps of both."""
   base = cases.Setting()
   plain = setting._replace(
     method="scratch", mode=base.mode, num_inner_steps=base.num_inner_steps
   )
-  measured = [our_case(plain), our_case(setting)]
+  timers = [our_timer(plain), our_timer(setting)]
   has_peer = setting.mode == base.mode and setting.num_seeds == 1
   if has_peer and importlib.util.find_spec("torch"):
     for layout in _LAYOUTS if setting == base else _LAYOUTS[:1]:
-      measured += peer_cases(setting, layout=layout, compiled=False)
+      timers += peer_timers(setting, layout=layout, compiled=False)
     if compile_peer and setting == base:
-      measured += peer_cases(base, layout=_LAYOUTS[0], compiled=True)
-  for case in measured:
-    case.warm_up()
+      timers += peer_timers(base, layout=_LAYOUTS[0], compiled=True)
+  for timer in timers:
+    timer.warm_up()
   for _ in range(rounds):
-    for case in measured:
-      case.times.append(case.measure())
+    for timer in timers:
+      timer.case.times.append(timer.measure())
+  measured = [timer.case for timer in timers]
   plain_seconds = {
     case.who: case.median for case in measured if case.what == "plain"
   }
   for case in measured:
     case.plain_seconds = plain_seconds[case.who]
-    case.run = case.wait = lambda: None  # Lets go of its arrays.
   return measured
 
 
