@@ -24,10 +24,10 @@ from l2t_jax import (
   models,
   objectives,
   pretrained,
-  report,
   sharding,
   training,
   transfer,
+  transfer_map,
   types,
 )
 from l2t_jax.data import formats, records
@@ -123,7 +123,7 @@ class _Plan(NamedTuple):
   pairs: tuple[transfer.Pair, ...] = ()
   source_taps: transfer.TapShapes = {}  # noqa: RUF012
   target_taps: transfer.TapShapes = {}  # noqa: RUF012
-  transfer_map: transfer.TransferMap | None = None  # Frozen weights.
+  frozen: transfer.TransferMap | None = None  # Weights that are not learned.
   learn_channels: bool = False
   learn_pairs: bool = False
 
@@ -535,13 +535,13 @@ def _source_format(config, metadata, image_format):
 
 def _plan_transfer(config, method, networks, target_layout):
   """Choose the pairs, and what of their weights is learned."""
-  transfer_map = None
+  frozen = None
   wanted = config.transfer.pairs or method.pair_set
   if config.transfer.map:
-    transfer_map = transfer.TransferMap(
-      *report.read_transfer_map(config.transfer.map)
+    frozen = transfer.TransferMap(
+      *transfer_map.read_weights(config.transfer.map)
     )
-    wanted = list(transfer_map.pair)
+    wanted = list(frozen.pair)
   if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
     target_taps = target_layout.taps
     source_taps = _merged(n.all_taps for n in networks.values())
@@ -558,15 +558,15 @@ def _plan_transfer(config, method, networks, target_layout):
       for taps in groups
       for pair in transfer.make_pairs(wanted, taps, target_taps)
     )
-  if transfer_map:
-    _check_map(config, transfer_map, pairs, source_taps)
+  if frozen:
+    _check_map(config, frozen, pairs, source_taps)
   used = lambda taps, names: {n: taps[n] for n in taps if n in names}
-  learned = lambda value: value == "learned" and not transfer_map
+  learned = lambda value: value == "learned" and not frozen
   return _Plan(
     pairs,
     used(source_taps, {pair.source for pair in pairs}),
     used(target_taps, {pair.target for pair in pairs}),
-    transfer_map,
+    frozen,
     method.learn_channels and learned(config.transfer.channel_weights),
     method.learn_pairs and learned(config.transfer.pair_weights),
   )
@@ -576,9 +576,9 @@ def _merged(dicts):
   return {name: value for one in dicts for name, value in one.items()}
 
 
-def _check_map(config, transfer_map, pairs, source_taps):
+def _check_map(config, frozen, pairs, source_taps):
   for pair in pairs:
-    given = len(transfer_map.channel[pair.name])
+    given = len(frozen.channel[pair.name])
     expected = source_taps[pair.source][-1]
     if given != expected:
       raise types.InputError(
@@ -588,8 +588,8 @@ def _check_map(config, transfer_map, pairs, source_taps):
 
 
 def _weights_fn(config, plan):
-  if plan.transfer_map:
-    return lambda _, pooled: transfer.repeat_map(plan.transfer_map, pooled)
+  if plan.frozen:
+    return lambda _, pooled: transfer.repeat_map(plan.frozen, pooled)
   return functools.partial(
     transfer.transfer_weights,
     pairs=plan.pairs,

@@ -34,8 +34,8 @@ from l2t_jax import (
   data,
   logs,
   pretrained,
-  report,
   sharding,
+  transfer_map,
   types,
 )
 
@@ -440,13 +440,13 @@ def _save_target(run, seed, inner):
 def _write_transfer_map(run, seed):
   epochs = [
     record
-    for record in report.read_metrics(seed.workdir)
+    for record in logs.read_metrics(seed.workdir)
     if record["kind"] == "epoch"
   ]
   weights = seed.progress["channel_weights"]
-  report.write_transfer_map(
+  transfer_map.write(
     seed.workdir,
-    report.transfer_map(
+    transfer_map.collect(
       epochs,
       {name: np.array(values) for name, values in weights.items()},
       list(run.source_taps.items()),

@@ -41,7 +41,7 @@ from l2t_jax import (
   experiment,
   models,
   predict,
-  report,
+  transfer_map,
   types,
 )
 from l2t_jax.data import records
@@ -105,7 +105,7 @@ class Result(NamedTuple):
         f"method {self.summary['method']!r} matches no features: it has no"
         " transfer map"
       )
-    return report.draw_transfer_map(self.transfer_map)
+    return transfer_map.draw(self.transfer_map)
 
 
 def fit(
@@ -156,11 +156,11 @@ def fit(
   )
   workdir = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
   summary = experiment.train_and_evaluate(config, workdir, given)
-  transfer_map = workdir / "transfer_map.json"
+  map_file = workdir / transfer_map.FILE
   return Result(
     predict.load(workdir, network=target),
     summary,
-    json.loads(transfer_map.read_text()) if transfer_map.exists() else None,
+    json.loads(map_file.read_text()) if map_file.exists() else None,
     workdir,
   )
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from flax import traverse_util
 from rich import console, progress
 
-from l2t_jax import imports
+from l2t_jax import imports, types
 
 METRICS = "metrics.jsonl"
 # What a progress line shows, and the metric behind it.
@@ -183,6 +183,46 @@ class MetricsLog:
     self._file.close()
     for tracker in self._trackers:
       tracker.close()
+
+
+def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
+  """Read the records of a run's `metrics.jsonl`.
+
+  A last line without its newline is one that the run was stopped in the middle
+  of; it is left out unless it is complete.
+
+  Args:
+    workdir: the folder of the run.
+
+  Returns:
+    One dict per line, in the file's order.
+
+  Raises:
+    InputError: the file is missing, or a line is not a JSON object.
+  """
+  path = pathlib.Path(workdir) / METRICS
+  if not path.is_file():
+    raise types.InputError(
+      f"{path} does not exist; name the folder of a run that was started."
+    )
+  lines = path.read_bytes().split(b"\n")
+  records = []
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict):
+        raise ValueError("it is not an object")
+    except ValueError as error:
+      if number == len(lines):
+        break
+      raise types.InputError(
+        f"{path}, line {number}: not a JSON object ({error}); "
+        "mend or delete that line."
+      ) from error
+    records.append(record)
+  return records
 
 
 class Progress:

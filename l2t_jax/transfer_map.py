@@ -18,6 +18,8 @@ import numpy as np
 
 from l2t_jax import types
 
+FILE = "transfer_map.json"  # In the folder of a run.
+
 # A tap: its name and the shape (H, W, C) of its feature map.
 Tap = tuple[str, tuple[int, int, int]]
 # An entry of "pairs" in the map.
@@ -43,46 +45,6 @@ _CHANNELS_TEXT = (
 )
 
 
-def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
-  """Read the records of a run's `metrics.jsonl`.
-
-  A last line without its newline is one that the run was stopped in the middle
-  of; it is left out unless it is complete.
-
-  Args:
-    workdir: the folder of the run.
-
-  Returns:
-    One dict per line, in the file's order.
-
-  Raises:
-    InputError: the file is missing, or a line is not a JSON object.
-  """
-  path = pathlib.Path(workdir) / "metrics.jsonl"
-  if not path.is_file():
-    raise types.InputError(
-      f"{path} does not exist; name the folder of a run that was started."
-    )
-  lines = path.read_bytes().split(b"\n")
-  records = []
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-      if not isinstance(record, dict):
-        raise ValueError("it is not an object")
-    except ValueError as error:
-      if number == len(lines):
-        break
-      raise types.InputError(
-        f"{path}, line {number}: not a JSON object ({error}); "
-        "mend or delete that line."
-      ) from error
-    records.append(record)
-  return records
-
-
 def effective_channels(weights: np.ndarray) -> float:
   """Count the channels that matter: exp of the entropy of the weights.
 
@@ -97,7 +59,7 @@ def effective_channels(weights: np.ndarray) -> float:
   return float(np.exp(-np.sum(p * np.log(p))))
 
 
-def transfer_map(
+def collect(
   epochs: Sequence[Mapping[str, Any]],
   channel_weights: Mapping[str, np.ndarray],
   source_taps: Sequence[Tap],
@@ -203,7 +165,7 @@ def transfer_map(
   return content
 
 
-def read_transfer_map(
+def read_weights(
   path: pathlib.Path | str,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
   """Read the weights of a `transfer_map.json`, to use them as fixed ones.
@@ -282,17 +244,13 @@ def _read_pair(pair: _Pair) -> tuple[np.ndarray, float]:
   return weights, float(weight)
 
 
-def plot_transfer_map(
-  content: Mapping[str, Any], path: pathlib.Path | str
-) -> None:
+def plot(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
   """Draw the content of a `transfer_map.json` as a PNG file at `path`."""
-  fig = draw_transfer_map(content)
+  fig = draw(content)
   fig.savefig(path, format="png", dpi=_DPI, facecolor="white")
 
 
-def write_transfer_map(
-  workdir: pathlib.Path | str, content: Mapping[str, Any]
-) -> None:
+def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
   """Write `transfer_map.json` and `transfer_map.png` into `workdir`.
 
   Each file is complete or, where the run is stopped meanwhile, as it was.
@@ -303,12 +261,12 @@ def write_transfer_map(
   text = re.sub(r'\[\n[^][{}"]*\]', lambda m: " ".join(m[0].split()), text)
   temporary = workdir / ".transfer_map.tmp"
   temporary.write_text(text, encoding="utf-8")
-  temporary.replace(workdir / "transfer_map.json")
-  plot_transfer_map(content, temporary)
+  temporary.replace(workdir / FILE)
+  plot(content, temporary)
   temporary.replace(workdir / "transfer_map.png")
 
 
-def draw_transfer_map(content: Mapping[str, Any]) -> figure.Figure:
+def draw(content: Mapping[str, Any]) -> figure.Figure:
   """Lay out the picture: header, layers and numbers, history, channels."""
   ranked = _rank(content["pairs"])
   shown = [p for p in ranked[:3] if p["pair_weight"] >= _IGNORED]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from l2t_jax import report, types
+from l2t_jax import logs, transfer_map, types
 from tests import pictures
 
 SOURCE = [(f"stage{i}", (32 >> i, 32 >> i, 16 << i)) for i in range(3)]
@@ -51,7 +51,7 @@ def _map(source, target, keys, *, epochs=3, learn_pairs=True, learn_w=True):
     k: rng.normal(size=num_channels[k.split("->")[0]]) * learn_w for k in keys
   }
   weights = {k: np.exp(v) / np.exp(v).sum() for k, v in logits.items()}
-  return report.transfer_map(records, weights, source, target, "l2t_ww")
+  return transfer_map.collect(records, weights, source, target, "l2t_ww")
 
 
 CASES = {
@@ -107,7 +107,7 @@ def test_top_channels_are_the_largest_in_order():
   weights = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
   record = {"epoch": 1, "pair_weights": {"s->t": 2.0}}
   taps = [("s", (4, 4, 5))], [("t", (4, 4, 8))]
-  content = report.transfer_map(
+  content = transfer_map.collect(
     [record], {"s->t": weights}, *taps, "l2t_w", top_k=3
   )
   top = content["pairs"][0]["top_channels"]
@@ -125,7 +125,7 @@ def test_top_channels_are_the_largest_in_order():
   ],
 )
 def test_effective_channels(weights, count):
-  assert report.effective_channels(weights) == pytest.approx(count)
+  assert transfer_map.effective_channels(weights) == pytest.approx(count)
 
 
 def test_fixed_matching_is_recognised():
@@ -138,7 +138,7 @@ def test_fixed_matching_is_recognised():
   weights[7] *= 1.0001
   record = {"epoch": 1, "pair_weights": {"s->t": 1.0}}
   taps = [("s", (4, 4, 512))], [("t", (4, 4, 2))]
-  content = report.transfer_map([record], {"s->t": weights}, *taps, "l2t_w")
+  content = transfer_map.collect([record], {"s->t": weights}, *taps, "l2t_w")
   assert not content["channels_fixed"]
 
 
@@ -147,7 +147,7 @@ def _tiny_map(pair_weights, *, source_taps=("s",)):
   taps = [[(tap, (4, 4, 2)) for tap in names] for names in (source_taps, ["t"])]
   record = {"epoch": 1, "pair_weights": pair_weights}
   weights = {name: np.array([0.3, 0.7]) for name in pair_weights}
-  return report.transfer_map([record], weights, *taps, "l2t_ww")
+  return transfer_map.collect([record], weights, *taps, "l2t_ww")
 
 
 def test_shares_of_several_sources():
@@ -160,7 +160,7 @@ def test_shares_of_several_sources():
   # A source without a pair, or whose pairs went to 0, has no share.
   content = _tiny_map({"a/x->t": 0.0}, source_taps=["a/x", "b/x"])
   assert content["source_shares"] == {"a": 0.0, "b": 0.0}
-  report.draw_transfer_map(content)
+  transfer_map.draw(content)
   content = CASES["three_sources"]()
   assert sum(content["source_shares"].values()) == pytest.approx(1)
 
@@ -178,7 +178,7 @@ def test_the_picture_names_each_source_and_its_share():
     {"b/x->t": 1.0, "a/x->t": 0.5, "b/y->t": 0.5},
     source_taps=["b/x", "a/x", "b/y"],
   )
-  layers = report.draw_transfer_map(content).axes[0]
+  layers = transfer_map.draw(content).axes[0]
   texts = [t.get_text() for t in layers.texts if "ch @" not in t.get_text()]
   # The taps stand below the name of their source.
   assert texts[:8] == [
@@ -187,7 +187,7 @@ def test_the_picture_names_each_source_and_its_share():
     *("a", "25% of the transfer", "x"),
   ]
   assert content["source_taps"][1]["name"] == "a/x"
-  label = report._pair_label(content, content["pairs"][1])
+  label = transfer_map._pair_label(content, content["pairs"][1])
   assert label == "a/x → t"
 
 
@@ -202,16 +202,16 @@ def test_the_picture_names_each_source_and_its_share():
   ],
 )
 def test_near_uniform_channels_are_called_so(weights, text):
-  count = report.effective_channels(np.array(weights))
+  count = transfer_map.effective_channels(np.array(weights))
   pair = {"channel_concentration": count, "num_channels": len(weights)}
-  assert report._channels_text(pair) == text
+  assert transfer_map._channels_text(pair) == text
 
 
 def test_a_written_map_can_be_read_as_weights(tmp_path):
   keys = _all(TWO, TARGET)[::-1]
   content = _map(TWO, TARGET, keys)
-  report.write_transfer_map(tmp_path, content)
-  channel, pair = report.read_transfer_map(tmp_path / "transfer_map.json")
+  transfer_map.write(tmp_path, content)
+  channel, pair = transfer_map.read_weights(tmp_path / "transfer_map.json")
   assert list(channel) == list(pair) == keys
   for entry in content["pairs"]:
     name = f"{entry['source']}->{entry['target']}"
@@ -264,11 +264,11 @@ def test_a_map_that_cannot_be_reused_is_refused(spoil, message, tmp_path):
   content = _tiny_map({"s->t": 2.0, "r->t": 0.0}, source_taps=["s", "r"])
   path = tmp_path / "map.json"
   path.write_text(json.dumps(content))
-  assert report.read_transfer_map(path)[1] == {"s->t": 2.0, "r->t": 0.0}
+  assert transfer_map.read_weights(path)[1] == {"s->t": 2.0, "r->t": 0.0}
   spoil(content)
   path.write_text(json.dumps(content))
   with pytest.raises(types.InputError, match=message) as raised:
-    report.read_transfer_map(path)
+    transfer_map.read_weights(path)
   assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -278,7 +278,7 @@ def test_weights_that_almost_sum_to_one_are_read(tmp_path):
   path = tmp_path / "map.json"
   path.write_text(json.dumps(content))
   np.testing.assert_array_equal(
-    report.read_transfer_map(path)[0]["s->t"], [0.5, 0.5009]
+    transfer_map.read_weights(path)[0]["s->t"], [0.5, 0.5009]
   )
 
 
@@ -296,7 +296,7 @@ def test_a_file_that_is_no_map_is_refused(raw, message, tmp_path):
   if raw is not None:
     path.write_bytes(raw)
   with pytest.raises(types.InputError, match=message) as raised:
-    report.read_transfer_map(path)
+    transfer_map.read_weights(path)
   assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -304,9 +304,9 @@ def test_ignored_pairs_have_no_share():
   record = {"epoch": 1, "pair_weights": {"s->t": 0.0}}
   taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
   weights = {"s->t": np.array([0.3, 0.7])}
-  content = report.transfer_map([record], weights, *taps, "l2t_ww")
+  content = transfer_map.collect([record], weights, *taps, "l2t_ww")
   assert content["pairs"][0]["share"] == 0.0
-  report.draw_transfer_map(content)
+  transfer_map.draw(content)
 
 
 def test_the_later_record_of_an_epoch_counts():
@@ -316,7 +316,7 @@ def test_the_later_record_of_an_epoch_counts():
   ]
   taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
   weights = {"s->t": np.array([0.3, 0.7])}
-  content = report.transfer_map(records, weights, *taps, "l2t_ww")
+  content = transfer_map.collect(records, weights, *taps, "l2t_ww")
   assert content["epochs"] == [1, 2, 3]
   assert content["pairs"][0]["history"] == [1.0, 1.5, 2.0]
 
@@ -337,12 +337,12 @@ def test_records_that_do_not_fit_are_refused(pair_weights, channels, message):
   taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
   record = {"epoch": 1, "pair_weights": pair_weights}
   with pytest.raises(types.InputError, match=message):
-    report.transfer_map([record], weights, *taps, "l2t_ww")
+    transfer_map.collect([record], weights, *taps, "l2t_ww")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
-  fig = report.draw_transfer_map(CASES[case]())
+  fig = transfer_map.draw(CASES[case]())
   texts = pictures.draw_texts(fig, monkeypatch)
   assert len(texts) > 15
   pictures.assert_inside(fig, texts)
@@ -355,7 +355,7 @@ def test_labels_of_neighbouring_lines_stand_apart():
   curves = [(x, np.full(61, y)) for y in (1.0, 1.05, 1.1)]
   placed = []
   for i in range(3):
-    placed.append(report._label_place(i, curves, placed))
+    placed.append(transfer_map._label_place(i, curves, placed))
     assert placed[i][1] == curves[i][1][0]
   for (x_a, _), (x_b, _) in itertools.combinations(placed, 2):
     assert abs(x_a - x_b) > 0.5
@@ -364,7 +364,7 @@ def test_labels_of_neighbouring_lines_stand_apart():
 @pytest.mark.parametrize("case", ["one_pair", "fixed", "sixteen"])
 def test_the_picture_is_wide_enough_and_not_empty(case, tmp_path):
   path = tmp_path / "map.png"
-  report.plot_transfer_map(CASES[case](), path)
+  transfer_map.plot(CASES[case](), path)
   with Image.open(path) as image:
     assert image.format == "PNG"
     assert image.width == 1800 and 800 < image.height < 2400
@@ -375,7 +375,7 @@ def test_the_picture_is_wide_enough_and_not_empty(case, tmp_path):
 
 def test_fixed_matching_says_so():
   texts = lambda case: " ".join(
-    t.get_text() for t in report.draw_transfer_map(CASES[case]()).texts
+    t.get_text() for t in transfer_map.draw(CASES[case]()).texts
   )
   assert texts("fixed").count("fixed, not learned") == 1
   assert texts("fixed").count("Fixed at 1 for every pair, not learned") == 1
@@ -385,7 +385,7 @@ def test_fixed_matching_says_so():
 
 def test_names_are_cut_but_stay_apart():
   content = {"source_taps": [{"name": name} for name, _ in LONG]}
-  short = report._labels(content, "source_taps", 14)
+  short = transfer_map._labels(content, "source_taps", 14)
   assert list(short) == [name for name, _ in LONG]
   assert len(set(short.values())) == len(LONG)
   # What all names begin with is left out first; "\\$" is one sign.
@@ -394,19 +394,21 @@ def test_names_are_cut_but_stay_apart():
   # Only the middle differs.
   names = [f"{'a' * 40}{i}{'b' * 40}" for i in range(3)]
   content = {"source_taps": [{"name": name} for name in names]}
-  assert len(set(report._labels(content, "source_taps", 14).values())) == 3
+  assert (
+    len(set(transfer_map._labels(content, "source_taps", 14).values())) == 3
+  )
 
 
 def test_the_json_is_enough_to_redraw_the_picture(tmp_path):
   content = CASES["sixteen"]()
   before = copy.deepcopy(content)
-  report.write_transfer_map(tmp_path, content)
+  transfer_map.write(tmp_path, content)
   assert content == before
   names = sorted(path.name for path in tmp_path.iterdir())
   assert names == ["transfer_map.json", "transfer_map.png"]
   text = (tmp_path / "transfer_map.json").read_text("utf-8")
   assert json.loads(text) == content
-  report.plot_transfer_map(json.loads(text), tmp_path / "again.png")
+  transfer_map.plot(json.loads(text), tmp_path / "again.png")
   with (
     Image.open(tmp_path / "transfer_map.png") as first,
     Image.open(tmp_path / "again.png") as second,
@@ -416,26 +418,26 @@ def test_the_json_is_enough_to_redraw_the_picture(tmp_path):
 
 def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
   old = CASES["fixed"]()
-  report.write_transfer_map(tmp_path, old)
+  transfer_map.write(tmp_path, old)
   picture = (tmp_path / "transfer_map.png").read_bytes()
 
   def fail(content, path):
     path.write_bytes(b"half a pict")
     raise OSError("no space left")
 
-  monkeypatch.setattr(report, "plot_transfer_map", fail)
+  monkeypatch.setattr(transfer_map, "plot", fail)
   with pytest.raises(OSError):
-    report.write_transfer_map(tmp_path, old)
+    transfer_map.write(tmp_path, old)
   assert (tmp_path / "transfer_map.png").read_bytes() == picture
   with pytest.raises(ValueError):
-    report.write_transfer_map(tmp_path, {**old, "epochs": [float("nan")]})
+    transfer_map.write(tmp_path, {**old, "epochs": [float("nan")]})
   assert json.loads((tmp_path / "transfer_map.json").read_text()) == old
 
 
 def test_metrics_are_read_in_order(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"kind": "train", "step": 1}\n\n{"kind": "epoch"}\n')
-  assert report.read_metrics(tmp_path) == [
+  assert logs.read_metrics(tmp_path) == [
     {"kind": "train", "step": 1},
     {"kind": "epoch"},
   ]
@@ -445,12 +447,12 @@ def test_metrics_are_read_in_order(tmp_path):
 def test_a_half_written_last_line_is_ignored(tmp_path, tail):
   raw = b'{"step": 1}\n' + tail.encode()[:13]
   (tmp_path / "metrics.jsonl").write_bytes(raw)
-  assert report.read_metrics(tmp_path) == [{"step": 1}]
+  assert logs.read_metrics(tmp_path) == [{"step": 1}]
 
 
 def test_a_complete_last_line_without_newline_counts(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
-  assert report.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+  assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("bad", ['{"kind": "tr', "17", "[]"])
@@ -458,9 +460,9 @@ def test_a_damaged_line_is_named(tmp_path, bad):
   path = tmp_path / "metrics.jsonl"
   path.write_text(f'{{"step": 1}}\n{bad}\n')
   with pytest.raises(types.InputError, match=r"metrics\.jsonl, line 2:"):
-    report.read_metrics(tmp_path)
+    logs.read_metrics(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(types.InputError, match=r"metrics\.jsonl does not exist"):
-    report.read_metrics(tmp_path)
+    logs.read_metrics(tmp_path)
