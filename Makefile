@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torch clean
+.PHONY: demo test torch browser clean
 
 demo: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/digits_source.py \
@@ -22,6 +22,11 @@ test: $(VENV)/.dev
 # Optional: torch, for the tests that compare with it.
 torch: $(VENV)/.run
 	$(BIN)/pip install --quiet torch==2.13.0
+
+# Optional, on Debian as root: a browser, for the tests of the report.
+browser:
+	apt-get update -qq
+	apt-get install -y -qq chromium chromium-driver
 
 $(VENV)/.run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -78,10 +78,11 @@ class Run(NamedTuple):
   image_format: formats.ImageFormat
   num_outputs: int  # Of the target.
   sources: dict[str, training.Source]
+  source_fns: dict[str, types.ApplyFn]  # On images of the data.
   source_taps: transfer.TapShapes
   target_taps: transfer.TapShapes
   pairs: tuple[transfer.Pair, ...]
-  matches_features: bool  # Whether the pairs have transfer weights.
+  weights_fn: training.WeightsFn | None  # None where no features are matched.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   learns: bool  # Whether there is a meta update.
   # (mode=, update_meta=True) -> `training.make_train_step`.
@@ -331,17 +332,20 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     values = _initial_values(seed, method, plan, networks, target)
     return sharding.replicate(add_optimizers(*values), mesh)
 
-  matches = "matching" in method.losses
+  source_fns = {
+    name: network.make_apply_fn(plan.source_taps)
+    for name, network in networks.items()
+  }
+  weights_fn = (
+    _weights_fn(config, plan) if "matching" in method.losses else None
+  )
   make_train_step = functools.partial(
     training.make_train_step,
     objectives.make_losses(target_fn, auxiliary, task),
-    {
-      name: network.make_apply_fn(plan.source_taps)
-      for name, network in networks.items()
-    },
+    source_fns,
     pairs=plan.pairs,
     target_taps=plan.target_taps,
-    weights_fn=_weights_fn(config, plan) if matches else None,
+    weights_fn=weights_fn,
     look_ahead_loss=config.bilevel.look_ahead_loss,
     num_inner_steps=config.bilevel.num_inner_steps,
     learning_rate_fn=learning_rate_fn,
@@ -357,10 +361,11 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
       name: sharding.replicate(network.variables, mesh)
       for name, network in networks.items()
     },
+    source_fns=source_fns,
     source_taps=plan.source_taps,
     target_taps=plan.target_taps,
     pairs=plan.pairs,
-    matches_features=matches,
+    weights_fn=weights_fn,
     create_state=create_state,
     learns=plan.learn_channels or plan.learn_pairs,
     make_train_step=make_train_step,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import difflib
+import json
 import os
 import pathlib
 import sys
@@ -67,7 +68,8 @@ def load_config(
   """Read a config file and set fields.
 
   Args:
-    path: of the file; what follows a ":" is handed to its `get_config`.
+    path: of the file; what follows a ":" is handed to its `get_config`. Or of a
+      run's config.json.
     overrides: such as "--config.epochs=5".
 
   Raises:
@@ -75,12 +77,22 @@ def load_config(
   """
   _check_fields(_name(override) for override in overrides)
   values = flags.FlagValues()
-  arguments = ["", f"--config={path}", *overrides]
-  holder = config_flags.DEFINE_config_file(
-    "config", flag_values=values, sys_argv=arguments
-  )
-  # Where the file's module is kept: what it lacks must not come from the last.
-  sys.modules.pop("config_config", None)
+  if path.endswith(".json"):
+    arguments = ["", *overrides]
+    holder = config_flags.DEFINE_config_dict(
+      "config",
+      _config_of_run(pathlib.Path(path)),
+      flag_values=values,
+      sys_argv=arguments,
+    )
+  else:
+    arguments = ["", f"--config={path}", *overrides]
+    holder = config_flags.DEFINE_config_file(
+      "config", flag_values=values, sys_argv=arguments
+    )
+    # Where the file's module is kept: what it lacks must not come from the
+    # last.
+    sys.modules.pop("config_config", None)
   try:
     values(arguments)
     config = holder.value
@@ -100,6 +112,28 @@ def load_config(
   except (flags.Error, TypeError, ValueError) as error:
     raise types.InputError(" ".join(str(error).split())) from error
   return config
+
+
+def _config_of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """Read the config.json that a run left."""
+  try:
+    content = json.loads(path.read_text(), object_hook=_with_tuples)
+  except OSError as error:
+    raise types.InputError(f"--config={path}: {error.strerror}") from error
+  except ValueError as error:
+    raise types.InputError(f"--config={path} is not JSON: {error}") from error
+  config = defaults.get_config()
+  try:
+    config.update(content)
+  except (AttributeError, TypeError, ValueError) as error:
+    raise types.InputError(
+      f"--config={path} is no config of a run: {error}"
+    ) from error
+  return config
+
+
+def _with_tuples(fields):
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def column_name(path: str) -> str:

@@ -39,7 +39,7 @@ from l2t_jax import (
   types,
 )
 
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Share of an epoch's time that training may wait for images, and the time in
 # seconds from which on it matters.
@@ -135,7 +135,7 @@ def train_together(
       summaries[seed] = json.loads(summary_file.read_text())
     else:
       make_folder(workdir)
-      step = checkpoint.newest_step(workdir / _CHECKPOINTS)
+      step = checkpoint.newest_step(workdir / CHECKPOINTS)
       left.setdefault(step, {})[workdir] = _with_seed(config, seed)
   for step, configs in left.items():
     with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
@@ -198,7 +198,7 @@ def _train(configs, step, given):
     seeds = []
     for index, (workdir, config) in enumerate(configs.items()):
       checkpoints = stack.enter_context(
-        checkpoint.Checkpoints(workdir / _CHECKPOINTS)
+        checkpoint.Checkpoints(workdir / CHECKPOINTS)
       )
       progress = {"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}
       if step:
@@ -228,7 +228,7 @@ def _train(configs, step, given):
     _run_epochs(run, programs, state, seeds, display)
   summaries = {}
   for seed in seeds:
-    if run.matches_features:
+    if run.weights_fn:
       _write_transfer_map(run, seed)
     summary = _summary(run, programs, seed, len(seeds))
     _write_json(seed.workdir / "summary.json", summary)
