@@ -1,11 +1,11 @@
 # make demo: train, transfer and draw on bundled digits (about 4 minutes).
-# make test: lint, types and tests.
+# make test: lint, types, documentation and tests.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torch browser clean
+.PHONY: demo test docs torch browser clean
 
 demo: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/digits_source.py \
@@ -17,7 +17,11 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(MAKE) docs
 	$(BIN)/pytest
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Optional: torch, for the tests that compare with it.
 torch: $(VENV)/.run

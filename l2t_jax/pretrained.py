@@ -335,8 +335,9 @@ def convert_file(
     )
   module = models.create(model, num_classes=classes[0])
   size = models.image_size(module)
-  # Colour images; the first convolution says so, or is found not to fit.
-  image_shape = (size, size, 3)
+  # The first convolution is the one with the fewest inputs.
+  inputs = [v.shape[1] for v in tensors.values() if v.ndim == 4]
+  image_shape = (size, size, min(inputs, default=3))
   variables = models.trace(module, image_shape).variables
   converted, report = convert(tensors, variables)
   metadata = {

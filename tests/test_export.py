@@ -1,5 +1,6 @@
 """The trained target in other formats: the same outputs."""
 
+import chex
 import jax
 import jax.export
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from examples import networks
-from l2t_jax import export, models, predict, types
+from l2t_jax import export, models, predict, pretrained, types
 from l2t_jax.data import formats
 from tests import small_runs
 
@@ -53,6 +54,26 @@ def test_pytorch_computes_the_same(tmp_path):
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_vgg_in_pytorch(tmp_path):
+  torch = pytest.importorskip("torch")
+  from benchmarks import peer_torch
+
+  predictor = make_predictor(models.create("vgg9", 6), (32, 32, 3))
+  export.write(predictor, tmp_path / "target.pt")
+  state = torch.load(tmp_path / "target.pt", weights_only=True)
+  images = np.float32(images_of(predictor, 4) / 255)
+  # In train mode, which is what the peer computes.
+  actual, *_ = models.as_apply_fn(predictor.network, ())(
+    predictor.params, predictor.model_state, images, train=True
+  )
+  expected, _ = peer_torch.vgg9(
+    {f"target.{name}": tensor for name, tensor in state.items()},
+    torch.from_numpy(images).permute(0, 3, 1, 2),
+    None,
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
   "network", [models.create("vgg_tiny", 6), networks.ViT(6)]
 )
@@ -89,3 +110,10 @@ def test_from_the_command_line(source, tmp_path):
   result = small_runs.run_python("-m", "l2t_jax.export", source.parent, out)
   assert result.returncode == 0, result.stderr
   assert "fc.weight" in safetensors.numpy.load_file(out)
+  # A grey network, and back again.
+  pretrained.convert_file(out, tmp_path / "back.safetensors", "resnet_tiny")
+  (before, _), (after, metadata) = map(
+    pretrained.load, (source, tmp_path / "back.safetensors")
+  )
+  chex.assert_trees_all_equal(before, after)
+  assert metadata["channels"] == "1"
