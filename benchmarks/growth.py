@@ -188,10 +188,12 @@ def _draw(results, folder):
     for panel, name in zip(column, (upper, lower), strict=True):
       factor = {"flops": 1e-9, "seconds": 1.0}.get(name, 2**-20)
       values = [one[name] * factor for one in results[axis].values()]
-      panel.plot(list(results[axis]), values, "o-", color="tab:blue")
+      amounts = [int(label) for label in results[axis]]
+      panel.plot(amounts, values, "o-", color="tab:blue", clip_on=False)
+      panel.set_xticks(amounts)
       unit = {"flops": "GFLOP in all", "seconds": "s an iteration"}
       panel.set_ylabel(unit.get(name, name.split("_")[0] + ", MiB"))
-      panel.set_ylim(bottom=0)
+      panel.set(xlim=(0, None), ylim=(0, None))
       panel.spines[["top", "right"]].set_visible(False)
     column[1].set_xlabel(axis)
   figure.tight_layout()
