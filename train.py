@@ -13,7 +13,10 @@ from l2t_jax import commands, experiment, plan
 
 flags.declare_key_flag("workdir")
 _CONFIG = flags.DEFINE_string(
-  "config", None, "Config file, such as configs/stl10.py.", required=True
+  "config",
+  None,
+  "Config file, such as configs/stl10.py, or config.json of a run.",
+  required=True,
 )
 _PLAN = flags.DEFINE_bool(
   "plan", False, "Say what the run would need, and train nothing."

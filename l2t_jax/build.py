@@ -297,7 +297,7 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   target = _make_target(network, method, networks, image_format.shape)
   if task is objectives.CLASSIFICATION:
     _check_classification(dataset, target.layout.output_shape)
-  num_outputs = target.layout.output_shape[-1]
+  num_outputs = _num_outputs(target.layout)
   plan = _Plan()
   if method.pair_set:
     plan = _plan_transfer(config, method, networks, target.layout)
@@ -512,10 +512,14 @@ def _load_source(config, image_format, dtype, name, given):
   return _SourceNetwork(
     make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
-    num_classes=layout.output_shape[-1],
+    num_classes=_num_outputs(layout),
     taps=named(models.select_taps(layout, config.taps)),
     all_taps=named(layout.taps),
   )
+
+
+def _num_outputs(layout):
+  return (1, *layout.output_shape)[-1]  # [B, K], or [B].
 
 
 def _source_format(config, metadata, image_format):

@@ -77,7 +77,7 @@ def load_config(
   """
   _check_fields(_name(override) for override in overrides)
   values = flags.FlagValues()
-  if path.endswith(".json"):
+  if pathlib.Path(path).suffix == ".json" and ":" not in path:
     arguments = ["", *overrides]
     holder = config_flags.DEFINE_config_dict(
       "config",

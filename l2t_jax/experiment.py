@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import platform
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -41,11 +42,13 @@ from l2t_jax import (
 
 CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
+# Accuracies may be errors with a minus: any finite one is better.
+_WORST = -sys.float_info.max
 # Share of an epoch's time that training may wait for images, and the time in
 # seconds from which on it matters.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
 # Fields that may differ between a run and its resumption.
-_FREE_FIELDS = ("log_every", "checkpoint_every", "trackers", "data.num_workers")
+FREE_FIELDS = ("log_every", "checkpoint_every", "trackers", "data.num_workers")
 
 
 class DoesNotFit(Exception):
@@ -200,7 +203,7 @@ def _train(configs, step, given):
       checkpoints = stack.enter_context(
         checkpoint.Checkpoints(workdir / CHECKPOINTS)
       )
-      progress = {"epoch": 0, "seconds": 0.0, "val_accuracy": -1.0}
+      progress = {"epoch": 0, "seconds": 0.0, "val_accuracy": _WORST}
       if step:
         states[index], progress = checkpoints.restore(states[index])
       log = stack.enter_context(
@@ -287,6 +290,8 @@ def _run_epochs(run, programs, state, seeds, display):
       run, programs.eval_step, state.inner, split, len(seeds)
     )
     validation = evaluate_on("val")
+    for result in validation:
+      _check_finite({"val_accuracy": result["accuracy"]}, epoch * steps)
     is_best = [
       result["accuracy"] > seed.progress["val_accuracy"]
       for result, seed in zip(validation, seeds, strict=True)
@@ -452,6 +457,7 @@ def _write_transfer_map(run, seed):
       list(run.source_taps.items()),
       list(run.target_taps.items()),
       seed.config.method,
+      sources=list(run.sources) if len(run.sources) > 1 else (),
     ),
   )
 
@@ -538,7 +544,7 @@ def _check_same_config(workdir, config):
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
       for field in new | old
-      if old.get(field) != new.get(field) and field not in _FREE_FIELDS
+      if old.get(field) != new.get(field) and field not in FREE_FIELDS
     ]
     if differences:
       raise types.InputError(

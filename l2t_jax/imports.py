@@ -20,7 +20,7 @@ def require(
     otherwise: what would do without it, for the message.
 
   Raises:
-    types.InputError: it is absent.
+    types.InputError: it is absent, or fails to be imported.
   """
   try:
     return importlib.import_module(module)
@@ -28,7 +28,7 @@ def require(
     alternative = f", or {otherwise}" if otherwise else ""
     raise types.InputError(
       f"{needed_for} needs {module}: pip install"
-      f" {package or module}{alternative}"
+      f" {package or module}{alternative} ({error})"
     ) from error
 
 

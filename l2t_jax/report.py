@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 from collections.abc import Mapping, Sequence
+import html
 import io
 import itertools
 import json
@@ -35,17 +36,19 @@ from l2t_jax import (
   build,
   checkpoint,
   commands,
+  compilation,
   defaults,
   experiment,
   logs,
+  objectives,
   saliency,
   transfer,
   transfer_map,
   types,
 )
 
-# A pair weight below the one is ignored; above the other, relu6 has saturated.
-_DEAD, _SATURATED = 0.05, 5.9
+_SATURATED = 5.9  # A pair weight above this is at relu6's ceiling.
+_PICTURE_SIZE = 208  # Pixels at most; twice of what is shown.
 _NUM_PAIRS_SHOWN = 3  # Those whose saliency is shown, the strongest.
 _TEMPLATES = {"light": "plotly_white", "dark": "plotly_dark"}
 _CLEAR = "rgba(0,0,0,0)"
@@ -60,8 +63,7 @@ class Run(NamedTuple):
   name: str  # Tells it apart from the others.
   config: dict[str, Any]
   summary: dict[str, Any] | None  # None where it is not finished.
-  train: list[dict[str, Any]]  # Records of metrics.jsonl, by kind.
-  epochs: list[dict[str, Any]]
+  epochs: list[dict[str, Any]]  # Records of metrics.jsonl.
   map: dict[str, Any] | None  # transfer_map.json, where there is one.
 
   @property
@@ -69,6 +71,24 @@ class Run(NamedTuple):
     """The record of the best epoch so far; empty before the first."""
     best = [record for record in self.epochs if "test_accuracy" in record]
     return best[-1] if best else {}
+
+  @property
+  def is_classifier(self) -> bool:
+    """Whether its accuracies are shares of images."""
+    task = self.config["target"].get("task", "classification")
+    return task == "classification"
+
+  @property
+  def learned_pairs(self) -> bool:
+    """Whether its pair weights were learned, and not given."""
+    frozen = self.config["transfer"].get("map")
+    return self.map is not None and not self.map["fixed"] and not frozen
+
+  @property
+  def learned_channels(self) -> bool:
+    frozen = self.config["transfer"].get("map")
+    learned = self.map is not None and not self.map["channels_fixed"]
+    return learned and not frozen
 
 
 class Pictures(NamedTuple):
@@ -92,6 +112,9 @@ def find_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
   Args:
     folders: of runs, or folders that are searched for some.
 
+  Returns:
+    The runs, sorted by path within each folder.
+
   Raises:
     types.InputError: a folder does not exist or has no run, or a file of a run
       is damaged.
@@ -99,12 +122,13 @@ def find_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
   found: list[pathlib.Path] = []
   for folder in folders:
     configs = sorted(folder.rglob("config.json"))
-    if not configs:
+    runs = [path.parent for path in configs if _is_run(path)]
+    if not runs:
       raise types.InputError(
-        f"there is no run in {folder}: no config.json; name the --workdir of"
-        " train.py or of a table"
+        f"there is no run in {folder}: no config.json of one; name the"
+        " --workdir of train.py or of a table"
       )
-    found += [path.parent for path in configs]
+    found += runs
   found = list(dict.fromkeys(path.resolve() for path in found))
   common = os.path.commonpath(found)
   names = [os.path.relpath(path, common) for path in found]
@@ -113,18 +137,24 @@ def find_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
   return [_read(path, name) for path, name in zip(found, names, strict=True)]
 
 
+def _is_run(config_file):
+  """Other programs leave files of that name, too."""
+  config = _read_json(config_file)
+  return isinstance(config, dict) and {"method", "epochs", "data"} <= set(
+    config
+  )
+
+
 def _read(workdir, name):
   metrics = []
   if (workdir / logs.METRICS).exists():
     metrics = logs.read_metrics(workdir)
-  by_kind = lambda kind: [r for r in metrics if r.get("kind") == kind]
   return Run(
     workdir,
     name,
     _read_json(workdir / "config.json"),
     _read_json(workdir / "summary.json"),
-    by_kind("train"),
-    by_kind("epoch"),
+    [record for record in metrics if record.get("kind") == "epoch"],
     _read_json(workdir / transfer_map.FILE),
   )
 
@@ -138,190 +168,256 @@ def _read_json(path):
     raise types.InputError(f"{path} is damaged: {error}") from error
 
 
-def warnings(runs: Sequence[Run]) -> list[str]:
-  """Say what a reader should not overlook."""
-  found = []
+def find_warnings(runs: Sequence[Run]) -> list[str]:
+  """Say what a reader should not overlook.
+
+  Args:
+    runs: from `find_runs`.
+
+  Returns:
+    A sentence each; runs of which the same is to be said share one.
+  """
+  about: dict[str, list[str]] = {}
   for run in runs:
-    if run.summary is None:
-      done = run.epochs[-1]["epoch"] if run.epochs else 0
-      found.append(
-        f"{run.name} is not finished: {done} of {run.config['epochs']} epochs"
+    for text in _about(run):
+      about.setdefault(text, []).append(run.name)
+  return _negative_transfer(runs) + [
+    f"{_listed(names)}: {text}" for text, names in about.items()
+  ]
+
+
+def _listed(names):
+  if len(names) > 3:
+    return f"{', '.join(names[:2])} and {len(names) - 2} other runs"
+  return ", ".join(names)
+
+
+def _about(run):
+  if run.summary is None:
+    done = run.epochs[-1]["epoch"] if run.epochs else 0
+    yield f"not finished, {done} of {run.config['epochs']} epochs"
+  if run.map and not _is_current(run.map):
+    yield "its transfer map is of an older version and not shown; train again"
+  elif run.learned_pairs:
+    weights = [pair["pair_weight"] for pair in run.map["pairs"]]
+    dead = sum(weight < transfer_map.IGNORED for weight in weights)
+    if dead == len(weights):
+      yield "all pair weights went to 0; nothing is transferred any more"
+    elif dead:
+      limit = transfer_map.IGNORED
+      yield f"{dead} of {len(weights)} pairs are dead (weight below {limit})"
+    activation = run.config["transfer"].get("pair_activation", "relu6")
+    saturated = sum(weight > _SATURATED for weight in weights)
+    if saturated and activation == "relu6":
+      yield (
+        f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of"
+        " 6; a larger transfer.beta, or pair_activation=softplus, gives room"
       )
-    found += [f"{run.name}: {text}" for text in _about_pairs(run)]
-  return _negative_transfer(runs) + found
 
 
-def _about_pairs(run):
-  if run.map is None or run.map["fixed"]:
-    return
-  weights = [pair["pair_weight"] for pair in run.map["pairs"]]
-  dead = sum(weight < _DEAD for weight in weights)
-  if dead == len(weights):
-    yield "all pair weights went to 0; nothing is transferred any more"
-  elif dead:
-    yield f"{dead} of {len(weights)} pairs are dead (weight below {_DEAD})"
-  activation = run.config["transfer"].get("pair_activation", "relu6")
-  saturated = sum(weight > _SATURATED for weight in weights)
-  if saturated and activation == "relu6":
-    yield (
-      f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of 6;"
-      " a larger transfer.beta, or pair_activation=softplus, gives them room"
-    )
+def _is_current(content):
+  return all("channel_weights" in pair for pair in content["pairs"])
 
 
 def _negative_transfer(runs):
-  """Compare each method with scratch on the same data and target."""
-  accuracies: dict[tuple[str, str], list[float]] = {}
-  for run in runs:
-    if run.summary:
-      key = (_task_of(run), run.config["method"])
-      accuracies.setdefault(key, []).append(run.summary["val_accuracy"])
+  """Compare each experiment with scratch on the same labelled images."""
+  groups = [
+    [run for run in group if run.summary] for group in _by_experiment(runs)
+  ]
+  groups = [group for group in groups if group]
+  mean = lambda group: statistics.mean(r.summary["val_accuracy"] for r in group)
+  baselines = {
+    _task_of(group[0]): group
+    for group in groups
+    if group[0].config["method"] == "scratch"
+  }
   found = []
-  for (task, method), values in accuracies.items():
-    scratch = accuracies.get((task, "scratch"))
-    if scratch and statistics.mean(values) < statistics.mean(scratch):
+  for group in groups:
+    scratch = baselines.get(_task_of(group[0]))
+    if scratch and mean(group) < mean(scratch):
+      show = lambda group: (
+        f"{_accuracy(group[0], mean(group))} on validation"
+        f" (mean of {len(group)})"
+      )
       found.append(
-        f"negative transfer: {method} reaches {_percent(values)} on validation"
-        f" ({_seeds(values)}), scratch {_percent(scratch)} ({_seeds(scratch)})"
+        f"negative transfer: {_name_of(group)} reaches {show(group)},"
+        f" {_name_of(scratch)} {show(scratch)}"
       )
   return found
 
 
 def _task_of(run):
-  """What runs have in common that can be compared."""
-  fields = ("data", "target", "epochs", "batch_size")
-  return json.dumps([run.config[field] for field in fields], sort_keys=True)
-
-
-def _percent(values):
-  return f"{100 * statistics.mean(values):.1f} %"
-
-
-def _seeds(values):
-  return "1 run" if len(values) == 1 else f"mean of {len(values)} runs"
+  """What a run and its baseline have in common: all that scratch reads."""
+  fields = {
+    name: run.config[name]
+    for name in ("target", "epochs", "batch_size", "optimizer")
+  }
+  fields["target"] = {k: v for k, v in fields["target"].items() if k != "taps"}
+  fields["data"] = {
+    name: value
+    for name, value in run.config["data"].items()
+    if not name.startswith("unlabeled") and name != "num_workers"
+  }
+  return json.dumps(fields, sort_keys=True)
 
 
 def results(runs: Sequence[Run]) -> list[dict[str, str]]:
-  """List the rows of the table of runs, and means where seeds differ alone."""
+  """List the rows of the table of runs.
+
+  Args:
+    runs: from `find_runs`.
+
+  Returns:
+    Column -> text, a row each run; and a row of means after those that differ
+    in their seed alone.
+  """
   rows = []
-  for run in runs:
-    summary, best = run.summary or {}, run.best
-    seconds = summary.get("seconds")
-    memory = summary.get("memory_bytes")
-    rows.append(
-      {
-        "run": run.name,
-        "method": run.config["method"],
-        "seed": str(run.config["seed"]),
-        "validation %": _cell(best.get("val_accuracy")),
-        "test %": _cell(best.get("test_accuracy")),
-        "best epoch": str(best.get("epoch", "")),
-        "epochs": f"{len(run.epochs)} of {run.config['epochs']}",
-        "seconds": "" if seconds is None else f"{seconds:,.0f}",
-        "memory": f"{memory / 2**20:,.0f} MiB" if memory else "",
-      }
-    )
   for group in _by_experiment(runs):
-    finished = [run.summary for run in group if run.summary]
+    rows += [_row(run) for run in group]
+    finished = [run for run in group if run.summary]
     if len(finished) > 1:
-      mean = lambda name, of=finished: _mean_and_std([s[name] for s in of])
       row = dict.fromkeys(rows[0], "")
       row |= {
-        "run": "mean ± standard deviation",
+        "run": f"{_name_of(group)}: mean ± std",
         "method": group[0].config["method"],
         "seed": f"{len(finished)} seeds",
-        "validation %": mean("val_accuracy"),
-        "test %": mean("test_accuracy"),
+        "validation": _mean_and_std(finished, "val_accuracy"),
+        "test": _mean_and_std(finished, "test_accuracy"),
       }
       rows.append(row)
   return rows
+
+
+def _row(run):
+  summary, best = run.summary or {}, run.best
+  seconds, memory = summary.get("seconds"), summary.get("memory_bytes")
+  return {
+    "run": run.name,
+    "method": run.config["method"],
+    "seed": str(run.config["seed"]),
+    "validation": _accuracy(run, best.get("val_accuracy")),
+    "test": _accuracy(run, best.get("test_accuracy")),
+    "best epoch": str(best.get("epoch", "")),
+    "epochs": f"{len(run.epochs)} of {run.config['epochs']}",
+    "seconds": "" if seconds is None else f"{seconds:,.0f}",
+    "memory": f"{memory / 2**20:,.0f} MiB" if memory else "",
+  }
 
 
 def _by_experiment(runs):
   """Group runs that differ in their seed alone."""
   groups: dict[str, list[Run]] = {}
   for run in runs:
-    config = {k: v for k, v in run.config.items() if k != "seed"}
-    groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
+    fields = traverse_util.flatten_dict(run.config, sep=".")
+    for free in ("seed", *experiment.FREE_FIELDS):
+      fields.pop(free, None)
+    groups.setdefault(json.dumps(fields, sort_keys=True), []).append(run)
   return list(groups.values())
 
 
-def _cell(accuracy):
-  return "" if accuracy is None else f"{100 * accuracy:.1f}"
+def _name_of(group):
+  """What the names of some runs have in common."""
+  if len(group) == 1:
+    return group[0].name
+  return os.path.commonpath([run.name for run in group]) or "all"
 
 
-def _mean_and_std(values):
+def _accuracy(run, value):
+  if value is None:
+    return ""
+  return f"{100 * value:.1f} %" if run.is_classifier else f"{value:.4g}"
+
+
+def _mean_and_std(runs, name):
+  values = [run.summary[name] for run in runs]
   mean, std = statistics.mean(values), statistics.stdev(values)
-  return f"{100 * mean:.1f} ± {100 * std:.1f}"
+  if runs[0].is_classifier:
+    return f"{100 * mean:.1f} ± {100 * std:.1f} %"
+  return f"{mean:.4g} ± {std:.2g}"
 
 
 def compute_saliency(run: Run, num_images: int) -> Saliency:
   """Build a run again and look at validation images through its source.
 
   Args:
-    run: one that matched features.
+    run: one that learned channel weights.
     num_images: how many images, evenly spaced in the validation split.
 
+  Returns:
+    Pictures of the run's strongest pairs.
+
   Raises:
-    types.InputError: data or weights are no longer there, or the run was made
-      from objects in a notebook.
+    types.InputError: data, weights or checkpoints are no longer there, or the
+      run was made from objects in a notebook.
   """
   if run.config["data"]["source"] == "arrays":
     raise types.InputError("the run was made from arrays, which are not kept")
   config = commands.load_config(str(run.workdir / "config.json"))
   built = build.build(config)
-  state = built.create_state(config.seed)
-  folder = run.workdir / experiment.CHECKPOINTS
-  if folder.is_dir() and checkpoint.newest_step(folder):
-    with checkpoint.Checkpoints(folder) as checkpoints:
-      state, _ = checkpoints.restore(state)
+  meta_params = _restore(run, built.create_state(config.seed)).meta_params
   images = _spread_images(built.dataset, num_images)
   features_fn = jax.jit(lambda images: _source_features(built, images))
-  features = features_fn(images)
-  pooled = {name: x.mean(axis=(1, 2)) for name, x in features.items()}
-  assert built.weights_fn is not None
-  weights = built.weights_fn(state.meta_params, pooled)
-  strongest = sorted(
-    built.pairs, key=lambda pair: -float(weights.pair[pair.name].mean())
+  source = transfer.prepare_source(
+    features_fn(images), built.pairs, built.target_taps
   )
+  assert built.weights_fn is not None  # The run has a transfer map.
+  weights = built.weights_fn(meta_params, source.pooled)
 
-  def look(pair, channel_weights):
+  def look(tap, channel_weights):
     seen = saliency.saliency(
-      lambda images: features_fn(images)[pair.source], images, channel_weights
+      lambda images: features_fn(images)[tap], images, channel_weights
     )
     return tuple(_heat(one) for one in np.asarray(seen))
 
   pairs = []
-  for pair in strongest[:_NUM_PAIRS_SHOWN]:
-    learned = weights.channel[pair.name]
+  for strong in _strongest_first(run.map)[:_NUM_PAIRS_SHOWN]:
+    learned = weights.channel[f"{strong['source']}->{strong['target']}"]
     uniform = np.full_like(learned, 1 / learned.shape[-1])
-    pairs.append(Pictures(pair.name, look(pair, uniform), look(pair, learned)))
+    pairs.append(
+      Pictures(
+        _pair_name(strong),
+        look(strong["source"], uniform),
+        look(strong["source"], learned),
+      )
+    )
   mean, std = built.image_format.mean, built.image_format.std
   pixels = np.asarray(images) * np.array(std) + np.array(mean)
   return Saliency(tuple(_picture(image) for image in pixels), tuple(pairs))
 
 
+def _restore(run, state):
+  folder = run.workdir / experiment.CHECKPOINTS
+  if not folder.is_dir() or not checkpoint.newest_step(folder):
+    raise types.InputError(f"{folder} has no checkpoint any more")
+  try:
+    with checkpoint.Checkpoints(folder) as checkpoints:
+      return checkpoints.restore(state)[0]
+  except Exception as error:  # Orbax raises many kinds.
+    reason = str(error).strip().partition("\n")[0]
+    raise types.InputError(f"{folder} cannot be read: {reason}") from error
+
+
 def _spread_images(dataset, count):
   """Validation images are often sorted by class: take some of all of them."""
-  wanted = np.linspace(0, dataset.num_val - 1, count).round().astype(int)
+  wanted = np.unique(np.linspace(0, dataset.num_val - 1, count).round())
   found, start = [], 0
   for batch in dataset.eval_batches("val"):
     inside = wanted[(wanted >= start) & (wanted < start + len(batch.images))]
-    found.append(batch.images[inside - start])
+    found.append(batch.images[(inside - start).astype(int)])
     start += len(batch.images)
   return jnp.concatenate(found)
 
 
-def _source_features(run, images):
+def _source_features(built, images):
   """All taps in use, named as in pairs."""
   features: dict[str, jax.Array] = {}
-  for name, source_fn in run.source_fns.items():
-    source = run.sources[name]
+  for name, source_fn in built.source_fns.items():
+    source = built.sources[name]
     _, taps, _ = source_fn(
       source.params, source.model_state, images, train=False
     )
     features |= {transfer.tap_name(name, tap): x for tap, x in taps.items()}
-  return {name: features[name] for name in run.source_taps}
+  return features
 
 
 def _heat(values):
@@ -335,6 +431,7 @@ def _picture(values):
   """[H, W, 1 or 3] from 0 to 1 -> a data URL."""
   pixels = np.clip(np.round(values * 255), 0, 255).astype(np.uint8)
   image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  image.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
   file = io.BytesIO()
   image.save(file, "png")
   return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -350,19 +447,29 @@ def draw_curves(
     metric: its name in metrics.jsonl.
     title: of the axis.
     factor: what values are multiplied by.
+
+  Returns:
+    The figure; its legend has a line a method, which shows and hides its runs.
   """
   colors = itertools.cycle(plotly_io.templates["plotly"].layout.colorway)
   methods = dict.fromkeys(run.config["method"] for run in runs)
   color_of = dict(zip(methods, colors, strict=False))
   figure = graph_objects.Figure()
+  named = set()
   for run in runs:
+    method = run.config["method"]
     figure.add_scatter(
       x=[record["epoch"] for record in run.epochs],
       y=[factor * record[metric] for record in run.epochs],
       mode=_mode(run.epochs),
-      name=run.name,
-      line_color=color_of[run.config["method"]],
+      name=method,
+      legendgroup=method,
+      showlegend=method not in named,
+      hovertemplate=f"{html.escape(run.name)}<br>epoch %{{x}}: %{{y:.4g}}"
+      "<extra></extra>",
+      line_color=color_of[method],
     )
+    named.add(method)
   figure.update_layout(yaxis_title=title, showlegend=True)
   figure.update_xaxes(title_text="epoch", **_EPOCHS)
   return figure
@@ -384,46 +491,49 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
     sources.index(pair["source"]),
     targets.index(pair["target"]),
   )
-  told = [["no pair"] * len(targets) for _ in sources]
-  for pair in content["pairs"]:
-    row, column = place(pair)
-    top = ", ".join(
-      f"{c['channel']} ({c['weight'] / c['uniform']:.1f}×)"
-      for c in pair["top_channels"]
-    )
-    told[row][column] = (
-      f"share of all {pair['share']:.0%}<br>top channels {top}"
-    )
 
-  def heatmap(epoch):
-    values = np.full((len(sources), len(targets)), np.nan)
+  def values_of(epoch):
+    """Return pair weights, and what a cell tells, in the form of the table."""
+    index = content["epochs"].index(epoch)
+    total = sum(pair["history"][index] for pair in content["pairs"])
+    weights = np.full((len(sources), len(targets)), np.nan)
+    told = np.full(weights.shape, "no pair", object)
     for pair in content["pairs"]:
-      history = dict(zip(content["epochs"], pair["history"], strict=True))
-      values[place(pair)] = history[epoch]
-    return graph_objects.Heatmap(
-      x=targets,
-      y=sources,
-      z=values.tolist(),
-      text=[[_weight(value) for value in row] for row in values],
-      texttemplate="%{text}",
-      customdata=told,
-      hovertemplate="%{y} → %{x}<br>pair weight %{z:.3f}<br>%{customdata}"
-      "<extra></extra>",
-      colorscale="Blues",
-      zmin=0,
-      zmax=max(2.0, *(max(pair["history"]) for pair in content["pairs"])),
-      showscale=False,
-      xgap=2,
-      ygap=2,
-    )
+      weight = pair["history"][index]
+      weights[place(pair)] = weight
+      top = ", ".join(
+        f"{c['channel']} ({c['weight'] / c['uniform']:.1f}×)"
+        for c in pair["top_channels"]
+      )
+      told[place(pair)] = (
+        f"share of all {weight / total if total else 0:.0%}"
+        f"<br>top channels in the end {top}"
+      )
+    texts = [[_weight(value) for value in row] for row in weights]
+    return {"z": weights.tolist(), "text": texts, "customdata": told.tolist()}
 
   epochs = content["epochs"][-1:] if content["fixed"] else content["epochs"]
   last = len(epochs) - 1
   figure = graph_objects.Figure(
-    heatmap(epochs[-1]),
+    graph_objects.Heatmap(
+      x=targets,
+      y=sources,
+      **values_of(epochs[-1]),
+      texttemplate="%{text}",
+      hovertemplate="%{y} → %{x}<br>pair weight %{z:.3f}<br>%{customdata}"
+      "<extra></extra>",
+      colorscale="Blues",
+      showscale=False,
+      zmin=0,
+      zmax=max(2.0, *(max(pair["history"]) for pair in content["pairs"])),
+      xgap=2,
+      ygap=2,
+    ),
     frames=[
-      graph_objects.Frame(data=[heatmap(epoch)], name=str(epoch))
-      for epoch in epochs[: last and None]
+      graph_objects.Frame(
+        data=[graph_objects.Heatmap(**values_of(epoch))], name=str(epoch)
+      )
+      for epoch in (epochs if last else ())
     ],
   )
   figure.update_layout(
@@ -432,8 +542,8 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
     yaxis_autorange="reversed",
     height=260 + 46 * len(sources),
   )
-  figure.update_xaxes(automargin=True)
-  figure.update_yaxes(automargin=True)
+  figure.update_xaxes(automargin=True, type="category")
+  figure.update_yaxes(automargin=True, type="category")
   if last:
     instantly = {"mode": "immediate", "frame": {"duration": 0}}
     figure.update_layout(
@@ -461,7 +571,11 @@ def _weight(value):
 
 
 def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Every pair weight over the epochs."""
+  """Every pair weight over the epochs.
+
+  Args:
+    content: of a transfer_map.json.
+  """
   figure = graph_objects.Figure()
   for pair in _strongest_first(content):
     figure.add_scatter(
@@ -477,7 +591,11 @@ def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Channel weights of a pair that the reader chooses, the largest first."""
+  """Channel weights of a pair that the reader chooses, the largest first.
+
+  Args:
+    content: of a transfer_map.json.
+  """
   pairs = _strongest_first(content)
   figure = graph_objects.Figure()
   for i, pair in enumerate(pairs):
@@ -520,7 +638,11 @@ def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def draw_shares(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Each source's share of all pair weights."""
+  """Each source's share of all pair weights.
+
+  Args:
+    content: of a transfer_map.json, with several sources.
+  """
   shares = content["source_shares"]
   figure = graph_objects.Figure(
     graph_objects.Bar(
@@ -533,7 +655,7 @@ def draw_shares(content: Mapping[str, Any]) -> graph_objects.Figure:
   figure.update_layout(
     xaxis_title="% of the transfer", height=140 + 40 * len(shares)
   )
-  figure.update_yaxes(automargin=True, autorange="reversed")
+  figure.update_yaxes(automargin=True, autorange="reversed", type="category")
   return figure
 
 
@@ -551,46 +673,62 @@ def make_page(runs: Sequence[Run], num_images: int) -> str:
   Args:
     runs: from `find_runs`.
     num_images: that saliency is shown of; 0 for none.
+
+  Returns:
+    The page, which needs no other file.
   """
+  warnings = find_warnings(runs)
+  factor, unit = (100, " %") if runs[0].is_classifier else (1, "")
   figures = {
     "loss": draw_curves(runs, "train_loss", "training loss"),
-    "accuracy": draw_curves(runs, "val_accuracy", "validation %", factor=100),
+    "accuracy": draw_curves(
+      runs, "val_accuracy", f"validation accuracy{unit}", factor
+    ),
   }
   sections = []
-  firsts = [group[0] for group in _by_experiment(runs)]
-  learned = [run for run in runs if run.map and not run.map["fixed"]]
-  shown = (learned or runs)[0]
+  runs = [
+    run._replace(map=None) if run.map and not _is_current(run.map) else run
+    for run in runs
+  ]
+  # Seeds of one experiment look alike: one of them is looked at closely.
+  experiments = _by_experiment([run for run in runs if run.learned_channels])
+  looked_at = {group[0].workdir for group in experiments if num_images}
+  shown = next((run for run in runs if run.learned_pairs), runs[0])
   for i, run in enumerate(runs):
     plots, pictures, no_pictures = {}, None, ""
     if run.map:
       plots["map"] = draw_map(run.map)
-      if not run.map["fixed"]:
+      if run.learned_pairs:
         plots["history"] = draw_history(run.map)
       if not run.map["channels_fixed"]:
         plots["channels"] = draw_channels(run.map)
       if "source_shares" in run.map:
         plots["shares"] = draw_shares(run.map)
-      # Seeds of one experiment look alike.
-      if num_images and run in firsts and not run.map["channels_fixed"]:
+      if run.workdir in looked_at:
         try:
           pictures = compute_saliency(run, num_images)
         except types.InputError as error:
           no_pictures = str(error)
     figures |= {f"{name}-{i}": figure for name, figure in plots.items()}
+    method = objectives.METHODS[run.config["method"]]
     sections.append(
       {
-        "open": run == shown,
+        "open": run is shown,
         "run": run,
         "plots": {name: f"{name}-{i}" for name in plots},
         "saliency": pictures,
         "no_saliency": no_pictures,
         "fields": _fields(run.config),
         "command": _command(run),
+        "matches": "matching" in method.losses,
       }
     )
   for figure in figures.values():
     figure.update_layout(
-      paper_bgcolor=_CLEAR, plot_bgcolor=_CLEAR, modebar_bgcolor=_CLEAR
+      paper_bgcolor=_CLEAR,
+      plot_bgcolor=_CLEAR,
+      modebar_bgcolor=_CLEAR,
+      template=None,  # The page chooses one.
     )
     if figure.layout.margin.t is None:
       figure.update_layout(margin=_MARGIN)
@@ -609,7 +747,7 @@ def make_page(runs: Sequence[Run], num_images: int) -> str:
   }
   return environment.get_template("report.html.jinja").render(
     runs=runs,
-    warnings=warnings(runs),
+    warnings=warnings,
     rows=results(runs),
     sections=sections,
     figures={name: quote(fig.to_json()) for name, fig in figures.items()},
@@ -640,6 +778,16 @@ def _command(run):
   return f"python train.py --config={config} --workdir=runs/again"
 
 
+def _write(path, text):
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+  except OSError as error:
+    raise types.InputError(
+      f"cannot write {path}: {error.strerror}; choose another --output"
+    ) from error
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -654,13 +802,13 @@ def main() -> None:
   args = parser.parse_args()
   if args.images < 0:
     parser.error(f"--images={args.images} must be 0 or more")
+  compilation.use_cache()
   try:
-    page = make_page(find_runs(args.runs), args.images)
-    experiment.make_folder(args.output.parent)
-    args.output.write_text(page, encoding="utf-8")
-  except OSError as error:
-    print(f"error: {args.output}: {error.strerror}", file=sys.stderr)
-    sys.exit(2)
+    runs = find_runs(args.runs)
+    partial = args.output.with_name(args.output.name + ".partial")
+    _write(partial, "")  # Fails early where it cannot be written.
+    _write(partial, make_page(runs, args.images))
+    partial.replace(args.output)
   except types.InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

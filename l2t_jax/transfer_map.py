@@ -33,7 +33,7 @@ _DPI = 180
 _BOX = 1.5  # Width of a layer's box, in inches.
 _CENTRE: Any = {"ha": "center", "va": "center"}
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
-_IGNORED = 0.05  # A pair weight below this is drawn as none.
+IGNORED = 0.05  # A pair weight below this is drawn as none.
 _EVEN = 0.95  # Above this share of C effective channels, none stands out.
 _SCALE_TEXT = (
   "Pair weight 0 = ignored, 1 = start, 6 = maximum. The thicker a line, the "
@@ -65,6 +65,7 @@ def collect(
   source_taps: Sequence[Tap],
   target_taps: Sequence[Tap],
   method: str,
+  sources: Sequence[str] = (),
   top_k: int = 5,
 ) -> dict[str, Any]:
   """Collect what a run learned, as the content of `transfer_map.json`.
@@ -76,6 +77,8 @@ def collect(
     source_taps: (name, (H, W, C)) of each source feature map, input side first.
     target_taps: the same of the target.
     method: the name of the method.
+    sources: their names, where there are several; those of their taps begin
+      with "SOURCE/".
     top_k: how many channels to keep per pair.
 
   Returns:
@@ -156,11 +159,14 @@ def collect(
     ),
     "pairs": pairs,
   }
-  sources = _sources([name for name, _ in source_taps])
   if sources:
     content["source_shares"] = {
-      source: sum(pair["share"] for pair in pairs if pair["source"] in taps)
-      for source, taps in sources.items()
+      source: sum(
+        pair["share"]
+        for pair in pairs
+        if pair["source"].startswith(f"{source}/")
+      )
+      for source in sources
     }
   return content
 
@@ -269,7 +275,7 @@ def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
 def draw(content: Mapping[str, Any]) -> figure.Figure:
   """Lay out the picture: header, layers and numbers, history, channels."""
   ranked = _rank(content["pairs"])
-  shown = [p for p in ranked[:3] if p["pair_weight"] >= _IGNORED]
+  shown = [p for p in ranked[:3] if p["pair_weight"] >= IGNORED]
   bars = bool(shown) and not content["channels_fixed"]
   rows, columns = len(content["source_taps"]), len(content["target_taps"])
   layers = max(2.2, 0.74 * max(rows, columns))
@@ -277,7 +283,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   if shares:
     layers = max(0.25 + 0.6 * rows + _HEAD * len(shares), 0.74 * columns)
     rank = {source: i for i, source in enumerate(shares)}
-    by_source = lambda tap: rank[_split(tap["name"])[0]]
+    by_source = lambda tap: rank[_split(content, tap["name"])[0]]
     taps = sorted(content["source_taps"], key=by_source)
     content = {**content, "source_taps": taps}
   # Where each row's title stands, in inches from the top.
@@ -337,22 +343,21 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   return fig
 
 
-def _split(name: str) -> tuple[str, str]:
-  """Split "SOURCE/tap"; the tap is empty where no source is named."""
-  source, _, tap = name.partition("/")
-  return source, tap
+def _split(content: Mapping[str, Any], name: str) -> tuple[str, str]:
+  """Split "SOURCE/tap"; the source is empty where there is one."""
+  # The names of sources and of taps may have slashes, too.
+  for source in content.get("source_shares", ()):
+    if name.startswith(f"{source}/"):
+      return source, name.removeprefix(f"{source}/")
+  return "", name
 
 
-def _sources(names: Sequence[str]) -> dict[str, list[str]]:
-  """Group taps by source, "SOURCE/tap"; empty where there is one source."""
+def _by_source(content: Mapping[str, Any]) -> dict[str, list[str]]:
+  """Group source taps by source; empty where there is one."""
   groups: dict[str, list[str]] = {}
-  for name in names:
-    source, tap = _split(name)
-    if not tap:
-      return {}
-    groups.setdefault(source, []).append(name)
-  # A network's own names may have slashes, too.
-  return groups if len(groups) > 1 else {}
+  for tap in content["source_taps"] if "source_shares" in content else ():
+    groups.setdefault(_split(content, tap["name"])[0], []).append(tap["name"])
+  return groups
 
 
 def _rank(pairs: Sequence[_Pair]) -> list[_Pair]:
@@ -400,9 +405,8 @@ def _own_labels(
   if side == "target_taps" or "source_shares" not in content:
     return _labels(content, side, width)
   labels: dict[str, str] = {}
-  names = [tap["name"] for tap in content["source_taps"]]
-  for source, taps in _sources(names).items():
-    own = {"source_taps": [{"name": _split(tap)[1]} for tap in taps]}
+  for source, taps in _by_source(content).items():
+    own = {"source_taps": [{"name": _split(content, tap)[1]} for tap in taps]}
     short = _labels(own, "source_taps", width)
     labels |= {f"{source}/{tap}": label for tap, label in short.items()}
   return labels
@@ -425,7 +429,7 @@ def _pair_label(content: Mapping[str, Any], pair: _Pair) -> str:
   over = room - max(map(len, content["source_shares"]))
   taps = _own_labels(content, "source_taps", max(room // 2, over))
   sources = _source_labels(content, room - max(map(len, taps.values())))
-  source = sources[_split(pair["source"])[0]]
+  source = sources[_split(content, pair["source"])[0]]
   return f"{source}/{taps[pair['source']]} → {targets[pair['target']]}"
 
 
@@ -437,7 +441,7 @@ def _summary(content: Mapping[str, Any], ranked: Sequence[_Pair]) -> str:
     if content["channels_fixed"]:
       return f"{start}. Pairs and channels were given, not learned."
     return f"{start}. The pairs were given; the channels were learned."
-  ignored = sum(pair["pair_weight"] < _IGNORED for pair in ranked)
+  ignored = sum(pair["pair_weight"] < IGNORED for pair in ranked)
   if ignored == len(ranked):
     return f"{start}. Nothing is copied any more: all weights went to 0."
   best, weight = _pair_label(content, ranked[0]), ranked[0]["pair_weight"]
@@ -472,9 +476,10 @@ def _draw_layers(
     ax.text(x, 0.1, title, size=9, color=_SOFT, **_CENTRE)
     top = 0.25
     for tap in content[side]:
-      head = heads.pop(_split(tap["name"])[0], None)
+      source, _ = _split(content, tap["name"])
+      head = heads.pop(source, None)
       if head:
-        share = content["source_shares"][_split(tap["name"])[0]]
+        share = content["source_shares"][source]
         told = {"size": 8.5, "color": _INK, **_CENTRE}
         ax.text(x, top + 0.21, head, weight="bold", **told)
         ax.text(x, top + 0.4, f"{share:.0%} of the transfer", **told)
@@ -506,7 +511,7 @@ def _draw_layers(
     curve_y = start + (end - start) * t * t * (3 - 2 * t)
     curves.append((curve_x, curve_y))
     line = ax.plot(curve_x, curve_y, color=_GREY, linewidth=0.8)[0]
-    if pair["pair_weight"] < _IGNORED:
+    if pair["pair_weight"] < IGNORED:
       line.set_linestyle(":")
       continue
     line.set(linewidth=0.6 + 9 * strength, alpha=0.25 + 0.6 * strength)
@@ -514,7 +519,7 @@ def _draw_layers(
     line.set(solid_capstyle="butt", zorder=10 - min(i, 5))
   placed: list[tuple[float, float]] = []
   for i, pair in enumerate(ranked[: len(_COLORS)]):
-    if pair["pair_weight"] < _IGNORED or (told and len(ranked) > len(_COLORS)):
+    if pair["pair_weight"] < IGNORED or (told and len(ranked) > len(_COLORS)):
       continue
     placed.append(_label_place(i, curves, placed))
     box_style = {"boxstyle": "round,pad=0.2", "facecolor": "white"}
@@ -594,7 +599,7 @@ def _draw_table(
   ax.tick_params(which="both", length=0)
   ax.spines[:].set_visible(False)
   # Beside its rows, each source's name; a line between two sources.
-  groups = _sources(list(sources))
+  groups = _by_source(content)
   row_tall = size[1] / len(sources)
   room = row_tall * min(map(len, groups.values()), default=0)
   names = _source_labels(content, max(5, int(room / 0.09)))

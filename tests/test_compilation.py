@@ -8,8 +8,6 @@ import pytest
 from l2t_jax import bilevel, compilation, experiment, plan
 from tests import small_runs
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.mark.xdist_group("experiment")
 def test_plan_names_the_cost_of_every_mode(source, tmp_path, capsys):
@@ -40,6 +38,7 @@ def test_what_does_not_fit_is_computed_with_less_memory(
   assert summary["hypergradient_mode"] == "mixed"
 
 
+@pytest.mark.optimized
 def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
   assert compilation.options()
   monkeypatch.setattr(compilation, "_OPTIONS", {"cpu": {"no_such": "1"}})
@@ -53,6 +52,7 @@ def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
   assert program.memory_bytes == 3 * 8 * 8 * 4
 
 
+@pytest.mark.optimized
 def test_a_second_start_finds_what_the_first_compiled(tmp_path):
   arguments = (
     "train.py",

@@ -63,20 +63,21 @@ def test_results_and_means_over_seeds(folder):
     "l2t_ww/seed1",
     "scratch/seed0",
   ]
-  *rows, mean = report.results(runs)
+  *rows, mean, _ = report.results(runs)
   summary = runs[0].summary
-  assert rows[0]["test %"] == f"{100 * summary['test_accuracy']:.1f}"
+  assert rows[0]["test"] == f"{100 * summary['test_accuracy']:.1f} %"
   assert rows[0]["best epoch"] == str(summary["best_epoch"])
   assert rows[0]["epochs"] == "3 of 3"
+  assert mean["run"] == "l2t_ww: mean ± std"
   assert mean["seed"] == "2 seeds"
-  assert mean["test %"] == f"{100 * summary['test_accuracy']:.1f} ± 0.0"
+  assert mean["test"] == f"{100 * summary['test_accuracy']:.1f} ± 0.0 %"
 
 
 def test_warnings(folder, tmp_path):
-  found = report.warnings(report.find_runs([folder]))
+  found = report.find_warnings(report.find_runs([folder]))
   assert len(found) == 3
   assert found[0].startswith("negative transfer: l2t_ww reaches")
-  assert found[0].endswith("(mean of 2 runs), scratch 99.0 % (1 run)")
+  assert found[0].endswith("scratch/seed0 99.0 % on validation (mean of 1)")
   assert "seed1: 1 of 2 pairs are dead" in found[1]
   assert "seed1: 1 of 2 pair weights are at relu6's ceiling" in found[2]
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "cut_off")
@@ -86,12 +87,12 @@ def test_warnings(folder, tmp_path):
   one = next(i for i, line in enumerate(lines) if '"kind": "epoch"' in line)
   (tmp_path / "cut_off/metrics.jsonl").write_text("\n".join(lines[: one + 1]))
   (run,) = report.find_runs([tmp_path / "cut_off"])
-  assert report.warnings([run]) == ["cut_off is not finished: 1 of 3 epochs"]
+  assert report.find_warnings([run]) == ["cut_off: not finished, 1 of 3 epochs"]
   assert "drawn when the run is finished" in report.make_page([run], 0)
 
 
 def test_folders_without_runs_and_damaged_ones(folder, tmp_path):
-  with pytest.raises(types.InputError, match=r"no run in .*config\.json"):
+  with pytest.raises(types.InputError, match=r"no run in .*of one; name the"):
     report.find_runs([tmp_path])
   shutil.copytree(folder / "scratch/seed0", tmp_path / "damaged")
   (tmp_path / "damaged/summary.json").write_text('{"method"')
@@ -224,7 +225,7 @@ def test_the_page_in_a_browser(browser, page):
   )
   text = browser.find_element("tag name", "body").text
   assert "negative transfer" in text
-  assert "mean ± standard deviation" in text
+  assert "mean ± std" in text
   assert "stage3_block1 → conv3, learned" in text
   loaded = "return [...document.images].every(x => x.naturalWidth > 0)"
   assert browser.execute_script(loaded)

@@ -51,7 +51,12 @@ def _map(source, target, keys, *, epochs=3, learn_pairs=True, learn_w=True):
     k: rng.normal(size=num_channels[k.split("->")[0]]) * learn_w for k in keys
   }
   weights = {k: np.exp(v) / np.exp(v).sum() for k, v in logits.items()}
-  return transfer_map.collect(records, weights, source, target, "l2t_ww")
+  sources = dict.fromkeys(name.partition("/")[0] for name, _ in source)
+  if source not in (TWO, THREE, TWO[2:4], LONG_TWO):
+    sources = ()
+  return transfer_map.collect(
+    records, weights, source, target, "l2t_ww", list(sources)
+  )
 
 
 CASES = {
@@ -142,31 +147,41 @@ def test_fixed_matching_is_recognised():
   assert not content["channels_fixed"]
 
 
-def _tiny_map(pair_weights, *, source_taps=("s",)):
+def _tiny_map(pair_weights, *, source_taps=("s",), sources=()):
   """Return a map of one epoch; every tap has two channels."""
   taps = [[(tap, (4, 4, 2)) for tap in names] for names in (source_taps, ["t"])]
   record = {"epoch": 1, "pair_weights": pair_weights}
   weights = {name: np.array([0.3, 0.7]) for name in pair_weights}
-  return transfer_map.collect([record], weights, *taps, "l2t_ww")
+  return transfer_map.collect([record], weights, *taps, "l2t_ww", sources)
 
 
 def test_shares_of_several_sources():
   content = _tiny_map(
     {"b/x->t": 1.0, "a/x->t": 4.0, "b/y/z->t": 3.0},
     source_taps=["b/x", "a/x", "b/y/z"],
+    sources=["b", "a"],
   )
   assert content["source_shares"] == {"b": 0.5, "a": 0.5}
   assert list(content["source_shares"]) == ["b", "a"]
   # A source without a pair, or whose pairs went to 0, has no share.
-  content = _tiny_map({"a/x->t": 0.0}, source_taps=["a/x", "b/x"])
+  content = _tiny_map(
+    {"a/x->t": 0.0}, source_taps=["a/x", "b/x"], sources=["a", "b"]
+  )
   assert content["source_shares"] == {"a": 0.0, "b": 0.0}
+  transfer_map.draw(content)
+  content = _tiny_map(
+    {"c/a/x->t": 1.0, "c/b/x->t": 3.0},
+    source_taps=["c/a/x", "c/b/x"],
+    sources=["c/a", "c/b"],
+  )
+  assert content["source_shares"] == {"c/a": 0.25, "c/b": 0.75}
   transfer_map.draw(content)
   content = CASES["three_sources"]()
   assert sum(content["source_shares"].values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-  "taps", [["x", "y"], ["a/x", "b/x", "y"], ["a/x", "a/y"]]
+  "taps", [["x", "y"], ["stages_0/x", "stages_1/x"], ["a/x", "a/y"]]
 )
 def test_one_source_has_no_share(taps):
   content = _tiny_map({f"{taps[0]}->t": 1.0}, source_taps=taps)
@@ -177,6 +192,7 @@ def test_the_picture_names_each_source_and_its_share():
   content = _tiny_map(
     {"b/x->t": 1.0, "a/x->t": 0.5, "b/y->t": 0.5},
     source_taps=["b/x", "a/x", "b/y"],
+    sources=["b", "a"],
   )
   layers = transfer_map.draw(content).axes[0]
   texts = [t.get_text() for t in layers.texts if "ch @" not in t.get_text()]
