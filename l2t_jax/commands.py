@@ -10,13 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 import difflib
 import json
-import os
 import pathlib
 import sys
-
-# XLA warns in long lines that code from its own cache may not fit this CPU; it
-# looks here when jax is imported.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags, logging
 import flax
