@@ -12,18 +12,25 @@ from tests import small_runs
 
 
 def pytest_configure():
-  """Let all processes of one session share what they compile."""
+  """Compile quickly, and share what is compiled between all processes."""
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="l2t_jax_cache_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     atexit.register(folder.cleanup)
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation(request):
-  """Let XLA optimise little, but for tests of what it makes of a program."""
+def optimized_compilation(request):
+  """Let XLA optimise, for tests of what it makes of a program.
+
+  Elsewhere it compiles quickly, also for the fixtures of a whole session, which
+  are made before this one.
+  """
   as_usual = request.node.get_closest_marker("optimized")
   jax.config.update("jax_disable_most_optimizations", not as_usual)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

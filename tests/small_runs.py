@@ -1,6 +1,7 @@
 """Small runs on real digits, for tests from the command line or a config."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -33,12 +34,16 @@ def kill_in_epoch(number, train, monkeypatch):
 
 
 def run_python(*arguments):
-  """Run Python with some arguments in the root of the project."""
+  """Run Python with some arguments in the root of the project.
+
+  It compiles quickly, as this process does; see conftest.py.
+  """
   return subprocess.run(
     [sys.executable, *map(str, arguments)],
     capture_output=True,
     text=True,
     cwd=ROOT,
+    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
   )
 
 

@@ -33,7 +33,7 @@ def _jitted(method, x64, **step_options):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("size", [3, 4, 5])
+@pytest.mark.parametrize("size", [3, 5])
 def test_jitted_equals_unjitted(size):
   """Catches a compiler that computes wrong numbers (jaxlib 0.10.2 does)."""
   # One pair and T = 1: op by op, a step is slow. Two convolutions: a max-pool
