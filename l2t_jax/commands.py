@@ -50,11 +50,8 @@ def run(main: Callable[[list[str]], object]) -> None:
     compilation.use_cache()
     return main(overrides)
 
-  try:
+  with types.errors_in_one_line():
     app.run(quietly, flags_parser=parse)
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def load_config(

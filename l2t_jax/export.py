@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 
 from flax import traverse_util
 import jax
@@ -104,11 +103,8 @@ def main() -> None:
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("output", type=pathlib.Path)
   args = parser.parse_args()
-  try:
+  with types.errors_in_one_line():
     write(predict.load(args.run), args.output)
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   print(f"wrote {args.output}")
 
 

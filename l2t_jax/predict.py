@@ -182,15 +182,12 @@ def main() -> None:
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("images", type=pathlib.Path, nargs="+")
   args = parser.parse_args()
-  try:
+  with types.errors_in_one_line():
     paths = find_images(args.images)
     table = csv.writer(sys.stdout)
     table.writerow(("image", "class", "probability"))
     for path, name, probability in predict(load(args.run), paths):
       table.writerow((path, name, f"{probability:.4f}"))
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

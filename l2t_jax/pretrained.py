@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import pathlib
 import re
-import sys
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -361,11 +360,8 @@ def main() -> None:
   parser.add_argument("output", type=pathlib.Path, help="OUT.safetensors")
   parser.add_argument("--model", required=True, choices=list(models.MODELS))
   args = parser.parse_args()
-  try:
+  with types.errors_in_one_line():
     report = convert_file(args.checkpoint, args.output, args.model)
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   for name, new_name in report.mapped.items():
     print(f"{name:40} -> {new_name}")
   print(

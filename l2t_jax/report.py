@@ -19,7 +19,6 @@ import os
 import pathlib
 import shlex
 import statistics
-import sys
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -803,15 +802,12 @@ def main() -> None:
   if args.images < 0:
     parser.error(f"--images={args.images} must be 0 or more")
   compilation.use_cache()
-  try:
+  with types.errors_in_one_line():
     runs = find_runs(args.runs)
     partial = args.output.with_name(args.output.name + ".partial")
     _write(partial, "")  # Fails early where it cannot be written.
     _write(partial, make_page(runs, args.images))
     partial.replace(args.output)
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   print(f"wrote {args.output}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import sys
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -18,6 +20,16 @@ class InputError(ValueError):
   `train.py` and the package's commands print it as one line, without a
   traceback.
   """
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+  """Turn an `InputError` into one line on stderr and exit status 2."""
+  try:
+    yield
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Batch(NamedTuple):

@@ -17,7 +17,6 @@ import contextlib
 import pathlib
 import re
 import shutil
-import sys
 import tarfile
 from typing import NamedTuple
 import zipfile
@@ -267,11 +266,8 @@ def main() -> None:
   parser.add_argument("out", type=pathlib.Path, help="folder to make")
   args = parser.parse_args()
   published = DATA_SETS[args.name]
-  try:
+  with types.errors_in_one_line():
     make_layout(published, args.archives, args.out)
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   print(
     f"wrote {published.num_train} training and {published.num_test} test images"
     f" to {args.out}"

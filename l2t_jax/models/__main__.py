@@ -10,7 +10,6 @@ of config.transfer.pairs=nearest.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from rich import console, table
 
@@ -31,7 +30,7 @@ def main() -> None:
   )
   parser.add_argument("--channels", type=int, default=3)
   args = parser.parse_args()
-  try:
+  with types.errors_in_one_line():
     default_taps = [
       _print_taps(model, args.image_size, args.channels)
       for model in (args.model, args.target)
@@ -40,9 +39,6 @@ def main() -> None:
     if args.target:
       for pair in transfer.make_pairs("nearest", *default_taps):
         print(pair.name)
-  except types.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _print_taps(model, image_size, channels):
