@@ -43,6 +43,7 @@ _SCHEDULES = {
   "step": training.steps_by_epoch,
 }
 _LOOPS = ("scan", "unroll")
+_BAD_NUMBERS = ("stop", "skip")
 # The fastest mode, and the one that keeps least between the passes.
 _AUTO_MODES = ("linearized", "mixed")
 # Folded into the seed's key for initialisation; the data fold in epochs.
@@ -88,7 +89,8 @@ class Run(NamedTuple):
   # (mode=, update_meta=True) -> `training.make_train_step`.
   make_train_step: Callable[..., Any]
   modes: tuple[str, ...]  # Of the hypergradient; the first that fits is used.
-  blank_batch: types.Batch  # Zeros, of the shapes that the run trains on.
+  # Zeros, of the shapes of this process's rows of a batch.
+  blank_batch: types.Batch
   eval_step: Any  # `training.make_eval_step`.
   learning_rate_fn: Callable[[int], Any]  # iteration -> learning rate.
   mesh: jax.sharding.Mesh
@@ -147,6 +149,7 @@ def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
     ("batch_size", positive, "at least 1"),
     ("log_every", positive, "at least 1"),
     ("checkpoint_every", positive, "at least 1"),
+    ("checkpoint_steps", not_negative, "0 or more"),
     ("seed", not_negative, "0 or more"),
     ("target.num_outputs", not_negative, "0 or more"),
     ("bilevel.num_inner_steps", positive, "at least 1"),
@@ -159,8 +162,10 @@ def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
     ("optimizer.learning_rate", positive, "more than 0"),
     ("optimizer.momentum", share, "at least 0 and less than 1"),
     ("optimizer.weight_decay", not_negative, "0 or more"),
+    ("optimizer.clip_norm", not_negative, "0 or more"),
     ("meta.learning_rate", positive, "more than 0"),
     ("meta.weight_decay", not_negative, "0 or more"),
+    ("meta.clip_norm", not_negative, "0 or more"),
     ("meta.update_every", positive, "at least 1"),
   )
   for field, holds, right in rules:
@@ -170,6 +175,7 @@ def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
   for field, choices in (
     ("method", objectives.METHODS),
     ("precision", PRECISIONS),
+    ("bad_numbers", _BAD_NUMBERS),
     ("transfer.channel_weights", ("learned", "uniform")),
     ("transfer.pair_weights", ("learned", "constant")),
     ("transfer.pair_activation", transfer.PAIR_ACTIVATIONS),
@@ -304,9 +310,10 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   optimizer_fn = training.sgd(
     momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay,
+    clip_norm=config.optimizer.clip_norm,
   )
   meta_optimizer = training.adam_l2(
-    config.meta.learning_rate, config.meta.weight_decay
+    config.meta.learning_rate, config.meta.weight_decay, config.meta.clip_norm
   )
   learning_rate_fn = _SCHEDULES[config.optimizer.schedule](
     config.optimizer.learning_rate,
@@ -327,10 +334,11 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
       meta_optimizer=meta_optimizer,
     )
   )
+  place = functools.partial(_place, mesh=mesh, split=config.shard_params)
 
   def create_state(seed):
     values = _initial_values(seed, method, plan, networks, target)
-    return sharding.replicate(add_optimizers(*values), mesh)
+    return place(add_optimizers(*values))
 
   source_fns = {
     name: network.make_apply_fn(plan.source_taps)
@@ -352,14 +360,14 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     optimizer_fn=optimizer_fn,
     meta_optimizer=meta_optimizer,
     rolled=config.bilevel.loop == "scan",
+    skip_bad_numbers=config.bad_numbers == "skip",
   )
   return Run(
     dataset=dataset,
     image_format=image_format,
     num_outputs=num_outputs,
     sources={
-      name: sharding.replicate(network.variables, mesh)
-      for name, network in networks.items()
+      name: place(network.variables) for name, network in networks.items()
     },
     source_fns=source_fns,
     source_taps=plan.source_taps,
@@ -406,17 +414,27 @@ def compile_step(
     run.sources,
     batch,
     donate_argnums=0,
-    out_shardings=sharding.replicated(run.mesh),
+    out_shardings=(
+      jax.tree.map(lambda leaf: leaf.sharding, state),
+      sharding.replicated(run.mesh),
+    ),
   )
 
 
+def _place(tree, *, mesh, split):
+  """Put arrays on the devices."""
+  shardings = sharding.split(tree, mesh) if split else sharding.replicated(mesh)
+  return jax.device_put(tree, shardings)
+
+
 def _blank_batch(config, dataset, image_format):
-  images = lambda size: jnp.zeros((size, *image_format.shape))
+  rows = lambda size: size // jax.process_count()
+  images = lambda size: jnp.zeros((rows(size), *image_format.shape))
   unlabeled = None
   if dataset.num_unlabeled:
     unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)
   labels = jnp.zeros(
-    (config.batch_size, *dataset.label_shape), dataset.label_dtype
+    (rows(config.batch_size), *dataset.label_shape), dataset.label_dtype
   )
   return types.Batch(images(config.batch_size), labels, unlabeled)
 

@@ -1,22 +1,36 @@
-"""Save and restore the whole state of a run, with Orbax."""
+"""Save and restore the whole state of a run, with Orbax.
+
+A checkpoint appears under its iteration when all of it is written; one that a
+kill cut short is never seen. A checksum tells what a disk has changed since.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import copy
+import json
 import pathlib
 from typing import Any
+import zlib
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from l2t_jax import types
+from l2t_jax import processes, types
+
+
+class DamagedError(Exception):
+  """A checkpoint cannot be read, or is not what was written."""
 
 
 class Checkpoints:
   """The checkpoints of one run; a context manager that waits for writes."""
 
   def __init__(self, folder: pathlib.Path):
+    self._folder = folder.absolute()
     self._manager = ocp.CheckpointManager(
-      folder.absolute(),
+      self._folder,
       options=ocp.CheckpointManagerOptions(max_to_keep=2),
       item_names=("state", "progress"),
     )
@@ -25,10 +39,17 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_) -> None:
-    self._manager.close()
+    try:
+      self._manager.close()
+    except Exception as error:
+      raise self._not_written(error) from error
+
+  def steps(self) -> list[int]:
+    """Return the iterations that there are checkpoints of, in order."""
+    return sorted(self._manager.all_steps())
 
   def save(
-    self, step: int, state: types.TrainState, progress: dict[str, Any]
+    self, step: int, state: types.TrainState, progress: Mapping[str, Any]
   ) -> None:
     """Save in the background.
 
@@ -36,39 +57,146 @@ class Checkpoints:
       step: iterations done.
       state: what the iterations work on.
       progress: what the loop around them has to remember, JSON-able.
+
+    Raises:
+      types.BadNumbersError: the state is not finite; nothing is saved.
+      types.StorageError: this checkpoint, or the one before, cannot be written.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        # A copy: it is written in the background.
-        progress=ocp.args.JsonSave(copy.deepcopy(progress)),
-      ),
-    )
+    _check_finite(step, state)
+    content = {
+      # A copy: it is written in the background.
+      "progress": copy.deepcopy(dict(progress)),
+      "checksum": _checksum(state, progress),
+    }
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          progress=ocp.args.JsonSave(content),
+        ),
+      )
+    except Exception as error:
+      raise self._not_written(error) from error
 
   def restore(
-    self, like: types.TrainState
+    self, step: int, like: types.TrainState
   ) -> tuple[types.TrainState, dict[str, Any]]:
-    """Restore the newest checkpoint; there must be one.
+    """Restore a checkpoint.
 
     Args:
-      like: a state of the same shapes and shardings.
+      step: one of `steps`.
+      like: a state of the same shapes; what is restored has its shardings,
+        whatever those of the checkpoint were.
 
     Returns:
       (state, progress).
+
+    Raises:
+      DamagedError: it cannot be read, or its checksum is wrong.
+      types.InputError: it is one of another network.
     """
-    step = self._manager.latest_step()
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(like),
-        progress=ocp.args.JsonRestore(),
-      ),
+    try:
+      stored = self._manager.item_metadata(step)["state"].tree
+    except Exception as error:
+      raise DamagedError(_reason(error)) from error
+    self._check_shapes(step, stored, like)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(like),
+          progress=ocp.args.JsonRestore(),
+        ),
+      )
+      state, content = restored["state"], restored["progress"]
+      checksum, progress = content["checksum"], content["progress"]
+    except Exception as error:
+      raise DamagedError(_reason(error)) from error
+    if _checksum(state, progress) != checksum:
+      raise DamagedError("its checksum is wrong")
+    return state, progress
+
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Move a damaged checkpoint out of the way, and return where it went."""
+    place = self._folder.with_name(f"damaged_checkpoint_{step}")
+    if processes.is_first():
+      (self._folder / str(step)).rename(place)
+    processes.wait_for_all(f"set aside {place}")
+    self._manager.reload()
+    return place
+
+  def drop_after(self, step: int) -> None:
+    """Delete later checkpoints: what they hold will be computed again."""
+    for later in self.steps():
+      if later > step:
+        self._manager.delete(later)
+
+  def _check_shapes(self, step, stored, like):
+    """Raise an InputError that names an array that differs."""
+    shapes = lambda tree: {
+      "/".join(path): leaf.shape
+      for path, leaf in ocp.tree.to_flat_dict(tree).items()
+      if hasattr(leaf, "shape")
+    }
+    found, expected = shapes(stored), shapes(like)
+    for name in found | expected:
+      if found.get(name) != expected.get(name):
+        raise types.InputError(
+          f"checkpoint {self._folder / str(step)} is of another network: {name}"
+          f" is {_shape(found, name)} in it, {_shape(expected, name)} in this"
+          " run; use another --workdir"
+        )
+
+  def _not_written(self, error):
+    kept = self.steps()
+    return types.StorageError(
+      f"cannot write a checkpoint into {self._folder}: {_reason(error)}; make"
+      " room or mend that, and the same command goes on"
+      + (f" from iteration {kept[-1]}" if kept else " from the start")
     )
-    return restored["state"], restored["progress"]
 
 
-def newest_step(folder: pathlib.Path) -> int:
-  """Find the iterations that the newest checkpoint has done; 0 for none."""
-  with ocp.CheckpointManager(folder.absolute()) as manager:
-    return manager.latest_step() or 0
+def _shape(shapes, name):
+  return list(shapes[name]) if name in shapes else "missing"
+
+
+def _check_finite(step, state):
+  for path, is_finite in jax.tree.leaves_with_path(
+    jax.device_get(_are_finite(state))
+  ):
+    if not is_finite:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise types.BadNumbersError(
+        f"{name} is not finite after iteration {step}"
+      )
+
+
+@jax.jit
+def _are_finite(tree):
+  return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+
+
+def _checksum(state, progress):
+  """32 bits of the state's bits, wherever they lie, and of the progress."""
+  words = [int(word) for word in jax.device_get(_sums_of_bits(state))]
+  text = json.dumps([words, progress], sort_keys=True)
+  return zlib.crc32(text.encode())
+
+
+@jax.jit
+def _sums_of_bits(tree):
+  """Sum each array's bits, as unsigned integers that wrap around."""
+  return [_sum_of_bits(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _sum_of_bits(leaf):
+  unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+  words = jax.lax.bitcast_convert_type(leaf, unsigned)
+  return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _reason(error):
+  """The last line of what a library says, which may be a page."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[-1][:300] if lines else type(error).__name__

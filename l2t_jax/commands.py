@@ -46,7 +46,8 @@ def run(main: Callable[[list[str]], object]) -> None:
     return rest
 
   def quietly(_: list[str]) -> object:
-    logging.set_verbosity(logging.WARNING)
+    # Errors of libraries reach the user as exceptions.
+    logging.set_verbosity(logging.FATAL)
     compilation.use_cache()
     return main(overrides)
 

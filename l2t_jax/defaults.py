@@ -21,6 +21,12 @@ def get_config() -> config_dict.ConfigDict:
   config.batch_size = 128
   # f32; tf32 (matrix products on tensor cores); bf16 (activations).
   config.precision = "f32"
+  # Whether parameters and optimizer state are split over the devices, too, for
+  # networks that do not fit on one; the numbers are the same.
+  config.shard_params = False
+  # What an iteration with NaN or infinity in a loss or gradient does: stop (the
+  # run, which names it), or skip (leaves everything as it was).
+  config.bad_numbers = "stop"
 
   config.data = config_dict.ConfigDict()
   # Where images come from: bundled, npz, folder or tfds.
@@ -121,11 +127,15 @@ def get_config() -> config_dict.ConfigDict:
   config.optimizer.schedule = "cosine"
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 1e-4
+  # Norm over all arrays that gradients are scaled down to; 0 for no clipping.
+  config.optimizer.clip_norm = 0.0
 
   # Adam of the meta-networks, with L2 in the gradient.
   config.meta = config_dict.ConfigDict()
   config.meta.learning_rate = 1e-4
   config.meta.weight_decay = 1e-4
+  # Likewise, of the hypergradient.
+  config.meta.clip_norm = 0.0
   # Iterations between two meta updates.
   config.meta.update_every = 1
 
@@ -150,6 +160,8 @@ def get_config() -> config_dict.ConfigDict:
   config.log_every = 20
   # Epochs between two checkpoints.
   config.checkpoint_every = 1
+  # Iterations between two more within an epoch; 0 for none.
+  config.checkpoint_steps = 0
 
   return config
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import copy
 import dataclasses
+import errno
+import fcntl
 import functools
 import json
-import math
 import os
 import pathlib
 import platform
@@ -35,12 +36,15 @@ from l2t_jax import (
   data,
   logs,
   pretrained,
+  processes,
   sharding,
   transfer_map,
   types,
 )
 
 CHECKPOINTS = "checkpoints"
+# Metrics of "transfer" with a number for each pair.
+_BY_PAIR = ("distances", "pair_weights")
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Accuracies may be errors with a minus: any finite one is better.
 _WORST = -sys.float_info.max
@@ -48,11 +52,31 @@ _WORST = -sys.float_info.max
 # seconds from which on it matters.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
 # Fields that may differ between a run and its resumption.
-FREE_FIELDS = ("log_every", "checkpoint_every", "trackers", "data.num_workers")
+FREE_FIELDS = (
+  "log_every",
+  "checkpoint_every",
+  "checkpoint_steps",
+  "trackers",
+  "data.num_workers",
+)
+# What the operating system says where a folder cannot be written.
+_STORAGE_ERRORS = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EIO,
+)
 
 
 class DoesNotFit(Exception):
   """Seeds that should train together need more memory than there is."""
+
+
+class _Regroup(Exception):
+  """A checkpoint was set aside: what can go on together may have changed."""
 
 
 class _Programs(NamedTuple):
@@ -73,8 +97,33 @@ class _Seed:
   workdir: pathlib.Path
   dataset: data.Dataset
   checkpoints: checkpoint.Checkpoints
-  log: logs.MetricsLog
-  progress: dict[str, Any]  # What its last epoch remembers.
+  progress: dict[str, Any]  # What the epochs that are done remember.
+  log: logs.MetricsLog | None = None  # None where another process writes.
+  # Of the unfinished epoch, and of its unfinished logging interval.
+  epoch: logs.Averages = dataclasses.field(default_factory=logs.Averages)
+  interval: logs.Averages = dataclasses.field(default_factory=logs.Averages)
+
+  def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    """Write a record, in the process that does."""
+    if self.log:
+      self.log.write(kind, step, values)
+
+  def save(self, step: int, state: types.TrainState) -> None:
+    """Save all that the run needs to go on."""
+    unfinished = {
+      "epoch": self.epoch.to_json(),
+      "interval": self.interval.to_json(),
+    }
+    progress = self.progress | {"unfinished": unfinished}
+    self.checkpoints.save(step, state, progress)
+
+  def restore(self, step: int, like: types.TrainState) -> types.TrainState:
+    """Take up what `save` saved; return its state."""
+    state, self.progress = self.checkpoints.restore(step, like)
+    unfinished = self.progress.pop("unfinished")
+    self.epoch = logs.Averages.from_json(unfinished["epoch"])
+    self.interval = logs.Averages.from_json(unfinished["interval"])
+    return state
 
 
 def train_and_evaluate(
@@ -98,6 +147,10 @@ def train_and_evaluate(
   Raises:
     types.InputError: for a config, data or weights that cannot work, and where
       workdir holds a run of another config.
+    types.BadNumbersError: a loss, a gradient or a parameter is not finite; the
+      last checkpoint is of before.
+    types.StorageError: the folder cannot be written any more.
+    types.Interrupted: on SIGTERM, after saving; the same call goes on.
   """
   (summary,) = train_together(config, {config.seed: workdir}, given)
   return summary
@@ -128,22 +181,76 @@ def train_together(
   """
   check(config, workdirs, given)
   summaries: dict[int, dict[str, Any]] = {}
-  # Newest checkpoint -> runs that go on from there.
-  left: dict[int, dict[pathlib.Path, ml_collections.ConfigDict]] = {}
+  left: dict[pathlib.Path, ml_collections.ConfigDict] = {}
   for seed, workdir in workdirs.items():
     workdir = pathlib.Path(workdir)
     summary_file = workdir / "summary.json"
     if summary_file.exists():
-      print(f"{workdir} holds a complete run; nothing to do")
+      if processes.is_first():
+        print(f"{workdir} holds a complete run; nothing to do")
       summaries[seed] = json.loads(summary_file.read_text())
     else:
       make_folder(workdir)
-      step = checkpoint.newest_step(workdir / CHECKPOINTS)
-      left.setdefault(step, {})[workdir] = _with_seed(config, seed)
-  for step, configs in left.items():
-    with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
-      summaries |= _train(configs, step, given)
+      left[workdir] = _with_seed(config, seed)
+  with (
+    contextlib.ExitStack() as stack,
+    processes.StopRequests() as requests,
+    jax.default_matmul_precision(build.PRECISIONS[config.precision][1]),
+    _storage_errors(),
+  ):
+    for workdir in left:
+      stack.enter_context(_lock(workdir))
+    while left:
+      group = _first_group(left)
+      with contextlib.suppress(_Regroup):
+        summaries |= _train({w: left[w] for w in group}, given, requests)
+        left = {w: c for w, c in left.items() if w not in group}
   return [summaries[seed] for seed in workdirs]
+
+
+def _first_group(workdirs):
+  """Choose the runs that go on from the same iteration, with the first."""
+  steps = {}
+  for workdir in workdirs:
+    with checkpoint.Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+      steps[workdir] = set(checkpoints.steps())
+  if set.intersection(*steps.values()):
+    return list(steps)  # Some had come a little further: they go back.
+  newest = [max(one, default=0) for one in steps.values()]
+  return [w for w, step in zip(steps, newest, strict=True) if step == newest[0]]
+
+
+@contextlib.contextmanager
+def _lock(workdir):
+  """Let no other run into the folder until this one has ended."""
+  if not processes.is_first():
+    yield
+    return
+  with (workdir / ".lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise types.InputError(
+        f"another process is training in {workdir}; wait for its end or use"
+        " another --workdir"
+      ) from error
+    yield
+
+
+@contextlib.contextmanager
+def _storage_errors():
+  """Say what the operating system says of a disk in one line."""
+  try:
+    yield
+  except types.Stop:
+    raise
+  except OSError as error:
+    if error.errno not in _STORAGE_ERRORS:
+      raise
+    raise types.StorageError(
+      f"{error}; make room or mend that, and the same command goes on from the"
+      " last checkpoint"
+    ) from error
 
 
 def check(
@@ -188,8 +295,8 @@ def _evaluate(run, eval_step, inner, split, num_seeds):
   return results
 
 
-def _train(configs, step, given):
-  """Train some seeds from a step on; return seed -> summary."""
+def _train(configs, given, requests):
+  """Train some seeds from where they are; return seed -> summary."""
   first = next(iter(configs.values()))
   run = build.build(first, given)
   states = [run.create_state(config.seed) for config in configs.values()]
@@ -198,45 +305,81 @@ def _train(configs, step, given):
   for workdir, config in configs.items():
     _write_json(workdir / "config.json", json.loads(config.to_json()))
   with contextlib.ExitStack() as stack:
-    seeds = []
-    for index, (workdir, config) in enumerate(configs.items()):
-      checkpoints = stack.enter_context(
-        checkpoint.Checkpoints(workdir / CHECKPOINTS)
-      )
-      progress = {"epoch": 0, "seconds": 0.0, "val_accuracy": _WORST}
-      if step:
-        states[index], progress = checkpoints.restore(states[index])
-      log = stack.enter_context(
-        logs.MetricsLog(
-          workdir,
-          from_step=step,
-          trackers=config.trackers,
-          config=json.loads(config.to_json()),
-        )
-      )
-      dataset = run.dataset.with_seed(config.seed)
-      seeds.append(_Seed(config, workdir, dataset, checkpoints, log, progress))
     display = stack.enter_context(
       logs.Progress(
         first.epochs * run.dataset.steps_per_epoch,
-        step,
-        first.batch_size * len(seeds),
+        first.batch_size * len(configs),
+        quiet=not processes.is_first(),
       )
     )
+    seeds = [
+      _Seed(
+        config,
+        workdir,
+        run.dataset.with_seed(config.seed),
+        stack.enter_context(checkpoint.Checkpoints(workdir / CHECKPOINTS)),
+        {"seconds": 0.0, "val_accuracy": _WORST},
+      )
+      for workdir, config in configs.items()
+    ]
+    step, states = _restore(seeds, states, display)
+    if processes.is_first():
+      for seed in seeds:
+        seed.log = stack.enter_context(
+          logs.MetricsLog(
+            seed.workdir,
+            from_step=step,
+            trackers=seed.config.trackers,
+            config=json.loads(seed.config.to_json()),
+          )
+        )
     display.say(_headline(run, states[0], first))
     if step:
-      display.say(f"resuming after epoch {seeds[0].progress['epoch']}")
+      display.say(f"resuming after iteration {step}")
+    display.begin(step)
     state = _stack(states)
     del states  # The copies would stay in the accelerator's memory.
-    _run_epochs(run, programs, state, seeds, display)
+    _run_epochs(run, programs, state, step, seeds, display, requests)
   summaries = {}
   for seed in seeds:
-    if run.weights_fn:
-      _write_transfer_map(run, seed)
     summary = _summary(run, programs, seed, len(seeds))
-    _write_json(seed.workdir / "summary.json", summary)
+    if processes.is_first():
+      if run.weights_fn:
+        _write_transfer_map(run, seed)
+      _write_json(seed.workdir / "summary.json", summary)
     summaries[seed.config.seed] = summary
   return summaries
+
+
+def _restore(seeds, states, display):
+  """Take up the newest checkpoint that all seeds have.
+
+  Returns:
+    (iterations done, states).
+
+  Raises:
+    _Regroup: it was damaged.
+  """
+  step = max(
+    set.intersection(*(set(seed.checkpoints.steps()) for seed in seeds)),
+    default=0,
+  )
+  if not step:
+    return step, states
+  restored = []
+  for seed, state in zip(seeds, states, strict=True):
+    try:
+      restored.append(seed.restore(step, state))
+    except checkpoint.DamagedError as error:
+      place = seed.checkpoints.set_aside(step)
+      display.say(
+        f"the checkpoint of iteration {step} is damaged ({error}) and now is"
+        f" {place}; going on from the one before"
+      )
+      raise _Regroup from error
+  for seed in seeds:
+    seed.checkpoints.drop_after(step)
+  return step, restored
 
 
 def _compile(run, state, config, num_seeds):
@@ -247,6 +390,11 @@ def _compile(run, state, config, num_seeds):
   eval_step = run.eval_step
   if num_seeds > 1:
     eval_step = jax.vmap(eval_step, in_axes=(0, None))
+  eval_step = jax.jit(
+    eval_step,
+    out_shardings=sharding.replicated(run.mesh),
+    compiler_options=compilation.options(),
+  )
   batch = _stack([run.blank_batch] * num_seeds)
   batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
 
@@ -266,20 +414,21 @@ def _compile(run, state, config, num_seeds):
   return _Programs(
     program,
     compile_step(mode=mode, update_meta=False) if sparse else None,
-    jax.jit(eval_step, compiler_options=compilation.options()),
+    eval_step,
     mode,
   )
 
 
-def _run_epochs(run, programs, state, seeds, display):
+def _run_epochs(run, programs, state, step, seeds, display, requests):
   """Train the epochs that are left, evaluate, record, save."""
   config, steps = seeds[0].config, run.dataset.steps_per_epoch
-  for epoch in range(seeds[0].progress["epoch"] + 1, config.epochs + 1):
-    start = time.time()
-    state, records, waited = _train_epoch(
-      run, programs, state, epoch, seeds, display
+  stopwatch = _Stopwatch(seeds)
+  for epoch in range(step // steps + 1, config.epochs + 1):
+    state, waited = _train_epoch(
+      run, programs, state, step, seeds, display, requests, stopwatch
     )
-    trained = time.time() - start
+    step = epoch * steps
+    trained = stopwatch.lap()
     if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
       display.say(
         f"training waited {waited:.0f} of {trained:.0f} s for images; raise"
@@ -291,50 +440,66 @@ def _run_epochs(run, programs, state, seeds, display):
     )
     validation = evaluate_on("val")
     for result in validation:
-      _check_finite({"val_accuracy": result["accuracy"]}, epoch * steps)
+      _check_finite({"val_accuracy": result["accuracy"]}, step, seeds[0])
     is_best = [
       result["accuracy"] > seed.progress["val_accuracy"]
       for result, seed in zip(validation, seeds, strict=True)
     ]
     test = evaluate_on("test") if any(is_best) else validation
-    seconds = (time.time() - start) / len(seeds)
+    stopwatch.lap()
+    is_time = epoch % config.checkpoint_every == 0 or epoch == config.epochs
+    leaves = requests.after(step)
     for index, seed in enumerate(seeds):
-      record, accuracy = records[index], validation[index]["accuracy"]
-      record |= {f"val_{name}": v for name, v in validation[index].items()}
-      seed.progress |= {
-        "epoch": epoch,
-        "seconds": seed.progress["seconds"] + seconds,
-        "channel_weights": record.pop("channel_weights", None),
-      }
+      record = _epoch_record(run, seed, epoch, validation[index])
       if is_best[index]:
         record["test_accuracy"] = test[index]["accuracy"]
         seed.progress |= {
           "best_epoch": epoch,
-          "val_accuracy": accuracy,
+          "val_accuracy": validation[index]["accuracy"],
           "test_accuracy": record["test_accuracy"],
         }
-        _save_target(run, seed, _take(state.inner, index, len(seeds)))
-      seed.log.write("epoch", epoch * steps, record)
+        _save_target(run, seed, _take(state.inner, index, len(seeds)), epoch)
+      seed.record("epoch", step, record)
       name = f"seed {seed.config.seed}  " if len(seeds) > 1 else ""
       display.say(name + _epoch_line(record, config.epochs))
-      if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-        mine = _take(state, index, len(seeds))
-        seed.checkpoints.save(epoch * steps, mine, seed.progress)
+      if is_time or leaves:
+        seed.save(step, _take(state, index, len(seeds)))
+    if leaves and epoch < config.epochs:
+      _leave(step, run, config)
 
 
-def _train_epoch(run, programs, state, epoch, seeds, display):
-  """Train one epoch.
+class _Stopwatch:
+  """Adds time that passes to what the seeds remember, an equal share to each.
+
+  Resumed runs thus count what was spent before.
+  """
+
+  def __init__(self, seeds: Sequence[_Seed]):
+    self._seeds = seeds
+    self._since = time.time()
+
+  def lap(self) -> float:
+    """Add the time since the last call, and return it in seconds."""
+    now = time.time()
+    lap, self._since = now - self._since, now
+    for seed in self._seeds:
+      seed.progress["seconds"] += lap / len(self._seeds)
+    return lap
+
+
+def _train_epoch(
+  run, programs, state, step, seeds, display, requests, stopwatch
+):
+  """Train the rest of an epoch.
 
   Returns:
-    (state, record of its means for each seed, seconds spent on waiting for
-    images).
+    (state, seconds spent on waiting for images).
   """
-  config = seeds[0].config
-  last_step = epoch * run.dataset.steps_per_epoch
-  step = last_step - run.dataset.steps_per_epoch
-  learning_rate = float(run.learning_rate_fn(step))
-  pending, fetched = [], []
-  streams = [seed.dataset.train_batches(epoch - 1) for seed in seeds]
+  config, steps = seeds[0].config, run.dataset.steps_per_epoch
+  epoch, start = divmod(step, steps)
+  last_step = (epoch + 1) * steps
+  pending = []
+  streams = [seed.dataset.train_batches(epoch, start) for seed in seeds]
   waited, since = 0.0, time.time()
   for batches in zip(*streams, strict=True):
     waited += time.time() - since
@@ -345,42 +510,99 @@ def _train_epoch(run, programs, state, epoch, seeds, display):
     state, metrics = program.call(state, run.sources, batch)
     pending.append(metrics)
     step += 1
-    if step % config.log_every == 0 or step == last_step:
+    ends_interval = step % config.log_every == 0 or step == last_step
+    # At the end of an epoch, evaluation comes first.
+    leaves = step < last_step and requests.after(step)
+    saves = step < last_step and (
+      leaves
+      or (config.checkpoint_steps and step % config.checkpoint_steps == 0)
+    )
+    if ends_interval or saves:
       pending = jax.device_get(pending)
-      by_seed = []
       for index, seed in enumerate(seeds):
         mine = [_take(metrics, index, len(seeds)) for metrics in pending]
-        scalars = _scalars(_mean(mine))
-        _check_finite(scalars, step)
-        seed.log.write("train", step, {"epoch": epoch, **scalars})
-        by_seed.append(scalars)
-      display.update(epoch, len(pending), _mean(by_seed))
-      fetched += pending
+        _average(seed, mine, step, run.pairs, display)
+      display.update(epoch + 1, len(pending), seeds[0].interval.means())
       pending = []
+    if ends_interval:
+      for seed in seeds:
+        _end_interval(seed, step, epoch + 1)
+    if saves:
+      stopwatch.lap()
+      for index, seed in enumerate(seeds):
+        seed.save(step, _take(state, index, len(seeds)))
+    if leaves:
+      _leave(step, run, config)
     since = time.time()
-  records = []
-  for index in range(len(seeds)):
-    means = _mean([_take(metrics, index, len(seeds)) for metrics in fetched])
-    record: dict[str, Any] = {"epoch": epoch, "learning_rate": learning_rate}
-    record |= {f"train_{name}": v for name, v in _scalars(means).items()}
-    records.append(record | _transfer_record(run.pairs, means))
-  return state, records, waited
+  return state, waited
+
+
+def _average(seed, metrics, step, pairs, display):
+  """Add iterations up to `step` to the averages, but for those skipped."""
+  for number, one in enumerate(metrics, start=step - len(metrics) + 1):
+    if one.get("skipped"):
+      bad = ", ".join(_not_finite(one, pairs))
+      display.say(f"iteration {number} is skipped: {bad} is not finite")
+      one = {"skipped": one["skipped"]}
+    else:
+      _check_finite(one, number, seed, pairs)
+    seed.epoch.add(one)
+    seed.interval.add(one)
+
+
+def _end_interval(seed, step, epoch):
+  means = _scalars(seed.interval.means())
+  if means.get("skipped") == 1:
+    raise types.BadNumbersError(
+      f"all iterations of the logging interval up to {step} were skipped;"
+      f" {_advice(seed)}"
+    )
+  seed.record("train", step, {"epoch": epoch, **means})
+  seed.interval = logs.Averages()
+
+
+def _leave(step, run, config):
+  total = config.epochs * run.dataset.steps_per_epoch
+  raise types.Interrupted(
+    f"asked to stop; saved after iteration {step} of {total}, and the same"
+    " command goes on from there"
+  )
+
+
+def _epoch_record(run, seed, epoch, validation):
+  """Return an epoch's record, and begin the next one's averages."""
+  means = seed.epoch.means()
+  seed.epoch = logs.Averages()
+  record: dict[str, Any] = {
+    "epoch": epoch,
+    "learning_rate": float(
+      run.learning_rate_fn((epoch - 1) * run.dataset.steps_per_epoch)
+    ),
+  }
+  record |= {f"train_{name}": v for name, v in _scalars(means).items()}
+  transferred = _transfer_record(run.pairs, means)
+  seed.progress["channel_weights"] = transferred.pop("channel_weights", None)
+  record |= transferred
+  return record | {f"val_{name}": v for name, v in validation.items()}
 
 
 def _transfer_record(pairs, means):
   """What an epoch's record says of each pair."""
-  if "transfer" not in means:
-    return {}
   names = [pair.name for pair in pairs]
   by_pair = lambda values: dict(zip(names, values.tolist(), strict=True))
-  return {
-    "pair_weights": by_pair(means["transfer"]["pair_weights"]),
-    "matching_distances": by_pair(means["transfer"]["distances"]),
-    "channel_weights": {
-      name: weights.tolist()
-      for name, weights in means["transfer"]["channel_weights"].items()
-    },
-  }
+  record = {}
+  if "transfer" in means:
+    record = {
+      "pair_weights": by_pair(means["transfer"]["pair_weights"]),
+      "matching_distances": by_pair(means["transfer"]["distances"]),
+      "channel_weights": {
+        name: weights.tolist()
+        for name, weights in means["transfer"]["channel_weights"].items()
+      },
+    }
+  if "meta_grad_norms" in means:
+    record["meta_grad_norms"] = by_pair(means["meta_grad_norms"])
+  return record
 
 
 def _stack(trees: Sequence[types.PyTree]) -> types.PyTree:
@@ -397,37 +619,65 @@ def _take(tree: types.PyTree, index: int, num_seeds: int) -> types.PyTree:
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _check_finite(scalars, step):
-  for name, value in scalars.items():
-    if not math.isfinite(value):
-      raise types.InputError(
-        f"{name} is {value} within the iterations up to {step}; lower"
-        " config.optimizer.learning_rate, config.transfer.beta or"
-        " config.meta.learning_rate"
-      )
-
-
-def _mean(metrics):
-  """Average each metric over the iterations that have it."""
-  names = dict.fromkeys(name for one in metrics for name in one)
-  return {
-    name: jax.tree.map(
-      lambda *values: np.mean(values, axis=0),
-      *(one[name] for one in metrics if name in one),
+def _check_finite(metrics, step, seed, pairs=()):
+  """Raise a `types.BadNumbersError` that names what is not finite."""
+  bad = _not_finite(metrics, pairs)
+  if bad:
+    raise types.BadNumbersError(
+      f"iteration {step}: not finite: {', '.join(bad)}; {_advice(seed)}"
     )
-    for name in names
-  }
+
+
+def _not_finite(metrics, pairs):
+  """Name the quantities that are NaN or infinite, with their pairs."""
+  named = [
+    (name, value) for name, value in metrics.items() if name != "transfer"
+  ]
+  transferred = metrics.get("transfer", {})
+  # The causes before what follows from them.
+  named[:0] = [(name, transferred[name]) for name in _BY_PAIR if transferred]
+  bad = []
+  for name, values in named:
+    is_bad = ~np.isfinite(values)
+    if np.ndim(values):
+      where = [
+        pair.name for pair, one in zip(pairs, is_bad, strict=True) if one
+      ]
+      bad += [f"{name} of {pair}" for pair in where]
+    elif is_bad:
+      bad.append(f"{name} ({values})")
+  return bad
+
+
+def _advice(seed):
+  kept = seed.checkpoints.steps()
+  last = f"is of iteration {kept[-1]}" if kept else "does not exist yet"
+  return (
+    f"the last good checkpoint {last}; lower config.optimizer.learning_rate,"
+    " config.transfer.beta or config.meta.learning_rate, set"
+    " config.optimizer.clip_norm or config.meta.clip_norm, or"
+    " config.bad_numbers='skip'; config.precision='f32' is the least prone"
+  )
 
 
 def _scalars(metrics):
-  return {k: float(v) for k, v in metrics.items() if k != "transfer"}
+  return {
+    k: float(v)
+    for k, v in metrics.items()
+    if k != "transfer" and not np.ndim(v)
+  }
 
 
-def _save_target(run, seed, inner):
+def _save_target(run, seed, inner, epoch):
   config, image_format = seed.config, run.image_format
+  variables = sharding.gather(
+    {"params": inner.params["target"], **inner.model_state}, run.mesh
+  )
+  if not processes.is_first():
+    return
   pretrained.save(
     seed.workdir / "target.safetensors",
-    jax.device_get({"params": inner.params["target"], **inner.model_state}),
+    variables,
     {
       "model": config.target.model,
       "num_classes": str(run.num_outputs),
@@ -436,7 +686,7 @@ def _save_target(run, seed, inner):
       "mean": json.dumps(image_format.mean),
       "std": json.dumps(image_format.std),
       "config": config.to_json(),
-      "epoch": str(seed.progress["epoch"]),
+      "epoch": str(epoch),
       "val_accuracy": str(seed.progress["val_accuracy"]),
     },
   )
@@ -486,6 +736,7 @@ def _summary(run, programs, seed, num_seeds):
     "num_test": dataset.num_test,
     "num_unlabeled": dataset.num_unlabeled,
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "processes": jax.process_count(),
     "versions": {
       "python": platform.python_version(),
       **{module.__name__: module.__version__ for module in _VERSIONED},
@@ -528,6 +779,8 @@ def make_folder(workdir: pathlib.Path) -> None:
   """Make the folder of a run; raise `types.InputError` where that fails."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
   except OSError as error:
     raise types.InputError(
       f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
@@ -554,6 +807,8 @@ def _check_same_config(workdir, config):
 
 
 def _write_json(path, content):
+  if not processes.is_first():
+    return
   partial = path.with_suffix(".partial")
   partial.write_text(json.dumps(content, indent=2) + "\n")
   partial.replace(path)

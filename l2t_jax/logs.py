@@ -11,6 +11,8 @@ import time
 from typing import Any, Protocol
 
 from flax import traverse_util
+import jax
+import numpy as np
 from rich import console, progress
 
 from l2t_jax import imports, types
@@ -225,11 +227,55 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
   return records
 
 
+class Averages:
+  """Means of metrics over iterations, each over those that have it.
+
+  Sums are in float64 and grow by one iteration after the other, so that means
+  do not depend on where a run was cut off and resumed.
+  """
+
+  def __init__(self):
+    self._sums: dict[str, types.PyTree] = {}
+    self._counts: dict[str, int] = {}
+
+  def add(self, metrics: Mapping[str, types.PyTree]) -> None:
+    """Add an iteration's metrics, numbers or trees of arrays by name."""
+    for name, value in metrics.items():
+      value = jax.tree.map(np.float64, value)
+      if name in self._sums:
+        value = jax.tree.map(np.add, self._sums[name], value)
+      self._sums[name] = value
+      self._counts[name] = self._counts.get(name, 0) + 1
+
+  def means(self) -> dict[str, types.PyTree]:
+    """Return each metric's mean."""
+    return {
+      name: jax.tree.map(lambda x, n=self._counts[name]: x / n, value)
+      for name, value in self._sums.items()
+    }
+
+  def to_json(self) -> dict[str, Any]:
+    """Return what `from_json` makes the same averages of."""
+    return {
+      "sums": jax.tree.map(lambda x: x.tolist(), self._sums),
+      "counts": dict(self._counts),
+    }
+
+  @classmethod
+  def from_json(cls, content: Mapping[str, Any]) -> Averages:
+    """Go on where `to_json` was."""
+    averages = cls()
+    is_list = lambda x: isinstance(x, list)
+    averages._sums = jax.tree.map(np.float64, content["sums"], is_leaf=is_list)
+    averages._counts = dict(content["counts"])
+    return averages
+
+
 class Progress:
   """A live bar on a terminal, as a context; elsewhere a line now and then."""
 
-  def __init__(self, total_steps: int, done: int, batch_size: int):
-    self.console = console.Console()
+  def __init__(self, total_steps: int, batch_size: int, *, quiet: bool = False):
+    self.console = console.Console(quiet=quiet)
     self._batch_size = batch_size
     self._said_at = time.time()
     self._bar = progress.Progress(
@@ -244,9 +290,13 @@ class Progress:
       disable=not self.console.is_terminal,
     )
     self._task = self._bar.add_task(
-      "", total=total_steps, completed=done, where="", values="compiling"
+      "", total=total_steps, where="", values="compiling"
     )
     self._bar.start()
+
+  def begin(self, done: int) -> None:
+    """Show that training begins after some steps that were done before."""
+    self._bar.reset(self._task, completed=done)
 
   def update(self, epoch: int, steps: int, values: Mapping[str, float]) -> None:
     """Show that more steps are done.

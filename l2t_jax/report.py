@@ -386,14 +386,16 @@ def compute_saliency(run: Run, num_images: int) -> Saliency:
 
 def _restore(run, state):
   folder = run.workdir / experiment.CHECKPOINTS
-  if not folder.is_dir() or not checkpoint.newest_step(folder):
-    raise types.InputError(f"{folder} has no checkpoint any more")
-  try:
-    with checkpoint.Checkpoints(folder) as checkpoints:
-      return checkpoints.restore(state)[0]
-  except Exception as error:  # Orbax raises many kinds.
-    reason = str(error).strip().partition("\n")[0]
-    raise types.InputError(f"{folder} cannot be read: {reason}") from error
+  if not folder.is_dir():
+    raise types.InputError(f"{folder} does not exist any more")
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise types.InputError(f"{folder} has no checkpoint any more")
+    try:
+      return checkpoints.restore(steps[-1], state)[0]
+    except checkpoint.DamagedError as error:
+      raise types.InputError(f"{folder} cannot be read: {error}") from error
 
 
 def _spread_images(dataset, count):

@@ -1,4 +1,4 @@
-"""One mesh, data parallel: batches are split, everything else is replicated.
+"""One mesh: batches are split over it, other arrays are copied or split.
 
 Under one `jax.jit` the losses and the batch statistics are those of the global
 batch; XLA puts the collectives where they are needed.
@@ -6,20 +6,30 @@ batch; XLA puts the collectives where they are needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from l2t_jax import types
 
 _AXIS = "data"
+# Arrays of fewer numbers are copied also where larger ones are split: a
+# collective for each costs more than they take.
+_MIN_SPLIT_SIZE = 2**12
 
 
-def make_mesh() -> jax.sharding.Mesh:
-  """Lay all devices of all processes out along one axis."""
+def make_mesh(
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """Lay devices out along one axis; by default all, of all processes."""
+  devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
-    (jax.device_count(),),
+    (len(devices),),
     (_AXIS,),
     axis_types=(jax.sharding.AxisType.Auto,),
+    devices=devices,
   )
 
 
@@ -28,9 +38,36 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Put a copy of every array on every device."""
-  return jax.device_put(tree, replicated(mesh))
+def split(
+  tree: types.PyTree, mesh: jax.sharding.Mesh, min_size: int = _MIN_SPLIT_SIZE
+) -> types.PyTree:
+  """Choose shardings that spread arrays over the devices.
+
+  Args:
+    tree: arrays, or their shapes.
+    mesh: from `make_mesh`.
+    min_size: numbers in an array from which on it is split.
+
+  Returns:
+    A sharding for each array: along its longest axis that the number of devices
+    divides, or replicated where there is none.
+  """
+
+  def choose(array):
+    divisible = [n if n % mesh.size == 0 else 0 for n in array.shape]
+    if array.size < min_size or not any(divisible):
+      return replicated(mesh)
+    axis = int(np.argmax(divisible))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
+
+  return jax.tree.map(choose, tree)
+
+
+def gather(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Copy arrays from the devices, wherever their parts are, to the host."""
+  if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+    tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+  return jax.device_get(tree)
 
 
 def shard(

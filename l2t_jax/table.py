@@ -71,7 +71,8 @@ def main(overrides: list[str]) -> int:
   """Train what is not done yet.
 
   Returns:
-    The exit status: 0, 1 where something failed, 130 where it was interrupted.
+    The exit status: 0, 1 where something failed, 75 where SIGTERM and 130
+    where Ctrl-C interrupted it.
   """
   workdir = pathlib.Path(flags.FLAGS.workdir)
   share = _parse_shard(_SHARD.value)
@@ -90,9 +91,9 @@ def main(overrides: list[str]) -> int:
       if job.workdirs:
         run_job(job)
         comparison.write(workdir, results(cells))
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, types.Interrupted) as error:
     _OUT.print("interrupted; the same command goes on from here")
-    status = 130
+    status = getattr(error, "exit_code", 130)
   final = results(cells)
   comparison.write(workdir, final)
   comparison.print_table(final)
@@ -263,6 +264,8 @@ def _train_logged(
       contextlib.redirect_stdout(log),
     ):
       return experiment.train_together(job.config, job.workdirs), ""
+  except types.Interrupted:
+    raise
   except Exception as error:
     return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
 
@@ -296,7 +299,7 @@ def _read_errors(workdirs) -> list[str]:
 
 def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split())
-  if not isinstance(error, types.InputError):
+  if not isinstance(error, types.Stop):
     text = f"{type(error).__name__}: {text}"
   return text[:300]
 

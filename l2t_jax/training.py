@@ -40,8 +40,15 @@ class Source(NamedTuple):
   model_state: types.PyTree
 
 
-def sgd(*, momentum: float, weight_decay: float) -> OptimizerFn:
+def sgd(
+  *, momentum: float, weight_decay: float, clip_norm: float = 0.0
+) -> OptimizerFn:
   """SGD as in PyTorch: L2 in the gradient of every parameter, heavy ball.
+
+  Args:
+    momentum: share of the buffer that stays.
+    weight_decay: factor of L2.
+    clip_norm: of `clip_by_global_norm`, before L2 is added; 0 for no clipping.
 
   Returns:
     learning rate -> optax transformation.
@@ -49,6 +56,7 @@ def sgd(*, momentum: float, weight_decay: float) -> OptimizerFn:
 
   def optimizer_fn(learning_rate):
     return optax.chain(
+      *_clipping(clip_norm),
       optax.add_decayed_weights(weight_decay),
       optax.sgd(learning_rate, momentum=momentum),
     )
@@ -57,12 +65,40 @@ def sgd(*, momentum: float, weight_decay: float) -> OptimizerFn:
 
 
 def adam_l2(
-  learning_rate: float, weight_decay: float
+  learning_rate: float, weight_decay: float, clip_norm: float = 0.0
 ) -> optax.GradientTransformation:
-  """Adam with L2 in the gradient (not decoupled), as torch.optim.Adam."""
+  """Adam with L2 in the gradient (not decoupled), as torch.optim.Adam.
+
+  Args:
+    learning_rate: of Adam.
+    weight_decay: factor of L2.
+    clip_norm: of `clip_by_global_norm`, before L2 is added; 0 for no clipping.
+  """
   return optax.chain(
-    optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
+    *_clipping(clip_norm),
+    optax.add_decayed_weights(weight_decay),
+    optax.adam(learning_rate),
   )
+
+
+def _clipping(norm):
+  return (clip_by_global_norm(norm),) if norm else ()
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """Scale gradients whose norm over all arrays is larger down to max_norm.
+
+  As optax's, but its own derivative is finite where the gradients are 0: the
+  look-ahead is differentiated through it.
+  """
+
+  def update(updates, state, params=None):
+    del params
+    squares = (jnp.sum(jnp.square(x)) for x in jax.tree.leaves(updates))
+    norm = jnp.sqrt(jnp.maximum(sum(squares), max_norm**2))
+    return jax.tree.map(lambda x: x * (max_norm / norm), updates), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def cosine_by_epoch(
@@ -138,6 +174,7 @@ def make_train_step(
   mode: str,
   rolled: bool,
   update_meta: bool = True,
+  skip_bad_numbers: bool = False,
 ) -> Callable[
   [types.TrainState, Mapping[str, Source], types.Batch],
   tuple[types.TrainState, dict[str, types.PyTree]],
@@ -163,14 +200,18 @@ def make_train_step(
     mode: how the hypergradient is computed, one of `bilevel.MODES`.
     rolled: whether the T steps are a rolled loop.
     update_meta: whether there is a look-ahead and a meta update at all.
+    skip_bad_numbers: whether an iteration whose loss or gradient is NaN or
+      infinite leaves everything but the count of iterations as it was. A meta
+      update that is not finite never takes place.
 
   Returns:
     `train_step(state, sources, batch) -> (state, metrics)`. Metrics are the
-    scalars of `objectives.make_losses` before the real update, "outer_loss"
-    after the look-ahead and "meta_grad_norm"; and, where there are weights,
-    "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P] in the order
-    of the pairs, and "channel_weights", pair -> [C_m], all of them means over
-    the batch.
+    scalars of `objectives.make_losses` before the real update and "grad_norm"
+    of their gradient; "outer_loss" after the look-ahead, "meta_grad_norm", and
+    "meta_grad_norms" of each pair's part of it, [P] in the order of the pairs;
+    with `skip_bad_numbers` "skipped", 1 or 0; and, where there are weights,
+    "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P], and
+    "channel_weights", pair -> [C_m], all of them means over the batch.
   """
   if look_ahead_loss not in LOOK_AHEAD_LOSSES:
     raise types.InputError(
@@ -183,6 +224,10 @@ def make_train_step(
     data = with_sources(sources, batch)
     weights = weights_of(state.meta_params, data)
     inner, metrics = real_update(optimizer, state.inner, weights, data)
+    if skip_bad_numbers:
+      is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+      inner = _choose(is_good, inner, state.inner)
+      metrics["skipped"] = 1.0 - is_good
     meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
     if update_meta and jax.tree.leaves(meta_params):
       # With a rate that is no tracer, so that it can be probed.
@@ -190,14 +235,25 @@ def make_train_step(
       outer_loss, grads = bilevel.hypergradient(
         look_ahead(optimizer), losses.target, inner, meta_params, data
       )
-      updates, meta_opt_state = meta_optimizer.update(
-        grads, meta_opt_state, meta_params
+      by_pair = jnp.stack(
+        [
+          optax.tree.norm([part[pair.name] for part in grads.values()])
+          for pair in pairs
+        ]
       )
-      meta_params = optax.apply_updates(meta_params, updates)
       metrics |= {
         "outer_loss": outer_loss,
-        "meta_grad_norm": optax.tree.norm(grads),
+        "meta_grad_norm": jnp.sqrt(jnp.sum(jnp.square(by_pair))),
+        "meta_grad_norms": by_pair,
       }
+      updates, new_opt_state = meta_optimizer.update(
+        grads, meta_opt_state, meta_params
+      )
+      meta_params, meta_opt_state = _choose(
+        jnp.isfinite(metrics["meta_grad_norm"]),
+        (optax.apply_updates(meta_params, updates), new_opt_state),
+        (meta_params, meta_opt_state),
+      )
     state = types.TrainState(state.step + 1, inner, meta_params, meta_opt_state)
     return state, metrics
 
@@ -228,6 +284,7 @@ def make_train_step(
     grads, (model_state, metrics) = jax.grad(losses.total, has_aux=True)(
       inner.params, weights, inner.model_state, data
     )
+    metrics["grad_norm"] = optax.tree.norm(grads)
     inner = bilevel.apply_gradients(optimizer, inner, grads, model_state)
     if weights is not None:
       stack = lambda values: jnp.stack([values[p.name] for p in pairs])
@@ -270,6 +327,11 @@ def make_train_step(
     return run
 
   return train_step
+
+
+def _choose(condition, tree, otherwise):
+  """Return one of two trees, by a traced bool."""
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, otherwise)
 
 
 def make_eval_step(

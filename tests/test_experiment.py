@@ -153,7 +153,6 @@ assert jax.device_count() == 4
     ("data.name", "", "source 'bundled' needs data.name"),
     ("data.val_fraction", 0.0, "no validation images"),
     ("data.image_size", 4, "maps of 1x1 are too small for a max-pool of 2x2"),
-    ("optimizer.learning_rate", 1e30, "is (nan|inf) within the iterations"),
     ("batch_size", 51, "51"),
   ],
 )
@@ -164,9 +163,8 @@ def test_a_wrong_value_is_named(source, tmp_path, field, value, message):
   with pytest.raises(types.InputError, match=message) as error:
     experiment.train_and_evaluate(config, tmp_path / "run")
   assert "\n" not in str(error.value)
-  if field != "optimizer.learning_rate":
-    # A corrected command can use the same folder.
-    assert not (tmp_path / "run" / "config.json").exists()
+  # A corrected command can use the same folder.
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +250,7 @@ def test_a_checkpoint_holds_what_it_was_given(tmp_path):
       checkpoints.save(1, state, progress)
       progress["epoch"] = 2
     with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
-      assert checkpoints.restore(like=state)[1]["epoch"] == 1
+      assert checkpoints.restore(1, like=state)[1]["epoch"] == 1
 
 
 def test_a_folder_without_images(tmp_path):

@@ -1,0 +1,174 @@
+"""The processes of a run: their start, their signals, the loss of one.
+
+In most runs there is one process, and nothing here does anything but
+`StopRequests`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from typing import NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+from l2t_jax import types
+
+# Seconds without a sign of life after which a process counts as lost.
+_HEARTBEAT_TIMEOUT = 30
+# Seconds that the processes have to find one another.
+_START_TIMEOUT = 300
+# What JAX's errors say where another process is the reason.
+_OF_ANOTHER = re.compile(
+  r"gloo|nccl|collective|coordination|barrier|heartbeat|UNAVAILABLE"
+  r"|DEADLINE_EXCEEDED|Connection (reset|closed|refused)|Socket closed",
+  re.IGNORECASE,
+)
+
+
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Join the other processes of the run; before anything computes.
+
+  Args:
+    coordinator: HOST:PORT of process 0, a free port there. None, as for the
+      other two, where Slurm, Open MPI, Kubernetes or a TPU pod tell.
+    num_processes: how many there are.
+    process_id: of this one, from 0.
+
+  Raises:
+    types.InputError: something is missing or wrong.
+    types.LostProcessError: the others did not come.
+  """
+  if coordinator and not re.fullmatch(r"\S+:\d+", coordinator):
+    raise types.InputError(
+      f"--coordinator={coordinator} must be HOST:PORT, such as node0:1234"
+    )
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      initialization_timeout=_START_TIMEOUT,
+      heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+    )
+  except (ValueError, TypeError, KeyError) as error:
+    raise types.InputError(
+      f"cannot start in several processes: {_in_one_line(error)}; give"
+      " --coordinator=HOST:PORT, --num_processes and --process_id"
+    ) from error
+  except RuntimeError as error:
+    raise types.LostProcessError(
+      f"the processes did not find one another: {_in_one_line(error)}"
+    ) from error
+  ctypes.CDLL(None).signal(signal.SIGABRT, _leave_on_abort)
+
+
+def are_several() -> bool:
+  """Return whether the run was started as one of several processes."""
+  return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+  """Return whether this process is the one that writes and prints."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+  """Wait until every process has come as far; `where` tells places apart."""
+  if are_several():
+    multihost_utils.sync_global_devices(where)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Let no process wait for others that are lost, or leave before they did.
+
+  Wraps all of a command. A process that fails alone ends at once, without the
+  usual farewell, for which it would wait; that ends the others, too.
+  """
+  try:
+    yield
+  except Exception as error:
+    if not are_several():
+      raise
+    if isinstance(error, types.Interrupted | types.BadNumbersError):
+      wait_for_all("the end")  # Each process has found the same.
+      raise
+    if isinstance(error, types.Stop):
+      _leave(str(error), error.exit_code)
+    traceback.print_exc()
+    if _OF_ANOTHER.search(str(error)):
+      _leave(_LOST, types.LostProcessError.exit_code)
+    _leave("this process failed, as told above", 1)
+  else:
+    wait_for_all("the end")
+
+
+class StopRequests:
+  """Whether a signal asked the run to leave: SIGTERM, to any of its processes.
+
+  A context manager. Schedulers send it before they take a machine away.
+  """
+
+  def __init__(self):
+    self._asked = False
+    self._usual = None
+
+  def __enter__(self) -> StopRequests:
+    # In several processes JAX listens, so that all stop at the same iteration.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and not are_several():
+      self._usual = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._usual is not None:
+      signal.signal(signal.SIGTERM, self._usual)
+
+  def _ask(self, *_) -> None:
+    self._asked = True
+
+  def after(self, step: int) -> bool:
+    """Return whether to leave after an iteration; to be called after each."""
+    if are_several() and multihost_utils.reached_preemption_sync_point(step):
+      self._asked = True
+    return self._asked
+
+
+_LOST = (
+  "another process of the run ended or no longer answers (JAX's own words stand"
+  " above); its output says why. Start all processes again, also on other"
+  " machines or another number of them: they go on from the last checkpoint"
+)
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+  print(f"error: {message}", file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(exit_code)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _leave_on_abort(_):
+  """What JAX's abort() becomes when it hears that a process is lost.
+
+  It is called in a thread of JAX's own, of whose signals Python never hears.
+  """
+  _leave(_LOST, types.LostProcessError.exit_code)
+
+
+def _in_one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
