@@ -32,7 +32,10 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(max_to_keep=2),
-      item_names=("state", "progress"),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "progress": ocp.JsonCheckpointHandler(),
+      },
     )
 
   def __enter__(self) -> Checkpoints:
@@ -96,6 +99,7 @@ class Checkpoints:
       DamagedError: it cannot be read, or its checksum is wrong.
       types.InputError: it is one of another network.
     """
+    self._manager.wait_until_finished()
     try:
       stored = self._manager.item_metadata(step)["state"].tree
     except Exception as error:
@@ -128,6 +132,7 @@ class Checkpoints:
 
   def drop_after(self, step: int) -> None:
     """Delete later checkpoints: what they hold will be computed again."""
+    self._manager.wait_until_finished()
     for later in self.steps():
       if later > step:
         self._manager.delete(later)
@@ -197,6 +202,6 @@ def _sum_of_bits(leaf):
 
 
 def _reason(error):
-  """The last line of what a library says, which may be a page."""
+  """The end of what a library says, which may be a page: it tells most."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return lines[-1][:300] if lines else type(error).__name__
+  return lines[-1][-200:] if lines else type(error).__name__

@@ -45,6 +45,7 @@ from l2t_jax import (
 CHECKPOINTS = "checkpoints"
 # Metrics of "transfer" with a number for each pair.
 _BY_PAIR = ("distances", "pair_weights")
+_OF_META_UPDATE = {"outer_loss", "meta_grad_norm", "meta_grad_norms"}
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Accuracies may be errors with a minus: any finite one is better.
 _WORST = -sys.float_info.max
@@ -538,14 +539,15 @@ def _train_epoch(
 
 
 def _average(seed, metrics, step, pairs, display):
-  """Add iterations up to `step` to the averages, but for those skipped."""
+  """Add iterations up to `step` to the averages, but for what was skipped."""
   for number, one in enumerate(metrics, start=step - len(metrics) + 1):
-    if one.get("skipped"):
-      bad = ", ".join(_not_finite(one, pairs))
-      display.say(f"iteration {number} is skipped: {bad} is not finite")
-      one = {"skipped": one["skipped"]}
-    else:
+    if "skipped" not in one:
       _check_finite(one, number, seed, pairs)
+    elif bad := _not_finite(one, pairs):
+      what = "iteration" if one["skipped"] else "meta update of iteration"
+      display.say(f"{what} {number} is skipped: not finite: {', '.join(bad)}")
+      kept = () if one["skipped"] else one.keys() - _OF_META_UPDATE
+      one = {name: one[name] for name in ("skipped", *kept)}
     seed.epoch.add(one)
     seed.interval.add(one)
 

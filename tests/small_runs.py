@@ -34,16 +34,30 @@ def kill_in_epoch(number, train, monkeypatch):
 
 
 def run_python(*arguments):
-  """Run Python with some arguments in the root of the project.
+  """Run Python with some arguments in the root of the project."""
+  process = start_python(*arguments)
+  stdout, stderr = process.communicate()
+  return subprocess.CompletedProcess(
+    process.args, process.returncode, stdout, stderr
+  )
+
+
+def start_python(*arguments, environment=None, **options):
+  """Start what `run_python` runs.
 
   It compiles quickly, as this process does; see conftest.py.
   """
-  return subprocess.run(
+  return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
-    capture_output=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
     cwd=ROOT,
-    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    # The level is l2t_jax's own; jax, imported first here, has set another.
+    env=os.environ
+    | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    | (environment or {}),
+    **options,
   )
 
 

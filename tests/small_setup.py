@@ -83,6 +83,7 @@ def make_train_step(
   target=TARGET,
   look_ahead_loss="auxiliary",
   update_meta=True,
+  skip_bad_numbers=False,
 ):
   method = objectives.get_method(method)
   auxiliary = {
@@ -109,6 +110,7 @@ def make_train_step(
     mode=mode,
     rolled=rolled,
     update_meta=update_meta,
+    skip_bad_numbers=skip_bad_numbers,
   )
 
 

@@ -1,0 +1,341 @@
+"""Runs that are killed, stopped, damaged or run into bad numbers."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from l2t_jax import checkpoint, experiment, training, types
+from l2t_jax.data import in_memory
+from tests import small_runs, small_setup
+
+# Runs and their compiled steps are shared by the tests of one process.
+pytestmark = pytest.mark.xdist_group("experiment")
+
+# How often the run below is disturbed; `make faults` sets more.
+_NUM_FAULTS = int(os.environ.get("L2T_FAULTS", 4))
+_SEED = int(os.environ.get("L2T_FAULTS_SEED", 0))
+_STATE = types.TrainState(jnp.zeros((), jnp.int32), jnp.ones(30_000), {}, {})
+
+
+@pytest.fixture
+def config_file(source, tmp_path):
+  """An experiment of 100 iterations, with a checkpoint every 7."""
+  config = small_runs.small_config(source, epochs=4)
+  config.data.per_class = 40
+  # What is slow to start.
+  config.data.name = "digits"
+  config.trackers = ()
+  config.log_every = 3
+  config.checkpoint_steps = 7
+  path = tmp_path / "config.json"
+  path.write_text(config.to_json())
+  return path
+
+
+def test_a_run_ends_bit_equal_whatever_happens_to_it(config_file, tmp_path):
+  """Killed, stopped, out of disk space or damaged at random moments."""
+  train = lambda workdir, **options: small_runs.start_python(
+    "train.py", f"--config={config_file}", f"--workdir={workdir}", **options
+  )
+  expected, disturbed = tmp_path / "expected", tmp_path / "disturbed"
+  _finish(train(expected))
+  rng = random.Random(_SEED)
+  faults = [_kill, _stop, _fill_disk, _damage]
+  faults += rng.choices(faults, weights=(7, 1, 1, 1), k=_NUM_FAULTS)
+  for fault in faults[:_NUM_FAULTS]:
+    fault(lambda **options: train(disturbed, **options), disturbed, rng)
+  _finish(train(disturbed))
+  _assert_same_runs(disturbed, expected)
+
+
+def _kill(train, workdir, rng):
+  process = train()
+  _wait_for_progress(process, workdir, rng)
+  process.kill()
+  process.wait()
+
+
+def _stop(train, workdir, rng):
+  """Asked politely, it saves where it is, leaves and says so."""
+  process = train()
+  _wait_for_progress(process, workdir, rng)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate()
+  if process.returncode == 0:  # It had just finished.
+    (workdir / "summary.json").unlink()
+    return
+  assert process.returncode == types.Interrupted.exit_code, stderr
+  step = int(re.search(r"saved after iteration (\d+) of 100", stderr)[1])
+  assert step in _checkpoints(workdir)
+
+
+def _fill_disk(train, workdir, rng):
+  """A checkpoint can no longer be written; the ones before are kept."""
+  before = _checkpoints(workdir)
+  limit = (20_000, resource.RLIM_INFINITY)
+  process = train(
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  )
+  _, stderr = process.communicate()
+  assert process.returncode == types.StorageError.exit_code, stderr
+  # Libraries' threads may complain before.
+  assert stderr.splitlines()[-1].startswith("error: cannot write "), stderr
+  assert "File too large" in stderr
+  assert before <= _checkpoints(workdir)
+
+
+def _damage(train, workdir, rng):
+  """The newest checkpoint has changed on disk: the one before is used."""
+  if not _checkpoints(workdir):
+    return
+  newest = max(_checkpoints(workdir))
+  _flip_a_bit(workdir / "checkpoints" / str(newest), rng)
+  process = train()
+  _wait_for_progress(process, workdir, rng)
+  process.kill()
+  stdout, _ = process.communicate()
+  assert f"checkpoint of iteration {newest} is damaged" in stdout
+  assert (workdir / f"damaged_checkpoint_{newest}").is_dir()
+  shutil.rmtree(workdir / f"damaged_checkpoint_{newest}")
+
+
+def _wait_for_progress(process, workdir, rng):
+  """Wait for some records more, and then for any moment."""
+  wanted = _num_records(workdir) + rng.randint(1, 8)
+  is_new = lambda: _num_records(workdir) >= wanted
+  while not is_new() and process.poll() is None:
+    time.sleep(0.01)
+  time.sleep(rng.uniform(0, 0.2))
+
+
+def _num_records(workdir):
+  path = workdir / "metrics.jsonl"
+  return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _finish(process):
+  _, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+
+
+def _checkpoints(workdir):
+  folder = workdir / "checkpoints"
+  names = os.listdir(folder) if folder.exists() else []
+  return {int(name) for name in names if name.isdigit()}
+
+
+def _flip_a_bit(folder, rng):
+  """Of the numbers: elsewhere Orbax may not even look."""
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  largest.write_bytes(bytes(content))
+
+
+def _assert_same_runs(ours, theirs):
+  read = lambda name: [(w / name).read_bytes() for w in (ours, theirs)]
+  for name in ("metrics.jsonl", "transfer_map.json"):
+    assert len(set(read(name))) == 1, name
+  # Its bytes would differ: the header is in no fixed order.
+  targets = map(safetensors.numpy.load, read("target.safetensors"))
+  jax.tree.map(np.testing.assert_array_equal, *targets)
+  times = ("seconds", "compile_seconds")
+  summaries = [
+    {k: v for k, v in json.loads(text).items() if k not in times}
+    for text in read("summary.json")
+  ]
+  assert summaries[0] == summaries[1]
+  assert _checkpoints(ours) & _checkpoints(theirs)
+  states = [_raw_state(workdir) for workdir in (ours, theirs)]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def _raw_state(workdir):
+  """Read the last checkpoint without knowing what is in it."""
+  import orbax.checkpoint as ocp
+
+  with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+    step = manager.latest_step()
+    content = ocp.args.Composite(state=ocp.args.StandardRestore())
+    return step, manager.restore(step, args=content)["state"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_noticed(tmp_path, harm):
+  with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
+    checkpoints.save(1, _STATE, {"epoch": 1})
+  files = [p for p in (tmp_path / "run" / "1").rglob("*") if p.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  content = largest.read_bytes()
+  if harm == "remove":
+    largest.unlink()
+  elif harm == "truncate":
+    largest.write_bytes(content[: len(content) // 2])
+  else:
+    middle = len(content) // 2
+    changed = bytes([content[middle] ^ 8])
+    largest.write_bytes(content[:middle] + changed + content[middle + 1 :])
+  with (
+    checkpoint.Checkpoints(tmp_path / "run") as checkpoints,
+    pytest.raises(checkpoint.DamagedError),
+  ):
+    checkpoints.restore(1, _STATE)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, _STATE, {})
+    checkpoints.restore(1, _STATE)
+    message = r"inner is \[30000\] in it, \[7\] in this run"
+    with pytest.raises(types.InputError, match=message):
+      checkpoints.restore(1, _STATE._replace(inner=jnp.ones(7)))
+    with pytest.raises(types.InputError, match="meta_params/f is missing in"):
+      checkpoints.restore(1, _STATE._replace(meta_params={"f": jnp.ones(3)}))
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, _STATE, {})
+    bad = _STATE._replace(inner=_STATE.inner.at[5].set(jnp.inf))
+    with pytest.raises(types.BadNumbersError, match="inner is not finite"):
+      checkpoints.save(2, bad, {})
+    assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize(
+  ("steps", "group"),
+  [
+    ({"a": [3, 6], "b": [3]}, ["a", "b"]),  # Killed while both were saving.
+    ({"a": [], "b": []}, ["a", "b"]),
+    ({"a": [3, 6], "b": [], "c": [6]}, ["a", "c"]),  # b came later.
+    ({"a": [], "b": [3], "c": []}, ["a", "c"]),
+  ],
+)
+def test_seeds_go_on_from_what_they_share(tmp_path, steps, group):
+  for name, those in steps.items():
+    with checkpoint.Checkpoints(
+      tmp_path / name / experiment.CHECKPOINTS
+    ) as checkpoints:
+      for step in those:
+        checkpoints.save(step, _STATE, {})
+  folders = [tmp_path / name for name in steps]
+  assert experiment._first_group(folders) == [tmp_path / n for n in group]
+
+
+def test_what_will_be_computed_again_is_dropped(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    for step in (3, 6):
+      checkpoints.save(step, _STATE, {})
+    checkpoints.drop_after(3)
+    assert checkpoints.steps() == [3]
+    checkpoints.save(6, _STATE, {"epoch": 2})
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(6, _STATE)[1] == {"epoch": 2}
+
+
+def test_two_runs_in_one_folder_are_refused(source, tmp_path):
+  with experiment._lock(tmp_path):
+    message = "another process is training in"
+    with pytest.raises(types.InputError, match=message):
+      experiment.train_and_evaluate(small_runs.small_config(source), tmp_path)
+  assert not (tmp_path / "config.json").exists()
+
+
+@pytest.fixture
+def bad_batch(monkeypatch):
+  """Let the second iteration of each epoch see an infinite pixel."""
+  read = in_memory.InMemoryDataset.train_batches
+
+  def read_badly(self, epoch, start=0):
+    for number, batch in enumerate(read(self, epoch, start), start=start):
+      if number == 1:
+        images = batch.images.at[0, 0, 0, 0].set(jnp.inf)
+        batch = batch._replace(images=images)
+      yield batch
+
+  monkeypatch.setattr(in_memory.InMemoryDataset, "train_batches", read_badly)
+
+
+def test_bad_numbers_are_named(source, tmp_path, bad_batch):
+  config = small_runs.small_config(source)
+  config.checkpoint_steps = 1
+  with pytest.raises(types.BadNumbersError) as error:
+    experiment.train_and_evaluate(config, tmp_path)
+  message = str(error.value)
+  assert message.startswith("iteration 2: not finite: distances of")
+  for what in ("stage1_block1->conv1", "grad_norm (nan)", "loss (nan)"):
+    assert what in message
+  assert "the last good checkpoint is of iteration 1" in message
+  assert max(_checkpoints(tmp_path)) == 1
+
+
+def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
+  config = small_runs.small_config(source)
+  config.bad_numbers = "skip"
+  summary = experiment.train_and_evaluate(config, tmp_path)
+  assert np.isfinite(summary["val_accuracy"])
+  printed = capsys.readouterr().out
+  assert "iteration 2 is skipped: not finite: distances of" in printed
+  epochs = small_runs.records(tmp_path, "epoch")
+  np.testing.assert_allclose([r["train_skipped"] for r in epochs], 1 / 3)
+  target = safetensors.numpy.load_file(tmp_path / "target.safetensors")
+  assert all(np.isfinite(values).all() for values in target.values())
+
+
+def test_a_run_that_only_skips_stops(source, tmp_path):
+  config = small_runs.small_config(source)
+  config.bad_numbers = "skip"
+  config.log_every = 2
+  config.optimizer.learning_rate = 1e30
+  with pytest.raises(types.BadNumbersError, match="were skipped"):
+    experiment.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_bad_meta_update_never_takes_place(skip):
+  state, sources, pairs, target_taps = small_setup.create()
+  step = jax.jit(
+    small_setup.make_train_step(
+      "l2t_ww", pairs, target_taps, skip_bad_numbers=skip
+    )
+  )
+  batch = small_setup.batch(4)
+  bad = batch._replace(images=batch.images.at[0].set(jnp.nan))
+  after, metrics = step(state, sources, bad)
+  assert np.isnan(metrics["meta_grad_norm"])
+  assert np.isnan(metrics["meta_grad_norms"]).all()
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  same(after.meta_params, state.meta_params)
+  same(after.meta_opt_state, state.meta_opt_state)
+  assert int(after.step) == 1
+  if skip:
+    assert metrics["skipped"] == 1
+    same(after.inner, state.inner)
+    after, metrics = step(after, sources, batch)
+    assert metrics["skipped"] == 0
+    assert np.isfinite(metrics["loss"])
+
+
+def test_clipping(x64):
+  """As optax's where there is something to clip, and smooth at 0."""
+  clip = training.clip_by_global_norm(2.0)
+  apply = lambda grads: clip.update(grads, clip.init(grads))[0]
+  grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+  np.testing.assert_allclose(apply(grads)["a"], [1.2, 0.0])
+  np.testing.assert_allclose(apply(grads)["b"], 1.6)
+  small = {"a": jnp.array([0.3, 0.0]), "b": jnp.array(0.4)}
+  jax.tree.map(np.testing.assert_array_equal, apply(small), small)
+  zero = jnp.zeros(3)
+  np.testing.assert_array_equal(jax.jacobian(apply)(zero), np.eye(3))
