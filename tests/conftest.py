@@ -4,6 +4,7 @@ import atexit
 import os
 import tempfile
 
+import hypothesis
 import jax
 import pytest
 
@@ -18,6 +19,11 @@ def pytest_configure():
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     atexit.register(folder.cleanup)
   jax.config.update("jax_disable_most_optimizations", True)
+  # The same examples everywhere and every time, and none kept in a folder.
+  hypothesis.settings.register_profile(
+    "l2t_jax", derandomize=True, database=None, deadline=None
+  )
+  hypothesis.settings.load_profile("l2t_jax")
 
 
 @pytest.fixture(autouse=True)
