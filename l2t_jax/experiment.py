@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -525,11 +526,20 @@ def _with_seed(config, seed):
 
 
 def make_folder(workdir: pathlib.Path) -> None:
-  """Make the folder of a run; raise `types.InputError` where that fails."""
+  """Make the folder of a run.
+
+  Raises:
+    types.InputError: there is a file in its place.
+    types.StorageError: nothing can be written into it.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
   except OSError as error:
-    raise types.InputError(
+    in_place = isinstance(error, FileExistsError | NotADirectoryError)
+    stop = types.InputError if in_place else types.StorageError
+    raise stop(
       f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
       " can be written"
     ) from error
