@@ -25,13 +25,13 @@ IN_FULL = (
   "A checkpoint without a tensor",
 )
 PAGE = small_runs.ROOT / "docs" / "guides" / "bad_input.md"
-# The library and what it imports, but for the modules that commands run.
+# The library, before jax, and what it imports; this module, with pytest.
 _PRELOADED = (
   "l2t_jax.experiment",
   "l2t_jax.plan",
   "l2t_jax.commands",
   "l2t_jax.comparison",
-  "tests.bad_input",
+  "tests.test_bad_input",
 )
 _CAPABILITIES_3 = 0x20080522
 
