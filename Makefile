@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs torch browser clean
+.PHONY: demo test test-long docs torch browser clean
 
 demo: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/digits_source.py \
@@ -19,6 +19,11 @@ test: $(VENV)/.dev
 	$(BIN)/mypy
 	$(MAKE) docs
 	$(BIN)/pytest
+
+# What takes long: runs that are disturbed 20 times, several processes, 2,000
+# iterations (about 6 minutes).
+test-long: $(VENV)/.dev
+	$(BIN)/pytest -m long
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 import functools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from l2t_jax import (
   bilevel,
   compilation,
   data,
-  logs,
   models,
   objectives,
   pretrained,
@@ -107,6 +107,7 @@ class _SourceNetwork(NamedTuple):
   num_classes: int
   taps: dict[str, tuple[int, int, int]]  # The chosen ones, named as in pairs.
   all_taps: dict[str, tuple[int, int, int]]
+  no_taps: dict[str, str]  # Other layers, likewise, and why they are none.
 
 
 class _TargetNetwork(NamedTuple):
@@ -141,31 +142,31 @@ def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
   Raises:
     types.InputError: naming the field, its value and what would be right.
   """
-  positive = lambda value: value > 0
+  positive = lambda value: 0 < value < math.inf
   share = lambda value: 0 <= value < 1
-  not_negative = lambda value: value >= 0
+  not_negative = lambda value: 0 <= value < math.inf
   rules = (
     ("epochs", positive, "at least 1"),
     ("batch_size", positive, "at least 1"),
     ("log_every", positive, "at least 1"),
     ("checkpoint_every", positive, "at least 1"),
     ("checkpoint_steps", not_negative, "0 or more"),
-    ("seed", not_negative, "0 or more"),
+    ("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2**63"),
     ("target.num_outputs", not_negative, "0 or more"),
     ("bilevel.num_inner_steps", positive, "at least 1"),
-    ("transfer.beta", positive, "more than 0"),
-    ("lwf.temperature", positive, "more than 0"),
-    ("lwf.weight", positive, "more than 0"),
-    ("at.beta", positive, "more than 0"),
-    ("kd.temperature", positive, "more than 0"),
-    ("kd.weight", positive, "more than 0"),
-    ("optimizer.learning_rate", positive, "more than 0"),
+    ("transfer.beta", positive, "finite and more than 0"),
+    ("lwf.temperature", positive, "finite and more than 0"),
+    ("lwf.weight", positive, "finite and more than 0"),
+    ("at.beta", positive, "finite and more than 0"),
+    ("kd.temperature", positive, "finite and more than 0"),
+    ("kd.weight", positive, "finite and more than 0"),
+    ("optimizer.learning_rate", positive, "finite and more than 0"),
     ("optimizer.momentum", share, "at least 0 and less than 1"),
-    ("optimizer.weight_decay", not_negative, "0 or more"),
-    ("optimizer.clip_norm", not_negative, "0 or more"),
-    ("meta.learning_rate", positive, "more than 0"),
-    ("meta.weight_decay", not_negative, "0 or more"),
-    ("meta.clip_norm", not_negative, "0 or more"),
+    ("optimizer.weight_decay", not_negative, "finite and 0 or more"),
+    ("optimizer.clip_norm", not_negative, "finite and 0 or more"),
+    ("meta.learning_rate", positive, "finite and more than 0"),
+    ("meta.weight_decay", not_negative, "finite and 0 or more"),
+    ("meta.clip_norm", not_negative, "finite and 0 or more"),
     ("meta.update_every", positive, "at least 1"),
   )
   for field, holds, right in rules:
@@ -193,12 +194,6 @@ def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
     models.find(config.target.model)
   if given.task is None:
     objectives.get_task(config.target.task)
-  unknown = set(config.trackers) - set(logs.TRACKERS)
-  if unknown:
-    raise types.InputError(
-      f"config.trackers has {', '.join(map(repr, unknown))}; there are"
-      f" {', '.join(logs.TRACKERS)}"
-    )
   if config.sources and config.source.weights:
     raise types.InputError(
       "config.source.weights and config.sources are both set; one source goes"
@@ -233,10 +228,7 @@ def _check_source(source, field, fields):
     raise types.InputError(
       f"{field}.image_size is {source.image_size}; it must be 0 or more"
     )
-  if any(value <= 0 for value in source.std):
-    raise types.InputError(
-      f"{field}.std is {tuple(source.std)}; its values must be more than 0"
-    )
+  formats.check_normalisation(f"{field}.", source.mean, source.std)
 
 
 def _check_map_fields(fields):
@@ -490,6 +482,11 @@ def _check_classification(dataset, outputs):
       " each image; name a task of yours in config.target.task"
     )
   classes = dataset.num_labels
+  if classes < 2:
+    raise types.InputError(
+      f"the data have {classes} class, {dataset.class_names[0]!r}; to classify,"
+      " at least 2 are needed"
+    )
   if len(outputs) != 1 or outputs[0] < classes:
     raise types.InputError(
       f"the target's outputs are {['B', *outputs]}, but the data have"
@@ -533,6 +530,7 @@ def _load_source(config, image_format, dtype, name, given):
     num_classes=_num_outputs(layout),
     taps=named(models.select_taps(layout, config.taps)),
     all_taps=named(layout.taps),
+    no_taps=named(models.no_taps(layout)),
   )
 
 
@@ -554,8 +552,8 @@ def _source_format(config, metadata, image_format):
     if len(values) not in (1, channels):
       raise types.InputError(
         f"{what} of the source {config.weights} is {values}, but it sees images"
-        f" of {channels} channels; set its field {what} to 1 or {channels}"
-        " values"
+        f" of {channels} channels; set its field {what} to"
+        f" {' or '.join(map(str, sorted({1, channels})))} values"
       )
   return source
 
@@ -572,7 +570,15 @@ def _plan_transfer(config, method, networks, target_layout):
   if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
     target_taps = target_layout.taps
     source_taps = _merged(n.all_taps for n in networks.values())
-    pairs = transfer.make_pairs(wanted, source_taps, target_taps)
+    pairs = transfer.make_pairs(
+      wanted,
+      source_taps,
+      target_taps,
+      no_taps=(
+        _merged(n.no_taps for n in networks.values()),
+        models.no_taps(target_layout),
+      ),
+    )
   else:
     target_taps = models.select_taps(target_layout, config.target.taps)
     source_taps = _merged(n.taps for n in networks.values())

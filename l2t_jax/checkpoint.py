@@ -162,6 +162,14 @@ class Checkpoints:
     )
 
 
+def steps_in(folder: pathlib.Path) -> set[int]:
+  """Return the iterations that a run has checkpoints of; it may have none."""
+  if not folder.exists():
+    return set()
+  with Checkpoints(folder) as checkpoints:
+    return set(checkpoints.steps())
+
+
 def _shape(shapes, name):
   return list(shapes[name]) if name in shapes else "missing"
 

@@ -21,6 +21,8 @@ from ml_collections import config_flags
 from l2t_jax import compilation, defaults, types
 
 FLAGS = flags.FLAGS
+# What ml_collections calls the module that it makes of a config file.
+_MODULE = "config_config"
 
 flags.DEFINE_string("workdir", None, "Folder that the results go to.")
 
@@ -69,6 +71,12 @@ def load_config(
     types.InputError: the file, a field or a value is wrong.
   """
   _check_fields(_name(override) for override in overrides)
+  file = path.partition(":")[0]
+  if not pathlib.Path(file).is_file():
+    raise types.InputError(
+      f"--config={path}: there is no file {file!r}; name a config file, such as"
+      " configs/stl10.py, or config.json of a run"
+    )
   values = flags.FlagValues()
   if pathlib.Path(path).suffix == ".json" and ":" not in path:
     arguments = ["", *overrides]
@@ -85,34 +93,42 @@ def load_config(
     )
     # Where the file's module is kept: what it lacks must not come from the
     # last.
-    sys.modules.pop("config_config", None)
+    sys.modules.pop(_MODULE, None)
   try:
     values(arguments)
     config = holder.value
-    _check_fields(_fields(config))
-  except AttributeError as error:
-    raise types.InputError(f"--config={path}: {error}") from error
-  except OSError as error:
-    reason = str(error).splitlines()[-1].strip()
-    raise types.InputError(f"--config: {reason}") from error
-  except types.InputError:
-    raise
-  except KeyError as error:
+  except Exception as error:  # The file is code: it may raise anything.
+    raise types.InputError(_reason(path, overrides, error)) from error
+  if not isinstance(config, ml_collections.ConfigDict):
     raise types.InputError(
-      f"{' '.join(overrides)}: {path} has no such source; sources are added in"
-      " a config file, config.sources.NAME = default.source()"
-    ) from error
-  except (flags.Error, TypeError, ValueError) as error:
-    raise types.InputError(" ".join(str(error).split())) from error
+      f"--config={path}: get_config() returns a {type(config).__name__}; it"
+      " must return the config of default.get_config(), changed"
+    )
+  _check_fields(_fields(config))
   return config
+
+
+def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:
+  """Say in one line why a config file or an override cannot be."""
+  sources = [o for o in overrides if _name(o).startswith("config.sources.")]
+  if isinstance(error, KeyError) and sources:
+    return (
+      f"{' '.join(sources)}: {path} has no such source; sources are added in"
+      " a config file, config.sources.NAME = default.source()"
+    )
+  lines = str(error).strip().splitlines() or [""]
+  if any(line.startswith("Traceback") for line in lines):  # Of the file.
+    return f"--config={path}: {lines[-1]}"
+  if isinstance(error, flags.Error):
+    return " ".join(str(error).split())
+  reason = " ".join(lines).replace(f"module {_MODULE!r}", "the file")
+  return f"--config={path}: {type(error).__name__}: {reason}"
 
 
 def _config_of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
   """Read the config.json that a run left."""
   try:
     content = json.loads(path.read_text(), object_hook=_with_tuples)
-  except OSError as error:
-    raise types.InputError(f"--config={path}: {error.strerror}") from error
   except ValueError as error:
     raise types.InputError(f"--config={path} is not JSON: {error}") from error
   config = defaults.get_config()

@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -189,7 +190,7 @@ def train_together(
     if summary_file.exists():
       if processes.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
-      summaries[seed] = json.loads(summary_file.read_text())
+      summaries[seed] = _read_json(summary_file)
     else:
       make_folder(workdir)
       left[workdir] = _with_seed(config, seed)
@@ -211,10 +212,7 @@ def train_together(
 
 def _first_group(workdirs):
   """Choose the runs that go on from the same iteration, with the first."""
-  steps = {}
-  for workdir in workdirs:
-    with checkpoint.Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-      steps[workdir] = set(checkpoints.steps())
+  steps = {w: checkpoint.steps_in(w / CHECKPOINTS) for w in workdirs}
   if set.intersection(*steps.values()):
     return list(steps)  # Some had come a little further: they go back.
   newest = [max(one, default=0) for one in steps.values()]
@@ -274,6 +272,7 @@ def check(
     build.check(_with_seed(config, seed), given)
     _check_same_config(pathlib.Path(workdir), _with_seed(config, seed))
   build.check_source_files(config, given)
+  logs.check_trackers(config.trackers)
 
 
 def _evaluate(run, eval_step, inner, split, num_seeds):
@@ -778,13 +777,20 @@ def _with_seed(config, seed):
 
 
 def make_folder(workdir: pathlib.Path) -> None:
-  """Make the folder of a run; raise `types.InputError` where that fails."""
+  """Make the folder of a run.
+
+  Raises:
+    types.InputError: there is a file in its place.
+    types.StorageError: nothing can be written into it.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
   except OSError as error:
-    raise types.InputError(
+    in_place = isinstance(error, FileExistsError | NotADirectoryError)
+    stop = types.InputError if in_place else types.StorageError
+    raise stop(
       f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
       " can be written"
     ) from error
@@ -794,7 +800,7 @@ def _check_same_config(workdir, config):
   """Make sure that the folder, if there is one, holds a run of this config."""
   config_file = workdir / "config.json"
   if config_file.exists():
-    old = _flatten(json.loads(config_file.read_text()))
+    old = _flatten(_read_json(config_file))
     new = _flatten(json.loads(config.to_json()))
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
@@ -814,6 +820,15 @@ def _write_json(path, content):
   partial = path.with_suffix(".partial")
   partial.write_text(json.dumps(content, indent=2) + "\n")
   partial.replace(path)
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise types.InputError(
+      f"{path} is damaged ({error}); mend or delete it, or use another --workdir"
+    ) from error
 
 
 def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:

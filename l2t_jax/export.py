@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from l2t_jax import imports, predict, pretrained, types
+from l2t_jax import arguments, imports, predict, pretrained, types
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -97,7 +97,7 @@ def _save_torch(tensors, path):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=pathlib.Path)

@@ -45,7 +45,7 @@ def by_name(name: str, what: str) -> Any:
   module, _, attribute = name.partition(":")
   try:
     return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
+  except Exception as error:  # The module is a user's: it may raise anything.
     raise types.InputError(
-      f"cannot import the {what} {name!r}: {error}"
+      f"cannot import the {what} {name!r}: {type(error).__name__}: {error}"
     ) from error

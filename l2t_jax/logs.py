@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import hashlib
 import json
 import pathlib
@@ -42,7 +42,7 @@ class Tracker(Protocol):
 class _TensorBoard:
   def __init__(self, workdir, from_step, config):
     del config
-    tensorboardX = _require("tensorboardX", "tensorboard")
+    tensorboardX = _tracker_module("tensorboard")
     self._writer = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=from_step + 1
     )
@@ -60,7 +60,7 @@ class _Wandb:
 
   def __init__(self, workdir, from_step, config):
     del from_step
-    self._run = _require("wandb", "wandb").init(
+    self._run = _tracker_module("wandb").init(
       project=_PROJECT,
       name="/".join(workdir.absolute().parts[-3:]),
       id=_id_of(workdir),
@@ -82,7 +82,7 @@ class _MLflow:
 
   def __init__(self, workdir, from_step, config):
     del from_step
-    mlflow = _require("mlflow", "mlflow")
+    mlflow = _tracker_module("mlflow")
     self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
     experiment = self._client.get_experiment_by_name(_PROJECT)
     experiment_id = (
@@ -116,11 +116,22 @@ class _MLflow:
     self._client.set_terminated(self._run_id)
 
 
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 TRACKERS: Mapping[str, Callable[..., Tracker]] = {
   "tensorboard": _TensorBoard,
   "wandb": _Wandb,
   "mlflow": _MLflow,
 }
+
+
+def check_trackers(names: Iterable[str]) -> None:
+  """Raise `types.InputError` for a tracker that is unknown or not installed."""
+  for name in names:
+    if name not in TRACKERS:
+      raise types.InputError(
+        f"config.trackers has {name!r}; there are {', '.join(TRACKERS)}"
+      )
+    _tracker_module(name)
 
 
 class MetricsLog:
@@ -338,10 +349,10 @@ def _mlflow_name(name):
   return re.sub(r"[^/\w.\- ]", "_", name.replace("->", " to "))
 
 
-def _require(module, tracker):
+def _tracker_module(name):
   return imports.require(
-    module,
-    needed_for=f"tracker {tracker!r}",
+    _MODULES[name],
+    needed_for=f"tracker {name!r}",
     otherwise="leave it out of config.trackers",
   )
 

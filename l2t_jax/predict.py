@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from l2t_jax import data, models, pretrained, types
+from l2t_jax import arguments, data, models, pretrained, types
 from l2t_jax.data import augment, formats, records
 from l2t_jax.data import images as pillow
 
@@ -176,7 +176,7 @@ def _batched(paths, size):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=pathlib.Path)

@@ -12,13 +12,15 @@ Submodules are named as in PyTorch, but for the dot before a number:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 import contextlib
 import hashlib
+import json
 import pathlib
 import re
+from types import NoneType
 from typing import Any, NamedTuple
+import warnings
 
 from flax import traverse_util
 import jax
@@ -27,7 +29,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from l2t_jax import imports, models, types
+from l2t_jax import arguments, imports, models, types
 
 # Leaves of Flax variables and what PyTorch calls them.
 _TORCH_LEAVES = {
@@ -39,6 +41,13 @@ _TORCH_LEAVES = {
 }
 # Tensors that carry no weight of the network.
 _BOOKKEEPING = re.compile(r"num_batches_tracked$")
+# What a file says of itself in JSON; all but the classes may be absent.
+_RECORDED: Mapping[str, tuple[type, ...]] = {
+  "num_classes": (int,),
+  "channels": (int, NoneType),
+  "mean": (list, NoneType),
+  "std": (list, NoneType),
+}
 
 
 class Report(NamedTuple):
@@ -140,12 +149,18 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     return _read_safetensors(path)
   torch = imports.require("torch", needed_for=f"reading {path.name}")
   try:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # Of old formats.
+      content = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
-    reason = str(error).strip().splitlines()[0]
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    reason = (
+      f"it asks to run {code[1]}, and its code is never run"
+      if code
+      else "it is no checkpoint of PyTorch, or not a whole one"
+    )
     raise types.InputError(
-      f"{path} is not a checkpoint that can be read safely"
-      f" (weights_only): {reason}"
+      f"{path} cannot be read safely (weights_only): {reason}; save a"
+      " state_dict() of tensors alone"
     ) from error
   for key in ("state_dict", "model"):
     if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -196,6 +211,7 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
   """
   metadata = read_metadata(path)
   arrays = _read_safetensors(path)
+  _check_finite(path, arrays)
   return traverse_util.unflatten_dict(arrays, sep="/"), metadata
 
 
@@ -224,7 +240,10 @@ def load_network(
   """
   variables, metadata = load(path)
   name, num_classes = metadata["model"], int(metadata["num_classes"])
-  network = models.create(name, num_classes, dtype)
+  try:
+    network = models.create(name, num_classes, dtype)
+  except types.InputError as error:
+    raise types.InputError(f"{path}: {error}") from error
   layout = models.trace(network, image_shape)
   check_shapes(layout, variables, f"{path}: {name}")
   return Loaded(network, layout, variables.pop("params"), variables)
@@ -271,6 +290,12 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
       f"{path} was not written by l2t_jax; convert it first:"
       f" python -m l2t_jax.pretrained {path} OUT.safetensors --model=..."
     )
+  for name, kind in _RECORDED.items():
+    if not isinstance(_from_json(metadata.get(name, "null")), kind):
+      raise types.InputError(
+        f"{path} says that its {name} is {metadata[name]!r}, which no run"
+        " writes; convert or train it again"
+      )
   return metadata
 
 
@@ -299,6 +324,23 @@ def adopt(variables: types.PyTree, others: types.PyTree) -> Adopted:
     flat[path] = jnp.asarray(other, leaf.dtype) if agrees else leaf
     (copied if agrees else kept).append("/".join(path))
   return Adopted(traverse_util.unflatten_dict(flat), tuple(copied), tuple(kept))
+
+
+def _check_finite(path, arrays):
+  for name, values in arrays.items():
+    if not np.isfinite(values).all():
+      raise types.InputError(
+        f"{path}: {np.sum(~np.isfinite(values))} of {values.size} values of"
+        f" {name} are NaN or infinite; take weights of a run that did not"
+        " diverge"
+      )
+
+
+def _from_json(text):
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
 
 
 def _read_safetensors(path):
@@ -339,6 +381,7 @@ def convert_file(
   image_shape = (size, size, min(inputs, default=3))
   variables = models.trace(module, image_shape).variables
   converted, report = convert(tensors, variables)
+  _check_finite(checkpoint, tensors)
   metadata = {
     "model": model,
     "num_classes": str(classes[0]),
@@ -351,7 +394,7 @@ def convert_file(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description="Convert a PyTorch checkpoint to source weights."
   )
   parser.add_argument(

@@ -32,6 +32,7 @@ from plotly import graph_objects, offline
 from plotly import io as plotly_io
 
 from l2t_jax import (
+  arguments,
   build,
   checkpoint,
   commands,
@@ -790,7 +791,7 @@ def _write(path, text):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("runs", type=pathlib.Path, nargs="+", metavar="RUN")

@@ -86,6 +86,8 @@ def make_pairs(
   pair_set: str | Sequence[str | Sequence[str]],
   source_taps: TapShapes,
   target_taps: TapShapes,
+  *,
+  no_taps: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
 ) -> tuple[Pair, ...]:
   """Choose the set C of candidate pairs.
 
@@ -97,6 +99,7 @@ def make_pairs(
       list as one string, separated by commas.
     source_taps: the source's taps from shallow to deep.
     target_taps: the target's taps from shallow to deep.
+    no_taps: of source and target, layers that cannot be listed, and why.
 
   Returns:
     The pairs, in source-major order or as listed.
@@ -140,7 +143,7 @@ def make_pairs(
       f"unknown pair set {pair_set!r}; use one of {', '.join(PAIR_SETS)}, or a"
       " list such as 'stage1_block5->conv2, stage3_block5->conv8'"
     )
-  return _listed_pairs(pair_set, source_taps, target_taps)
+  return _listed_pairs(pair_set, (source_taps, target_taps), no_taps)
 
 
 def init_regressors(
@@ -444,7 +447,7 @@ def _resolutions(taps):
   return ", ".join(f"{name} {h}x{w}" for name, (h, w, _) in taps.items())
 
 
-def _listed_pairs(pair_list, source_taps, target_taps):
+def _listed_pairs(pair_list, all_taps, no_taps):
   pairs = []
   for entry in pair_list:
     parts = entry.split("->") if isinstance(entry, str) else tuple(entry)
@@ -453,10 +456,11 @@ def _listed_pairs(pair_list, source_taps, target_taps):
         f"pair {entry!r} is not of the form 'source->target'"
       )
     pair = Pair(*(part.strip() for part in parts))
-    for side, tap, taps in (
-      ("source", pair.source, source_taps),
-      ("target", pair.target, target_taps),
+    for side, tap, taps, others in zip(
+      ("source", "target"), pair, all_taps, no_taps, strict=True
     ):
+      if tap in others:
+        raise types.InputError(f"pair {pair.name!r}: {others[tap]}")
       if tap not in taps:
         raise types.InputError(
           f"pair {pair.name!r}: unknown {side} tap {tap!r}; the {side}'s taps"

@@ -853,16 +853,8 @@ def test_streamed_training_without_augmentation(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"source": "zip"}, "'zip' .*bundled, npz, folder, tfds"),
-    ({"source": "bundled", "name": "cifar"}, "'cifar' .*mnist, digits"),
-    ({"source": "npz", "path": "no.npz"}, "no file 'no.npz'"),
-    ({"source": "folder", "path": "nowhere"}, "no folder 'nowhere'"),
-    ({"classes": (0, 7)}, "classes has 7, .*0: 0, 1: 1, 2: 2"),
     ({"classes": (1, 1)}, r"\(1, 1\) has duplicates"),
     ({"image_size": 0}, "image_size is 0"),
-    ({"channels": 2}, "channels is 2, but must be 1"),
-    ({"mean": (0.5, 0.5)}, "mean .* 1 or channels=3 values"),
-    ({"std": (0.5, 0.5, 0.0)}, "std .* must be positive"),
     (
       {"augment": "random_resized_crop_flip"},
       "'random_resized_crop_flip' .* in memory; possible: none, crop, crop_f",
@@ -881,17 +873,13 @@ def test_streamed_training_without_augmentation(tmp_path):
     ({"per_class": -1}, "per_class is -1"),
     ({"num_workers": -1}, "num_workers is -1"),
     ({"batch_size": 0}, "batch_size is 0"),
-    ({"batch_size": 46}, "batch_size is 46, .* only 45 training images"),
     ({"process_count": 3}, "batch_size is 8, .* multiple .* 3"),
     (
       {"process_index": 2, "process_count": 2},
       "process_index is 2, .* 0 to 1",
     ),
     ({"val_fraction": -0.1}, "val_fraction -0.1"),
-    ({"val_fraction": 0.5, "test_fraction": 0.5}, "sum must be below 1"),
     ({"val_fraction": 0.01}, "no validation images: val_fraction=0.01"),
-    ({"per_class": 16}, "per_class is 16, but class '0' has only 15"),
-    ({"unlabeled": True}, "unlabeled is True, but per_class is 0"),
     (
       {"unlabeled": True, "per_class": 15},
       "per_class is 15 and leaves no images over",
@@ -924,15 +912,11 @@ def test_without_an_official_test_set_some_images_must_test():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"y_train": None}, "lacks 'y_train'; its keys are x_test, x_train, y_t"),
     ({"x_test": None}, "lacks 'x_test'"),
-    ({"x_train": np.zeros((60, 8, 8, 3))}, "float64 .*must be uint8"),
     ({"x_train": np.zeros((60, 64), np.uint8)}, r"uint8 \[60, 64\]"),
     ({"x_train": np.zeros((60, 8, 8, 4), np.uint8)}, r"\[60, 8, 8, 4\]"),
-    ({"y_train": np.zeros(59, int)}, r"y_train is int64 \[59\]"),
     ({"y_train": np.zeros(60)}, "y_train is float64"),
     ({"y_test": np.full(21, -1)}, "y_test has label -1"),
-    ({"class_names": np.array(["a", "b"])}, "label 2, .* 2 entries"),
   ],
 )
 def test_malformed_npz_is_refused(tmp_path, changes, message):
@@ -945,23 +929,11 @@ def test_malformed_npz_is_refused(tmp_path, changes, message):
     load(path=save_npz(tmp_path / "bad.npz", arrays))
 
 
-def test_a_file_that_is_no_npz_is_refused(tmp_path):
-  path = tmp_path / "text.npz"
-  path.write_text("no arrays")
-  with pytest.raises(types.InputError, match="is no npz file"):
-    load(path=str(path))
-
-
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"s_val": None}, "lacks 's_val'; its keys are s_test, s_train"),
     ({"s_val": np.array([0.5])}, "s_val is float64"),
-    ({"s_val": np.array([58, 60])}, "s_val goes from 58 to 60, .* 0 to 59"),
     ({"s_test": np.array([-1, 3])}, "s_test goes from -1 to 3, .* 0 to 20"),
-    ({"s_val": np.array([50, 51, 50])}, "s_val has index 50 more than once"),
-    ({"s_val": np.array([3, 50])}, "1 images in both train and val, .* 3"),
-    ({"s_val": np.array([], int)}, "no validation images"),
   ],
 )
 def test_malformed_split_file_is_refused(tmp_path, npz, changes, message):
@@ -976,50 +948,16 @@ def test_malformed_split_file_is_refused(tmp_path, npz, changes, message):
     load(path=npz, split_file=path, split_prefix="s")
 
 
-def test_a_test_that_shares_records_must_not_overlap(tmp_path):
-  source = array_source(np.arange(30) % 3)
-  arrays = {
-    "s_train": np.arange(20),
-    "s_val": np.arange(20, 25),
-    "s_test": np.arange(24, 30),
-  }
-  path = save_npz(tmp_path / "split.npz", arrays)
-  with pytest.raises(types.InputError, match=r"both val and test, .* 24"):
-    splits.split_from_file(source, path, "s")
-
-
-def test_folder_without_classes_is_refused(tmp_path):
-  with pytest.raises(types.InputError, match="has no subfolders"):
-    load("folder", path=str(tmp_path))
-
-
 def test_an_unlabeled_folder_without_images_is_refused(tmp_path, npz):
   (tmp_path / "empty" / "deep").mkdir(parents=True)
   with pytest.raises(types.InputError, match=r"empty' has no images; .*\.png"):
     load(path=npz, unlabeled=True, unlabeled_path=str(tmp_path / "empty"))
 
 
-def test_class_without_images_is_named(tmp_path):
-  root = save_folder(tmp_path)
-  for path in (root / "train" / "dog").iterdir():
-    path.unlink()
-  with pytest.raises(types.InputError, match="train/dog' has no images"):
-    load("folder", path=str(root))
-
-
-def test_parts_with_different_classes_are_refused(tmp_path):
-  root = save_folder(tmp_path)
-  (root / "test" / "dog").rename(root / "test" / "wolf")
-  with pytest.raises(types.InputError, match="only one of the two has dog, wo"):
-    load("folder", path=str(root))
-
-
-def test_corrupt_image_is_named(tmp_path):
+def test_corrupt_image_in_a_stream_is_named(tmp_path):
   root = save_folder(tmp_path)
   path = root / "test" / "dog" / "4.png"
   path.write_bytes(path.read_bytes()[:60])
-  with pytest.raises(types.InputError, match=r"dog/4\.png cannot be read"):
-    load("folder", path=str(root))
   with pytest.raises(types.InputError, match=r"dog/4\.png cannot be read"):
     list(streamed(root).eval_batches("test"))
 

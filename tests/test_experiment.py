@@ -100,14 +100,6 @@ def test_the_same_command_again_says_that_it_is_complete(
   assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_of_another_config_is_refused(source, finished):
-  config = small_runs.small_config(source)
-  config.transfer.beta = 9.0
-  message = r"transfer.beta was 2.0, is 9.0; use another --workdir"
-  with pytest.raises(types.InputError, match=message):
-    experiment.train_and_evaluate(config, finished)
-
-
 def test_four_devices_compute_what_one_does(source, finished, tmp_path):
   """The batch statistics and the losses are those of the whole batch."""
   program = """
@@ -136,96 +128,11 @@ assert jax.device_count() == 4
   np.testing.assert_allclose(*first, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-  ("field", "value", "message"),
-  [
-    ("epochs", 0, "config.epochs is 0; it must be at least 1"),
-    ("bilevel.num_inner_steps", 0, "config.bilevel.num_inner_steps is 0"),
-    ("optimizer.momentum", 1.0, "at least 0 and less than 1"),
-    ("precision", "f16", "'f16'; it must be one of f32, tf32, bf16"),
-    ("method", "l2t", "config.method is 'l2t'; it must be one of scratch"),
-    ("target.model", "vgg", "unknown model 'vgg'; it must be one of"),
-    ("bilevel.mode", "fast", "one of auto, reverse, remat, mixed"),
-    ("source.weights", "", "needs config.source.weights"),
-    ("source.weights", "nowhere.safetensors", "no source weights at nowhere"),
-    ("transfer.pairs", "a->conv1", "unknown source tap 'a'"),
-    ("data.name", "letters", "letters"),
-    ("data.name", "", "source 'bundled' needs data.name"),
-    ("data.val_fraction", 0.0, "no validation images"),
-    ("data.image_size", 4, "maps of 1x1 are too small for a max-pool of 2x2"),
-    ("batch_size", 51, "51"),
-  ],
-)
-def test_a_wrong_value_is_named(source, tmp_path, field, value, message):
-  config = small_runs.small_config(source)
-  with config.ignore_type():
-    config.update_from_flattened_dict({field: value})
-  with pytest.raises(types.InputError, match=message) as error:
-    experiment.train_and_evaluate(config, tmp_path / "run")
-  assert "\n" not in str(error.value)
-  # A corrected command can use the same folder.
-  assert not (tmp_path / "run" / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (["--config=configs/nope.py"], "No such file or directory"),
-    (
-      ["--config=configs/digits.py", "--config.source.wieghts=x"],
-      "unknown field config.source.wieghts; did you mean config.source.weights",
-    ),
-    (
-      ["--config=configs/digits.py", "--config.epochs=ten"],
-      "flag --config.epochs=ten: invalid literal",
-    ),
-    (["--config=configs/digits.py", "x=1"], "unexpected argument 'x=1'"),
-    ([], "flag --config"),
-    (
-      [
-        "--config=configs/stl10.py",
-        "--config.method=scratch",
-        "--config.data.source=folder",
-        "--config.data.path=/nowhere",
-      ],
-      "/nowhere",
-    ),
-  ],
-)
-def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
-  result = small_runs.run_python(
-    "train.py", *arguments, f"--workdir={tmp_path / 'run'}"
-  )
+def test_a_command_without_a_config(tmp_path):
+  result = small_runs.run_python("train.py", f"--workdir={tmp_path / 'run'}")
   assert result.returncode == 2
-  assert message in result.stderr
-  assert result.stderr.startswith("error: ")
+  assert result.stderr.startswith("error: flag --config")
   assert result.stderr.count("\n") == 1
-
-
-def test_a_wrong_field_in_a_config_file(tmp_path):
-  config = tmp_path / "mine.py"
-  config.write_text(
-    "from configs import digits\n"
-    "def get_config():\n"
-    "  config = digits.get_config()\n"
-    "  with config.unlocked():\n"
-    "    config.data.per_clas = 5\n"
-    "  return config\n"
-  )
-  result = small_runs.run_python(
-    "train.py", f"--config={config}", f"--workdir={tmp_path / 'run'}"
-  )
-  assert result.returncode == 2
-  assert result.stderr.startswith("error: unknown field config.data.per_clas;")
-
-
-def test_a_wrong_tap_is_named(source, tmp_path):
-  config = small_runs.small_config(source)
-  config.transfer.pairs = ""
-  config.source.taps = ("stage9",)
-  message = "unknown tap 'stage9'; the network's taps are stage1_block1"
-  with pytest.raises(types.InputError, match=message):
-    experiment.train_and_evaluate(config, tmp_path)
 
 
 def test_a_target_becomes_a_source(source, finished, tmp_path):
@@ -251,22 +158,6 @@ def test_a_checkpoint_holds_what_it_was_given(tmp_path):
       progress["epoch"] = 2
     with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
       assert checkpoints.restore(1, like=state)[1]["epoch"] == 1
-
-
-def test_a_folder_without_images(tmp_path):
-  (tmp_path / "images" / "cat").mkdir(parents=True)
-  result = small_runs.run_python(
-    "train.py",
-    "--config=configs/stl10.py",
-    "--config.method=scratch",
-    "--config.data.source=folder",
-    f"--config.data.path={tmp_path / 'images'}",
-    f"--workdir={tmp_path / 'run'}",
-  )
-  assert result.returncode == 2
-  assert result.stderr.startswith("error: ")
-  assert result.stderr.count("\n") == 1
-  assert "images" in result.stderr
 
 
 def test_a_folder_of_large_images(tmp_path):
@@ -298,14 +189,6 @@ def test_a_folder_of_large_images(tmp_path):
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["num_train"] + summary["num_val"] + summary["num_test"] == 48
   assert summary["test_accuracy"] == 1.0
-
-
-def test_workdir_in_the_place_of_a_file(source, tmp_path):
-  (tmp_path / "file").write_text("")
-  with pytest.raises(types.InputError, match="cannot use --workdir="):
-    experiment.train_and_evaluate(
-      small_runs.small_config(source), tmp_path / "file"
-    )
 
 
 def test_configs_are_complete():

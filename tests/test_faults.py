@@ -22,8 +22,8 @@ from tests import small_runs, small_setup
 # Runs and their compiled steps are shared by the tests of one process.
 pytestmark = pytest.mark.xdist_group("experiment")
 
-# How often the run below is disturbed; `make faults` sets more.
-_NUM_FAULTS = int(os.environ.get("L2T_FAULTS", 4))
+# How often the run below is disturbed, and what its moments are drawn with.
+_NUM_FAULTS = int(os.environ.get("L2T_FAULTS", 20))
 _SEED = int(os.environ.get("L2T_FAULTS_SEED", 0))
 _STATE = types.TrainState(jnp.zeros((), jnp.int32), jnp.ones(30_000), {}, {})
 
@@ -43,6 +43,8 @@ def config_file(source, tmp_path):
   return path
 
 
+@pytest.mark.long
+@pytest.mark.xdist_group("disturbed")
 def test_a_run_ends_bit_equal_whatever_happens_to_it(config_file, tmp_path):
   """Killed, stopped, out of disk space or damaged at random moments."""
   train = lambda workdir, **options: small_runs.start_python(

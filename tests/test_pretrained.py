@@ -1,7 +1,6 @@
 """From PyTorch checkpoints to source weights."""
 
 import pathlib
-import pickle
 import subprocess
 import sys
 
@@ -153,48 +152,8 @@ def test_safetensors_round_trip_needs_no_torch(tmp_path):
   )
 
 
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"bn1.bias": None}, r"bn1.bias \[64\] is missing"),
-    (
-      {"layer1.0.conv1.weight": np.zeros((64, 64, 5, 5))},
-      r"layer1.0.conv1.weight has shape \[64, 64, 5, 5\], not \[64, 64, 3, 3\]",
-    ),
-    ({"fc.weight": None}, "0 linear layers, expected 1"),
-  ],
-)
-def test_a_tensor_that_does_not_fit(tmp_path, changes, message):
-  checkpoint = write_tensors(tmp_path / "in.safetensors", **changes)
-  with pytest.raises(types.InputError, match=message):
-    pretrained.convert_file(checkpoint, tmp_path / "out", "resnet18")
-  assert not (tmp_path / "out").exists()
-
-
-class RunsCode:
-  def __reduce__(self):
-    return print, ("a pickle ran code",)
-
-
-def test_files_that_are_no_checkpoints(tmp_path, capsys):
-  missing = tmp_path / "missing.pth"
-  with pytest.raises(types.InputError, match="no checkpoint at"):
-    pretrained.read_torch(missing)
-  with pytest.raises(types.InputError, match="no source weights at"):
-    pretrained.load(missing)
-  truncated = write_tensors(tmp_path / "in.safetensors")
-  truncated.write_bytes(truncated.read_bytes()[:1000])
-  with pytest.raises(types.InputError, match="not a whole safetensors file"):
-    pretrained.read_torch(truncated)
-  foreign = write_tensors(tmp_path / "foreign.safetensors")
-  with pytest.raises(types.InputError, match="convert it first"):
-    pretrained.load(foreign)
+def test_a_checkpoint_of_numbers(tmp_path):
   torch = pytest.importorskip("torch")
-  evil = tmp_path / "evil.pth"
-  evil.write_bytes(pickle.dumps({"state_dict": RunsCode()}))
-  with pytest.raises(types.InputError, match="can be read safely"):
-    pretrained.read_torch(evil)
-  assert "ran code" not in capsys.readouterr().out
   numbers = tmp_path / "numbers.pth"
   torch.save({"state_dict": {"a": 3}}, numbers)
   with pytest.raises(types.InputError, match="holds no state dict"):

@@ -8,9 +8,12 @@ import pytest
 
 from tests import small_runs, soak
 
-pytestmark = pytest.mark.skipif(
-  sys.platform != "linux", reason="reads /proc and asks glibc for its memory"
-)
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc and asks glibc for its memory"
+  ),
+]
 
 # Epochs that are compared, 1,000 iterations apart.
 WARM, END = range(12, 26), range(37, 51)

@@ -176,13 +176,11 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
 @pytest.mark.parametrize(
   ("methods", "sweep", "override", "message"),
   [
-    ("scratch,l2t", "", "", "unknown method 'l2t'; the methods are scratch"),
     ("lwf,lwf", "", "", "--methods=lwf,lwf names one twice"),
     ("lwf", "data.per_class", "", "must be a field and its values"),
     ("lwf", "data.perclass=1,2", "", "did you mean config.data.per_class?"),
     ("lwf", "method=lwf,at", "", "set --methods, not config.method"),
     ("lwf", "", "config.method=lwf", "set --methods, not config.method"),
-    ("lwf", "", "config.sources.mine.weights=x", "has no such source"),
     (
       "fm_single,fm_one_to_one",
       "",
@@ -206,34 +204,12 @@ def test_a_wrong_share(shard):
     table._parse_shard(shard)
 
 
-@pytest.mark.parametrize(
-  ("argument", "message"),
-  [
-    ("--config.epochs=0", "config.epochs is 0"),
-    ("--seeds=0", "flag --seeds=0"),
-  ],
-)
-def test_a_wrong_command_is_one_line(source, tmp_path, argument, message):
-  workdir = tmp_path / "t"
-  result = small_runs.run_python(*arguments(workdir, source), argument)
-  assert result.returncode == 2
-  assert message in result.stderr
-  assert result.stderr.startswith("error: ")
-  assert result.stderr.count("\n") == 1
-  assert not workdir.exists()
-
-
 def test_a_file_without_a_config_is_no_column(tmp_path):
   """Above all not that of the file before it."""
   (tmp_path / "empty.py").write_text("x = 1")
   paths = ["configs/svhn.py", str(tmp_path / "empty.py")]
   with pytest.raises(types.InputError, match=r"empty\.py.*get_config"):
     table.load_columns(paths, "", [])
-
-
-def test_two_columns_of_one_name():
-  with pytest.raises(types.InputError, match="two columns named 'digits'"):
-    table.load_columns(["configs/digits.py", "configs/digits.py"], "", [])
 
 
 def test_a_folder_of_another_table_is_refused(tmp_path):

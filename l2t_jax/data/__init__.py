@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from l2t_jax import types
+from l2t_jax.data import formats, pipeline, records, splits, streaming
 from l2t_jax.data import images as pillow
 from l2t_jax.data import in_memory as memory
-from l2t_jax.data import pipeline, records, splits, streaming
 from l2t_jax.data.pipeline import Dataset
 
 __all__ = ["Dataset", "load", "make_eval_resize"]
@@ -130,6 +130,7 @@ def load(
     split_seed=split_seed,
   )
   _check_targets(opened, augment)
+  splits.check_classes(full_split, opened)
   split = full_split
   if per_class:
     split = splits.keep_per_class(
@@ -208,8 +209,7 @@ def _check_images(
       raise types.InputError(
         f"{what} {values} must have 1 or channels={channels} values"
       )
-  if min(std) <= 0:
-    raise types.InputError(f"std {std} must be positive")
+  formats.check_normalisation("", mean, std)
 
 
 def _check_reading(

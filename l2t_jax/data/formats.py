@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import math
+import numbers
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from l2t_jax import types
 
 # Red, green and blue in a grey value (ITU-R 601, which Pillow uses too).
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -24,6 +29,34 @@ class ImageFormat(NamedTuple):
   def shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return (self.size, self.size, self.channels)
+
+
+def check_normalisation(
+  prefix: str, mean: Sequence[float], std: Sequence[float]
+) -> None:
+  """Refuse means and deviations that no images can have.
+
+  Args:
+    prefix: of the fields' names, for messages.
+    mean: of the pixels.
+    std: of the pixels.
+
+  Raises:
+    types.InputError: a value is no finite number, or a deviation is not
+      positive.
+  """
+  finite = lambda value: (
+    isinstance(value, numbers.Real) and math.isfinite(value)
+  )
+  positive = lambda value: finite(value) and value > 0
+  for what, values, holds, right in (
+    ("mean", mean, finite, "finite numbers"),
+    ("std", std, positive, "finite numbers above 0"),
+  ):
+    if not all(map(holds, values)):
+      raise types.InputError(
+        f"{prefix}{what} is {tuple(values)}; its values must be {right}"
+      )
 
 
 def convert(

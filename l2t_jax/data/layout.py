@@ -11,7 +11,6 @@ interrupted run leaves only OUT.partial, which the next one replaces.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import contextlib
 import pathlib
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import zipfile
 import zlib
 
-from l2t_jax import types
+from l2t_jax import arguments, types
 
 
 class Destination(NamedTuple):
@@ -258,7 +257,7 @@ DATA_SETS = {
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description="Sort the images of official archives into folders by class."
   )
   parser.add_argument("name", choices=list(DATA_SETS))

@@ -54,17 +54,39 @@ def make_split(
       test_fraction=test_fraction,
       seed=split_seed,
     )
-  if not len(split.test):
+  empty = [
+    part for part, indices in split._asdict().items() if not len(indices)
+  ]
+  if split_file and empty:
+    raise types.InputError(
+      f"{split_file!r}: {split_prefix}_{empty[0]} has no images of the classes"
+      " that are kept; give it some"
+    )
+  if "test" in empty:
     raise types.InputError(
       f"there are no test images: test_fraction={test_fraction} of the"
       " training images; raise it or give a split_file"
     )
-  if not len(split.val) and (val_fraction or split_file):
+  if "val" in empty and val_fraction:
     raise types.InputError(
       f"there are no validation images: val_fraction={val_fraction} takes none"
       " of any class; raise it"
     )
   return split
+
+
+def check_classes(split: Split, source: records.Source) -> None:
+  """Raise `types.InputError` for a class that nothing could be learned of."""
+  seen = np.unique(source.train.labels[split.train])
+  unseen = np.setdiff1d(np.arange(len(source.class_names)), seen)
+  if len(unseen):
+    names = ", ".join(source.class_names[label] for label in unseen[:5])
+    more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+    raise types.InputError(
+      f"{len(unseen)} of {len(source.class_names)} classes have no training"
+      f" images: {names}{more}; number the labels from 0 without gaps, or name"
+      " the classes to keep in data.classes"
+    )
 
 
 def seeded_split(
@@ -90,7 +112,8 @@ def seeded_split(
   Raises:
     types.InputError: the fractions leave nothing to train on.
   """
-  if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+  shares = (val_fraction, test_fraction)
+  if not (all(share >= 0 for share in shares) and sum(shares) < 1):  # Or NaN.
     raise types.InputError(
       f"val_fraction {val_fraction} and test_fraction {test_fraction} must not"
       " be negative, and their sum must be below 1"

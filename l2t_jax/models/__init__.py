@@ -21,6 +21,7 @@ from l2t_jax.models.networks import (
   as_apply_fn,
   init,
   last_tap,
+  no_taps,
   propose_taps,
   select_taps,
   trace,
@@ -37,6 +38,7 @@ __all__ = [
   "image_size",
   "init",
   "last_tap",
+  "no_taps",
   "propose_taps",
   "select_taps",
   "trace",
@@ -111,6 +113,12 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
       f"the model {name!r} has no argument dtype; it runs with precision f32 or"
       " tf32"
     )
+  try:
+    inspect.signature(make).bind_partial(**options)
+  except TypeError as error:
+    raise types.InputError(
+      f"the model {name!r} cannot be called with num_classes: {error}"
+    ) from error
   make = functools.partial(make, **options)
   if "rngs" in arguments:
     return lambda rngs: make(rngs=rngs)

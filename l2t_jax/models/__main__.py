@@ -13,11 +13,11 @@ import argparse
 
 from rich import console, table
 
-from l2t_jax import models, transfer, types
+from l2t_jax import arguments, models, transfer, types
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(

@@ -129,8 +129,13 @@ def trace(network: Network, image_shape: Shape) -> Layout:
     image_shape: (H, W, C) of its images.
 
   Raises:
-    types.InputError: it is no network.
+    types.InputError: it is no network, or the images are empty.
   """
+  if min(image_shape) < 1:
+    raise types.InputError(
+      f"images are {list(image_shape)}, [H, W, C]; all of these must be at"
+      " least 1"
+    )
   pure = _pure(network)
 
   def run(key, images):
@@ -196,6 +201,18 @@ def select_taps(
   return {name: x for name, x in layout.taps.items() if name in chosen}
 
 
+def no_taps(layout: Layout) -> dict[str, str]:
+  """Say of the layers that cannot be tapped why; name -> reason."""
+  return {
+    name: (
+      f"tap {name!r} has the shape {['B', *shape]}; taps are maps [B, H, W, C],"
+      " or tokens [B, N, C] where N is a square number, or one more with a"
+      " class token; none of these is 0"
+    )
+    for name, shape in layout.others.items()
+  }
+
+
 def last_tap(shapes: Mapping[str, Shape]) -> str:
   """Return the tap that is computed last; raise `types.InputError` for none."""
   if not shapes:
@@ -255,7 +272,7 @@ def _split(output, outputs):
 
 def _as_map(x):
   """[B, H, W, C] as it is, tokens [B, N, C] as a square map, else None."""
-  if not hasattr(x, "ndim"):
+  if not hasattr(x, "ndim") or not x.size:
     return None
   if x.ndim == 4:
     return x
@@ -279,13 +296,9 @@ def _fits(name, pattern):
 
 
 def _no_tap(pattern, layout):
-  for name, shape in layout.others.items():
+  for name, reason in no_taps(layout).items():
     if _fits(name, pattern):
-      return (
-        f"tap {name!r} has the shape {['B', *shape]}; taps are maps"
-        " [B, H, W, C], or tokens [B, N, C] where N is a square number, or one"
-        " more with a class token"
-      )
+      return reason
   return (
     f"unknown tap {pattern!r}; the network's taps are {', '.join(layout.taps)}"
   )
