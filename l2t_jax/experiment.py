@@ -222,18 +222,25 @@ def _first_group(workdirs):
 @contextlib.contextmanager
 def _lock(workdir):
   """Let no other run into the folder until this one has ended."""
-  if not processes.is_first():
+  folder = os.open(workdir, os.O_RDONLY)
+  try:
+    if processes.is_first():
+      _lock_file(folder, workdir)
     yield
-    return
-  with (workdir / ".lock").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise types.InputError(
-        f"another process is training in {workdir}; wait for its end or use"
-        " another --workdir"
-      ) from error
-    yield
+  finally:
+    os.close(folder)
+
+
+def _lock_file(file, name):
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise types.InputError(
+      f"another process is training in {name}; wait for its end or use another"
+      " --workdir"
+    ) from error
+  except OSError:
+    pass  # A file system without locks, such as some of the network.
 
 
 @contextlib.contextmanager
@@ -827,7 +834,8 @@ def _read_json(path):
     return json.loads(path.read_text())
   except ValueError as error:
     raise types.InputError(
-      f"{path} is damaged ({error}); mend or delete it, or use another --workdir"
+      f"{path} is damaged ({error}); mend or delete it, or use another"
+      " --workdir"
     ) from error
 
 
