@@ -1,0 +1,192 @@
+"""Several devices and several processes compute what one does."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from l2t_jax import processes, types
+from tests import small_runs
+
+pytestmark = pytest.mark.xdist_group("processes")
+# A process notices the end of another after 30 seconds at most; leave it time
+# to say so on a busy machine.
+_BOUND = 60
+
+_ON_DEVICES = """
+import sys, jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)
+from l2t_jax import sharding
+from tests import processes
+for count in (1, 2, 4, 8):
+  mesh = sharding.make_mesh(jax.devices()[:count])
+  processes.save(f"{sys.argv[1]}/{count}.npz", processes.run(mesh))
+mesh = sharding.make_mesh(jax.devices()[:2])
+processes.save(f"{sys.argv[1]}/split.npz", processes.run(mesh, split=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory):
+  """Numbers after some steps on 1, 2, 4 and 8 devices, and split over 2."""
+  folder = tmp_path_factory.mktemp("on_devices")
+  result = small_runs.run_python("-c", _ON_DEVICES, folder)
+  assert result.returncode == 0, result.stderr
+  return folder
+
+
+@pytest.mark.parametrize("name", ["2", "4", "8", "split"])
+def test_devices_compute_what_one_does(on_devices, name):
+  _assert_close(on_devices / f"{name}.npz", on_devices / "1.npz")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_compute_what_one_does(on_devices, tmp_path, count):
+  path = tmp_path / "numbers.npz"
+  place = f"localhost:{_free_port()}"
+  group = [
+    small_runs.start_python("-m", "tests.processes", path, place, count, i)
+    for i in range(count)
+  ]
+  for process in group:
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+  _assert_close(path, on_devices / "1.npz")
+
+
+def _assert_close(ours, theirs):
+  ours, theirs = np.load(ours), np.load(theirs)
+  assert set(ours) == set(theirs)
+  for name in ours:
+    np.testing.assert_allclose(
+      ours[name], theirs[name], rtol=1e-9, atol=1e-12, err_msg=name
+    )
+
+
+@pytest.fixture
+def train(source, tmp_path):
+  """Start train.py in so many processes, of some devices each."""
+  config = small_runs.small_config(source, epochs=4)
+  config.data.per_class = 40
+  config.data.name = "digits"
+  config.trackers = ()
+  config.log_every = 1
+  config.checkpoint_steps = 5
+  path = tmp_path / "config.json"
+  path.write_text(config.to_json())
+
+  def start(workdir, num_processes, num_devices=1):
+    command = ["train.py", f"--config={path}", f"--workdir={workdir}"]
+    flags = lambda process_id: (
+      f"--coordinator=localhost:{port}",
+      f"--num_processes={num_processes}",
+      f"--process_id={process_id}",
+    )
+    port = _free_port()
+    return [
+      small_runs.start_python(
+        *command,
+        *(flags(process_id) if num_processes > 1 else ()),
+        environment={"JAX_NUM_CPU_DEVICES": str(num_devices)},
+      )
+      for process_id in range(num_processes)
+    ]
+
+  return start
+
+
+@pytest.mark.long
+def test_a_run_of_several_processes_survives(train, tmp_path):
+  """It loses either process, is asked to stop, and ends with other ones."""
+  lost, workdir = types.LostProcessError.exit_code, tmp_path / "several"
+  for victim in (1, 0):
+    group = train(workdir, 2)
+    _wait_for_records(workdir, group, 6)
+    group[victim].kill()
+    other = group[1 - victim]
+    _, stderr = other.communicate(timeout=_BOUND)
+    assert other.returncode == lost, stderr
+    assert re.search("^error: another process of the run ended", stderr, re.M)
+    group[victim].wait()
+  group = train(workdir, 2)
+  _wait_for_records(workdir, group, 6)
+  group[1].send_signal(signal.SIGTERM)
+  steps = set()
+  for process in group:
+    _, stderr = process.communicate(timeout=_BOUND)
+    assert process.returncode == types.Interrupted.exit_code, stderr
+    steps.add(re.search(r"saved after iteration (\d+) of", stderr)[1])
+  assert len(steps) == 1
+  for process in train(workdir, 1, num_devices=4):
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+  assert f"resuming after iteration {steps.pop()}" in stdout
+  (alone,) = train(tmp_path / "alone", 1)
+  alone.communicate()
+  several, one = (
+    small_runs.records(folder, "train")
+    for folder in (workdir, tmp_path / "alone")
+  )
+  assert [r["step"] for r in several] == [r["step"] for r in one]
+  losses = [np.array([r["loss"] for r in run]) for run in (several, one)]
+  # In float32 rounding grows from iteration to iteration.
+  np.testing.assert_allclose(losses[0][:5], losses[1][:5], rtol=1e-4)
+  np.testing.assert_allclose(losses[0], losses[1], rtol=0.3)
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["device"].startswith("4 x")
+
+
+def _wait_for_records(workdir, group, count):
+  """Wait until a run has recorded so many iterations more."""
+  path = workdir / "metrics.jsonl"
+  num = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
+  wanted = num() + count
+  while num() < wanted:
+    assert all(process.poll() is None for process in group)
+    time.sleep(0.02)
+
+
+def _free_port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--coordinator=here"], "--coordinator=here must be HOST:PORT"),
+    (["--distributed"], "give --coordinator=HOST:PORT, --num_processes and"),
+    (
+      ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+      "process_id=2, num_processes=2",
+    ),
+  ],
+)
+def test_a_start_that_cannot_work(flags, message):
+  result = subprocess.run(
+    [sys.executable, "train.py", "--config=none", "--plan", *flags],
+    capture_output=True,
+    text=True,
+    cwd=small_runs.ROOT,
+  )
+  assert result.returncode == types.InputError.exit_code
+  assert message in result.stderr
+  assert result.stderr.count("\n") == 1
+
+
+def test_a_stop_request_is_seen_and_forgotten():
+  usual = signal.getsignal(signal.SIGTERM)
+  with processes.StopRequests() as requests:
+    assert not requests.after(1)
+    signal.raise_signal(signal.SIGTERM)
+    assert requests.after(2)
+  assert signal.getsignal(signal.SIGTERM) == usual
