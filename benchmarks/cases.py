@@ -64,7 +64,7 @@ def create(setting: Setting) -> Iteration:
     names = [""]
   else:
     config.sources = {name: defaults.source() for name in names}
-  given = build.Given(data=_blank_images(setting))
+  given = build.Given(data=_random_images(setting))
   if objectives.get_method(setting.method).needs_source:
     given = given._replace(
       sources={
@@ -91,13 +91,13 @@ def compile_iteration(
     )
 
 
-def _blank_images(setting):
+def _random_images(setting):
   """Images that stand for a data set; the batches are drawn elsewhere."""
   size = (setting.image_size, setting.image_size, 3)
   count = max(setting.batch_size, _NUM_CLASSES)
-  arrays = {}
+  rng, arrays = np.random.default_rng(0), {}
   for part, number in (("train", count), ("val", 1), ("test", 1)):
-    arrays[f"x_{part}"] = np.zeros((number, *size), np.uint8)
+    arrays[f"x_{part}"] = rng.integers(0, 256, (number, *size), np.uint8)
     arrays[f"y_{part}"] = np.arange(number) % _NUM_CLASSES
   return records.from_arrays(arrays, "random images")
 

@@ -29,6 +29,11 @@ from benchmarks import cases
 
 _BASE = cases.Setting(batch_size=32)
 _DEVICE_COUNTS = (1, 2, 4)
+# In HLO, with the shapes of its results.
+_COLLECTIVE = (
+  r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all"
+  r"|collective-permute)(?:-start)?\("
+)
 _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
 
@@ -104,12 +109,15 @@ def measure_on_devices(count: int) -> dict[str, object]:
   }
 
 
+def count_collectives(hlo: str) -> int:
+  """Count the collectives of a program."""
+  return len(re.findall(_COLLECTIVE, hlo))
+
+
 def collective_bytes(hlo: str) -> int:
   """Sum the sizes of what collectives of a program return, on one device."""
   total = 0
-  kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-  pattern = rf"= (.*?) (?:{kinds})(?:-start)?\("
-  for result in re.findall(pattern, hlo):
+  for result in re.findall(_COLLECTIVE, hlo):
     for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
       sizes = [int(size) for size in shape.split(",") if size]
       total += _BYTES[kind] * math.prod(sizes)

@@ -55,11 +55,13 @@ def start(
     raise types.InputError(
       f"--coordinator={coordinator} must be HOST:PORT, such as node0:1234"
     )
+  is_told = None not in (coordinator, num_processes, process_id)
   try:
     jax.distributed.initialize(
       coordinator,
       num_processes,
       process_id,
+      cluster_detection_method="deactivate" if is_told else None,
       initialization_timeout=_START_TIMEOUT,
       heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
     )

@@ -42,7 +42,7 @@ def test_blocks(page, tmp_path):
   known = {"python", "sh", "text"}
   assert {language for language, _ in blocks} <= known
   # A clone, but for what the page writes.
-  for name in ("train.py", "configs", "examples", "l2t_jax"):
+  for name in ("train.py", "configs", "examples", "l2t_jax", "launch"):
     (tmp_path / name).symlink_to(small_runs.ROOT / name)
   binaries = pathlib.Path(sys.executable).parent
   environment = os.environ | {

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Train one run on all hosts of a TPU pod slice, which hold this project in
+# ~/l2t_jax with its environment (pip install "jax[tpu]"):
+#   launch/tpu_pod.sh NAME ZONE --config=configs/X.py --workdir=DIR ...
+# DIR must be the same files on all hosts, such as a bucket mounted by gcsfuse.
+set -euo pipefail
+name=${1:?usage: launch/tpu_pod.sh NAME ZONE --config=... --workdir=...}
+zone=${2:?the zone of the TPU}
+shift 2
+gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+  --command="cd l2t_jax && .venv/bin/python train.py --distributed $(printf '%q ' "$@")"
