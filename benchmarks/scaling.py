@@ -65,10 +65,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--teraflops", type=float, default=100.0)
-  parser.add_argument("--node_gigabytes", type=float, default=300.0)
-  parser.add_argument("--network_gigabytes", type=float, default=40.0)
-  parser.add_argument("--microseconds", type=float, default=5.0)
+  flag = parser.add_argument
+  flag("--teraflops", type=float, default=100.0, help="a device, a second")
+  flag("--node_gigabytes", type=float, default=300.0, help="inside, a second")
+  flag(
+    "--network_gigabytes", type=float, default=320.0, help="a node, a second"
+  )
+  flag("--microseconds", type=float, default=5.0, help="a doubling of devices")
   parser.add_argument("--num_devices", type=int, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.num_devices:

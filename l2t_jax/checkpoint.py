@@ -41,7 +41,9 @@ class Checkpoints:
   def __enter__(self) -> Checkpoints:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, _, error: BaseException | None, traceback) -> None:
+    if error and not processes.is_found_by_all(error):
+      return  # The others are elsewhere: closing would wait for them.
     try:
       self._manager.close()
     except Exception as error:

@@ -87,6 +87,12 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def is_found_by_all(error: BaseException) -> bool:
+  """Return whether an error meets every process of the run at once."""
+  shared = isinstance(error, types.Interrupted | types.BadNumbersError)
+  return shared or not are_several()
+
+
 def wait_for_all(where: str) -> None:
   """Wait until every process has come as far; `where` tells places apart."""
   if are_several():
@@ -103,10 +109,8 @@ def ending_together() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if not are_several():
-      raise
-    if isinstance(error, types.Interrupted | types.BadNumbersError):
-      wait_for_all("the end")  # Each process has found the same.
+    if is_found_by_all(error):
+      wait_for_all("the end")
       raise
     if isinstance(error, types.Stop):
       _leave(str(error), error.exit_code)
