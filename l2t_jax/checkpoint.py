@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import copy
+import errno
 import json
 import pathlib
+import re
 from typing import Any
 import zlib
 
@@ -47,7 +49,8 @@ class Checkpoints:
     try:
       self._manager.close()
     except Exception as error:
-      raise self._not_written(error) from error
+      self._check_storage(error)
+      raise
 
   def steps(self) -> list[int]:
     """Return the iterations that there are checkpoints of, in order."""
@@ -82,7 +85,8 @@ class Checkpoints:
         ),
       )
     except Exception as error:
-      raise self._not_written(error) from error
+      self._check_storage(error)
+      raise
 
   def restore(
     self, step: int, like: types.TrainState
@@ -100,14 +104,12 @@ class Checkpoints:
     Raises:
       DamagedError: it cannot be read, or its checksum is wrong.
       types.InputError: it is one of another network.
+      types.StorageError: the disk fails, which says nothing of the checkpoint.
     """
     self._manager.wait_until_finished()
+    reason = ""
     try:
-      stored = self._manager.item_metadata(step)["state"].tree
-    except Exception as error:
-      raise DamagedError(_reason(error)) from error
-    self._check_shapes(step, stored, like)
-    try:
+      self._check_shapes(step, like)
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -115,10 +117,20 @@ class Checkpoints:
           progress=ocp.args.JsonRestore(),
         ),
       )
-      state, content = restored["state"], restored["progress"]
+      content = restored["progress"]
       checksum, progress = content["checksum"], content["progress"]
     except Exception as error:
-      raise DamagedError(_reason(error)) from error
+      if isinstance(error, types.Stop) or processes.is_of_another(error):
+        raise
+      if _is_of_storage(error):
+        raise types.StorageError(
+          f"cannot read the checkpoint {self._path(step)}: {_reason(error)};"
+          " mend that, and the same command goes on from it"
+        ) from error
+      reason = _reason(error)
+    if not processes.is_true_for_all(not reason):
+      raise DamagedError(reason or "another process cannot read it")
+    state = restored["state"]
     if _checksum(state, progress) != checksum:
       raise DamagedError("its checksum is wrong")
     return state, progress
@@ -127,7 +139,11 @@ class Checkpoints:
     """Move a damaged checkpoint out of the way, and return where it went."""
     place = self._folder.with_name(f"damaged_checkpoint_{step}")
     if processes.is_first():
-      (self._folder / str(step)).rename(place)
+      number = 1
+      while place.exists():
+        number += 1
+        place = place.with_name(f"damaged_checkpoint_{step}_{number}")
+      self._path(step).rename(place)
     processes.wait_for_all(f"set aside {place}")
     self._manager.reload()
     return place
@@ -139,8 +155,9 @@ class Checkpoints:
       if later > step:
         self._manager.delete(later)
 
-  def _check_shapes(self, step, stored, like):
+  def _check_shapes(self, step, like):
     """Raise an InputError that names an array that differs."""
+    stored = self._manager.item_metadata(step)["state"].tree
     shapes = lambda tree: {
       "/".join(path): leaf.shape
       for path, leaf in ocp.tree.to_flat_dict(tree).items()
@@ -150,18 +167,23 @@ class Checkpoints:
     for name in found | expected:
       if found.get(name) != expected.get(name):
         raise types.InputError(
-          f"checkpoint {self._folder / str(step)} is of another network: {name}"
-          f" is {_shape(found, name)} in it, {_shape(expected, name)} in this"
-          " run; use another --workdir"
+          f"checkpoint {self._path(step)} is of another network: {name} is"
+          f" {_shape(found, name)} in it, {_shape(expected, name)} in this run;"
+          " use another --workdir"
         )
 
-  def _not_written(self, error):
-    kept = self.steps()
-    return types.StorageError(
-      f"cannot write a checkpoint into {self._folder}: {_reason(error)}; make"
-      " room or mend that, and the same command goes on"
-      + (f" from iteration {kept[-1]}" if kept else " from the start")
-    )
+  def _path(self, step):
+    return self._folder / str(step)
+
+  def _check_storage(self, error):
+    """Raise a StorageError where that is what a failed write comes from."""
+    if _is_of_storage(error):
+      kept = self.steps()
+      where = f"from iteration {kept[-1]}" if kept else "from the start"
+      raise types.StorageError(
+        f"cannot write a checkpoint into {self._folder}: {_reason(error)}; make"
+        f" room or mend that, and the same command goes on {where}"
+      ) from error
 
 
 def steps_in(folder: pathlib.Path) -> set[int]:
@@ -206,9 +228,21 @@ def _sums_of_bits(tree):
 
 
 def _sum_of_bits(leaf):
+  if jnp.iscomplexobj(leaf):
+    leaf = jnp.stack([leaf.real, leaf.imag])
+  if leaf.dtype == bool:
+    leaf = leaf.astype(jnp.uint8)
   unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
   words = jax.lax.bitcast_convert_type(leaf, unsigned)
   return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _is_of_storage(error):
+  """Return whether it is the disk that failed; tensorstore says so in text."""
+  if isinstance(error, OSError):
+    return not isinstance(error, FileNotFoundError)
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return code is not None and int(code[1]) != errno.ENOENT
 
 
 def _reason(error):

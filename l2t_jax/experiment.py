@@ -10,15 +10,12 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import copy
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
 import os
 import pathlib
 import platform
 import sys
-import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -36,41 +33,22 @@ from l2t_jax import (
   compilation,
   data,
   logs,
+  metrics,
   pretrained,
   processes,
+  run_folder,
   sharding,
   transfer_map,
   types,
 )
 
 CHECKPOINTS = "checkpoints"
-# Metrics of "transfer" with a number for each pair.
-_BY_PAIR = ("distances", "pair_weights")
-_OF_META_UPDATE = {"outer_loss", "meta_grad_norm", "meta_grad_norms"}
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Accuracies may be errors with a minus: any finite one is better.
 _WORST = -sys.float_info.max
 # Share of an epoch's time that training may wait for images, and the time in
 # seconds from which on it matters.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
-# Fields that may differ between a run and its resumption.
-FREE_FIELDS = (
-  "log_every",
-  "checkpoint_every",
-  "checkpoint_steps",
-  "trackers",
-  "data.num_workers",
-)
-# What the operating system says where a folder cannot be written.
-_STORAGE_ERRORS = (
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EFBIG,
-  errno.EROFS,
-  errno.EACCES,
-  errno.EPERM,
-  errno.EIO,
-)
 
 
 class DoesNotFit(Exception):
@@ -79,6 +57,8 @@ class DoesNotFit(Exception):
 
 class _Regroup(Exception):
   """A checkpoint was set aside: what can go on together may have changed."""
+
+  meets_all_processes = True
 
 
 class _Programs(NamedTuple):
@@ -100,10 +80,13 @@ class _Seed:
   dataset: data.Dataset
   checkpoints: checkpoint.Checkpoints
   progress: dict[str, Any]  # What the epochs that are done remember.
+  label: str = ""  # Before what is said of it; "" where it trains alone.
   log: logs.MetricsLog | None = None  # None where another process writes.
   # Of the unfinished epoch, and of its unfinished logging interval.
-  epoch: logs.Averages = dataclasses.field(default_factory=logs.Averages)
-  interval: logs.Averages = dataclasses.field(default_factory=logs.Averages)
+  epoch: metrics.Averages = dataclasses.field(default_factory=metrics.Averages)
+  interval: metrics.Averages = dataclasses.field(
+    default_factory=metrics.Averages
+  )
 
   def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Write a record, in the process that does."""
@@ -123,8 +106,8 @@ class _Seed:
     """Take up what `save` saved; return its state."""
     state, self.progress = self.checkpoints.restore(step, like)
     unfinished = self.progress.pop("unfinished")
-    self.epoch = logs.Averages.from_json(unfinished["epoch"])
-    self.interval = logs.Averages.from_json(unfinished["interval"])
+    self.epoch = metrics.Averages.from_json(unfinished["epoch"])
+    self.interval = metrics.Averages.from_json(unfinished["interval"])
     return state
 
 
@@ -177,7 +160,7 @@ def train_together(
     The contents of the summary.json files, in the order given.
 
   Raises:
-    types.InputError: as `train_and_evaluate`.
+    types.Stop: as `train_and_evaluate`.
     DoesNotFit: the seeds need more memory than the accelerator has; their
       folders are as they were.
   """
@@ -187,21 +170,21 @@ def train_together(
   for seed, workdir in workdirs.items():
     workdir = pathlib.Path(workdir)
     summary_file = workdir / "summary.json"
-    if summary_file.exists():
+    if processes.agree(summary_file.exists()):
       if processes.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
-      summaries[seed] = _read_json(summary_file)
+      summaries[seed] = run_folder.read_json(summary_file)
     else:
-      make_folder(workdir)
+      run_folder.make(workdir)
       left[workdir] = _with_seed(config, seed)
   with (
     contextlib.ExitStack() as stack,
     processes.StopRequests() as requests,
     jax.default_matmul_precision(build.PRECISIONS[config.precision][1]),
-    _storage_errors(),
+    run_folder.storage_errors(list(left)),
   ):
     for workdir in left:
-      stack.enter_context(_lock(workdir))
+      stack.enter_context(run_folder.lock(workdir))
     while left:
       group = _first_group(left)
       with contextlib.suppress(_Regroup):
@@ -217,46 +200,6 @@ def _first_group(workdirs):
     return list(steps)  # Some had come a little further: they go back.
   newest = [max(one, default=0) for one in steps.values()]
   return [w for w, step in zip(steps, newest, strict=True) if step == newest[0]]
-
-
-@contextlib.contextmanager
-def _lock(workdir):
-  """Let no other run into the folder until this one has ended."""
-  folder = os.open(workdir, os.O_RDONLY)
-  try:
-    if processes.is_first():
-      _lock_file(folder, workdir)
-    yield
-  finally:
-    os.close(folder)
-
-
-def _lock_file(file, name):
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise types.InputError(
-      f"another process is training in {name}; wait for its end or use another"
-      " --workdir"
-    ) from error
-  except OSError:
-    pass  # A file system without locks, such as some of the network.
-
-
-@contextlib.contextmanager
-def _storage_errors():
-  """Say what the operating system says of a disk in one line."""
-  try:
-    yield
-  except types.Stop:
-    raise
-  except OSError as error:
-    if error.errno not in _STORAGE_ERRORS:
-      raise
-    raise types.StorageError(
-      f"{error}; make room or mend that, and the same command goes on from the"
-      " last checkpoint"
-    ) from error
 
 
 def check(
@@ -277,7 +220,9 @@ def check(
   """
   for seed, workdir in workdirs.items():
     build.check(_with_seed(config, seed), given)
-    _check_same_config(pathlib.Path(workdir), _with_seed(config, seed))
+    run_folder.check_same_config(
+      pathlib.Path(workdir), _with_seed(config, seed)
+    )
   build.check_source_files(config, given)
   logs.check_trackers(config.trackers)
 
@@ -310,7 +255,7 @@ def _train(configs, given, requests):
   # Before anything in the folders changes: it may not fit.
   programs = _compile(run, _stack(states), first, len(states))
   for workdir, config in configs.items():
-    _write_json(workdir / "config.json", json.loads(config.to_json()))
+    run_folder.write_json(workdir / "config.json", json.loads(config.to_json()))
   with contextlib.ExitStack() as stack:
     display = stack.enter_context(
       logs.Progress(
@@ -326,6 +271,7 @@ def _train(configs, given, requests):
         run.dataset.with_seed(config.seed),
         stack.enter_context(checkpoint.Checkpoints(workdir / CHECKPOINTS)),
         {"seconds": 0.0, "val_accuracy": _WORST},
+        f"seed {config.seed}: " if len(configs) > 1 else "",
       )
       for workdir, config in configs.items()
     ]
@@ -353,7 +299,7 @@ def _train(configs, given, requests):
     if processes.is_first():
       if run.weights_fn:
         _write_transfer_map(run, seed)
-      _write_json(seed.workdir / "summary.json", summary)
+      run_folder.write_json(seed.workdir / "summary.json", summary)
     summaries[seed.config.seed] = summary
   return summaries
 
@@ -365,12 +311,11 @@ def _restore(seeds, states, display):
     (iterations done, states).
 
   Raises:
-    _Regroup: it was damaged.
+    types.StorageError: it was damaged, and there is none before.
+    _Regroup: it was damaged, and now is out of the way.
   """
-  step = max(
-    set.intersection(*(set(seed.checkpoints.steps()) for seed in seeds)),
-    default=0,
-  )
+  shared = set.intersection(*(set(seed.checkpoints.steps()) for seed in seeds))
+  step = processes.agree(max(shared, default=0))
   if not step:
     return step, states
   restored = []
@@ -378,15 +323,24 @@ def _restore(seeds, states, display):
     try:
       restored.append(seed.restore(step, state))
     except checkpoint.DamagedError as error:
-      place = seed.checkpoints.set_aside(step)
-      display.say(
-        f"the checkpoint of iteration {step} is damaged ({error}) and now is"
-        f" {place}; going on from the one before"
-      )
-      raise _Regroup from error
+      _set_aside(seed, step, error, display)
   for seed in seeds:
     seed.checkpoints.drop_after(step)
   return step, restored
+
+
+def _set_aside(seed, step, error, display):
+  if len(seed.checkpoints.steps()) == 1:
+    raise types.StorageError(
+      f"{seed.workdir}: the only checkpoint, of iteration {step}, is damaged:"
+      f" {error}; bring it back from a copy, or use another --workdir"
+    ) from error
+  place = seed.checkpoints.set_aside(step)
+  display.say(
+    f"the checkpoint of iteration {step} is damaged ({error}) and now is"
+    f" {place}; going on from the one before"
+  )
+  raise _Regroup from error
 
 
 def _compile(run, state, config, num_seeds):
@@ -431,11 +385,12 @@ def _run_epochs(run, programs, state, step, seeds, display, requests):
   config, steps = seeds[0].config, run.dataset.steps_per_epoch
   stopwatch = _Stopwatch(seeds)
   for epoch in range(step // steps + 1, config.epochs + 1):
+    start = time.time()
     state, waited = _train_epoch(
       run, programs, state, step, seeds, display, requests, stopwatch
     )
     step = epoch * steps
-    trained = stopwatch.lap()
+    trained = time.time() - start
     if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
       display.say(
         f"training waited {waited:.0f} of {trained:.0f} s for images; raise"
@@ -446,8 +401,9 @@ def _run_epochs(run, programs, state, step, seeds, display, requests):
       run, programs.eval_step, state.inner, split, len(seeds)
     )
     validation = evaluate_on("val")
-    for result in validation:
-      _check_finite({"val_accuracy": result["accuracy"]}, step, seeds[0])
+    for result, seed in zip(validation, seeds, strict=True):
+      named = {f"val_{name}": value for name, value in result.items()}
+      _check_finite(named, step, seed)
     is_best = [
       result["accuracy"] > seed.progress["val_accuracy"]
       for result, seed in zip(validation, seeds, strict=True)
@@ -467,12 +423,11 @@ def _run_epochs(run, programs, state, step, seeds, display, requests):
         }
         _save_target(run, seed, _take(state.inner, index, len(seeds)), epoch)
       seed.record("epoch", step, record)
-      name = f"seed {seed.config.seed}  " if len(seeds) > 1 else ""
-      display.say(name + _epoch_line(record, config.epochs))
+      display.say(seed.label + _epoch_line(record, config.epochs))
       if is_time or leaves:
         seed.save(step, _take(state, index, len(seeds)))
     if leaves and epoch < config.epochs:
-      _leave(step, run, config)
+      _interrupt(step, run, config)
 
 
 class _Stopwatch:
@@ -514,8 +469,8 @@ def _train_epoch(
     batch = sharding.shard(batch, run.mesh, axis=int(len(seeds) > 1))
     skips = programs.train_step_without_meta and step % config.meta.update_every
     program = programs.train_step_without_meta if skips else programs.train_step
-    state, metrics = program.call(state, run.sources, batch)
-    pending.append(metrics)
+    state, values = program.call(state, run.sources, batch)
+    pending.append(values)
     step += 1
     ends_interval = step % config.log_every == 0 or step == last_step
     # At the end of an epoch, evaluation comes first.
@@ -527,7 +482,7 @@ def _train_epoch(
     if ends_interval or saves:
       pending = jax.device_get(pending)
       for index, seed in enumerate(seeds):
-        mine = [_take(metrics, index, len(seeds)) for metrics in pending]
+        mine = [_take(values, index, len(seeds)) for values in pending]
         _average(seed, mine, step, run.pairs, display)
       display.update(epoch + 1, len(pending), seeds[0].interval.means())
       pending = []
@@ -539,37 +494,40 @@ def _train_epoch(
       for index, seed in enumerate(seeds):
         seed.save(step, _take(state, index, len(seeds)))
     if leaves:
-      _leave(step, run, config)
+      _interrupt(step, run, config)
     since = time.time()
   return state, waited
 
 
-def _average(seed, metrics, step, pairs, display):
+def _average(seed, iterations, step, pairs, display):
   """Add iterations up to `step` to the averages, but for what was skipped."""
-  for number, one in enumerate(metrics, start=step - len(metrics) + 1):
-    if "skipped" not in one:
-      _check_finite(one, number, seed, pairs)
-    elif bad := _not_finite(one, pairs):
-      what = "iteration" if one["skipped"] else "meta update of iteration"
-      display.say(f"{what} {number} is skipped: not finite: {', '.join(bad)}")
-      kept = () if one["skipped"] else one.keys() - _OF_META_UPDATE
-      one = {name: one[name] for name in ("skipped", *kept)}
-    seed.epoch.add(one)
-    seed.interval.add(one)
+  first = step - len(iterations) + 1
+  for number, values in enumerate(iterations, start=first):
+    if "skipped" not in values:
+      _check_finite(values, number, seed, pairs)
+    elif bad := metrics.bad_numbers(values, pairs):
+      what = "iteration" if values["skipped"] else "meta update of iteration"
+      display.say(
+        f"{seed.label}{what} {number} is skipped: not finite: {', '.join(bad)}"
+      )
+      values = metrics.without_bad_numbers(values)
+    seed.epoch.add(values)
+    seed.interval.add(values)
 
 
 def _end_interval(seed, step, epoch):
-  means = _scalars(seed.interval.means())
+  means = metrics.scalars(seed.interval.means())
   if means.get("skipped") == 1:
     raise types.BadNumbersError(
-      f"all iterations of the logging interval up to {step} were skipped;"
+      f"{seed.label}all iterations of the logging interval up to {step} were"
+      " skipped;"
       f" {_advice(seed)}"
     )
   seed.record("train", step, {"epoch": epoch, **means})
-  seed.interval = logs.Averages()
+  seed.interval = metrics.Averages()
 
 
-def _leave(step, run, config):
+def _interrupt(step, run, config):
   total = config.epochs * run.dataset.steps_per_epoch
   raise types.Interrupted(
     f"asked to stop; saved after iteration {step} of {total}, and the same"
@@ -580,14 +538,14 @@ def _leave(step, run, config):
 def _epoch_record(run, seed, epoch, validation):
   """Return an epoch's record, and begin the next one's averages."""
   means = seed.epoch.means()
-  seed.epoch = logs.Averages()
+  seed.epoch = metrics.Averages()
   record: dict[str, Any] = {
     "epoch": epoch,
     "learning_rate": float(
       run.learning_rate_fn((epoch - 1) * run.dataset.steps_per_epoch)
     ),
   }
-  record |= {f"train_{name}": v for name, v in _scalars(means).items()}
+  record |= {f"train_{name}": v for name, v in metrics.scalars(means).items()}
   transferred = _transfer_record(run.pairs, means)
   seed.progress["channel_weights"] = transferred.pop("channel_weights", None)
   record |= transferred
@@ -627,59 +585,32 @@ def _take(tree: types.PyTree, index: int, num_seeds: int) -> types.PyTree:
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _check_finite(metrics, step, seed, pairs=()):
+def _check_finite(values, step, seed, pairs=()):
   """Raise a `types.BadNumbersError` that names what is not finite."""
-  bad = _not_finite(metrics, pairs)
+  bad = metrics.bad_numbers(values, pairs)
   if bad:
     raise types.BadNumbersError(
-      f"iteration {step}: not finite: {', '.join(bad)}; {_advice(seed)}"
+      f"{seed.label}iteration {step}: not finite: {', '.join(bad)};"
+      f" {_advice(seed)}"
     )
-
-
-def _not_finite(metrics, pairs):
-  """Name the quantities that are NaN or infinite, with their pairs."""
-  named = [
-    (name, value) for name, value in metrics.items() if name != "transfer"
-  ]
-  transferred = metrics.get("transfer", {})
-  # The causes before what follows from them.
-  named[:0] = [(name, transferred[name]) for name in _BY_PAIR if transferred]
-  bad = []
-  for name, values in named:
-    is_bad = ~np.isfinite(values)
-    if np.ndim(values):
-      where = [
-        pair.name for pair, one in zip(pairs, is_bad, strict=True) if one
-      ]
-      bad += [f"{name} of {pair}" for pair in where]
-    elif is_bad:
-      bad.append(f"{name} ({values})")
-  return bad
 
 
 def _advice(seed):
   kept = seed.checkpoints.steps()
   last = f"is of iteration {kept[-1]}" if kept else "does not exist yet"
   return (
-    f"the last good checkpoint {last}; lower config.optimizer.learning_rate,"
-    " config.transfer.beta or config.meta.learning_rate, set"
-    " config.optimizer.clip_norm or config.meta.clip_norm, or"
-    " config.bad_numbers='skip'; config.precision='f32' is the least prone"
+    f"the last good checkpoint {last}. The same command with"
+    " --config.bad_numbers=skip goes on without such iterations; in another"
+    " --workdir, lower config.optimizer.learning_rate, config.transfer.beta or"
+    " config.meta.learning_rate, or set config.optimizer.clip_norm or"
+    " config.meta.clip_norm"
   )
-
-
-def _scalars(metrics):
-  return {
-    k: float(v)
-    for k, v in metrics.items()
-    if k != "transfer" and not np.ndim(v)
-  }
 
 
 def _save_target(run, seed, inner, epoch):
   config, image_format = seed.config, run.image_format
   variables = sharding.gather(
-    {"params": inner.params["target"], **inner.model_state}, run.mesh
+    {"params": inner.params["target"], **inner.model_state}
   )
   if not processes.is_first():
     return
@@ -781,63 +712,3 @@ def _with_seed(config, seed):
   config = copy.deepcopy(config)
   config.seed = seed
   return config
-
-
-def make_folder(workdir: pathlib.Path) -> None:
-  """Make the folder of a run.
-
-  Raises:
-    types.InputError: there is a file in its place.
-    types.StorageError: nothing can be written into it.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
-  except OSError as error:
-    in_place = isinstance(error, FileExistsError | NotADirectoryError)
-    stop = types.InputError if in_place else types.StorageError
-    raise stop(
-      f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
-      " can be written"
-    ) from error
-
-
-def _check_same_config(workdir, config):
-  """Make sure that the folder, if there is one, holds a run of this config."""
-  config_file = workdir / "config.json"
-  if config_file.exists():
-    old = _flatten(_read_json(config_file))
-    new = _flatten(json.loads(config.to_json()))
-    differences = [
-      f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
-      for field in new | old
-      if old.get(field) != new.get(field) and field not in FREE_FIELDS
-    ]
-    if differences:
-      raise types.InputError(
-        f"{workdir} holds a run of another config: {'; '.join(differences)};"
-        " use another --workdir"
-      )
-
-
-def _write_json(path, content):
-  if not processes.is_first():
-    return
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(content, indent=2) + "\n")
-  partial.replace(path)
-
-
-def _read_json(path):
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise types.InputError(
-      f"{path} is damaged ({error}); mend or delete it, or use another"
-      " --workdir"
-    ) from error
-
-
-def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(nested, sep=".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -11,8 +12,6 @@ import time
 from typing import Any, Protocol
 
 from flax import traverse_util
-import jax
-import numpy as np
 from rich import console, progress
 
 from l2t_jax import imports, types
@@ -193,9 +192,10 @@ class MetricsLog:
     return self
 
   def __exit__(self, *_) -> None:
-    self._file.close()
-    for tracker in self._trackers:
-      tracker.close()
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._file.close)
+      for tracker in self._trackers:
+        stack.callback(tracker.close)
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
@@ -236,50 +236,6 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
       ) from error
     records.append(record)
   return records
-
-
-class Averages:
-  """Means of metrics over iterations, each over those that have it.
-
-  Sums are in float64 and grow by one iteration after the other, so that means
-  do not depend on where a run was cut off and resumed.
-  """
-
-  def __init__(self):
-    self._sums: dict[str, types.PyTree] = {}
-    self._counts: dict[str, int] = {}
-
-  def add(self, metrics: Mapping[str, types.PyTree]) -> None:
-    """Add an iteration's metrics, numbers or trees of arrays by name."""
-    for name, value in metrics.items():
-      value = jax.tree.map(np.float64, value)
-      if name in self._sums:
-        value = jax.tree.map(np.add, self._sums[name], value)
-      self._sums[name] = value
-      self._counts[name] = self._counts.get(name, 0) + 1
-
-  def means(self) -> dict[str, types.PyTree]:
-    """Return each metric's mean."""
-    return {
-      name: jax.tree.map(lambda x, n=self._counts[name]: x / n, value)
-      for name, value in self._sums.items()
-    }
-
-  def to_json(self) -> dict[str, Any]:
-    """Return what `from_json` makes the same averages of."""
-    return {
-      "sums": jax.tree.map(lambda x: x.tolist(), self._sums),
-      "counts": dict(self._counts),
-    }
-
-  @classmethod
-  def from_json(cls, content: Mapping[str, Any]) -> Averages:
-    """Go on where `to_json` was."""
-    averages = cls()
-    is_list = lambda x: isinstance(x, list)
-    averages._sums = jax.tree.map(np.float64, content["sums"], is_leaf=is_list)
-    averages._counts = dict(content["counts"])
-    return averages
 
 
 class Progress:

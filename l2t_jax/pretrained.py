@@ -381,7 +381,7 @@ def convert_file(
   image_shape = (size, size, min(inputs, default=3))
   variables = models.trace(module, image_shape).variables
   converted, report = convert(tensors, variables)
-  _check_finite(checkpoint, tensors)
+  _check_finite(checkpoint, traverse_util.flatten_dict(converted, sep="/"))
   metadata = {
     "model": model,
     "num_classes": str(classes[0]),

@@ -14,11 +14,13 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 from l2t_jax import types
 
@@ -26,6 +28,9 @@ from l2t_jax import types
 _HEARTBEAT_TIMEOUT = 30
 # Seconds that the processes have to find one another.
 _START_TIMEOUT = 300
+# Seconds that process 0 waits before it leaves with an error: the others may
+# have met the same.
+_GRACE = 3
 # What JAX's errors say where another process is the reason.
 _OF_ANOTHER = re.compile(
   r"gloo|nccl|collective|coordination|barrier|heartbeat|UNAVAILABLE"
@@ -89,8 +94,26 @@ def is_first() -> bool:
 
 def is_found_by_all(error: BaseException) -> bool:
   """Return whether an error meets every process of the run at once."""
-  shared = isinstance(error, types.Interrupted | types.BadNumbersError)
-  return shared or not are_several()
+  return not are_several() or getattr(error, "meets_all_processes", False)
+
+
+def is_of_another(error: BaseException) -> bool:
+  """Return whether what went wrong is that another process was lost."""
+  return are_several() and bool(_OF_ANOTHER.search(str(error)))
+
+
+def agree(number: int) -> int:
+  """Return what process 0 says: file systems may show others less."""
+  if not are_several():
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def is_true_for_all(condition: bool) -> bool:
+  """Return whether a condition holds in each process; all have to ask."""
+  if not are_several():
+    return condition
+  return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
 
 
 def wait_for_all(where: str) -> None:
@@ -108,15 +131,19 @@ def ending_together() -> Iterator[None]:
   """
   try:
     yield
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
     if is_found_by_all(error):
       wait_for_all("the end")
       raise
+    if is_first():
+      time.sleep(_GRACE)  # Its end ends the others: let them speak first.
     if isinstance(error, types.Stop):
       _leave(str(error), error.exit_code)
     traceback.print_exc()
-    if _OF_ANOTHER.search(str(error)):
+    if is_of_another(error):
       _leave(_LOST, types.LostProcessError.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+      _leave("interrupted", 130)
     _leave("this process failed, as told above", 1)
   else:
     wait_for_all("the end")
@@ -130,21 +157,30 @@ class StopRequests:
 
   def __init__(self):
     self._asked = False
-    self._usual = None
+    self._listens = False
+    self._usual: Any = None
 
   def __enter__(self) -> StopRequests:
     # In several processes JAX listens, so that all stop at the same iteration.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and not are_several():
+    self._listens = in_main_thread and not are_several()
+    if self._listens:
       self._usual = signal.signal(signal.SIGTERM, self._ask)
     return self
 
   def __exit__(self, *_) -> None:
-    if self._usual is not None:
-      signal.signal(signal.SIGTERM, self._usual)
+    if self._listens:
+      signal.signal(signal.SIGTERM, self._usual or signal.SIG_DFL)
+      # What came too late for this one is for the one around it.
+      if self._asked and callable(self._usual):
+        self._usual(signal.SIGTERM, None)
 
   def _ask(self, *_) -> None:
     self._asked = True
+
+  def were_made(self) -> bool:
+    """Return whether the signal came, to this process alone."""
+    return self._asked
 
   def after(self, step: int) -> bool:
     """Return whether to leave after an iteration; to be called after each."""
@@ -154,9 +190,10 @@ class StopRequests:
 
 
 _LOST = (
-  "another process of the run ended or no longer answers (JAX's own words stand"
-  " above); its output says why. Start all processes again, also on other"
-  " machines or another number of them: they go on from the last checkpoint"
+  "another process of the run ended or no longer answers, or JAX itself failed"
+  " (its own words stand above); the others' output says more. Start all"
+  " processes again, also on other machines or another number of them: they go"
+  " on from the last checkpoint"
 )
 
 

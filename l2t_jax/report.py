@@ -41,6 +41,7 @@ from l2t_jax import (
   experiment,
   logs,
   objectives,
+  run_folder,
   saliency,
   transfer,
   transfer_map,
@@ -309,7 +310,7 @@ def _by_experiment(runs):
   groups: dict[str, list[Run]] = {}
   for run in runs:
     fields = traverse_util.flatten_dict(run.config, sep=".")
-    for free in ("seed", *experiment.FREE_FIELDS):
+    for free in ("seed", *run_folder.FREE_FIELDS):
       fields.pop(free, None)
     groups.setdefault(json.dumps(fields, sort_keys=True), []).append(run)
   return list(groups.values())

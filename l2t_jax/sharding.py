@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
@@ -63,11 +64,15 @@ def split(
   return jax.tree.map(choose, tree)
 
 
-def gather(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Copy arrays from the devices, wherever their parts are, to the host."""
-  if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
-    tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
-  return jax.device_get(tree)
+def gather(tree: types.PyTree) -> types.PyTree:
+  """Copy arrays to the host, wherever their parts are; all processes call."""
+
+  def copy(array):
+    if array.is_fully_addressable or array.is_fully_replicated:
+      return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+  return jax.tree.map(copy, tree)
 
 
 def shard(

@@ -28,7 +28,15 @@ import jax
 import ml_collections
 from rich import console
 
-from l2t_jax import commands, comparison, experiment, objectives, types
+from l2t_jax import (
+  commands,
+  comparison,
+  experiment,
+  objectives,
+  processes,
+  run_folder,
+  types,
+)
 
 flags.declare_key_flag("workdir")
 flags.register_validator("workdir", bool, "it must name a folder")
@@ -81,16 +89,19 @@ def main(overrides: list[str]) -> int:
   cells = make_cells(columns, methods, _SEEDS.value, workdir)
   for cell in cells:  # Before anything is trained.
     experiment.check(cell.config, cell.workdirs)
-  experiment.make_folder(workdir)
+  run_folder.make(workdir)
   jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
   runs = sum(len(job.workdirs) for job in jobs)
   _OUT.print(f"{len(cells)} cells; {runs} runs to do here")
   status = 0
   try:
-    for job in jobs:
-      if job.workdirs:
-        run_job(job)
-        comparison.write(workdir, results(cells))
+    with processes.StopRequests() as requests:
+      for job in jobs:
+        if requests.were_made():
+          raise types.Interrupted("asked to stop")
+        if job.workdirs:
+          run_job(job)
+          comparison.write(workdir, results(cells))
   except (KeyboardInterrupt, types.Interrupted) as error:
     _OUT.print("interrupted; the same command goes on from here")
     status = getattr(error, "exit_code", 130)
@@ -229,7 +240,7 @@ def run_job(job: Cell) -> None:
     f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
   )
   first = next(iter(job.workdirs.values()))
-  experiment.make_folder(first)
+  run_folder.make(first)
   summaries, failure = _train_logged(job, title, first)
   if failure:
     (first / _ERROR).write_text(failure)
@@ -264,8 +275,8 @@ def _train_logged(
       contextlib.redirect_stdout(log),
     ):
       return experiment.train_together(job.config, job.workdirs), ""
-  except types.Interrupted:
-    raise
+  except (types.Interrupted, types.StorageError):
+    raise  # The others would meet it, too.
   except Exception as error:
     return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
 

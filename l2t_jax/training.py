@@ -211,7 +211,8 @@ def make_train_step(
     "meta_grad_norms" of each pair's part of it, [P] in the order of the pairs;
     with `skip_bad_numbers` "skipped", 1 or 0; and, where there are weights,
     "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P], and
-    "channel_weights", pair -> [C_m], all of them means over the batch.
+    "channel_weights", pair -> [C_m], all of them means over the batch, and
+    "regressor_grad_norms", [P].
   """
   if look_ahead_loss not in LOOK_AHEAD_LOSSES:
     raise types.InputError(
@@ -224,6 +225,7 @@ def make_train_step(
     data = with_sources(sources, batch)
     weights = weights_of(state.meta_params, data)
     inner, metrics = real_update(optimizer, state.inner, weights, data)
+    is_good = jnp.bool_(True)
     if skip_bad_numbers:
       is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
       inner = _choose(is_good, inner, state.inner)
@@ -250,7 +252,7 @@ def make_train_step(
         grads, meta_opt_state, meta_params
       )
       meta_params, meta_opt_state = _choose(
-        jnp.isfinite(metrics["meta_grad_norm"]),
+        is_good & jnp.isfinite(metrics["meta_grad_norm"]),
         (optax.apply_updates(meta_params, updates), new_opt_state),
         (meta_params, meta_opt_state),
       )
@@ -292,6 +294,9 @@ def make_train_step(
       metrics["transfer"] = {
         "pair_weights": stack(jax.tree.map(mean, weights.pair)),
         "distances": stack(metrics.pop("distances")),
+        "regressor_grad_norms": stack(
+          {name: optax.tree.norm(g) for name, g in grads["regressors"].items()}
+        ),
         "channel_weights": jax.tree.map(mean, weights.channel),
       }
     return inner, metrics

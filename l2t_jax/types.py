@@ -22,6 +22,8 @@ class Stop(Exception):
   """
 
   exit_code = 1
+  # Whether all processes of a run meet it, at the same iteration.
+  meets_all_processes = False
 
 
 class InputError(Stop, ValueError):
@@ -34,6 +36,7 @@ class BadNumbersError(Stop, ArithmeticError):
   """A loss, a gradient or a weight is NaN or infinite."""
 
   exit_code = 3
+  meets_all_processes = True
 
 
 class StorageError(Stop, OSError):
@@ -52,6 +55,7 @@ class Interrupted(Stop):
   """A signal asked the run to leave; it saved, and the same command goes on."""
 
   exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again.
+  meets_all_processes = True
 
 
 @contextlib.contextmanager

@@ -14,13 +14,21 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" train.py --distributed "$@"
-code=$?
+# srun returns the highest code, which may be that of a process that lost
+# another; process 0, which alone writes, knows best.
+export CODE_FILE=$PWD/.exit_code.$SLURM_JOB_ID
+rm -f "$CODE_FILE"
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
+  "$@"; code=$?
+  [[ $SLURM_PROCID != 0 ]] || echo "$code" > "$CODE_FILE"
+  exit "$code"
+' _ "${PYTHON:-.venv/bin/python}" train.py --distributed "$@"
+code=$(cat "$CODE_FILE" 2>/dev/null || echo 137)
+rm -f "$CODE_FILE"
+
 # 75: asked to stop; 5: another process was lost; 137, 143: killed.
-case $code in
-  5 | 75 | 137 | 143)
-    echo "exit code $code: queued again"
-    scontrol requeue "$SLURM_JOB_ID"
-    ;;
-esac
+if [[ $code =~ ^(5|75|137|143)$ && ${SLURM_RESTART_COUNT:-0} -lt 20 ]]; then
+  echo "exit code $code: queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

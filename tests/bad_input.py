@@ -864,15 +864,18 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _pictures(lambda images: (images / "dog" / "3.png").write_text("hello")),
     ),
     Case(
-      "A test image that links to a training image",
+      "Test images that link to training images",
       _FOLDER,
-      "image images/test/dog/3.png is the same file as "
-      "images/train/dog/5.png; each image belongs into one of train, val "
-      "and test",
+      "5 of 32 images of test are the same files as images of train, such as "
+      "images/test/dog/0.png; each image belongs into one of them",
       _pictures(
-        lambda images: _link(
-          images / "test" / "dog" / "3.png", images / "train" / "dog" / "5.png"
-        ),
+        lambda images: [
+          _link(
+            images / "test" / "dog" / f"{number}.png",
+            images / "train" / "dog" / f"{number + 3}.png",
+          )
+          for number in range(5)
+        ],
         parts=("train", "test"),
       ),
     ),
@@ -1052,7 +1055,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A checkpoint with infinity",
       _CONVERTED,
-      "in.safetensors: 5 of 5 values of fc.bias are NaN or infinite; take "
+      "in.safetensors: 5 of 5 values of params/fc/bias are NaN or infinite; take "
       "weights of a run that did not diverge",
       _checkpoint({"fc.bias": np.full(5, np.inf, np.float32)}),
       command=CONVERT,

@@ -33,7 +33,7 @@ def run(mesh, *, split=False):
     batch = small_setup.batch(BATCH_SIZE, seed)
     batch = jax.tree.map(lambda x: np.asarray(x)[mine], batch)
     state, metrics = step(state, sources, sharding.shard(batch, mesh))
-  return sharding.gather((state, metrics), mesh)
+  return sharding.gather((state, metrics))
 
 
 def save(path, tree):

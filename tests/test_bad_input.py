@@ -85,8 +85,11 @@ def run_as_main(command, arguments, folder):
 
 
 def files_in(folder):
-  paths = (path for path in folder.rglob("*") if path.is_file())
-  return {path: path.read_bytes() for path in paths}
+  return {
+    path: path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file() and path.name != ".lock"
+  }
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.wrong)

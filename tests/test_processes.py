@@ -185,8 +185,18 @@ def test_a_start_that_cannot_work(flags, message):
 
 def test_a_stop_request_is_seen_and_forgotten():
   usual = signal.getsignal(signal.SIGTERM)
+  # Else what came would be handed on to this process's own.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   with processes.StopRequests() as requests:
     assert not requests.after(1)
     signal.raise_signal(signal.SIGTERM)
     assert requests.after(2)
+  assert signal.signal(signal.SIGTERM, usual) == signal.SIG_IGN
   assert signal.getsignal(signal.SIGTERM) == usual
+
+
+def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
+  with processes.StopRequests() as outer:
+    with processes.StopRequests():
+      signal.raise_signal(signal.SIGTERM)
+    assert outer.were_made()

@@ -130,7 +130,8 @@ def load(
     split_seed=split_seed,
   )
   _check_targets(opened, augment)
-  splits.check_classes(full_split, opened)
+  if opened.train.targets is None:
+    splits.check_classes(full_split, opened)
   split = full_split
   if per_class:
     split = splits.keep_per_class(

@@ -1,0 +1,101 @@
+"""Metrics of iterations: their averages, and which of them are bad numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from l2t_jax import transfer, types
+
+# Numbers of "transfer" for each pair, causes before what follows from them.
+_BY_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
+_OF_META_UPDATE = {"outer_loss", "meta_grad_norm", "meta_grad_norms"}
+
+
+class Averages:
+  """Means of metrics over iterations, each over those that have it.
+
+  Sums are in float64 and grow by one iteration after the other, so that means
+  do not depend on where a run was cut off and resumed.
+  """
+
+  def __init__(self):
+    self._sums: dict[str, types.PyTree] = {}
+    self._counts: dict[str, int] = {}
+
+  def add(self, metrics: Mapping[str, types.PyTree]) -> None:
+    """Add an iteration's metrics, numbers or trees of arrays by name."""
+    for name, value in metrics.items():
+      value = jax.tree.map(np.float64, value)
+      if name in self._sums:
+        value = jax.tree.map(np.add, self._sums[name], value)
+      self._sums[name] = value
+      self._counts[name] = self._counts.get(name, 0) + 1
+
+  def means(self) -> dict[str, types.PyTree]:
+    """Return each metric's mean."""
+    return {
+      name: jax.tree.map(lambda x, n=self._counts[name]: x / n, value)
+      for name, value in self._sums.items()
+    }
+
+  def to_json(self) -> dict[str, Any]:
+    """Return what `from_json` makes the same averages of."""
+    return {
+      "sums": jax.tree.map(lambda x: x.tolist(), self._sums),
+      "counts": dict(self._counts),
+    }
+
+  @classmethod
+  def from_json(cls, content: Mapping[str, Any]) -> Averages:
+    """Go on where `to_json` was."""
+    averages = cls()
+    is_list = lambda x: isinstance(x, list)
+    averages._sums = jax.tree.map(np.float64, content["sums"], is_leaf=is_list)
+    averages._counts = dict(content["counts"])
+    return averages
+
+
+def scalars(metrics: Mapping[str, types.PyTree]) -> dict[str, float]:
+  """Return the metrics that are one number."""
+  return {
+    name: float(value)
+    for name, value in metrics.items()
+    if name != "transfer" and not np.ndim(value)
+  }
+
+
+def bad_numbers(
+  metrics: Mapping[str, types.PyTree], pairs: Sequence[transfer.Pair] = ()
+) -> list[str]:
+  """Name the quantities that are NaN or infinite, with their pairs.
+
+  Args:
+    metrics: of an iteration, as `training.make_train_step` returns them.
+    pairs: of the run.
+  """
+  transferred = metrics.get("transfer", {})
+  named = {name: transferred[name] for name in _BY_PAIR if transferred}
+  named |= {name: x for name, x in metrics.items() if name != "transfer"}
+  bad = []
+  for name, values in named.items():
+    is_bad = ~np.isfinite(values)
+    if not np.ndim(values):
+      bad += [f"{name} ({values})"] if is_bad else []
+    elif is_bad.all() and len(pairs) > 1:
+      bad.append(f"{name} of all {len(pairs)} pairs")
+    else:
+      where = zip(pairs, is_bad, strict=True)
+      bad += [f"{name} of {pair.name}" for pair, one in where if one]
+  return bad
+
+
+def without_bad_numbers(
+  metrics: Mapping[str, types.PyTree],
+) -> dict[str, types.PyTree]:
+  """Leave out what a skipped iteration, or its skipped meta update, says."""
+  kept = () if metrics["skipped"] else metrics.keys() - _OF_META_UPDATE
+  return {name: metrics[name] for name in ("skipped", *kept)}
