@@ -1055,8 +1055,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A checkpoint with infinity",
       _CONVERTED,
-      "in.safetensors: 5 of 5 values of params/fc/bias are NaN or infinite; take "
-      "weights of a run that did not diverge",
+      "in.safetensors: 5 of 5 values of params/fc/bias are NaN or infinite; "
+      "take weights of a run that did not diverge",
       _checkpoint({"fc.bias": np.full(5, np.inf, np.float32)}),
       command=CONVERT,
     ),

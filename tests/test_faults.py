@@ -33,7 +33,10 @@ pytestmark = pytest.mark.xdist_group("experiment")
 # How often the run below is disturbed, and what its moments are drawn with.
 _NUM_FAULTS = int(os.environ.get("L2T_FAULTS", 20))
 _SEED = int(os.environ.get("L2T_FAULTS_SEED", 0))
-_STATE = types.TrainState(jnp.zeros((), jnp.int32), jnp.ones(30_000), {}, {})
+# Numbers that do not compress: what is flipped in them is not noticed by zstd.
+_STATE = types.TrainState(
+  jnp.zeros((), jnp.int32), jax.random.normal(jax.random.key(0), 30_000), {}, {}
+)
 
 
 @pytest.fixture
@@ -207,7 +210,9 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, harm):
     largest.write_bytes(content[:middle] + changed + content[middle + 1 :])
   with (
     checkpoint.Checkpoints(tmp_path / "run") as checkpoints,
-    pytest.raises(checkpoint.DamagedError),
+    pytest.raises(
+      checkpoint.DamagedError, match="checksum" if harm == "flip" else ""
+    ),
   ):
     checkpoints.restore(1, _STATE)
 
