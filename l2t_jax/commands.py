@@ -30,8 +30,8 @@ flags.DEFINE_string("workdir", None, "Folder that the results go to.")
 def run(main: Callable[[list[str]], object]) -> None:
   """Run `main` with the overrides of the command line.
 
-  An `types.InputError` becomes one line on stderr and exit status 2; what
-  `main` returns is the exit status otherwise.
+  A `types.Stop` becomes one line on stderr and its exit code; what `main`
+  returns is the exit code otherwise.
   """
   _, overrides = _split(sys.argv)
 
