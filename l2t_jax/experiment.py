@@ -6,22 +6,19 @@ its own, which looks as if it had trained alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import contextlib
 import copy
-import dataclasses
 import functools
 import json
 import os
 import pathlib
 import platform
 import sys
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import jaxlib
 import ml_collections
 import numpy as np
@@ -31,10 +28,8 @@ from l2t_jax import (
   build,
   checkpoint,
   compilation,
-  data,
   logs,
-  metrics,
-  pretrained,
+  loop,
   processes,
   run_folder,
   sharding,
@@ -46,9 +41,6 @@ CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Accuracies may be errors with a minus: any finite one is better.
 _WORST = -sys.float_info.max
-# Share of an epoch's time that training may wait for images, and the time in
-# seconds from which on it matters.
-_WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
 
 
 class DoesNotFit(Exception):
@@ -59,56 +51,6 @@ class _Regroup(Exception):
   """A checkpoint was set aside: what can go on together may have changed."""
 
   meets_all_processes = True
-
-
-class _Programs(NamedTuple):
-  """What was compiled for a run."""
-
-  train_step: compilation.Program
-  # None where every iteration has a meta update.
-  train_step_without_meta: compilation.Program | None
-  eval_step: Any  # Jitted; compiled where it is first used.
-  mode: str  # How the hypergradient is computed.
-
-
-@dataclasses.dataclass
-class _Seed:
-  """One seed's run among those that train together."""
-
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-  dataset: data.Dataset
-  checkpoints: checkpoint.Checkpoints
-  progress: dict[str, Any]  # What the epochs that are done remember.
-  label: str = ""  # Before what is said of it; "" where it trains alone.
-  log: logs.MetricsLog | None = None  # None where another process writes.
-  # Of the unfinished epoch, and of its unfinished logging interval.
-  epoch: metrics.Averages = dataclasses.field(default_factory=metrics.Averages)
-  interval: metrics.Averages = dataclasses.field(
-    default_factory=metrics.Averages
-  )
-
-  def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-    """Write a record, in the process that does."""
-    if self.log:
-      self.log.write(kind, step, values)
-
-  def save(self, step: int, state: types.TrainState) -> None:
-    """Save all that the run needs to go on."""
-    unfinished = {
-      "epoch": self.epoch.to_json(),
-      "interval": self.interval.to_json(),
-    }
-    progress = self.progress | {"unfinished": unfinished}
-    self.checkpoints.save(step, state, progress)
-
-  def restore(self, step: int, like: types.TrainState) -> types.TrainState:
-    """Take up what `save` saved; return its state."""
-    state, self.progress = self.checkpoints.restore(step, like)
-    unfinished = self.progress.pop("unfinished")
-    self.epoch = metrics.Averages.from_json(unfinished["epoch"])
-    self.interval = metrics.Averages.from_json(unfinished["interval"])
-    return state
 
 
 def train_and_evaluate(
@@ -227,45 +169,24 @@ def check(
   logs.check_trackers(config.trackers)
 
 
-def _evaluate(run, eval_step, inner, split, num_seeds):
-  """Return {"loss", "accuracy"} of each seed."""
-  totals = [
-    eval_step(inner, sharding.shard(batch, run.mesh))
-    for batch in run.dataset.eval_batches(split)
-  ]
-  totals = jax.device_get(totals)
-  results = []
-  for index in range(num_seeds):
-    mine = [_take(sums, index, num_seeds) for sums in totals]
-    sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *mine)
-    results.append(
-      {
-        "loss": sums["loss"] / sums["count"],
-        "accuracy": sums["accuracy"] / sums["count"],
-      }
-    )
-  return results
-
-
 def _train(configs, given, requests):
   """Train some seeds from where they are; return seed -> summary."""
   first = next(iter(configs.values()))
   run = build.build(first, given)
   states = [run.create_state(config.seed) for config in configs.values()]
   # Before anything in the folders changes: it may not fit.
-  programs = _compile(run, _stack(states), first, len(states))
+  programs = _compile(run, loop.stack(states), first, len(states))
   for workdir, config in configs.items():
     run_folder.write_json(workdir / "config.json", json.loads(config.to_json()))
+  display = logs.Progress(
+    first.epochs * run.dataset.steps_per_epoch,
+    first.batch_size * len(configs),
+    quiet=not processes.is_first(),
+  )
   with contextlib.ExitStack() as stack:
-    display = stack.enter_context(
-      logs.Progress(
-        first.epochs * run.dataset.steps_per_epoch,
-        first.batch_size * len(configs),
-        quiet=not processes.is_first(),
-      )
-    )
+    stack.enter_context(display)
     seeds = [
-      _Seed(
+      loop.Seed(
         config,
         workdir,
         run.dataset.with_seed(config.seed),
@@ -276,32 +197,31 @@ def _train(configs, given, requests):
       for workdir, config in configs.items()
     ]
     step, states = _restore(seeds, states, display)
-    if processes.is_first():
-      for seed in seeds:
-        seed.log = stack.enter_context(
-          logs.MetricsLog(
-            seed.workdir,
-            from_step=step,
-            trackers=seed.config.trackers,
-            config=json.loads(seed.config.to_json()),
-          )
-        )
+    _open_logs(seeds, step, stack)
     display.say(_headline(run, states[0], first))
     if step:
       display.say(f"resuming after iteration {step}")
     display.begin(step)
-    state = _stack(states)
+    state = loop.stack(states)
     del states  # The copies would stay in the accelerator's memory.
-    _run_epochs(run, programs, state, step, seeds, display, requests)
-  summaries = {}
-  for seed in seeds:
-    summary = _summary(run, programs, seed, len(seeds))
-    if processes.is_first():
-      if run.weights_fn:
-        _write_transfer_map(run, seed)
-      run_folder.write_json(seed.workdir / "summary.json", summary)
-    summaries[seed.config.seed] = summary
-  return summaries
+    loop.Loop(run, programs, seeds, display, requests).train(state, step)
+  return {
+    seed.config.seed: _summarise(run, programs, seed, len(seeds))
+    for seed in seeds
+  }
+
+
+def _open_logs(seeds, step, stack):
+  """Let the process that writes record what comes after an iteration."""
+  if processes.is_first():
+    for seed in seeds:
+      log = logs.MetricsLog(
+        seed.workdir,
+        from_step=step,
+        trackers=seed.config.trackers,
+        config=json.loads(seed.config.to_json()),
+      )
+      seed.log = stack.enter_context(log)
 
 
 def _restore(seeds, states, display):
@@ -356,7 +276,7 @@ def _compile(run, state, config, num_seeds):
     out_shardings=sharding.replicated(run.mesh),
     compiler_options=compilation.options(),
   )
-  batch = _stack([run.blank_batch] * num_seeds)
+  batch = loop.stack([run.blank_batch] * num_seeds)
   batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
 
   compile_step = functools.partial(
@@ -372,262 +292,11 @@ def _compile(run, state, config, num_seeds):
         f"{num_seeds} seeds together need {program.memory_bytes} bytes"
       )
   sparse = run.learns and config.meta.update_every > 1
-  return _Programs(
+  return loop.Programs(
     program,
     compile_step(mode=mode, update_meta=False) if sparse else None,
     eval_step,
     mode,
-  )
-
-
-def _run_epochs(run, programs, state, step, seeds, display, requests):
-  """Train the epochs that are left, evaluate, record, save."""
-  config, steps = seeds[0].config, run.dataset.steps_per_epoch
-  stopwatch = _Stopwatch(seeds)
-  for epoch in range(step // steps + 1, config.epochs + 1):
-    start = time.time()
-    state, waited = _train_epoch(
-      run, programs, state, step, seeds, display, requests, stopwatch
-    )
-    step = epoch * steps
-    trained = time.time() - start
-    if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
-      display.say(
-        f"training waited {waited:.0f} of {trained:.0f} s for images; raise"
-        f" config.data.num_workers ({config.data.num_workers}) up to the number"
-        " of CPU cores, or keep smaller images"
-      )
-    evaluate_on = lambda split, state=state: _evaluate(
-      run, programs.eval_step, state.inner, split, len(seeds)
-    )
-    validation = evaluate_on("val")
-    for result, seed in zip(validation, seeds, strict=True):
-      named = {f"val_{name}": value for name, value in result.items()}
-      _check_finite(named, step, seed)
-    is_best = [
-      result["accuracy"] > seed.progress["val_accuracy"]
-      for result, seed in zip(validation, seeds, strict=True)
-    ]
-    test = evaluate_on("test") if any(is_best) else validation
-    stopwatch.lap()
-    is_time = epoch % config.checkpoint_every == 0 or epoch == config.epochs
-    leaves = requests.after(step)
-    for index, seed in enumerate(seeds):
-      record = _epoch_record(run, seed, epoch, validation[index])
-      if is_best[index]:
-        record["test_accuracy"] = test[index]["accuracy"]
-        seed.progress |= {
-          "best_epoch": epoch,
-          "val_accuracy": validation[index]["accuracy"],
-          "test_accuracy": record["test_accuracy"],
-        }
-        _save_target(run, seed, _take(state.inner, index, len(seeds)), epoch)
-      seed.record("epoch", step, record)
-      display.say(seed.label + _epoch_line(record, config.epochs))
-      if is_time or leaves:
-        seed.save(step, _take(state, index, len(seeds)))
-    if leaves and epoch < config.epochs:
-      _interrupt(step, run, config)
-
-
-class _Stopwatch:
-  """Adds time that passes to what the seeds remember, an equal share to each.
-
-  Resumed runs thus count what was spent before.
-  """
-
-  def __init__(self, seeds: Sequence[_Seed]):
-    self._seeds = seeds
-    self._since = time.time()
-
-  def lap(self) -> float:
-    """Add the time since the last call, and return it in seconds."""
-    now = time.time()
-    lap, self._since = now - self._since, now
-    for seed in self._seeds:
-      seed.progress["seconds"] += lap / len(self._seeds)
-    return lap
-
-
-def _train_epoch(
-  run, programs, state, step, seeds, display, requests, stopwatch
-):
-  """Train the rest of an epoch.
-
-  Returns:
-    (state, seconds spent on waiting for images).
-  """
-  config, steps = seeds[0].config, run.dataset.steps_per_epoch
-  epoch, start = divmod(step, steps)
-  last_step = (epoch + 1) * steps
-  pending = []
-  streams = [seed.dataset.train_batches(epoch, start) for seed in seeds]
-  waited, since = 0.0, time.time()
-  for batches in zip(*streams, strict=True):
-    waited += time.time() - since
-    batch = _stack(batches)
-    batch = sharding.shard(batch, run.mesh, axis=int(len(seeds) > 1))
-    skips = programs.train_step_without_meta and step % config.meta.update_every
-    program = programs.train_step_without_meta if skips else programs.train_step
-    state, values = program.call(state, run.sources, batch)
-    pending.append(values)
-    step += 1
-    ends_interval = step % config.log_every == 0 or step == last_step
-    # At the end of an epoch, evaluation comes first.
-    leaves = step < last_step and requests.after(step)
-    saves = step < last_step and (
-      leaves
-      or (config.checkpoint_steps and step % config.checkpoint_steps == 0)
-    )
-    if ends_interval or saves:
-      pending = jax.device_get(pending)
-      for index, seed in enumerate(seeds):
-        mine = [_take(values, index, len(seeds)) for values in pending]
-        _average(seed, mine, step, run.pairs, display)
-      display.update(epoch + 1, len(pending), seeds[0].interval.means())
-      pending = []
-    if ends_interval:
-      for seed in seeds:
-        _end_interval(seed, step, epoch + 1)
-    if saves:
-      stopwatch.lap()
-      for index, seed in enumerate(seeds):
-        seed.save(step, _take(state, index, len(seeds)))
-    if leaves:
-      _interrupt(step, run, config)
-    since = time.time()
-  return state, waited
-
-
-def _average(seed, iterations, step, pairs, display):
-  """Add iterations up to `step` to the averages, but for what was skipped."""
-  first = step - len(iterations) + 1
-  for number, values in enumerate(iterations, start=first):
-    if "skipped" not in values:
-      _check_finite(values, number, seed, pairs)
-    elif bad := metrics.bad_numbers(values, pairs):
-      what = "iteration" if values["skipped"] else "meta update of iteration"
-      display.say(
-        f"{seed.label}{what} {number} is skipped: not finite: {', '.join(bad)}"
-      )
-      values = metrics.without_bad_numbers(values)
-    seed.epoch.add(values)
-    seed.interval.add(values)
-
-
-def _end_interval(seed, step, epoch):
-  means = metrics.scalars(seed.interval.means())
-  if means.get("skipped") == 1:
-    raise types.BadNumbersError(
-      f"{seed.label}all iterations of the logging interval up to {step} were"
-      " skipped;"
-      f" {_advice(seed)}"
-    )
-  seed.record("train", step, {"epoch": epoch, **means})
-  seed.interval = metrics.Averages()
-
-
-def _interrupt(step, run, config):
-  total = config.epochs * run.dataset.steps_per_epoch
-  raise types.Interrupted(
-    f"asked to stop; saved after iteration {step} of {total}, and the same"
-    " command goes on from there"
-  )
-
-
-def _epoch_record(run, seed, epoch, validation):
-  """Return an epoch's record, and begin the next one's averages."""
-  means = seed.epoch.means()
-  seed.epoch = metrics.Averages()
-  record: dict[str, Any] = {
-    "epoch": epoch,
-    "learning_rate": float(
-      run.learning_rate_fn((epoch - 1) * run.dataset.steps_per_epoch)
-    ),
-  }
-  record |= {f"train_{name}": v for name, v in metrics.scalars(means).items()}
-  transferred = _transfer_record(run.pairs, means)
-  seed.progress["channel_weights"] = transferred.pop("channel_weights", None)
-  record |= transferred
-  return record | {f"val_{name}": v for name, v in validation.items()}
-
-
-def _transfer_record(pairs, means):
-  """What an epoch's record says of each pair."""
-  names = [pair.name for pair in pairs]
-  by_pair = lambda values: dict(zip(names, values.tolist(), strict=True))
-  record = {}
-  if "transfer" in means:
-    record = {
-      "pair_weights": by_pair(means["transfer"]["pair_weights"]),
-      "matching_distances": by_pair(means["transfer"]["distances"]),
-      "channel_weights": {
-        name: weights.tolist()
-        for name, weights in means["transfer"]["channel_weights"].items()
-      },
-    }
-  if "meta_grad_norms" in means:
-    record["meta_grad_norms"] = by_pair(means["meta_grad_norms"])
-  return record
-
-
-def _stack(trees: Sequence[types.PyTree]) -> types.PyTree:
-  """Give the arrays of several seeds a leading axis; one seed has none."""
-  if len(trees) == 1:
-    return trees[0]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _take(tree: types.PyTree, index: int, num_seeds: int) -> types.PyTree:
-  """Undo `_stack` for one of the seeds."""
-  if num_seeds == 1:
-    return tree
-  return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _check_finite(values, step, seed, pairs=()):
-  """Raise a `types.BadNumbersError` that names what is not finite."""
-  bad = metrics.bad_numbers(values, pairs)
-  if bad:
-    raise types.BadNumbersError(
-      f"{seed.label}iteration {step}: not finite: {', '.join(bad)};"
-      f" {_advice(seed)}"
-    )
-
-
-def _advice(seed):
-  kept = seed.checkpoints.steps()
-  last = f"is of iteration {kept[-1]}" if kept else "does not exist yet"
-  return (
-    f"the last good checkpoint {last}. The same command with"
-    " --config.bad_numbers=skip goes on without such iterations; in another"
-    " --workdir, lower config.optimizer.learning_rate, config.transfer.beta or"
-    " config.meta.learning_rate, or set config.optimizer.clip_norm or"
-    " config.meta.clip_norm"
-  )
-
-
-def _save_target(run, seed, inner, epoch):
-  config, image_format = seed.config, run.image_format
-  variables = sharding.gather(
-    {"params": inner.params["target"], **inner.model_state}
-  )
-  if not processes.is_first():
-    return
-  pretrained.save(
-    seed.workdir / "target.safetensors",
-    variables,
-    {
-      "model": config.target.model,
-      "num_classes": str(run.num_outputs),
-      "class_names": json.dumps(list(run.dataset.class_names)),
-      "channels": str(image_format.channels),
-      "mean": json.dumps(image_format.mean),
-      "std": json.dumps(image_format.std),
-      "config": config.to_json(),
-      "epoch": str(epoch),
-      "val_accuracy": str(seed.progress["val_accuracy"]),
-    },
   )
 
 
@@ -649,6 +318,16 @@ def _write_transfer_map(run, seed):
       sources=list(run.sources) if len(run.sources) > 1 else (),
     ),
   )
+
+
+def _summarise(run, programs, seed, num_seeds):
+  """Write what a run that is complete leaves at its end."""
+  summary = _summary(run, programs, seed, num_seeds)
+  if processes.is_first():
+    if run.weights_fn:
+      _write_transfer_map(run, seed)
+    run_folder.write_json(seed.workdir / "summary.json", summary)
+  return summary
 
 
 def _summary(run, programs, seed, num_seeds):
@@ -696,16 +375,6 @@ def _headline(run, state, config):
     f" (split {dataset.split_hash})"
   )
   return "\n".join((text, *run.notes))
-
-
-def _epoch_line(record, epochs):
-  line = (
-    f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}"
-    f"  val {record['val_accuracy']:.2%}"
-  )
-  if "test_accuracy" in record:
-    line += f"  (best so far; test {record['test_accuracy']:.2%})"
-  return line
 
 
 def _with_seed(config, seed):

@@ -19,6 +19,8 @@ from l2t_jax import (
   build,
   checkpoint,
   experiment,
+  loop,
+  run_folder,
   types,
 )
 from l2t_jax.data import in_memory
@@ -195,10 +197,10 @@ def test_configs_are_complete():
   """Each experiment has the default's fields, no more and no fewer."""
   names = [path.stem for path in (small_runs.ROOT / "configs").glob("[!_]*.py")]
   assert len(names) > 10
-  fields = set(experiment._flatten(default.get_config().to_dict()))
+  fields = set(run_folder._flatten(default.get_config().to_dict()))
   for name in names:
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert set(experiment._flatten(config.to_dict())) == fields
+    assert set(run_folder._flatten(config.to_dict())) == fields
     if name != "default":
       build.check(config)
 
@@ -218,8 +220,8 @@ def test_training_that_waits_for_images_says_so(
       yield batch
 
   monkeypatch.setattr(in_memory.InMemoryDataset, "train_batches", read_slowly)
-  monkeypatch.setattr(experiment, "_WAITING_SECONDS", 0.0)
-  monkeypatch.setattr(experiment, "_WAITING_SHARE", 0.0)
+  monkeypatch.setattr(loop, "_WAITING_SECONDS", 0.0)
+  monkeypatch.setattr(loop, "_WAITING_SHARE", 0.0)
   experiment.train_and_evaluate(config, tmp_path / "slow")
   printed = capsys.readouterr().out
   assert re.search(r"waited \d+ of \d+ s for images; raise", printed), printed

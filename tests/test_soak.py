@@ -32,8 +32,8 @@ def test_2000_iterations_hold_no_more_and_compile_nothing(what, tmp_path):
   held = json.loads((tmp_path / "held.json").read_text())
   assert soak.EPOCHS * soak.STEPS_PER_EPOCH == 2000
   # The first checkpoints compile a little, too.
-  first, last = held[WARM.start - 1], held[-1]
-  assert first["epoch"] == WARM.start
+  first = next(one for one in held if one["epoch"] in WARM)
+  last = held[-1]
   assert last["compiled"] > 0
   assert last["compiled"] == first["compiled"]
   assert last["traced"] == first["traced"]
