@@ -101,7 +101,12 @@ def page() -> str:
 
 
 def _write(name: str, *lines: str) -> Prepare:
-  return lambda folder: (folder / name).write_text("\n".join(lines))
+  def write(folder):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines))
+
+  return write
 
 
 def _images(num_images: int = 64, seed: int = 0):
@@ -1110,6 +1115,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "run holds a run of another config: epochs was 3, is 1; use another "
       "--workdir",
       _run_of(epochs=3),
+    ),
+    Case(
+      "A config.json that a disk damaged",
+      "",
+      "run/config.json is damaged (Expecting value: line 1 column 12 (char "
+      "11)); mend or delete it, or use another --workdir",
+      _write("run/config.json", '{"epochs": '),
     ),
     Case(
       "A folder that is read-only",

@@ -39,25 +39,13 @@ _STATE = types.TrainState(
 )
 
 
-@pytest.fixture
-def config_file(source, tmp_path):
-  """An experiment of 600 iterations, with a checkpoint every 7."""
-  config = small_runs.small_config(source, epochs=24)
-  config.data.per_class = 40
-  # What is slow to start.
-  config.data.name = "digits"
-  config.trackers = ()
-  config.log_every = 3
-  config.checkpoint_steps = 7
-  path = tmp_path / "config.json"
-  path.write_text(config.to_json())
-  return path
-
-
 @pytest.mark.long
 @pytest.mark.xdist_group("disturbed")
-def test_a_run_ends_bit_equal_whatever_happens_to_it(config_file, tmp_path):
+def test_a_run_ends_bit_equal_whatever_happens_to_it(source, tmp_path):
   """Killed, stopped, out of disk space or damaged at random moments."""
+  config_file = small_runs.write_config(
+    tmp_path, source, epochs=24, log_every=3, checkpoint_steps=7
+  )
   train = lambda workdir, **options: small_runs.start_python(
     "train.py", f"--config={config_file}", f"--workdir={workdir}", **options
   )

@@ -74,14 +74,9 @@ def _assert_close(ours, theirs):
 @pytest.fixture
 def train(source, tmp_path):
   """Start train.py in so many processes, of some devices each."""
-  config = small_runs.small_config(source, epochs=4)
-  config.data.per_class = 40
-  config.data.name = "digits"
-  config.trackers = ()
-  config.log_every = 1
-  config.checkpoint_steps = 5
-  path = tmp_path / "config.json"
-  path.write_text(config.to_json())
+  path = small_runs.write_config(
+    tmp_path, source, epochs=4, log_every=1, checkpoint_steps=5
+  )
 
   def start(workdir, num_processes, num_devices=1):
     command = ["train.py", f"--config={path}", f"--workdir={workdir}"]
