@@ -34,9 +34,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes", None, "How many processes train together."
 )
-_PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Of this process, from 0."
-)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
 flags.register_multi_flags_validator(
   ["workdir", "plan"],
   lambda values: values["workdir"] or values["plan"],
