@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (about 4 minutes).
-# make test: lint, types, documentation and tests.
+# make test: lint, types, documentation and tests (about 14 minutes).
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,10 +20,10 @@ test: $(VENV)/.dev
 	$(MAKE) docs
 	$(BIN)/pytest
 
-# What takes long: runs that are disturbed 20 times, several processes, 2,000
-# iterations (about 6 minutes).
+# What takes long: a run that is disturbed 20 times, several processes, every
+# code block of the documentation, 2,000 iterations (about 12 minutes).
 test-long: $(VENV)/.dev
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m "long or soak"
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

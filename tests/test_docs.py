@@ -34,6 +34,7 @@ def test_pages_have_blocks():
   assert {"tutorial.md", "inner_loop.md"} <= {path.name for path in PAGES}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   "page", PAGES, ids=lambda path: str(path.relative_to(DOCS))
 )

@@ -11,6 +11,8 @@ from examples import noisy_labels, tasks
 from l2t_jax import experiment
 from tests import small_runs
 
+pytestmark = pytest.mark.long
+
 
 def test_noisy_labels():
   results = noisy_labels.main()

@@ -9,7 +9,7 @@ import pytest
 from tests import small_runs, soak
 
 pytestmark = [
-  pytest.mark.long,
+  pytest.mark.soak,
   pytest.mark.skipif(
     sys.platform != "linux", reason="reads /proc and asks glibc for its memory"
   ),
