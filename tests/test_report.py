@@ -115,7 +115,7 @@ def test_a_run_can_be_repeated_from_its_config(folder):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    (None, "No such file"),
+    (None, "there is no file"),
     ("[1]", "is no config of a run"),
     ('{"epochs"', "is not JSON"),
     ('{"epochs": "many"}', "is no config of a run.*epochs"),
