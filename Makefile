@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (about 4 minutes).
-# make test: lint, types, documentation and tests (about 14 minutes).
+# make test: lint, types, documentation and tests (about 15 minutes).
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest
 
 # What takes long: a run that is disturbed 20 times, several processes, every
-# code block of the documentation, 2,000 iterations (about 12 minutes).
+# code block of the documentation, the examples, 2,000 iterations.
 test-long: $(VENV)/.dev
 	$(BIN)/pytest -m "long or soak"
 

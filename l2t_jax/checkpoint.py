@@ -144,7 +144,7 @@ class Checkpoints:
         number += 1
         place = place.with_name(f"damaged_checkpoint_{step}_{number}")
       self._path(step).rename(place)
-    processes.wait_for_all(f"set aside {place}")
+    processes.wait_for_all(f"set aside {step}")
     self._manager.reload()
     return place
 

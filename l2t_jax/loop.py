@@ -190,7 +190,6 @@ class Loop:
       types.BadNumbersError: a loss, a gradient or a parameter is not finite.
       types.StorageError: a checkpoint cannot be written.
     """
-    self._since = time.time()
     steps = self._run.dataset.steps_per_epoch
     while step < self._config.epochs * steps:
       state, step = self._train_epoch(state, step)
