@@ -246,6 +246,10 @@ def _is_of_storage(error):
 
 
 def _reason(error):
-  """The end of what a library says, which may be a page: it tells most."""
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  """The part that tells, of what a library says, which may be a page."""
+  while error.__cause__:
+    error = error.__cause__
+  # Tensorstore says the reason, and then [everything='that it was told'].
+  said, *_ = re.split(r" \[\w+=", str(error))
+  lines = [line.strip() for line in said.splitlines() if line.strip()]
   return lines[-1][-200:] if lines else type(error).__name__
