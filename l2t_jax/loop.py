@@ -98,6 +98,7 @@ class Seed:
       types.BadNumbersError: one is not finite, and was not skipped.
     """
     first = step - len(iterations) + 1
+    kept = []
     for number, values in enumerate(iterations, start=first):
       if "skipped" not in values:
         self.check_finite(values, number, pairs)
@@ -108,8 +109,9 @@ class Seed:
           f" {', '.join(bad)}"
         )
         values = metrics.without_bad_numbers(values)
-      self.epoch.add(values)
-      self.interval.add(values)
+      kept.append(values)
+    self.epoch.add(kept)
+    self.interval.add(kept)
 
   def end_interval(self, step: int, epoch: int) -> None:
     """Record a logging interval.

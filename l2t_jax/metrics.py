@@ -26,14 +26,13 @@ class Averages:
     self._sums: dict[str, types.PyTree] = {}
     self._counts: dict[str, int] = {}
 
-  def add(self, metrics: Mapping[str, types.PyTree]) -> None:
-    """Add an iteration's metrics, numbers or trees of arrays by name."""
-    for name, value in metrics.items():
-      value = jax.tree.map(np.float64, value)
-      if name in self._sums:
-        value = jax.tree.map(np.add, self._sums[name], value)
-      self._sums[name] = value
-      self._counts[name] = self._counts.get(name, 0) + 1
+  def add(self, iterations: Sequence[Mapping[str, types.PyTree]]) -> None:
+    """Add iterations' metrics, numbers or trees of arrays by name."""
+    for name in {name: None for metrics in iterations for name in metrics}:
+      values = [metrics[name] for metrics in iterations if name in metrics]
+      before = [self._sums[name]] if name in self._sums else []
+      self._sums[name] = jax.tree.map(_sum_in_order, *before, *values)
+      self._counts[name] = self._counts.get(name, 0) + len(values)
 
   def means(self) -> dict[str, types.PyTree]:
     """Return each metric's mean."""
@@ -57,6 +56,11 @@ class Averages:
     averages._sums = jax.tree.map(np.float64, content["sums"], is_leaf=is_list)
     averages._counts = dict(content["counts"])
     return averages
+
+
+def _sum_in_order(*values):
+  """Sum as if one after the other came; `np.sum` would add in pairs."""
+  return np.add.accumulate(np.array(values, np.float64))[-1]
 
 
 def scalars(metrics: Mapping[str, types.PyTree]) -> dict[str, float]:

@@ -425,12 +425,12 @@ def test_bad_numbers_have_names():
 
 def test_averages_do_not_depend_on_where_they_were_cut():
   rng = np.random.default_rng(0)
-  draw = lambda: {"x": np.float32(rng.normal()), "t": {"y": rng.normal(size=3)}}
-  values = [draw() | ({"z": 1.0} if i % 3 else {}) for i in range(10)]
+  draw = lambda: {"x": rng.normal(), "t": {"y": rng.normal(size=3)}}
+  values = [draw() | ({"z": 1.0} if i % 3 else {}) for i in range(40)]
   whole, cut = metrics.Averages(), metrics.Averages()
-  for one in values:
-    whole.add(one)
-    cut.add(one)
+  whole.add(values)
+  for some in (values[:1], values[1:9], values[9:]):
+    cut.add(some)
     cut = metrics.Averages.from_json(json.loads(json.dumps(cut.to_json())))
   jax.tree.map(np.testing.assert_array_equal, cut.means(), whole.means())
   np.testing.assert_allclose(
