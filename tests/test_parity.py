@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from l2t_jax import bilevel, pretrained
+from l2t_jax import pretrained
 from tests import golden_setup
 
 pytestmark = pytest.mark.optimized
@@ -23,17 +23,16 @@ def test_there_are_golden_files():
   assert FILES, f"no step_*.npz or heldout_*.npz in {FOLDER}"
 
 
+def _case(file, mode, marks=()):
+  return pytest.param(file, mode, id=f"{file.stem}-{mode}", marks=marks)
+
+
 @pytest.mark.parametrize(
   ("file", "mode"),
-  [
-    pytest.param(file, mode, id=f"{file.stem}-{mode}")
-    for file in FILES
-    for mode in bilevel.MODES
-    # The default in every file; tests/test_training.py compares all modes.
-    if mode == "linearized"
-    or (mode == "mixed" and file == FILES[-1])
-    or (mode == "reverse" and file == FILES[0])
-  ],
+  # The default with every file; tests/test_training.py compares all modes.
+  [_case(file, "linearized") for file in FILES]
+  + [_case(file, "mixed") for file in FILES[-1:]]
+  + [_case(file, "reverse", pytest.mark.long) for file in FILES[:1]],
 )
 def test_iterations_equal_the_authors(file, mode, x64):
   settings, recorded = golden_setup.read(file)

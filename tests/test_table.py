@@ -107,6 +107,7 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
   assert errors == [False, True]
 
 
+@pytest.mark.long
 def test_a_stopped_table_goes_on(source, tmp_path):
   command = arguments(
     tmp_path, source, "--methods=scratch,kd", "--seeds=1", "--config.epochs=40"
