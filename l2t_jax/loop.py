@@ -210,7 +210,7 @@ class Loop:
       waited += time.time() - since
       batch = sharding.shard(stack(batches), run.mesh, axis=int(len(seeds) > 1))
       state, values = self._program(step).call(state, run.sources, batch)
-      pending.append(values)
+      pending.append(metrics.pack(values))
       step += 1
       is_last = step == last_step
       # At the end of an epoch, evaluation comes first.
@@ -241,13 +241,13 @@ class Loop:
 
   def _average(self, pending, step):
     """Fetch the metrics of iterations up to `step`, and add them."""
-    pending = jax.device_get(pending)
+    fetched = metrics.fetch(pending)
     for index, seed in enumerate(self._seeds):
-      mine = [self._take(values, index) for values in pending]
+      mine = [self._take(values, index) for values in fetched]
       seed.average(mine, step, self._run.pairs, self._display)
     epoch = 1 + (step - 1) // self._run.dataset.steps_per_epoch
     means = self._seeds[0].interval.means()
-    self._display.update(epoch, len(pending), means)
+    self._display.update(epoch, len(fetched), means)
 
   def _advise(self, waited, trained):
     """Say so where training waited for images."""

@@ -1,11 +1,13 @@
-"""Metrics of iterations: their averages, and which of them are bad numbers."""
+"""Metrics of iterations: on their way to the host, averages, bad numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import transfer, types
@@ -13,6 +15,46 @@ from l2t_jax import transfer, types
 # Numbers of "transfer" for each pair, causes before what follows from them.
 _BY_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
 _OF_META_UPDATE = {"outer_loss", "meta_grad_norm", "meta_grad_norms"}
+
+
+class Packed(NamedTuple):
+  """An iteration's metrics in one array: each one fetched costs its time."""
+
+  numbers: jax.Array
+  treedef: Any
+  shapes: tuple[tuple[int, ...], ...]
+
+
+def pack(metrics: types.PyTree) -> Packed:
+  """Put metrics into one array, without waiting for them."""
+  leaves, treedef = jax.tree.flatten(metrics)
+  shapes = tuple(leaf.shape for leaf in leaves)
+  return Packed(_concatenate(leaves), treedef, shapes)
+
+
+def fetch(iterations: Sequence[Packed]) -> list[types.PyTree]:
+  """Wait for packed metrics, and return them as they were, on the host."""
+  fetched = jax.device_get([packed.numbers for packed in iterations])
+  return [
+    _unpack(numbers, packed)
+    for numbers, packed in zip(fetched, iterations, strict=True)
+  ]
+
+
+@jax.jit
+def _concatenate(leaves):
+  return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def _unpack(numbers, packed):
+  ends = np.cumsum([math.prod(shape) for shape in packed.shapes])
+  leaves = [
+    part.reshape(shape)
+    for part, shape in zip(
+      np.split(numbers, ends[:-1]), packed.shapes, strict=True
+    )
+  ]
+  return jax.tree.unflatten(packed.treedef, leaves)
 
 
 class Averages:

@@ -423,6 +423,14 @@ def test_bad_numbers_have_names():
   ]
 
 
+def test_metrics_arrive_as_they_left():
+  """Of several seeds, and where iterations have not the same ones."""
+  first = {"loss": jnp.array([1.0, 2.0]), "t": {"d": jnp.ones((2, 3))}}
+  second = {"loss": jnp.array([3.0, jnp.nan]), "more": jnp.arange(2.0)}
+  fetched = metrics.fetch([metrics.pack(first), metrics.pack(second)])
+  jax.tree.map(np.testing.assert_array_equal, fetched, [first, second])
+
+
 def test_averages_do_not_depend_on_where_they_were_cut():
   rng = np.random.default_rng(0)
   draw = lambda: {"x": rng.normal(), "t": {"y": rng.normal(size=3)}}
