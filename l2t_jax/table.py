@@ -187,7 +187,8 @@ def make_cells(
     for method in methods:
       config = copy.deepcopy(base)
       config.method = method
-      folder = workdir / column / method
+      # Of a swept path, such as that of source weights, too: one folder.
+      folder = workdir / column.replace("/", "_") / method
       seeds = range(base.seed, base.seed + num_seeds)
       cells.append(
         Cell(column, method, config, {s: folder / f"seed{s}" for s in seeds})

@@ -144,6 +144,13 @@ def test_a_sweep_is_a_column_for_each_value(tmp_path):
   assert {c.epochs for c in columns.values()} == {7}
   columns = table.load_columns(["configs/stl10.py", "configs/svhn.py"], "", [])
   assert list(columns) == ["stl10", "svhn"]
+  columns = table.load_columns(
+    ["configs/digits.py"], "source.weights=a/b,a/c", []
+  )
+  cells = table.make_cells(columns, ["lwf"], 1, tmp_path)
+  assert [cell.workdirs[0] for cell in cells] == [
+    tmp_path / f"weights=a_{name}" / "lwf" / "seed0" for name in "bc"
+  ]
 
 
 def cells(workdir, num_seeds=3):
