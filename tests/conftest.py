@@ -18,6 +18,9 @@ def pytest_configure():
     folder = tempfile.TemporaryDirectory(prefix="l2t_jax_cache_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     atexit.register(folder.cleanup)
+  # Small programs, too: there are thousands.
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   jax.config.update("jax_disable_most_optimizations", True)
   # The same examples everywhere and every time, and none kept in a folder.
   hypothesis.settings.register_profile(

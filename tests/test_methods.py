@@ -263,6 +263,7 @@ def together_config(source):
   return config
 
 
+@pytest.mark.long
 def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
   """Killed and resumed together, too."""
   config = together_config(source)

@@ -219,6 +219,7 @@ def as_nnx(params):
   return traverse_util.unflatten_dict(renamed)
 
 
+@pytest.mark.long
 def test_linen_and_nnx_train_alike(x64):
   linen = examples.ConvNeXt(small_setup.NUM_CLASSES)
   make_nnx = functools.partial(
