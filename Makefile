@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (about 4 minutes).
-# make test: lint, types, documentation and tests (about 15 minutes).
+# make test: lint, types, documentation and tests (about 12 minutes).
 
 PYTHON ?= python3
 VENV := .venv
