@@ -255,6 +255,7 @@ def check_source_files(
       pretrained.check_exists(pathlib.Path(source.weights))
 
 
+@compilation.garbage_collection_paused()
 def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   """Load data and sources, make networks and iterations.
 

@@ -5,8 +5,10 @@ Compiled programs are kept on disk, so that a second start does not compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import functools
+import gc
 import os
 import pathlib
 import time
@@ -38,6 +40,23 @@ class Program(NamedTuple):
   memory_bytes: int | None  # Arguments, results, temporaries; None: unknown.
 
 
+@contextlib.contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+  """Let tracing be a quarter faster; as a decorator, too.
+
+  It makes so many small objects that Python's cyclic garbage collector keeps
+  coming around, and hardly any of them is garbage.
+  """
+  was_enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if was_enabled:
+      gc.enable()
+
+
+@garbage_collection_paused()
 def compile_ahead(
   function: Callable[..., Any], *args: Any, **jit_options: Any
 ) -> Program:

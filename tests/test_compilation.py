@@ -1,5 +1,6 @@
 """Programs: options that exist, the cache, and what --plan says of them."""
 
+import gc
 import itertools
 
 import jax.numpy as jnp
@@ -50,6 +51,23 @@ def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
     compilation._accepted_options.cache_clear()
   assert program.flops == 2 * 8**3
   assert program.memory_bytes == 3 * 8 * 8 * 4
+
+
+def test_garbage_is_collected_again_after_tracing():
+  @compilation.garbage_collection_paused()
+  def outer(fails):
+    with compilation.garbage_collection_paused():
+      pass
+    assert not gc.isenabled()  # The inner pause has not ended the outer one.
+    if fails:
+      raise ValueError
+
+  assert gc.isenabled()
+  outer(fails=False)
+  assert gc.isenabled()
+  with pytest.raises(ValueError):
+    outer(fails=True)
+  assert gc.isenabled()
 
 
 @pytest.mark.optimized
