@@ -39,19 +39,40 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
+  """Event files, written where a full disk can be seen.
+
+  tensorboardX's SummaryWriter writes them in a thread. It dies of a full disk,
+  and then the run waits for it forever.
+  """
+
   def __init__(self, workdir, from_step, config):
     del config
-    tensorboardX = _tracker_module("tensorboard")
-    self._writer = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=from_step + 1
+    self._library = _tracker_module("tensorboard")
+    folder = workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    self._events = self._library.event_file_writer.EventsWriter(
+      str(folder / "events")
     )
+    # Hides what an earlier process has written of the steps from here on.
+    start = self._library.proto.event_pb2.SessionLog(status="START")
+    self._add(from_step + 1, session_log=start)
+    self._flushed = time.monotonic()
 
   def write(self, scalars, step):
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      self._add(step, summary=self._library.summary.scalar(name, value))
+    if time.monotonic() - self._flushed > _SECONDS_OF_SILENCE:
+      self._events.flush()
+      self._flushed = time.monotonic()
 
   def close(self):
-    self._writer.close()
+    self._events.close()
+
+  def _add(self, step, **content):
+    event = self._library.proto.event_pb2.Event(
+      wall_time=time.time(), step=step, **content
+    )
+    self._events.write_event(event)
 
 
 class _Wandb:

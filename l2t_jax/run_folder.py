@@ -99,9 +99,10 @@ def storage_errors(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
     # A full disk, met while writing into an open file, has no name.
     if error.errno not in _STORAGE_ERRORS or (error.filename and not is_ours):
       raise
+    place = error.filename or f"into {', '.join(map(str, workdirs))}"
     raise types.StorageError(
-      f"{error}; make room or mend that, and the same command goes on from the"
-      " last checkpoint"
+      f"cannot write {place}: {error.strerror}; make room or mend that, and the"
+      " same command goes on from the last checkpoint"
     ) from error
 
 

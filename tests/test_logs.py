@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import resource
+import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
 
-from l2t_jax import logs, types
+from l2t_jax import logs, run_folder, types
 
 RECORD = {"loss": 0.5, "pair_weights": {"m->n": 1.5}, "name": "no number"}
 SCALARS = {"train/loss": 0.5, "train/pair_weights/m->n": 1.5}
@@ -29,6 +32,47 @@ def open_log(workdir, *trackers):
   return logs.MetricsLog(
     workdir, from_step=3, trackers=trackers, config={"a": {"b": 1}}
   )
+
+
+def test_tensorboard_can_read_what_is_written(tmp_path):
+  with open_log(tmp_path, "tensorboard") as log:
+    log.write("train", 7, RECORD)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  version, start, *scalars = read_events(path.read_bytes())
+  assert version.file_version == "brain.Event:2"
+  assert start.step == 4 and start.session_log.status == start.session_log.START
+  found = {
+    (value.tag, value.simple_value, event.step)
+    for event in scalars
+    for value in event.summary.value
+  }
+  # TensorBoard allows no ">" in a name.
+  assert found == {
+    (name.replace(">", "_"), value, 7) for name, value in SCALARS.items()
+  }
+
+
+def read_events(content):
+  """Split a file of TFRecords: length, checksum, event, checksum."""
+  while content:
+    (length,) = struct.unpack_from("Q", content)
+    yield event_pb2.Event.FromString(content[12 : 12 + length])
+    content = content[16 + length :]
+
+
+def test_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
+  tracker = logs.TRACKERS["tensorboard"](tmp_path, 0, {})
+  usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, usual[1]))
+  try:
+    with (
+      pytest.raises(types.StorageError, match=f"cannot write into {tmp_path}"),
+      run_folder.storage_errors([tmp_path]),
+    ):
+      for step in range(1_000):
+        tracker.write({"loss": 0.5}, step)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def test_trackers_get_scalars(tmp_path, monkeypatch):
