@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import errno
 import json
@@ -87,7 +87,7 @@ def _lock_file(file, workdir):
 
 
 @contextlib.contextmanager
-def storage_errors(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
+def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
   """Turn what the system says of files in some folders into a StorageError."""
   try:
     yield
