@@ -155,8 +155,15 @@ def load_columns(
         value_name = f"{field.rpartition('.')[2]}={value}"
         column = value_name if len(paths) == 1 else f"{name} {value_name}"
         more.append(f"--config.{field}={value}")
-      if column in columns:
-        raise types.InputError(f"there are two columns named {column!r}")
+      for other in columns:
+        if other == column:
+          raise types.InputError(f"there are two columns named {column!r}")
+        if _folder_name(other) == _folder_name(column):
+          raise types.InputError(
+            f"the columns {other!r} and {column!r} would share the folder"
+            f" {_folder_name(column)}; rename what one of them names, or give"
+            " each a --workdir of its own"
+          )
       columns[column] = commands.load_config(path, more)
   return columns
 
@@ -187,13 +194,17 @@ def make_cells(
     for method in methods:
       config = copy.deepcopy(base)
       config.method = method
-      # Of a swept path, such as that of source weights, too: one folder.
-      folder = workdir / column.replace("/", "_") / method
+      folder = workdir / _folder_name(column) / method
       seeds = range(base.seed, base.seed + num_seeds)
       cells.append(
         Cell(column, method, config, {s: folder / f"seed{s}" for s in seeds})
       )
   return cells
+
+
+def _folder_name(column):
+  """One folder, also of a swept path, such as that of source weights."""
+  return column.replace("/", "_")
 
 
 def _check_rows_differ(methods, fields):

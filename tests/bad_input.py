@@ -509,6 +509,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       command=TABLE,
     ),
     Case(
+      "A table with two columns in one folder",
+      "--methods=scratch --sweep=transfer.map=a/map.npz,a_map.npz",
+      "the columns 'map=a/map.npz' and 'map=a_map.npz' would share the folder "
+      "map=a_map.npz; rename what one of them names, or give each a --workdir "
+      "of its own",
+      command=TABLE,
+    ),
+    Case(
       "A table of no share",
       "--methods=scratch --shard=5/4",
       "--shard=5/4 must be I/N with I from 1 to N, such as 2/4",
