@@ -1,8 +1,11 @@
 """Properties of data sets, splits, augmentation and batches."""
 
 import io
+import multiprocessing
 import pathlib
 import shutil
+import subprocess
+import time
 
 import chex
 import jax
@@ -13,6 +16,7 @@ import pytest
 
 from l2t_jax import data, imports, types
 from l2t_jax.data import augment, images, pipeline, records, splits
+from tests import small_runs
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -788,6 +792,59 @@ def test_workers_do_not_change_the_stream(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
   with pytest.raises(types.InputError, match=r"image .*\.png cannot be read"):
     list(workers.train_batches(5))
+
+
+def test_a_dead_worker_is_told_of(tmp_path):
+  dataset = streamed(save_folder(tmp_path), num_workers=1)
+  batches = dataset.train_batches(0)
+  next(batches)
+  (worker,) = multiprocessing.active_children()
+  worker.kill()
+  with pytest.raises(types.LostProcessError, match="reads images ended"):
+    for epoch in range(20):  # What it had read before is used.
+      list(batches)
+      batches = dataset.train_batches(epoch + 1)
+
+
+@pytest.mark.long
+def test_workers_end_with_a_killed_process(tmp_path):
+  root = save_folder(tmp_path)
+  # Where worker processes start, scripts must be files.
+  script = tmp_path / "script.py"
+  script.write_text(_READ_AND_WAIT)
+  process = small_runs.start_python(
+    script,
+    root,
+    stdin=subprocess.PIPE,
+    environment={"PYTHONPATH": str(small_runs.ROOT)},
+  )
+  workers = process.stdout.readline().split()
+  process.kill()
+  process.wait()
+  assert len(workers) == 2
+  deadline = time.time() + 30
+  while any(map(_runs, workers)):
+    assert time.time() < deadline
+    time.sleep(0.1)
+
+
+_READ_AND_WAIT = """
+import multiprocessing, sys
+from tests import test_data
+if __name__ == "__main__":
+  batches = test_data.streamed(sys.argv[1], num_workers=2).train_batches(0)
+  next(batches)
+  print(*(one.pid for one in multiprocessing.active_children()), flush=True)
+  sys.stdin.read()
+"""
+
+
+def _runs(pid):
+  """One that has ended may be there still, but no longer has a command."""
+  try:
+    return bool(pathlib.Path("/proc", pid, "cmdline").read_bytes())
+  except FileNotFoundError:
+    return False
 
 
 def test_stream_is_deterministic_and_resumes(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import multiprocessing
 import os
 import sys
+import threading
 from typing import Any, Self
 
 from absl import flags
@@ -21,6 +23,7 @@ from l2t_jax.data import pipeline
 
 AUGMENTS = ("none", "random_resized_crop_flip")
 PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
+_WORKER_DIED = "Worker process was terminated unexpectedly"  # Grain's words.
 MAX_THREADS = 16  # Of one process; more of them wait for Python's lock.
 
 
@@ -84,8 +87,14 @@ class StreamingDataset(pipeline.SplitDataset):
           jnp.array(labels),
           *map(self._normalise, unlabeled),
         )
-    except BaseException:
+    except BaseException as error:
       stream.close()
+      if _WORKER_DIED in str(error):
+        raise types.LostProcessError(
+          "a process that reads images ended (killed, perhaps for want of"
+          " memory: then lower data.num_workers); the same command goes on from"
+          f" the last checkpoint. Grain says: {error}"
+        ) from error
       raise
     self._parked = end, stream
 
@@ -237,7 +246,19 @@ def _stream(
   options = grain.MultiprocessingOptions(
     num_workers=num_workers, per_worker_buffer_size=2
   )
-  return iter(batches.mp_prefetch(options))
+  return iter(batches.mp_prefetch(options, worker_init_fn=_end_with_parent))
+
+
+def _end_with_parent(*_: int) -> None:
+  """Let this worker not outlive a process that was killed, or left at once."""
+  parent = multiprocessing.parent_process()
+  assert parent
+
+  def wait():
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 @functools.partial(jax.jit, static_argnames=("mean", "std"))
