@@ -18,7 +18,7 @@ import flax
 import ml_collections
 from ml_collections import config_flags
 
-from l2t_jax import compilation, defaults, types
+from l2t_jax import compilation, defaults, processes, types
 
 FLAGS = flags.FLAGS
 # What ml_collections calls the module that it makes of a config file.
@@ -30,8 +30,8 @@ flags.DEFINE_string("workdir", None, "Folder that the results go to.")
 def run(main: Callable[[list[str]], object]) -> None:
   """Run `main` with the overrides of the command line.
 
-  A `types.Stop` becomes one line on stderr and its exit code; what `main`
-  returns is the exit code otherwise.
+  A `types.Stop`, SIGTERM among them, becomes one line on stderr and its exit
+  code; what `main` returns is the exit code otherwise.
   """
   _, overrides = _split(sys.argv)
 
@@ -53,7 +53,7 @@ def run(main: Callable[[list[str]], object]) -> None:
     compilation.use_cache()
     return main(overrides)
 
-  with types.errors_in_one_line():
+  with types.errors_in_one_line(), processes.leaving_when_asked():
     app.run(quietly, flags_parser=parse)
 
 

@@ -1,7 +1,7 @@
 """The processes of a run: their start, their signals, the loss of one.
 
 In most runs there is one process, and nothing here does anything but
-`StopRequests`.
+`leaving_when_asked` and `StopRequests`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def start(
       f"--coordinator={coordinator} must be HOST:PORT, such as node0:1234"
     )
   is_told = None not in (coordinator, num_processes, process_id)
+  # While JAX waits for the others, no handler of Python's would run.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
   try:
     jax.distributed.initialize(
       coordinator,
@@ -149,6 +151,25 @@ def ending_together() -> Iterator[None]:
     wait_for_all("the end")
 
 
+@contextlib.contextmanager
+def leaving_when_asked() -> Iterator[None]:
+  """Let SIGTERM end a command as `types.Interrupted`, whenever it comes.
+
+  Wraps all of a command; within it a `StopRequests` may ask for time to save.
+  Asked once, a command is leaving, and hears no more.
+  """
+  signal.signal(signal.SIGTERM, _leave_when_asked)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _leave_when_asked(*_) -> None:
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  raise types.Interrupted("asked to stop; the same command goes on")
+
+
 class StopRequests:
   """Whether a signal asked the run to leave: SIGTERM, to any of its processes.
 
@@ -170,10 +191,12 @@ class StopRequests:
 
   def __exit__(self, *_) -> None:
     if self._listens:
-      signal.signal(signal.SIGTERM, self._usual or signal.SIG_DFL)
+      is_leaving = self._asked and self._usual is _leave_when_asked
+      usual = signal.SIG_IGN if is_leaving else self._usual
+      signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
       # What came too late for this one is for the one around it.
-      if self._asked and callable(self._usual):
-        self._usual(signal.SIGTERM, None)
+      if self._asked and callable(usual):
+        usual(signal.SIGTERM, None)
 
   def _ask(self, *_) -> None:
     self._asked = True

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import random
 import re
 import resource
@@ -60,6 +61,26 @@ def test_a_run_ends_bit_equal_whatever_happens_to_it(source, tmp_path):
   _assert_same_runs(disturbed, expected)
 
 
+def test_asked_to_stop_while_it_starts(source, tmp_path):
+  """By when there is nothing that it could save."""
+  config_file = small_runs.write_config(
+    tmp_path, source, epochs=1, log_every=3, checkpoint_steps=7
+  )
+  process = small_runs.start_python(
+    "train.py", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"
+  )
+  while not _listens(process.pid, signal.SIGTERM):
+    assert process.poll() is None
+    time.sleep(0.01)
+  assert "asked to stop" in _ask_until_it_ends(process)
+
+
+def _listens(pid, number):
+  status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  mask = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+  return bool(mask >> (number - 1) & 1)
+
+
 def _kill(train, workdir, rng):
   process = train()
   _wait_for_progress(process, workdir, rng)
@@ -83,11 +104,18 @@ def _stop(train, workdir, rng):
   """Asked politely, it saves where it is, leaves and says so."""
   process = train()
   _wait_for_progress(process, workdir, rng)
-  process.send_signal(signal.SIGTERM)
-  _, stderr = process.communicate()
-  assert process.returncode == types.Interrupted.exit_code, stderr
+  stderr = _ask_until_it_ends(process)
   step = int(re.search(r"saved after iteration (\d+) of 600", stderr)[1])
   assert step in _checkpoints(workdir)
+
+
+def _ask_until_it_ends(process):
+  while process.poll() is None:
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
+  _, stderr = process.communicate()
+  assert process.returncode == types.Interrupted.exit_code, stderr
+  return stderr
 
 
 def _fill_disk(train, workdir, rng):
