@@ -7,6 +7,7 @@ takes plain values.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+import contextlib
 import functools
 import json
 import math
@@ -329,9 +330,14 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   )
   place = functools.partial(_place, mesh=mesh, split=config.shard_params)
 
+  # What is split over the devices need not fit on one of them before.
+  making = sharding.on_host if config.shard_params else contextlib.nullcontext
+
   def create_state(seed):
-    values = _initial_values(seed, method, plan, networks, target)
-    return place(add_optimizers(*values))
+    with making():
+      values = _initial_values(seed, method, plan, networks, target)
+      state = add_optimizers(*values)
+    return place(state)
 
   source_fns = {
     name: network.make_apply_fn(plan.source_taps)

@@ -7,6 +7,8 @@ batch; XLA puts the collectives where they are needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import contextlib
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -37,6 +39,11 @@ def make_mesh(
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The sharding of an array of which every device has a copy."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+  """A context in whose computations nothing takes memory of an accelerator."""
+  return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def split(

@@ -33,9 +33,9 @@ def kill_in_epoch(number, train, monkeypatch):
       train()
 
 
-def run_python(*arguments):
+def run_python(*arguments, **options):
   """Run Python with some arguments in the root of the project."""
-  process = start_python(*arguments)
+  process = start_python(*arguments, **options)
   stdout, stderr = process.communicate()
   return subprocess.CompletedProcess(
     process.args, process.returncode, stdout, stderr

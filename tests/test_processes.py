@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +48,31 @@ def test_devices_compute_what_one_does(on_devices):
     _assert_close(on_devices / f"{name}.npz", on_devices / "1.npz")
 
 
+_SPLIT = """
+import sys, jax
+from l2t_jax import build, commands
+config = commands.load_config(sys.argv[1], ["--config.shard_params=true"])
+run = build.build(config)
+state = run.create_state(config.seed)
+for arrays in (state.inner.params, state.inner.opt_state, run.sources):
+  leaves = jax.tree.leaves(arrays)
+  part = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+  print(part / sum(leaf.size for leaf in leaves))
+"""
+
+
+def test_a_network_that_does_not_fit_is_split(source, tmp_path):
+  path = small_runs.write_config(
+    tmp_path, source, epochs=1, log_every=1, checkpoint_steps=5
+  )
+  result = small_runs.run_python(
+    "-c", _SPLIT, path, environment={"JAX_NUM_CPU_DEVICES": "4"}
+  )
+  parts = [float(part) for part in result.stdout.split()]
+  assert len(parts) == 3, result.stderr
+  assert max(parts) < 0.5, parts
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_compute_what_one_does(on_devices, tmp_path, count):
@@ -73,7 +99,10 @@ def _assert_close(ours, theirs):
 
 @pytest.fixture
 def train(source, tmp_path):
-  """Start train.py in so many processes, of some devices each."""
+  """Start train.py in so many processes, of some devices each.
+
+  Where there are several of either, parameters are split over them.
+  """
   path = small_runs.write_config(
     tmp_path, source, epochs=4, log_every=1, checkpoint_steps=5
   )
@@ -85,6 +114,8 @@ def train(source, tmp_path):
       f"--num_processes={num_processes}",
       f"--process_id={process_id}",
     )
+    if num_processes * num_devices > 1:
+      command.append("--config.shard_params=true")
     port = _free_port()
     return [
       small_runs.start_python(
@@ -119,22 +150,28 @@ def test_a_run_of_several_processes_survives(train, tmp_path):
     _, stderr = process.communicate(timeout=_BOUND)
     assert process.returncode == types.Interrupted.exit_code, stderr
     steps.add(re.search(r"saved after iteration (\d+) of", stderr)[1])
-  assert len(steps) == 1
-  for process in train(workdir, 1, num_devices=4):
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-  assert f"resuming after iteration {steps.pop()}" in stdout
-  (alone,) = train(tmp_path / "alone", 1)
-  alone.communicate()
-  several, one = (
-    small_runs.records(folder, "train")
-    for folder in (workdir, tmp_path / "alone")
+  (step,) = map(int, steps)
+  same, alone = tmp_path / "same", tmp_path / "alone"
+  shutil.copytree(workdir, same)
+  for group in (train(workdir, 1, num_devices=4), train(same, 2)):
+    stdout = ""
+    for process in group:
+      output, stderr = process.communicate()
+      assert process.returncode == 0, stderr
+      stdout += output
+    assert f"resuming after iteration {step}" in stdout
+  (process,) = train(alone, 1)
+  process.communicate()
+  runs = [small_runs.records(w, "train") for w in (workdir, same, alone)]
+  steps = [[record["step"] for record in run] for run in runs]
+  assert steps == [steps[0]] * 3
+  other, same, one = (
+    np.array([record["loss"] for record in run]) for run in runs
   )
-  assert [r["step"] for r in several] == [r["step"] for r in one]
-  losses = [np.array([r["loss"] for r in run]) for run in (several, one)]
   # In float32 rounding grows from iteration to iteration.
-  np.testing.assert_allclose(losses[0][:5], losses[1][:5], rtol=1e-4)
-  np.testing.assert_allclose(losses[0], losses[1], rtol=0.3)
+  np.testing.assert_array_equal(other[:step], same[:step])
+  np.testing.assert_allclose(other[step:][:5], same[step:][:5], rtol=1e-4)
+  np.testing.assert_allclose(other[:5], one[:5], rtol=1e-4)
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["device"].startswith("4 x")
 
