@@ -46,6 +46,8 @@ def save(path, tree):
 def main(path, coordinator, num_processes, process_id):
   processes.start(coordinator, int(num_processes), int(process_id))
   with processes.ending_together():
+    assert processes.agree(int(process_id)) == 0
+    assert not processes.is_true_for_all(processes.is_first())
     save(path, run(sharding.make_mesh()))
 
 

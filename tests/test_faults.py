@@ -61,6 +61,38 @@ def test_a_run_ends_bit_equal_whatever_happens_to_it(source, tmp_path):
   _assert_same_runs(disturbed, expected)
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_run_that_is_cut_off_ends_bit_equal(
+  source, finished, tmp_path, monkeypatch, capsys, is_damaged
+):
+  config = small_runs.small_config(source)
+  config.checkpoint_steps = 2  # Of the 3 that epoch and interval have.
+  train = lambda: experiment.train_and_evaluate(config, tmp_path)
+  small_runs.kill_in_epoch(3, train, monkeypatch)
+  assert _checkpoints(tmp_path) == {6, 8}
+  if is_damaged:
+    _flip_a_bit(tmp_path, random.Random(0))
+  # What a crash can leave behind: a half-written record.
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"kind": "train", "st')
+  train()
+  step = 6 if is_damaged else 8
+  assert f"resuming after iteration {step}" in capsys.readouterr().out
+  _assert_same_runs(tmp_path, finished)
+
+
+def test_the_best_so_far_is_remembered(source, tmp_path, monkeypatch):
+  config = small_runs.small_config(source, epochs=2)
+  config.method, config.seed = "scratch", 1
+  config.optimizer.learning_rate = 1e-12  # Epochs differ by chance alone.
+  train = lambda: experiment.train_and_evaluate(config, tmp_path)
+  small_runs.kill_in_epoch(2, train, monkeypatch)
+  summary = train()
+  first, second = small_runs.records(tmp_path, "epoch")
+  assert first["val_accuracy"] > second["val_accuracy"]  # Or change the seed.
+  assert summary["best_epoch"] == 1
+
+
 def test_asked_to_stop_while_it_starts(source, tmp_path):
   """By when there is nothing that it could save."""
   config_file = small_runs.write_config(
@@ -229,6 +261,13 @@ def _exchange(folder):
   shutil.copytree(folder.with_name("2") / "state", folder / "state")
 
 
+def _change_progress(folder):
+  (path,) = (path for path in (folder / "progress").iterdir() if path.is_file())
+  content = path.read_text()
+  path.write_text(content.replace('"epoch": 1', '"epoch": 3'))
+  assert path.read_text() != content
+
+
 def _truncate(folder):
   os.truncate(_largest_file(folder), 5000)
 
@@ -239,7 +278,12 @@ def _remove(folder):
 
 @pytest.mark.parametrize(
   ("harm", "message"),
-  [(_exchange, "checksum"), (_truncate, "not valid"), (_remove, "Truncated")],
+  [
+    (_exchange, "checksum"),
+    (_change_progress, "checksum"),
+    (_truncate, "not valid"),
+    (_remove, "Truncated"),
+  ],
 )
 def test_a_damaged_checkpoint_is_noticed(tmp_path, harm, message):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:

@@ -131,16 +131,18 @@ def train(source, tmp_path):
 
 @pytest.mark.long
 def test_a_run_of_several_processes_survives(train, tmp_path):
-  """It loses either process, is asked to stop, and ends with other ones."""
+  """It loses processes, is asked to stop, and ends with other ones."""
   lost, workdir = types.LostProcessError.exit_code, tmp_path / "several"
-  for victim in (1, 0):
+  losses = ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP))
+  for victim, loss in losses:
     group = train(workdir, 2)
     _wait_for_records(workdir, group, 6)
-    group[victim].kill()
+    group[victim].send_signal(loss)
     other = group[1 - victim]
     _, stderr = other.communicate(timeout=_BOUND)
     assert other.returncode == lost, stderr
     assert re.search("^error: another process of the run ended", stderr, re.M)
+    group[victim].kill()
     group[victim].wait()
   group = train(workdir, 2)
   _wait_for_records(workdir, group, 6)
