@@ -262,7 +262,7 @@ def _exchange(folder):
 
 
 def _change_progress(folder):
-  (path,) = (path for path in (folder / "progress").iterdir() if path.is_file())
+  path = folder / "progress" / "metadata"
   content = path.read_text()
   path.write_text(content.replace('"epoch": 1', '"epoch": 3'))
   assert path.read_text() != content
