@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
+from PIL import Image
 import pytest
 
 from configs import digits
@@ -75,21 +77,50 @@ def small_config(source, epochs=3):
   return config
 
 
-def write_config(folder, source, *, epochs, log_every, checkpoint_steps):
+def write_config(
+  folder, source, *, epochs, log_every, checkpoint_steps, num_workers=0
+):
   """Write a config of runs that are started again and again: they start fast.
 
   Returns:
-    The file, which `train.py` takes. An epoch has 25 iterations.
+    The file, which `train.py` takes. An epoch has 25 iterations, with images of
+    digits from memory, or from files that some workers read.
   """
   config = small_config(source, epochs)
   config.data.per_class = 40
   config.data.name = "digits"
+  if num_workers:
+    config.data.update(_save_images(folder / "images"))
+    config.data.num_workers = num_workers
+    config.method = "scratch"
+    config.batch_size = 4
   config.trackers = ()
   config.log_every = log_every
   config.checkpoint_steps = checkpoint_steps
   path = folder / "config.json"
   path.write_text(config.to_json())
   return path
+
+
+def _save_images(folder):
+  """Save 140 that are read as larger ones than memory keeps; say how."""
+  rng = np.random.default_rng(0)
+  for label in "ab":
+    (folder / label).mkdir(parents=True)
+    for index in range(70):
+      pixels = rng.integers(0, 256, (20, 20), dtype=np.uint8)
+      Image.fromarray(pixels).save(folder / label / f"{index}.png")
+  return {
+    "source": "folder",
+    "name": "",
+    "path": str(folder),
+    "image_size": 100,
+    "eval_resize": 100,
+    "augment": "random_resized_crop_flip",
+    "val_fraction": 0.1,
+    "test_fraction": 0.1,
+    "per_class": 50,
+  }
 
 
 def records(workdir, kind):
