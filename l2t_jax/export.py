@@ -17,6 +17,7 @@ number to the network's outputs, weights and normalisation included:
 from __future__ import annotations
 
 import argparse
+import io
 import pathlib
 
 from flax import traverse_util
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from l2t_jax import arguments, imports, predict, pretrained, types
+from l2t_jax import arguments, files, imports, predict, pretrained, types
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -69,31 +70,27 @@ def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
     types.InputError: the suffix is unknown, torch is missing, or the file
       cannot be written.
   """
-  partial = path.with_name(path.name + ".partial")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".stablehlo":
-      partial.write_bytes(to_stablehlo(predictor))
-    elif path.suffix == ".safetensors":
-      safetensors.numpy.save_file(to_state_dict(predictor), partial)
-    elif path.suffix in (".pt", ".pth"):
-      _save_torch(to_state_dict(predictor), partial)
-    else:
-      raise types.InputError(
-        f"{path} must end in .pt, .pth, .safetensors or .stablehlo"
-      )
-    partial.replace(path)
-  except OSError as error:
+  if path.suffix == ".stablehlo":
+    content = to_stablehlo(predictor)
+  elif path.suffix == ".safetensors":
+    content = safetensors.numpy.save(to_state_dict(predictor))
+  elif path.suffix in (".pt", ".pth"):
+    content = _to_torch_file(to_state_dict(predictor))
+  else:
     raise types.InputError(
-      f"cannot write {path}: {error.strerror}; choose another place"
-    ) from error
+      f"{path} must end in .pt, .pth, .safetensors or .stablehlo"
+    )
+  with files.output_errors(path):
+    files.write(path, content)
 
 
-def _save_torch(tensors, path):
+def _to_torch_file(tensors):
   torch = imports.require(
     "torch", needed_for="writing .pt", otherwise="write .safetensors"
   )
-  torch.save({name: torch.tensor(x) for name, x in tensors.items()}, path)
+  file = io.BytesIO()
+  torch.save({name: torch.tensor(x) for name, x in tensors.items()}, file)
+  return file.getvalue()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from flax import traverse_util
 from rich import console, progress
 
-from l2t_jax import imports, types
+from l2t_jax import files, imports, types
 
 METRICS = "metrics.jsonl"
 # What a progress line shows, and the metric behind it.
@@ -185,9 +185,7 @@ class MetricsLog:
     path = workdir / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= from_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    files.write(path, "".join(kept))
     self._trackers = [
       TRACKERS[name](workdir, from_step, config) for name in trackers
     ]

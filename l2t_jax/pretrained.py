@@ -29,7 +29,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from l2t_jax import arguments, imports, models, types
+from l2t_jax import arguments, files, imports, models, types
 
 # Leaves of Flax variables and what PyTorch calls them.
 _TORCH_LEAVES = {
@@ -180,18 +180,15 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 def save(
   path: pathlib.Path, variables: types.PyTree, metadata: Mapping[str, str]
 ) -> None:
-  """Write variables and metadata to a safetensors file, all or nothing."""
+  """Write variables and metadata to a safetensors file, all or nothing.
+
+  Raises:
+    OSError: what the operating system says.
+  """
   flat = traverse_util.flatten_dict(variables, sep="/")
   arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
-  partial = path.with_name(path.name + ".partial")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(arrays, partial, dict(metadata))
-    partial.replace(path)
-  except OSError as error:
-    raise types.InputError(
-      f"cannot write {path}: {error.strerror}; choose another place"
-    ) from error
+  # Its `save_file` does not tell a full disk from anything else.
+  files.write(path, safetensors.numpy.save(arrays, dict(metadata)))
 
 
 def check_exists(path: pathlib.Path) -> None:
@@ -389,7 +386,8 @@ def convert_file(
     "converted_from": checkpoint.name,
     "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
   }
-  save(output, converted, metadata)
+  with files.output_errors(output):
+    save(output, converted, metadata)
   return report
 
 

@@ -39,6 +39,7 @@ from l2t_jax import (
   compilation,
   defaults,
   experiment,
+  files,
   logs,
   objectives,
   run_folder,
@@ -781,16 +782,6 @@ def _command(run):
   return f"python train.py --config={config} --workdir=runs/again"
 
 
-def _write(path, text):
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-  except OSError as error:
-    raise types.InputError(
-      f"cannot write {path}: {error.strerror}; choose another --output"
-    ) from error
-
-
 def main() -> None:
   parser = arguments.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -808,10 +799,11 @@ def main() -> None:
   compilation.use_cache()
   with types.errors_in_one_line():
     runs = find_runs(args.runs)
-    partial = args.output.with_name(args.output.name + ".partial")
-    _write(partial, "")  # Fails early where it cannot be written.
-    _write(partial, make_page(runs, args.images))
-    partial.replace(args.output)
+    with files.output_errors(args.output):
+      files.check_place(args.output)  # Before the work.
+    page = make_page(runs, args.images)
+    with files.output_errors(args.output):
+      files.write(args.output, page)
   print(f"wrote {args.output}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import flax
 import ml_collections
 
-from l2t_jax import defaults, processes, types
+from l2t_jax import defaults, files, processes, types
 
 # Fields that may differ between a run and its resumption.
 FREE_FIELDS = (
@@ -136,9 +136,7 @@ def check_same_config(
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Write a file, all or nothing, in the process that writes."""
   if processes.is_first():
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -8,6 +8,7 @@ named "SOURCE/tap".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import io
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ from typing import Any
 from matplotlib import axes, colormaps, figure, patches, ticker
 import numpy as np
 
-from l2t_jax import types
+from l2t_jax import files, types
 
 FILE = "transfer_map.json"  # In the folder of a run.
 
@@ -252,8 +253,9 @@ def _read_pair(pair: _Pair) -> tuple[np.ndarray, float]:
 
 def plot(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
   """Draw the content of a `transfer_map.json` as a PNG file at `path`."""
-  fig = draw(content)
-  fig.savefig(path, format="png", dpi=_DPI, facecolor="white")
+  picture = io.BytesIO()
+  draw(content).savefig(picture, format="png", dpi=_DPI, facecolor="white")
+  files.write(pathlib.Path(path), picture.getvalue())
 
 
 def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
@@ -265,11 +267,8 @@ def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
   text = json.dumps(content, indent=2, allow_nan=False) + "\n"
   # A list of numbers, such as 512 channel weights, takes one line.
   text = re.sub(r'\[\n[^][{}"]*\]', lambda m: " ".join(m[0].split()), text)
-  temporary = workdir / ".transfer_map.tmp"
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(workdir / FILE)
-  plot(content, temporary)
-  temporary.replace(workdir / "transfer_map.png")
+  files.write(workdir / FILE, text)
+  plot(content, workdir / "transfer_map.png")
 
 
 def draw(content: Mapping[str, Any]) -> figure.Figure:

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import resource
 import struct
 
 import pytest
 from tensorboardX.proto import event_pb2
 
-from l2t_jax import logs, run_folder, types
+from l2t_jax import logs, types
 
 RECORD = {"loss": 0.5, "pair_weights": {"m->n": 1.5}, "name": "no number"}
 SCALARS = {"train/loss": 0.5, "train/pair_weights/m->n": 1.5}
@@ -58,21 +57,6 @@ def read_events(content):
     (length,) = struct.unpack_from("Q", content)
     yield event_pb2.Event.FromString(content[12 : 12 + length])
     content = content[16 + length :]
-
-
-def test_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
-  tracker = logs.TRACKERS["tensorboard"](tmp_path, 0, {})
-  usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, usual[1]))
-  try:
-    with (
-      pytest.raises(types.StorageError, match=f"cannot write into {tmp_path}"),
-      run_folder.storage_errors([tmp_path]),
-    ):
-      for step in range(1_000):
-        tracker.write({"loss": 0.5}, step)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def test_trackers_get_scalars(tmp_path, monkeypatch):

@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import os
+import pathlib
+import tempfile
+
+from l2t_jax import types
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  """Write a file, and the folders that it lies in; what was there stays else.
+
+  Raises:
+    OSError: what the operating system says.
+  """
+  if isinstance(content, str):
+    content = content.encode()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # The same one each time, so that what a kill leaves is not kept for ever.
+  partial = path.with_name(path.name + ".partial")
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      partial.unlink()  # Of use to nobody, on a disk that may be full.
+    raise
+
+
+def check_place(path: pathlib.Path) -> None:
+  """Find out before some work whether its result can be written.
+
+  Raises:
+    OSError: what the operating system says.
+  """
+  if path.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=path.parent):
+    pass
+
+
+@contextlib.contextmanager
+def output_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turn an OSError met while writing what a user named into an InputError."""
+  try:
+    yield
+  except OSError as error:
+    raise types.InputError(
+      f"cannot write {path}: {error.strerror}; choose another place"
+    ) from error
