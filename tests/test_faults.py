@@ -171,9 +171,10 @@ def _fill_disk(train, workdir, rng):
   )
   _, stderr = process.communicate()
   assert process.returncode == types.StorageError.exit_code, stderr
-  # Libraries' threads may complain before.
-  assert stderr.splitlines()[-1].startswith("error: cannot write "), stderr
-  assert "File too large" in stderr
+  # Libraries' threads may complain before and after.
+  (error,) = re.findall(r"^error: .*", stderr, re.MULTILINE)
+  assert error.startswith("error: cannot write "), stderr
+  assert "File too large" in error
   assert before <= _checkpoints(workdir)
 
 

@@ -66,7 +66,7 @@ def test_places_where_no_file_can_be(tmp_path):
   (tmp_path / "file").touch()
   (tmp_path / "folder").mkdir()
   for place in ("folder", "file/report.html"):
-    with pytest.raises(OSError, match="directory|exists"):
+    with pytest.raises(OSError, match=r"directory|exists"):
       files.check_place(tmp_path / place)
   files.check_place(tmp_path / "new" / "report.html")
   assert not [*(tmp_path / "new").iterdir()]
