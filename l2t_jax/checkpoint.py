@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import copy
 import errno
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -238,17 +239,26 @@ def _sum_of_bits(leaf):
 
 
 def _is_of_storage(error):
-  """Return whether it is the disk that failed; tensorstore says so in text."""
+  """Return whether it is the disk that failed."""
   if isinstance(error, OSError):
     return not isinstance(error, FileNotFoundError)
+  return _error_number(error) not in (None, errno.ENOENT)
+
+
+def _error_number(error):
+  """The operating system's, which tensorstore tells in its text."""
+  if isinstance(error, OSError):
+    return error.errno
   code = re.search(r"os_error_code='(\d+)'", str(error))
-  return code is not None and int(code[1]) != errno.ENOENT
+  return int(code[1]) if code else None
 
 
 def _reason(error):
   """The part that tells, of what a library says, which may be a page."""
   while error.__cause__:
     error = error.__cause__
+  if _is_of_storage(error) and (number := _error_number(error)):
+    return os.strerror(number)
   # Tensorstore says the reason, and then [everything='that it was told'].
   said, *_ = re.split(r" \[\w+=", str(error))
   lines = [line.strip() for line in said.splitlines() if line.strip()]
