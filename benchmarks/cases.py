@@ -88,7 +88,7 @@ def compile_iteration(
   with jax.default_matmul_precision(build.PRECISIONS[setting.precision][1]):
     return build.compile_step(
       *iteration, num_seeds=setting.num_seeds, mode=setting.mode
-    )
+    ).result()
 
 
 def _random_images(setting):

@@ -7,6 +7,7 @@ takes plain values.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from concurrent import futures
 import contextlib
 import functools
 import json
@@ -86,6 +87,7 @@ class Run(NamedTuple):
   pairs: tuple[transfer.Pair, ...]
   weights_fn: training.WeightsFn | None  # None where no features are matched.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
+  state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
   learns: bool  # Whether there is a meta update.
   # (mode=, update_meta=True) -> `training.make_train_step`.
   make_train_step: Callable[..., Any]
@@ -116,6 +118,7 @@ class _TargetNetwork(NamedTuple):
 
   network: models.Network
   layout: models.Layout
+  init: Callable[[Any], tuple[types.PyTree, types.PyTree]]  # Of a key; jitted.
   start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
   head_tap: str  # What second heads read, and its channels; "" for no heads.
   num_features: int
@@ -328,16 +331,26 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
       meta_optimizer=meta_optimizer,
     )
   )
-  place = functools.partial(_place, mesh=mesh, split=config.shard_params)
+
+  def first_state(seed):
+    values = _initial_values(seed, method, plan, networks, target)
+    return add_optimizers(*values)
+
+  shardings = functools.partial(
+    sharding.split if config.shard_params else sharding.copied, mesh=mesh
+  )
+  place = lambda tree: jax.device_put(tree, shardings(tree))
 
   # What is split over the devices need not fit on one of them before.
   making = sharding.on_host if config.shard_params else contextlib.nullcontext
 
+  @compilation.garbage_collection_paused()
   def create_state(seed):
     with making():
-      values = _initial_values(seed, method, plan, networks, target)
-      state = add_optimizers(*values)
+      state = first_state(seed)
     return place(state)
+
+  shapes = jax.eval_shape(functools.partial(first_state, config.seed))
 
   source_fns = {
     name: network.make_apply_fn(plan.source_taps)
@@ -374,6 +387,7 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     pairs=plan.pairs,
     weights_fn=weights_fn,
     create_state=create_state,
+    state_shapes=sharding.with_shardings(shapes, shardings(shapes)),
     learns=plan.learn_channels or plan.learn_pairs,
     make_train_step=make_train_step,
     modes=_AUTO_MODES
@@ -394,12 +408,12 @@ def compile_step(
   *,
   num_seeds: int = 1,
   **options: Any,
-) -> compilation.Program:
+) -> futures.Future[compilation.Program]:
   """Compile an iteration of a run; its state is donated.
 
   Args:
     run: from `build`.
-    state: of one seed, or of several along a leading axis.
+    state: of one seed, or of several along a leading axis; or its shapes.
     batch: on the run's mesh; likewise.
     num_seeds: how many train together.
     **options: of `run.make_train_step`.
@@ -418,12 +432,6 @@ def compile_step(
       sharding.replicated(run.mesh),
     ),
   )
-
-
-def _place(tree, *, mesh, split):
-  """Put arrays on the devices."""
-  shardings = sharding.split(tree, mesh) if split else sharding.replicated(mesh)
-  return jax.device_put(tree, shardings)
 
 
 def _blank_batch(config, dataset, image_format):
@@ -665,7 +673,10 @@ def _make_target(network, method, networks, image_shape):
   start, notes = lambda variables: variables, ()
   if method.starts_from_source:
     start, notes = _start_from_source(layout, networks)
-  return _TargetNetwork(network, layout, start, head_tap, num_features, notes)
+  init = jax.jit(lambda key: models.init(network, key, image_shape))
+  return _TargetNetwork(
+    network, layout, init, start, head_tap, num_features, notes
+  )
 
 
 def _start_from_source(layout, networks):
@@ -694,9 +705,7 @@ def _initial_values(seed, method, plan, networks, target):
   """Return (params, model_state, meta_params)."""
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
   target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
-  params, model_state = models.init(
-    target.network, target_key, target.layout.image_shape
-  )
+  params, model_state = target.init(target_key)
   variables = dict(target.start({"params": params, **model_state}))
   params = {"target": variables.pop("params")}
   if "matching" in method.losses:

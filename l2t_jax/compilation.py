@@ -6,6 +6,7 @@ Compiled programs are kept on disk, so that a second start does not compile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 import contextlib
 import functools
 import gc
@@ -27,6 +28,9 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
   },
 }
+
+# XLA needs no Python while it compiles, or loads what it has compiled before.
+_COMPILER = futures.ThreadPoolExecutor(1, "compiler")
 
 
 class Program(NamedTuple):
@@ -59,8 +63,10 @@ def garbage_collection_paused() -> Iterator[None]:
 @garbage_collection_paused()
 def compile_ahead(
   function: Callable[..., Any], *args: Any, **jit_options: Any
-) -> Program:
+) -> futures.Future[Program]:
   """Compile a function for arguments, or for shapes like theirs.
+
+  It is traced here, and compiled while the caller goes on.
 
   Args:
     function: pure; it is jitted here.
@@ -69,9 +75,20 @@ def compile_ahead(
   """
   start = time.perf_counter()
   lowered = jax.jit(function, **jit_options).lower(*args)
-  compiled = lowered.compile(compiler_options=options())
   seconds = time.perf_counter() - start
-  return Program(compiled, seconds, _flops(compiled), _memory(compiled))
+  compiler_options = options()
+
+  def compile_lowered():
+    start = time.perf_counter()
+    compiled = lowered.compile(compiler_options=compiler_options)
+    return Program(
+      compiled,
+      seconds + time.perf_counter() - start,
+      _flops(compiled),
+      _memory(compiled),
+    )
+
+  return _COMPILER.submit(compile_lowered)
 
 
 def options() -> dict[str, str | bool]:

@@ -173,9 +173,16 @@ def _train(configs, given, requests):
   """Train some seeds from where they are; return seed -> summary."""
   first = next(iter(configs.values()))
   run = build.build(first, given)
+  shapes = run.state_shapes
+  if len(configs) > 1:
+    shapes = sharding.stacked(shapes, len(configs))
+  compile_step = _step_compiler(run, shapes, len(configs))
+  compiling = compile_step(mode=run.modes[0])
+  # Meanwhile:
   states = [run.create_state(config.seed) for config in configs.values()]
+  logs.import_trackers(first.trackers)
   # Before anything in the folders changes: it may not fit.
-  programs = _compile(run, loop.stack(states), first, len(states))
+  programs = _compile(run, compile_step, compiling, first, len(configs))
   for workdir, config in configs.items():
     run_folder.write_json(workdir / "config.json", json.loads(config.to_json()))
   display = logs.Progress(
@@ -202,7 +209,7 @@ def _train(configs, given, requests):
     if step:
       display.say(f"resuming after iteration {step}")
     display.begin(step)
-    state = loop.stack(states)
+    state = loop.stack(states, like=shapes)
     del states  # The copies would stay in the accelerator's memory.
     loop.Loop(run, programs, seeds, display, requests).train(state, step)
   return {
@@ -263,10 +270,20 @@ def _set_aside(seed, step, error, display):
   raise _Regroup from error
 
 
-def _compile(run, state, config, num_seeds):
+def _step_compiler(run, shapes, num_seeds):
+  """Return `build.compile_step`, for a state of these shapes."""
+  batch = loop.stack([run.blank_batch] * num_seeds)
+  batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
+  return functools.partial(
+    build.compile_step, run, shapes, batch, num_seeds=num_seeds
+  )
+
+
+def _compile(run, compile_step, compiling, config, num_seeds):
   """Compile training ahead, to know its time and memory.
 
-  Takes the first of the run's modes that fits into memory.
+  Takes the first of the run's modes that fits into memory; `compiling` is the
+  program of the very first.
   """
   eval_step = run.eval_step
   if num_seeds > 1:
@@ -276,14 +293,10 @@ def _compile(run, state, config, num_seeds):
     out_shardings=sharding.replicated(run.mesh),
     compiler_options=compilation.options(),
   )
-  batch = loop.stack([run.blank_batch] * num_seeds)
-  batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
-
-  compile_step = functools.partial(
-    build.compile_step, run, state, batch, num_seeds=num_seeds
-  )
   for mode in run.modes:
-    program = compile_step(mode=mode)
+    if mode != run.modes[0]:
+      compiling = compile_step(mode=mode)
+    program = compiling.result()
     if compilation.fits(program):
       break
   else:
@@ -294,7 +307,7 @@ def _compile(run, state, config, num_seeds):
   sparse = run.learns and config.meta.update_every > 1
   return loop.Programs(
     program,
-    compile_step(mode=mode, update_meta=False) if sparse else None,
+    compile_step(mode=mode, update_meta=False).result() if sparse else None,
     eval_step,
     mode,
   )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from l2t_jax import types
@@ -30,6 +31,12 @@ def require(
       f"{needed_for} needs {module}: pip install"
       f" {package or module}{alternative} ({error})"
     ) from error
+
+
+def is_installed(module: str) -> bool:
+  """Return whether there is a module, without importing it."""
+  spec = importlib.util.find_spec(module)
+  return spec is not None and spec.origin is not None  # No mere folder.
 
 
 def by_name(name: str, what: str) -> Any:

@@ -151,6 +151,16 @@ def check_trackers(names: Iterable[str]) -> None:
       raise types.InputError(
         f"config.trackers has {name!r}; there are {', '.join(TRACKERS)}"
       )
+    if not imports.is_installed(_MODULES[name]):
+      raise types.InputError(
+        f"tracker {name!r} needs {_MODULES[name]}: pip install"
+        f" {_MODULES[name]}, or leave it out of config.trackers"
+      )
+
+
+def import_trackers(names: Iterable[str]) -> None:
+  """Import what trackers need, which may take seconds, ahead of their use."""
+  for name in names:
     _tracker_module(name)
 
 

@@ -368,11 +368,21 @@ def _transfer_record(pairs, means):
   return record
 
 
-def stack(trees: Sequence[types.PyTree]) -> types.PyTree:
-  """Give the arrays of several seeds a leading axis; one seed has none."""
+def stack(
+  trees: Sequence[types.PyTree], like: types.PyTree | None = None
+) -> types.PyTree:
+  """Give the arrays of several seeds a leading axis; one seed has none.
+
+  Args:
+    trees: of each seed.
+    like: arrays or shapes, spread over the devices as the result is to be.
+  """
   if len(trees) == 1:
     return trees[0]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  if like is None:
+    return stacked
+  return jax.device_put(stacked, jax.tree.map(lambda leaf: leaf.sharding, like))
 
 
 def _save_target(run, seed, inner, epoch):

@@ -38,13 +38,14 @@ def make(config: ml_collections.ConfigDict) -> Plan:
   build.check(config)
   build.check_source_files(config)
   run = build.build(config)
-  state = run.create_state(config.seed)
   batch = sharding.shard(run.blank_batch, run.mesh)
   with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
-    programs = {
-      mode: build.compile_step(run, state, batch, mode=mode)
+    compiling = {
+      mode: build.compile_step(run, run.state_shapes, batch, mode=mode)
       for mode in (bilevel.MODES if run.learns else run.modes[:1])
     }
+  state = run.create_state(config.seed)
+  programs = {mode: program.result() for mode, program in compiling.items()}
   chosen = next(
     (mode for mode in run.modes if compilation.fits(programs[mode])),
     run.modes[-1] if run.learns else run.modes[0],

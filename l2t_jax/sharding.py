@@ -41,6 +41,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def copied(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Choose shardings, as `split`, that give every device all of each array."""
+  return jax.tree.map(lambda _: replicated(mesh), tree)
+
+
 def on_host() -> contextlib.AbstractContextManager[Any]:
   """A context in whose computations nothing takes memory of an accelerator."""
   return jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -69,6 +74,33 @@ def split(
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
 
   return jax.tree.map(choose, tree)
+
+
+def with_shardings(
+  shapes: types.PyTree, shardings: types.PyTree
+) -> types.PyTree:
+  """Say of shapes (`jax.ShapeDtypeStruct`) how their arrays are spread."""
+  return jax.tree.map(
+    lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings
+  )
+
+
+def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
+  """Give shapes a leading axis, of which every device has all.
+
+  Args:
+    shapes: `jax.ShapeDtypeStruct`s from `with_shardings`.
+    count: length of the axis.
+  """
+
+  def stack(shape):
+    mesh, spec = shape.sharding.mesh, shape.sharding.spec
+    return shape.update(
+      shape=(count, *shape.shape),
+      sharding=NamedSharding(mesh, PartitionSpec(None, *spec)),
+    )
+
+  return jax.tree.map(stack, shapes)
 
 
 def gather(tree: types.PyTree) -> types.PyTree:

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import threading
 
 import jax.numpy as jnp
 import pytest
@@ -46,11 +47,24 @@ def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
   compilation._accepted_options.cache_clear()
   try:
     assert compilation.options() == {}
-    program = compilation.compile_ahead(jnp.dot, jnp.eye(8), jnp.eye(8))
+    program = compilation.compile_ahead(
+      jnp.dot, jnp.eye(8), jnp.eye(8)
+    ).result()
   finally:
     compilation._accepted_options.cache_clear()
   assert program.flops == 2 * 8**3
   assert program.memory_bytes == 3 * 8 * 8 * 4
+
+
+def test_what_follows_does_not_wait_for_the_compiler():
+  may_compile = threading.Event()
+  try:
+    compilation._COMPILER.submit(may_compile.wait)
+    compiling = compilation.compile_ahead(jnp.dot, jnp.eye(8), jnp.eye(8))
+    assert not compiling.done()
+  finally:
+    may_compile.set()
+  assert compiling.result().call(jnp.eye(8), jnp.eye(8)).sum() == 8
 
 
 def test_garbage_is_collected_again_after_tracing():

@@ -74,8 +74,22 @@ def test_trackers_get_scalars(tmp_path, monkeypatch):
 def test_trackers_that_are_not_installed(tracker, tmp_path):
   if importlib.util.find_spec(tracker):
     pytest.skip(f"{tracker} is installed")
-  with pytest.raises(types.InputError, match=f"needs {tracker}: pip install"):
+  refused = pytest.raises(
+    types.InputError, match=f"needs {tracker}: pip install"
+  )
+  with refused:
     open_log(tmp_path, tracker)
+  with refused:
+    logs.check_trackers(["tensorboard", tracker])
+
+
+def test_a_folder_is_no_tracker(tmp_path, monkeypatch):
+  """wandb and mlflow make folders of their own name where they run."""
+  monkeypatch.setattr(logs, "_MODULES", {"wandb": "some_folder"})
+  (tmp_path / "some_folder").mkdir()
+  monkeypatch.syspath_prepend(str(tmp_path))
+  with pytest.raises(types.InputError, match="needs some_folder"):
+    logs.check_trackers(["wandb"])
 
 
 def test_mlflow(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from configs import default
 from l2t_jax import (
   build,
   experiment,
+  loop,
   models,
   objectives,
   pretrained,
+  sharding,
   types,
 )
 from tests import small_runs
@@ -77,6 +80,29 @@ def test_fine_tuning_starts_from_the_source(source):
   params = state.inner.params["target"]
   chex.assert_trees_all_equal(params["block1"], variables["params"]["block1"])
   assert params["fc"]["kernel"].shape == (64, 3)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("method", ["l2t_ww", "lwf_at", "finetune"])
+def test_shapes_are_those_of_the_first_state(source, method, split):
+  """Programs are compiled for the shapes, and called with the state."""
+  config = small_runs.small_config(source)
+  config.method = method
+  config.shard_params = split
+  if method == "finetune":
+    config.transfer.pairs = ""
+    config.target.model = "resnet_tiny"
+  run = build.build(config)
+  one = run.create_state(2**63 - 1)
+  state, shapes = one, run.state_shapes
+  for _ in range(2):
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
+    for name in ("weak_type", "sharding"):
+      named = lambda leaf, name=name: getattr(leaf, name)
+      assert jax.tree.map(named, state) == jax.tree.map(named, shapes)
+    # And of several seeds.
+    shapes = sharding.stacked(run.state_shapes, 2)
+    state = loop.stack([one, one], like=shapes)
 
 
 @pytest.mark.parametrize(
