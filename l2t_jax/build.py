@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from l2t_jax import (
   bilevel,
@@ -88,6 +90,7 @@ class Run(NamedTuple):
   weights_fn: training.WeightsFn | None  # None where no features are matched.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
+  inputs: dict[str, str]  # What training reads -> digits of its contents.
   learns: bool  # Whether there is a meta update.
   # (mode=, update_meta=True) -> `training.make_train_step`.
   make_train_step: Callable[..., Any]
@@ -388,6 +391,15 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     weights_fn=weights_fn,
     create_state=create_state,
     state_shapes=sharding.with_shardings(shapes, shardings(shapes)),
+    inputs={
+      "the images and labels": dataset.fingerprint,
+      **{
+        f"the weights of the source{name and ' '}{name}": _digits_of(
+          network.variables
+        )
+        for name, network in networks.items()
+      },
+    },
     learns=plan.learn_channels or plan.learn_pairs,
     make_train_step=make_train_step,
     modes=_AUTO_MODES
@@ -432,6 +444,14 @@ def compile_step(
       sharding.replicated(run.mesh),
     ),
   )
+
+
+def _digits_of(variables):
+  """16 hex digits that tell the weights of networks apart."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(variables)):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:16]
 
 
 def _blank_batch(config, dataset, image_format):

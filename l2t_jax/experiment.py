@@ -161,12 +161,23 @@ def check(
       folder that holds a run of another config.
   """
   for seed, workdir in workdirs.items():
+    workdir = pathlib.Path(workdir)
     build.check(_with_seed(config, seed), given)
-    run_folder.check_same_config(
-      pathlib.Path(workdir), _with_seed(config, seed)
-    )
+    run_folder.check_same_config(workdir, _with_seed(config, seed))
+    _check_whole(workdir)
   build.check_source_files(config, given)
   logs.check_trackers(config.trackers)
+
+
+def _check_whole(workdir):
+  if (workdir / "config.json").exists():
+    return
+  if steps := checkpoint.steps_in(workdir / CHECKPOINTS):
+    raise types.InputError(
+      f"{workdir} holds a checkpoint of iteration {max(steps)}, but no"
+      " config.json that says of what run; bring it back, or use another"
+      " --workdir"
+    )
 
 
 def _train(configs, given, requests):
@@ -198,7 +209,7 @@ def _train(configs, given, requests):
         workdir,
         run.dataset.with_seed(config.seed),
         stack.enter_context(checkpoint.Checkpoints(workdir / CHECKPOINTS)),
-        {"seconds": 0.0, "val_accuracy": _WORST},
+        {"seconds": 0.0, "val_accuracy": _WORST, "inputs": run.inputs},
         f"seed {config.seed}: " if len(configs) > 1 else "",
       )
       for workdir, config in configs.items()

@@ -193,9 +193,9 @@ class MetricsLog:
       types.InputError: a tracker is not installed.
     """
     path = workdir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= from_step]
-    files.write(path, "".join(kept))
+    files.write(path, b"".join(kept))
     self._trackers = [
       TRACKERS[name](workdir, from_step, config) for name in trackers
     ]
@@ -347,9 +347,9 @@ def _id_of(workdir):
   return hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
   """Step of a record; a line that a crash cut short is dropped."""
   try:
-    return json.loads(line)["step"]
-  except (json.JSONDecodeError, KeyError):
+    return float(json.loads(line)["step"])
+  except (ValueError, KeyError, TypeError):
     return float("inf")

@@ -78,8 +78,22 @@ class Seed:
     self.checkpoints.save(step, state, progress)
 
   def restore(self, step: int, like: types.TrainState) -> types.TrainState:
-    """Take up what `save` saved; return its state."""
+    """Take up what `save` saved; return its state.
+
+    Raises:
+      types.InputError: what the run reads is not what it was.
+      checkpoint.DamagedError: it cannot be read.
+    """
+    inputs = self.progress["inputs"]
     state, self.progress = self.checkpoints.restore(step, like)
+    # Earlier checkpoints do not say.
+    before = self.progress.setdefault("inputs", inputs)
+    if changed := [name for name in inputs if before.get(name) != inputs[name]]:
+      raise types.InputError(
+        f"{self.workdir} holds a run that is not done, but"
+        f" {' and '.join(changed)} changed since iteration {step}; bring them"
+        " back, or use another --workdir"
+      )
     unfinished = self.progress.pop("unfinished")
     self.epoch = metrics.Averages.from_json(unfinished["epoch"])
     self.interval = metrics.Averages.from_json(unfinished["interval"])

@@ -207,8 +207,9 @@ def make_train_step(
   Returns:
     `train_step(state, sources, batch) -> (state, metrics)`. Metrics are the
     scalars of `objectives.make_losses` before the real update and "grad_norm"
-    of their gradient; "outer_loss" after the look-ahead, "meta_grad_norm", and
-    "meta_grad_norms" of each pair's part of it, [P] in the order of the pairs;
+    of their gradient; "outer_loss" after the look-ahead, "meta_grad_norm",
+    "meta_grad_norms" of each pair's part of it, [P] in the order of the pairs,
+    and "meta_update_norm" of what the meta optimizer makes of it;
     with `skip_bad_numbers` "skipped", 1 or 0; and, where there are weights,
     "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P], and
     "channel_weights", pair -> [C_m], all of them means over the batch, and
@@ -251,8 +252,10 @@ def make_train_step(
       updates, new_opt_state = meta_optimizer.update(
         grads, meta_opt_state, meta_params
       )
+      metrics["meta_update_norm"] = optax.tree.norm(updates)
       meta_params, meta_opt_state = _choose(
-        is_good & jnp.isfinite(metrics["meta_grad_norm"]),
+        is_good
+        & jnp.isfinite(metrics["meta_grad_norm"] + metrics["meta_update_norm"]),
         (optax.apply_updates(meta_params, updates), new_opt_state),
         (meta_params, meta_opt_state),
       )

@@ -296,7 +296,7 @@ these tables, and this page is made of them; what stands in a folder called
 | 4 | something could not be written | goes on, once it can |
 | 5 | another process of the run, or one that reads images, was lost | goes on |
 | 75 | interrupted by a signal | goes on |
-| 137, 143 | killed; 143: by a SIGTERM before Python has started | goes on |
+| 137, 143 | killed; 143: by a SIGTERM while packages are imported | goes on |
 
 The table of several runs (`python -m l2t_jax.table`) checks all of its cells
 before it trains the first, and exits with 1 where one of them fails later."""

@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 
 from l2t_jax import (
+  build,
   checkpoint,
   experiment,
   metrics,
@@ -26,7 +27,7 @@ from l2t_jax import (
   transfer,
   types,
 )
-from l2t_jax.data import in_memory
+from l2t_jax.data import in_memory, records
 from tests import small_runs, small_setup
 
 # Runs and their compiled steps are shared by the tests of one process.
@@ -423,6 +424,50 @@ def test_two_runs_in_one_folder_are_refused(source, tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
+def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
+  """Other images or source weights under the same names are refused."""
+  weights = tmp_path / "source.safetensors"
+  shutil.copy(source, weights)
+  config = small_runs.small_config(weights, epochs=2)
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for part, count in (("train", 64), ("val", 16), ("test", 16)):
+    arrays[f"x_{part}"] = rng.integers(0, 256, (count, 8, 8, 1), np.uint8)
+    arrays[f"y_{part}"] = np.arange(count) % 4
+
+  def train(arrays):
+    given = build.Given(data=records.from_arrays(arrays, "arrays"))
+    return experiment.train_and_evaluate(config, tmp_path / "run", given)
+
+  small_runs.kill_in_epoch(2, lambda: train(arrays), monkeypatch)
+  changed = "{} changed since iteration 1; bring"
+  for name in ("x_val", "y_test"):
+    with pytest.raises(
+      types.InputError, match=changed.format("the images and labels")
+    ):
+      train(arrays | {name: arrays[name][::-1]})
+  tensors = safetensors.numpy.load_file(weights)
+  metadata = safetensors.safe_open(weights, "np").metadata()
+  other = tensors | {name: -tensors[name] for name in list(tensors)[:1]}
+  safetensors.numpy.save_file(other, weights, metadata)
+  with pytest.raises(
+    types.InputError, match=changed.format("the weights of the source")
+  ):
+    train(arrays)
+  safetensors.numpy.save_file(tensors, weights, metadata)
+  train(arrays)
+  epochs = small_runs.records(tmp_path / "run", "epoch")
+  assert [record["epoch"] for record in epochs] == [1, 2]
+
+
+def test_checkpoints_of_an_unknown_config_are_refused(source, tmp_path):
+  with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(3, _STATE, {})
+  message = "holds a checkpoint of iteration 3, but no config.json"
+  with pytest.raises(types.InputError, match=message):
+    experiment.train_and_evaluate(small_runs.small_config(source), tmp_path)
+
+
 @pytest.fixture
 def bad_batch(monkeypatch):
   """Let the second iteration of each epoch see an infinite pixel."""
@@ -498,6 +543,23 @@ def test_a_bad_meta_update_never_takes_place(skip, value):
     after, values = step(after, sources, batch)
     assert values["skipped"] == 0
     assert np.isfinite(values["loss"])
+
+
+def test_a_meta_update_that_overflows_never_takes_place(source, tmp_path):
+  """The hypergradient is finite, what Adam makes of it is not."""
+  config = small_runs.small_config(source)
+  config.meta.learning_rate = 1e39
+  config.checkpoint_steps = 1
+  message = r"iteration 1: not finite: meta_update_norm \(nan|inf\);"
+  with pytest.raises(types.BadNumbersError, match=message):
+    experiment.train_and_evaluate(config, tmp_path / "stop")
+  config.bad_numbers = "skip"
+  experiment.train_and_evaluate(config, tmp_path / "skip")
+  # f stays at zero, and w uniform.
+  content = json.loads((tmp_path / "skip" / "transfer_map.json").read_text())
+  for pair in content["pairs"]:
+    weights = pair["channel_weights"]
+    np.testing.assert_allclose(weights, 1 / len(weights), rtol=1e-6)
 
 
 def test_bad_numbers_have_names():

@@ -70,6 +70,16 @@ def test_trackers_get_scalars(tmp_path, monkeypatch):
   assert json.loads(lines[0]) == {"kind": "train", "step": 7, **RECORD}
 
 
+def test_lines_that_are_no_records_are_dropped(tmp_path):
+  good = b'{"kind": "train", "step": 3}\n'
+  later = b'{"kind": "train", "step": 4}\n'
+  bad = b'3\n"x"\n\xff\n{}\n{"step": null}\n{"step": 3'
+  (tmp_path / "metrics.jsonl").write_bytes(good + later + bad)
+  with open_log(tmp_path):
+    pass
+  assert (tmp_path / "metrics.jsonl").read_bytes() == good
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
 def test_trackers_that_are_not_installed(tracker, tmp_path):
   if importlib.util.find_spec(tracker):

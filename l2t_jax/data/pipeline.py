@@ -8,9 +8,10 @@ permutation, cut into a batch for each step of the whole training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import copy
 import functools
+import hashlib
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -23,6 +24,8 @@ from l2t_jax.data import records, splits
 # Evaluation batches are at least this large: faster than the small batches that
 # some trainings want, with the same results.
 MIN_EVAL_BATCH_SIZE = 128
+# How many images of a split, evenly spaced, are looked at to tell it apart.
+_NUM_FINGERPRINTED = 1_000
 
 
 class Dataset(Protocol):
@@ -42,6 +45,7 @@ class Dataset(Protocol):
   num_test: int
   num_unlabeled: int  # 0 where batches hold only labelled images.
   split_hash: str  # 16 hex digits of the indices in use.
+  fingerprint: str  # 16 hex digits of the images and labels in use.
   steps_per_epoch: int  # The last, smaller batch is dropped in training.
 
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
@@ -180,6 +184,18 @@ def _permutation(entropy: tuple[int, ...], num_images: int) -> np.ndarray:
   return np.random.default_rng(entropy).permutation(num_images)
 
 
+def _fingerprint(split_hash: str, subsets: Iterable[Subset]) -> str:
+  """Tell contents apart: by all labels and, of arrays, by some images."""
+  digest = hashlib.sha256(split_hash.encode())
+  for subset in subsets:
+    digest.update(subset.targets.tobytes())
+    pixels = subset.records.pixels
+    if pixels is not None:
+      every = -(-len(subset.indices) // _NUM_FINGERPRINTED) or 1
+      digest.update(pixels[subset.indices[::every]].tobytes())
+  return digest.hexdigest()[:16]
+
+
 def check_counts(**counts: int) -> None:
   """Raise an InputError for a value below 0."""
   for what, count in counts.items():
@@ -214,6 +230,7 @@ class SplitDataset:
       self._subsets["unlabeled"] = unlabeled
       self.num_unlabeled = len(unlabeled.indices)
       self.split_hash = splits.split_hash((*split, unlabeled.indices))
+    self.fingerprint = _fingerprint(self.split_hash, self._subsets.values())
     targets = self._subsets["train"].targets
     self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
     self.num_labels = self.num_classes
