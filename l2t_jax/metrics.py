@@ -14,7 +14,12 @@ from l2t_jax import transfer, types
 
 # Numbers of "transfer" for each pair, causes before what follows from them.
 _BY_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
-_OF_META_UPDATE = {"outer_loss", "meta_grad_norm", "meta_grad_norms"}
+_OF_META_UPDATE = {
+  "outer_loss",
+  "meta_grad_norm",
+  "meta_grad_norms",
+  "meta_update_norm",
+}
 
 
 class Packed(NamedTuple):

@@ -555,6 +555,8 @@ def test_a_meta_update_that_overflows_never_takes_place(source, tmp_path):
     experiment.train_and_evaluate(config, tmp_path / "stop")
   config.bad_numbers = "skip"
   experiment.train_and_evaluate(config, tmp_path / "skip")
+  (*_, last) = small_runs.records(tmp_path / "skip", "epoch")
+  assert "train_loss" in last and "train_meta_update_norm" not in last
   # f stays at zero, and w uniform.
   content = json.loads((tmp_path / "skip" / "transfer_map.json").read_text())
   for pair in content["pairs"]:
