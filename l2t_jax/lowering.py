@@ -1,51 +1,50 @@
-"""Formulations that XLA compiles well where the plain ones are slow.
+"""How JAX lowers for CPU what XLA:CPU compiles badly, in any network.
 
-On CPU alone: elsewhere everything is the plain operation. The values are the
-same to rounding, and so are derivatives of every order.
-
-Importing this module changes how JAX lowers convolutions for CPU, those of any
-network (see `_convolution`).
+Importing this module changes how convolutions with two spatial dimensions and
+sums over positions are lowered, for CPU alone. Values are the same to
+rounding, and so are derivatives of every order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import itertools
 import math
+from typing import Any
 
-import chex
 import jax
 from jax.interpreters import mlir
 import jax.numpy as jnp
 
+# Orders of dimensions, of the operands and the result: of a convolution of
+# [B, H, W, C] by [h, w, C, D], and of its derivatives by these two.
+_FORWARD = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_BY_INPUT = ((0, 3, 1, 2), (2, 3, 0, 1), (0, 3, 1, 2))
+_BY_KERNEL = ((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
+# Where a product of patches is faster than XLA:CPU's convolution.
+_TINY_MAP = 3
+_FEW_CHANNELS, _SMALL_KERNEL = 4, 7
 
-def sum_by_image(x: chex.Array) -> chex.Array:
-  """Sum over positions, [B, ..., C] -> [B, C].
+
+def _sum(x, *, axes, **_):
+  """A sum over axes that lie together, right before the last one.
 
   XLA:CPU reduces such arrays at a tenth of the memory's speed, and multiplies
-  by a row of ones at all of it.
+  by a row of ones at all of it. Where several axes go, the first of them goes
+  last: one product of a great depth would be slower.
   """
-  if jax.default_backend() != "cpu":
-    return jnp.sum(x, axis=tuple(range(1, x.ndim - 1)))
-  ones = _column_of_ones(x.shape, x.dtype)
-  flat = x.reshape(x.shape[0], -1, x.shape[-1])
-  return jnp.einsum("bpu,bpc->buc", ones, flat)[:, 0]
+  several = len(axes) > 1
+  kept = x.shape[: axes[0] + several]
+  rows = x.reshape(math.prod(kept), -1, x.shape[-1])
+  ones = jnp.ones((rows.shape[0], 1, rows.shape[1]), x.dtype)
+  sums = jax.lax.dot_general(ones, rows, (((2,), (1,)), ((0,), (0,))))
+  sums = sums.reshape(*kept, x.shape[-1])
+  return jnp.sum(sums, axis=axes[0]) if several else sums
 
 
-def sum_over_positions(x: chex.Array) -> chex.Array:
-  """Sum over images and positions, [B, ..., C] -> [C]."""
-  return jnp.sum(sum_by_image(x), axis=0)
-
-
-def spread(values: chex.Array, shape: tuple[int, ...]) -> chex.Array:
-  """Repeat values [C] at every position: `shape` is [B, ..., C].
-
-  Its derivative is `sum_over_positions`, in the fast formulation too.
-  """
-  if jax.default_backend() != "cpu":
-    return jnp.broadcast_to(values, shape)
-  by_image = jnp.broadcast_to(values, (shape[0], 1, shape[-1]))
-  ones = _column_of_ones(shape, values.dtype)
-  return jnp.einsum("bpu,buc->bpc", ones, by_image).reshape(shape)
+def _is_over_positions(x, *, axes, **_):
+  together = axes and axes == tuple(range(axes[0], x.ndim - 1))
+  return x.ndim >= 3 and together and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _convolution(lhs, rhs, *, dimension_numbers, **params):
@@ -57,9 +56,12 @@ def _convolution(lhs, rhs, *, dimension_numbers, **params):
 
   Maps of up to 3x3 become a matrix product of their patches: XLA:CPU runs a
   3x3 convolution on 2x2 maps about 60 times slower (1.5 against 110
-  GFLOP/s); from 4x4 maps on its convolution is as fast.
+  GFLOP/s); from 4x4 maps on its convolution is as fast, but for the few
+  channels of an image.
   """
   orders = dimension_numbers
+  if _is_plain_product(lhs.shape, rhs.shape, orders, params):
+    return _plain_product(lhs, rhs, orders=tuple(orders), **params)
   lhs, rhs = (
     jax.lax.transpose(x, x_order)
     for x, x_order in (
@@ -68,7 +70,7 @@ def _convolution(lhs, rhs, *, dimension_numbers, **params):
     )
   )
   if _has_tiny_maps(lhs.shape[1:3], params):
-    out = _product_of_patches(lhs, rhs, **params)
+    out = _product_in_groups(lhs, rhs, **params)
   else:
     out = jax.lax.conv_general_dilated_p.bind(
       lhs,
@@ -80,7 +82,91 @@ def _convolution(lhs, rhs, *, dimension_numbers, **params):
   return jax.lax.transpose(out, [out_order.index(i) for i in range(4)])
 
 
-def _product_of_patches(
+def _is_worth_a_change(lhs, rhs, *, dimension_numbers, **params):
+  orders = dimension_numbers
+  return len(lhs.shape) == 4 and (
+    orders != _channels_last_numbers(lhs.shape, rhs.shape)
+    or _is_plain_product(lhs.shape, rhs.shape, orders, params)
+    or _has_tiny_maps(lhs.shape[1:3], params)
+  )
+
+
+def _is_plain_product(lhs_shape, rhs_shape, orders, params):
+  orders = tuple(orders)
+  groups = params["feature_group_count"] * params["batch_group_count"]
+  if orders not in (_FORWARD, _BY_INPUT, _BY_KERNEL) or groups > 1:
+    return False
+  maps, window = _maps_and_window(lhs_shape, rhs_shape, orders)
+  channels, kernel = rhs_shape[2], window
+  if orders == _BY_KERNEL:
+    channels = lhs_shape[3]
+    kernel = _output_sizes(maps, window, params["padding"])
+  has_few_channels = channels <= _FEW_CHANNELS and max(kernel) <= _SMALL_KERNEL
+  return _has_tiny_maps(maps, params) or (
+    _moves_by_one(params) and has_few_channels
+  )
+
+
+def _has_tiny_maps(maps, params):
+  return _moves_by_one(params) and max(maps) <= _TINY_MAP
+
+
+def _moves_by_one(params):
+  steps = ("window_strides", "lhs_dilation", "rhs_dilation")
+  return all(step == 1 for name in steps for step in params[name])
+
+
+def _plain_product(
+  lhs, rhs, *, orders, padding, precision, preferred_element_type, **_
+):
+  """A convolution, or a derivative of one, whose operands stay in their order.
+
+  A kernel takes longer to transpose than to multiply by.
+  """
+
+  def multiply(a, b, contract):
+    return jax.lax.dot_general(
+      a,
+      b,
+      (contract, ((), ())),
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+    )
+
+  maps, window = _maps_and_window(lhs.shape, rhs.shape, orders)
+  sizes = _output_sizes(maps, window, padding)
+  positions = math.prod(window)
+  if orders == _FORWARD:
+    patches = _patches(lhs, padding, offsets=window, sizes=sizes)
+    depth = positions * lhs.shape[-1]
+    out = multiply(
+      patches.reshape(-1, depth), rhs.reshape(depth, -1), ((1,), (0,))
+    )
+    return out.reshape(len(lhs), *sizes, rhs.shape[-1])
+  if orders == _BY_KERNEL:
+    # What is the window here was the map of outputs, and the other way round.
+    patches = _patches(lhs, padding, offsets=sizes, sizes=window)
+    depth = len(lhs) * positions
+    out = multiply(
+      patches.reshape(depth, -1), rhs.reshape(depth, -1), ((0,), (0,))
+    )
+    return out.reshape(*sizes, lhs.shape[-1], rhs.shape[-1])
+  # By the input: the transposed of the first case.
+  kernel = jax.lax.rev(rhs, (0, 1))
+  depth = lhs.shape[-1]
+  products = multiply(
+    lhs.reshape(-1, depth), kernel.reshape(-1, depth), ((1,), (1,))
+  ).reshape(len(lhs), *maps, positions, rhs.shape[2])
+  edges = [
+    (size - 1 - low, size - 1 - high)
+    for size, (low, high) in zip(window, padding, strict=True)
+  ]
+  out = jax.ShapeDtypeStruct((len(lhs), *sizes, rhs.shape[2]), products.dtype)
+  to_patches = lambda x: _patches(x, edges, offsets=window, sizes=maps)
+  return jax.linear_transpose(to_patches, out)(products)[0]
+
+
+def _product_in_groups(
   lhs,
   rhs,
   *,
@@ -92,24 +178,14 @@ def _product_of_patches(
   **_,
 ):
   """Convolve [B, H, W, C] by [h, w, C, D] as one matrix product."""
-  edges = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
-  lhs = jax.lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
   window, (inputs, outputs) = rhs.shape[:2], rhs.shape[2:]
-  height, width = (
-    full - size + 1 for full, size in zip(lhs.shape[1:3], window, strict=True)
-  )
-  patches = jnp.stack(
-    [
-      lhs[:, i : i + height, j : j + width]
-      for i, j in itertools.product(*map(range, window))
-    ],
-    axis=3,
-  )
+  sizes = _output_sizes(lhs.shape[1:3], window, padding)
+  patches = _patches(lhs, padding, offsets=window, sizes=sizes)
   groups = (batch_group_count, feature_group_count)
   out = jnp.einsum(
     "pbhwkqi,kipqo->bhwpqo",
     patches.reshape(
-      groups[0], -1, height, width, math.prod(window), groups[1], inputs
+      groups[0], -1, *sizes, math.prod(window), groups[1], inputs
     ),
     rhs.reshape(math.prod(window), inputs, *groups, -1),
     precision=precision,
@@ -118,10 +194,33 @@ def _product_of_patches(
   return out.reshape(*out.shape[:3], outputs)
 
 
-def _has_tiny_maps(sizes, params):
-  steps = ("window_strides", "lhs_dilation", "rhs_dilation")
-  moves_by_one = all(step == 1 for name in steps for step in params[name])
-  return moves_by_one and max(sizes) <= 3
+def _patches(x, padding, *, offsets, sizes):
+  """[B, H, W, C] -> [B, h, w, N, C]: maps of (h, w) = sizes, at N offsets."""
+  edges = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+  height, width = sizes
+  return jnp.stack(
+    [
+      x[:, i : i + height, j : j + width]
+      for i, j in itertools.product(*map(range, offsets))
+    ],
+    axis=3,
+  )
+
+
+def _maps_and_window(lhs_shape, rhs_shape, orders):
+  lhs_order, rhs_order, _ = orders
+  return (
+    tuple(lhs_shape[i] for i in lhs_order[2:]),
+    tuple(rhs_shape[i] for i in rhs_order[2:]),
+  )
+
+
+def _output_sizes(maps, window, padding):
+  return tuple(
+    size + low + high - length + 1
+    for size, length, (low, high) in zip(maps, window, padding, strict=True)
+  )
 
 
 def _channels_last(order):
@@ -135,31 +234,26 @@ def _channels_last_numbers(lhs_shape, rhs_shape):
   )
 
 
-def _column_of_ones(shape, dtype):
-  return jnp.ones((shape[0], math.prod(shape[1:-1]), 1), dtype)
+def _lower_for_cpu(
+  primitive: Any, function: Callable[..., Any], suits: Callable[..., Any]
+) -> None:
+  """Lower a primitive as `function` where that suits operands and parameters.
 
+  `suits` takes their abstract values.
+  """
+  for_all = getattr(mlir, "_lowerings", {})
+  for_cpu = getattr(mlir, "_platform_specific_lowerings", {}).get("cpu", {})
+  entry = for_cpu.get(primitive) or for_all.get(primitive)
+  if entry is None:
+    return  # A JAX that keeps its rules elsewhere: right, and slow.
+  new_rule = mlir.lower_fun(function, multiple_results=False)
 
-def _lower_convolutions_for_cpu():
-  """Put `_convolution` in front of JAX's own rule."""
-  primitive = jax.lax.conv_general_dilated_p
-  rules = getattr(mlir, "_platform_specific_lowerings", {}).get("cpu", {})
-  if primitive not in rules:
-    return  # A JAX that keeps its rules elsewhere: right, and slow in loops.
-  own_rule = rules[primitive].rule
-  new_rule = mlir.lower_fun(_convolution, multiple_results=False)
-
-  def lower(ctx, lhs, rhs, *, dimension_numbers, **params):
-    shapes = [aval.shape for aval in ctx.avals_in]
-    is_2d = len(shapes[0]) == 4
-    suits = is_2d and dimension_numbers == _channels_last_numbers(*shapes)
-    sizes = [shapes[0][i] for i in dimension_numbers.lhs_spec[2:]]
-    if not is_2d or (suits and not _has_tiny_maps(sizes, params)):
-      rule = own_rule
-    else:
-      rule = new_rule
-    return rule(ctx, lhs, rhs, dimension_numbers=dimension_numbers, **params)
+  def lower(ctx, *operands, **params):
+    rule = new_rule if suits(*ctx.avals_in, **params) else entry.rule
+    return rule(ctx, *operands, **params)
 
   mlir.register_lowering(primitive, lower, platform="cpu")
 
 
-_lower_convolutions_for_cpu()
+_lower_for_cpu(jax.lax.conv_general_dilated_p, _convolution, _is_worth_a_change)
+_lower_for_cpu(jax.lax.reduce_sum_p, _sum, _is_over_positions)

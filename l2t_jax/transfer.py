@@ -27,7 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import lowering, types
+from l2t_jax import (
+  lowering,  # noqa: F401  (changes how JAX lowers for CPU)
+  types,
+)
 
 # Names of taps in order of depth, with their shapes (H, W, C).
 TapShapes = Mapping[str, tuple[int, int, int]]
@@ -348,9 +351,7 @@ def channel_distances(
       together, target_features[target].astype(wanted.dtype)
     )
     chex.assert_equal_shape([wanted, regressed])
-    _, height, width, _ = wanted.shape
-    distance = lowering.sum_by_image(jnp.square(wanted - regressed))
-    distance /= height * width
+    distance = jnp.mean(jnp.square(wanted - regressed), axis=(1, 2))
     ends = np.cumsum([layer["bias"].size for layer in layers])
     parts = jnp.split(distance, ends[:-1], axis=-1)
     distances |= zip((pair.name for pair in group), parts, strict=True)
@@ -405,8 +406,7 @@ def _linear_by_image(layer, x):
     layer["kernel"], (num_images, *layer["kernel"].shape)
   )
   y = jnp.einsum("bpi,bio->bpo", x.reshape(num_images, -1, channels), kernel)
-  y = y.reshape(num_images, height, width, -1)
-  return y + lowering.spread(layer["bias"], y.shape)
+  return y.reshape(num_images, height, width, -1) + layer["bias"]
 
 
 @functools.partial(jax.jit, static_argnames=("fan_in", "fan_out"))

@@ -1,4 +1,4 @@
-"""Convolutions as this package lowers them for CPU: values and forms."""
+"""Operations as this package lowers them for CPU: values and forms."""
 
 import functools
 import itertools
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from l2t_jax import lowering  # noqa: F401  (changes how JAX lowers)
+from l2t_jax.models import layers
 
 pytestmark = pytest.mark.optimized
 
@@ -48,24 +49,29 @@ def convolve_by_offsets(x, kernel, *, stride=1, pad=1, dilation=1, groups=1):
 
 
 @pytest.mark.parametrize(
-  ("size", "kernel_size", "options"),
+  ("size", "channels", "kernel_size", "options"),
   [
-    (1, 1, {"pad": 0}),
-    (1, 3, {}),
-    (2, 3, {}),
-    (3, 3, {"groups": 2}),
-    (3, 3, {"stride": 2}),
-    (2, 2, {"pad": 0}),
-    (4, 3, {}),
-    (5, 3, {"stride": 2, "groups": 2}),
-    (7, 3, {"pad": 2, "dilation": 2}),
+    (1, 4, 1, {"pad": 0}),
+    (1, 6, 3, {}),
+    (2, 6, 3, {}),
+    (3, 6, 3, {"pad": 0}),
+    (3, 4, 3, {"groups": 2}),
+    (3, 6, 3, {"stride": 2}),
+    (2, 6, 2, {"pad": 0}),
+    (4, 6, 3, {}),
+    (5, 3, 3, {}),
+    (5, 3, 5, {}),
+    (5, 4, 3, {"stride": 2, "groups": 2}),
+    (7, 6, 3, {"pad": 2, "dilation": 2}),
   ],
 )
-def test_two_orders_of_derivatives(size, kernel_size, options, x64):
+def test_two_orders_of_derivatives(size, channels, kernel_size, options, x64):
   rng = np.random.default_rng(0)
   groups = options.get("groups", 1)
-  x = rng.standard_normal((3, size, size, 4))
-  kernel = rng.standard_normal((kernel_size, kernel_size, 4 // groups, 6))
+  x = rng.standard_normal((3, size, size, channels))
+  kernel = rng.standard_normal(
+    (kernel_size, kernel_size, channels // groups, 6)
+  )
 
   def derivatives(convolution):
     def loss(x, kernel):
@@ -104,3 +110,66 @@ def test_derivatives_in_a_loop_have_the_fast_order():
   )
   assert len(orders) == 3  # Forward, by the input, by the kernel.
   assert set(orders) == {"b01f_01io->b01f"}
+
+
+@pytest.mark.parametrize(
+  ("shape", "channels"), [((4, 2, 2), 16), ((4, 8, 8), 3)]
+)
+def test_patches_need_no_transposed_operands(shape, channels):
+  """A kernel takes longer to transpose than to multiply by."""
+  x, kernel = jnp.ones((*shape, channels)), jnp.ones((3, 3, channels, 32))
+  everything = jax.jit(
+    jax.grad(lambda *xs: jnp.sum(jnp.sin(convolve(*xs))), (0, 1))
+  )
+  text = everything.lower(x, kernel).as_text()
+  assert text.count("dot_general") == 3  # Forward, by the input, the kernel.
+  assert "stablehlo.transpose" not in text
+  assert "stablehlo.convolution" not in text
+
+
+@pytest.mark.parametrize(
+  ("shape", "axes"),
+  [
+    ((5, 3, 4, 7), (0, 1, 2)),
+    ((5, 3, 4, 7), (1, 2)),
+    ((5, 3, 4, 7), (2,)),
+    ((2, 5, 3, 4, 7), (1, 2, 3)),
+    ((2, 5, 0, 7), (1, 2)),
+  ],
+)
+def test_sums_over_positions_are_products(shape, axes, x64):
+  x = np.random.default_rng(0).standard_normal(shape)
+  total = jax.jit(functools.partial(jnp.sum, axis=axes))
+  np.testing.assert_allclose(total(x), x.sum(axes), rtol=1e-12, atol=1e-12)
+  assert "dot_general" in total.lower(x).as_text()
+
+
+@pytest.mark.parametrize(
+  ("x", "axes"),
+  [
+    (np.ones((5, 3, 4, 7)), (0, 3)),
+    (np.ones((5, 3, 4, 7)), (0, 2)),
+    (np.ones((5, 3, 4, 7)), ()),
+    (np.ones((5, 3)), (0,)),
+    (np.ones((5, 3, 4), np.int32), (0, 1)),
+    (np.ones((5, 3, 4), np.complex64), (0, 1)),
+  ],
+)
+def test_other_sums_are_left_alone(x, axes):
+  lowered = jax.jit(functools.partial(jnp.sum, axis=axes)).lower(x)
+  assert "dot_general" not in lowered.as_text()
+
+
+def test_a_bias_that_is_repeated_is_summed_by_a_product():
+  """The derivative of a bias, in any network."""
+  loss = lambda bias, x: jnp.sum(jnp.sin(x + bias))
+  lowered = jax.jit(jax.grad(loss)).lower(jnp.ones(16), jnp.ones((4, 8, 8, 16)))
+  assert "dot_general" in lowered.as_text()
+
+
+def test_a_pool_of_windows_side_by_side_joins_its_derivative():
+  """Padded and added slices would take twice as long."""
+  pool = functools.partial(layers.max_pool, window=2, stride=2, padding=0)
+  slope = jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))
+  text = jax.jit(slope).lower(jnp.ones((2, 5, 4, 3))).as_text()
+  assert text.count("stablehlo.concatenate") == 2

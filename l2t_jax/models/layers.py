@@ -9,7 +9,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from l2t_jax import lowering, types
+from l2t_jax import (
+  lowering,  # noqa: F401  (changes how JAX lowers for CPU)
+  types,
+)
 
 # He et al. (2015), fan-out mode: the authors' choice for convolutions.
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -122,27 +125,25 @@ def _normalize_jvp(epsilon, primals, tangents):
   x, scale, bias = primals
   x_dot, scale_dot, bias_dot = tangents
   y, mean, var = normalize(x, scale, bias, epsilon)
-  spread = lambda values: lowering.spread(values, x.shape)
   inverse = jax.lax.rsqrt(var + epsilon)
   factor = scale * inverse
-  centred = x - spread(mean)
-  normal = centred * spread(inverse)
+  normal = (x - mean) * inverse
   mean_dot, product_dot = _mean(x_dot), _mean(normal * x_dot)
   y_dot = (
-    spread(factor) * x_dot
-    + spread(bias_dot - factor * mean_dot)
-    + normal * spread(scale_dot - factor * product_dot)
+    factor * x_dot
+    + (bias_dot - factor * mean_dot)
+    + normal * (scale_dot - factor * product_dot)
   )
   var_dot = 2 * product_dot / inverse
   return (y, mean, var), (y_dot, mean_dot, var_dot)
 
 
 def _mean(x):
-  return lowering.sum_over_positions(x) / (x.size // x.shape[-1])
+  return jnp.mean(x, axis=(0, 1, 2))
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-  """Max-pool [B, H, W, C] by pairwise choices between shifted slices.
+  """Max-pool [B, H, W, C] by pairwise choices, along W, then along H.
 
   Unlike `nn.max_pool`, its second derivative does not go through XLA's
   select-and-scatter, which is slow on CPU. Where entries are equal, the first
@@ -157,19 +158,30 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
   if padding:
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     x = jnp.pad(x, edges, constant_values=-jnp.inf)
-  height, width = ((n - window) // stride + 1 for n in x.shape[1:3])
-  if height < 1 or width < 1:
+  if min(x.shape[1:3]) < window:
     raise types.InputError(
       f"maps of {x.shape[1]}x{x.shape[2]} are too small for a max-pool of"
       f" {window}x{window}; use larger images or a network with fewer pools"
     )
-  slices = [
-    x[
-      :,
-      i : i + (height - 1) * stride + 1 : stride,
-      j : j + (width - 1) * stride + 1 : stride,
+  for axis in (2, 1):
+    entries = _entries_of_windows(x, axis, window, stride)
+    x = functools.reduce(lambda a, b: jnp.where(a >= b, a, b), entries)
+  return x
+
+
+def _entries_of_windows(x, axis, window, stride):
+  """All windows' first entries along an axis, their second ones, and so on."""
+  count = (x.shape[axis] - window) // stride + 1
+  if stride != window:
+    return [
+      jax.lax.slice_in_dim(
+        x, start, start + (count - 1) * stride + 1, stride, axis
+      )
+      for start in range(window)
     ]
-    for i in range(window)
-    for j in range(window)
-  ]
-  return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), slices)
+  # Windows that lie side by side are split: its derivative joins them again,
+  # where those of slices are padded and added.
+  x = jax.lax.slice_in_dim(x, 0, count * window, axis=axis)
+  x = x.reshape(*x.shape[:axis], count, window, *x.shape[axis + 1 :])
+  parts = jax.lax.split(x, (1,) * window, axis + 1)
+  return [jnp.squeeze(part, axis + 1) for part in parts]
