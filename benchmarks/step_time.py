@@ -5,9 +5,10 @@
 
 ResNet-32 -> VGG-9, 15 pairs, random images, on the first device. Ours, the
 peer's and both plain steps take turns, so that their ratios do not depend on
-what else the machine does; each setting in a process of its own, so that one
-that does not fit into memory stops no other. Prints a table and, on its last
-line, a JSON object:
+what else the machine does. We and each variant of the peer have a process of
+our own, as users do: what one leaves in the allocator makes another faster or
+slower by a third. One that does not fit into memory stops no other. Prints a
+table and, on its last line, a JSON object:
 
   ratio_peer   the peer's time for an iteration over ours, the peer being the
                fastest of its variants (see benchmarks/peer_torch.py)
@@ -20,12 +21,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -54,13 +57,14 @@ SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
 # A measurement takes as many iterations as last this long, in seconds.
 _LEAST_SECONDS = 0.3
 _LAYOUTS = ("contiguous", "channels-last")
+_OURS = "l2t_jax"
 
 
 @dataclasses.dataclass
 class Case:
   """Something that was timed."""
 
-  who: str  # "l2t_jax", or the peer and its variant.
+  who: str  # _OURS, or the peer and its variant.
   what: str  # "plain" or "iteration".
   setting: cases.Setting
   compile_seconds: float | None = None
@@ -101,8 +105,23 @@ class Timer:
     return (time.perf_counter() - start) / self.repeats
 
 
-def our_timer(setting: cases.Setting) -> Timer:
-  """Compile one of our steps."""
+@dataclasses.dataclass(frozen=True)
+class Peer:
+  """A variant of the peer."""
+
+  layout: str
+  compiled: bool = False
+
+  def __str__(self) -> str:
+    return f"torch, {self.layout}" + (", compiled" if self.compiled else "")
+
+
+def our_timers(setting: cases.Setting) -> list[Timer]:
+  """Compile our plain step and our iteration."""
+  return [_our_timer(_plain(setting)), _our_timer(setting)]
+
+
+def _our_timer(setting):
   iteration = cases.create(setting)
   program = cases.compile_iteration(setting, iteration)
   latest = {"state": iteration.state}
@@ -113,7 +132,7 @@ def our_timer(setting: cases.Setting) -> Timer:
     )
 
   case = Case(
-    "l2t_jax",
+    _OURS,
     "plain" if setting.method == "scratch" else "iteration",
     setting,
     program.seconds,
@@ -123,9 +142,7 @@ def our_timer(setting: cases.Setting) -> Timer:
   return Timer(case, run, lambda: jax.block_until_ready(latest["state"]))
 
 
-def peer_timers(
-  setting: cases.Setting, *, layout: str, compiled: bool
-) -> list[Timer]:
+def peer_timers(setting: cases.Setting, peer: Peer) -> list[Timer]:
   """Make the peer's plain step and its iteration."""
   import torch
 
@@ -138,7 +155,7 @@ def peer_timers(
 
   def place(tensor):
     tensor = tensor.to(device)
-    if layout == "channels-last" and tensor.ndim == 4:
+    if peer.layout == "channels-last" and tensor.ndim == 4:
       return tensor.contiguous(memory_format=torch.channels_last)
     return tensor.contiguous()
 
@@ -168,7 +185,7 @@ def peer_timers(
       dict(start.state.running),
     ),
   }
-  wrap = torch.compile if compiled else lambda function: function
+  wrap = torch.compile if peer.compiled else lambda function: function
   whole = wrap(peer_torch.iteration)
   plain = wrap(peer_torch.plain_step)
   autocast = functools.partial(
@@ -192,11 +209,10 @@ def peer_timers(
       latest["plain"] = plain(latest["plain"], images, labels, settings)
 
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-  name = f"torch, {layout}" + (", compiled" if compiled else "")
-  plain_case = Case(name, "plain", setting._replace(method="scratch"))
+  plain_case = Case(str(peer), "plain", setting._replace(method="scratch"))
   return [
     Timer(plain_case, run_plain, wait),
-    Timer(Case(name, "iteration", setting), run_iteration, wait),
+    Timer(Case(str(peer), "iteration", setting), run_iteration, wait),
   ]
 
 
@@ -237,7 +253,6 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--compile_peer", action="store_true")
   parser.add_argument("--folder", type=pathlib.Path, help="for a plot")
-  parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
   args = parser.parse_args()
   sweeps = [name for name in args.sweep.split(",") if name]
   for name in sweeps:
@@ -246,18 +261,12 @@ def main() -> None:
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds} must be at least 1")
 
-  if args.setting:
-    measured = _measure(
-      cases.Setting(**args.setting), args.rounds, args.compile_peer
-    )
-    print(json.dumps([dataclasses.asdict(case) for case in measured]))
-    return
   everything: list[Case] = []
   for setting in settings_of(sweeps):
     known = [case.setting for case in everything if case.what == "plain"]
     everything += [
       case
-      for case in _in_process(setting, args.rounds, args.compile_peer)
+      for case in _measure(setting, args.rounds, args.compile_peer)
       if case.what != "plain" or case.setting not in known
     ]
   ceilings = {
@@ -270,53 +279,94 @@ def main() -> None:
   print(json.dumps(_result(everything, ceilings)))
 
 
-def _in_process(setting, rounds, compile_peer):
-  """Time a setting in another process; nothing where that fails."""
-  print(setting, file=sys.stderr, flush=True)
-  command = [sys.executable, "-m", "benchmarks.step_time"]
-  command += [
-    f"--setting={json.dumps(setting._asdict())}",
-    f"--rounds={rounds}",
-  ]
-  command += ["--compile_peer"] if compile_peer else []
-  result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-  if result.returncode:
-    failure = f"failed with exit status {result.returncode}"
-    if setting == cases.Setting():
-      sys.exit(failure)  # Nothing could be compared with it.
-    print(failure, file=sys.stderr)
-    return []
-  return [
-    Case(**{**case, "setting": cases.Setting(*case["setting"])})
-    for case in json.loads(result.stdout.splitlines()[-1])
-  ]
+class _Worker:
+  """A process that times the cases of one side when it is asked to."""
+
+  def __init__(self, setting: cases.Setting, peer: Peer | None):
+    context = multiprocessing.get_context("spawn")
+    self._connection, theirs = context.Pipe()
+    self._process = context.Process(target=_serve, args=(theirs, setting, peer))
+    self._process.start()
+    theirs.close()
+    self.name = str(peer or _OURS)
+    self.cases: list[Case] = []
+
+  def prepare(self) -> None:
+    """Wait for what is timed; raises EOFError where the process fails."""
+    self.cases = self._connection.recv()
+
+  def measure(self) -> None:
+    """Time each case once more; raises EOFError where the process fails."""
+    for index, case in enumerate(self.cases):
+      self._connection.send(index)
+      case.times.append(self._connection.recv())
+
+  def close(self) -> None:
+    self._connection.close()
+    self._process.join()
+
+
+def _serve(connection, setting, peer):
+  timers = peer_timers(setting, peer) if peer else our_timers(setting)
+  for timer in timers:
+    timer.warm_up()
+  connection.send([timer.case for timer in timers])
+  with contextlib.suppress(EOFError):
+    while True:
+      connection.send(timers[connection.recv()].measure())
 
 
 def _measure(setting, rounds, compile_peer):
   """Time a setting: ours, the peer's, and the plain steps of both."""
+  print(setting, file=sys.stderr, flush=True)
+  workers: list[_Worker] = []
+  with contextlib.ExitStack() as stack:
+    # One after the other: what compiles shall not be disturbed.
+    for peer in (None, *_peers(setting, compile_peer)):
+      worker = _Worker(setting, peer)
+      stack.callback(worker.close)
+      if _succeeds(worker.prepare, worker, setting):
+        workers.append(worker)
+    for _ in range(rounds):
+      workers = [
+        worker
+        for worker in workers
+        if _succeeds(worker.measure, worker, setting)
+      ]
+  for worker in workers:
+    for case in worker.cases:
+      case.plain_seconds = worker.cases[0].median
+  return [case for worker in workers for case in worker.cases]
+
+
+def _succeeds(task, worker, setting):
+  try:
+    task()
+  except (EOFError, OSError):
+    failure = f"{worker.name}: failed"
+    if setting == cases.Setting() and worker.name == _OURS:
+      sys.exit(failure)  # Nothing could be compared with it.
+    print(failure, file=sys.stderr)
+    return False
+  return True
+
+
+def _peers(setting, compile_peer):
   base = cases.Setting()
-  plain = setting._replace(
+  has_peer = setting.mode == base.mode and setting.num_seeds == 1
+  if not (has_peer and importlib.util.find_spec("torch")):
+    return []
+  if setting != base:
+    return [Peer(_LAYOUTS[0])]
+  peers = [Peer(layout) for layout in _LAYOUTS]
+  return [*peers, Peer(_LAYOUTS[0], compiled=True)] if compile_peer else peers
+
+
+def _plain(setting):
+  base = cases.Setting()
+  return setting._replace(
     method="scratch", mode=base.mode, num_inner_steps=base.num_inner_steps
   )
-  timers = [our_timer(plain), our_timer(setting)]
-  has_peer = setting.mode == base.mode and setting.num_seeds == 1
-  if has_peer and importlib.util.find_spec("torch"):
-    for layout in _LAYOUTS if setting == base else _LAYOUTS[:1]:
-      timers += peer_timers(setting, layout=layout, compiled=False)
-    if compile_peer and setting == base:
-      timers += peer_timers(base, layout=_LAYOUTS[0], compiled=True)
-  for timer in timers:
-    timer.warm_up()
-  for _ in range(rounds):
-    for timer in timers:
-      timer.case.times.append(timer.measure())
-  measured = [timer.case for timer in timers]
-  plain_seconds = {
-    case.who: case.median for case in measured if case.what == "plain"
-  }
-  for case in measured:
-    case.plain_seconds = plain_seconds[case.who]
-  return measured
 
 
 def _print_table(everything, ceilings):
@@ -337,7 +387,7 @@ def _print_table(everything, ceilings):
   show = lambda value, form: "" if value is None else format(value, form)
   for case in everything:
     s = case.setting
-    is_ours = case.who == "l2t_jax"
+    is_ours = case.who == _OURS
     speed = case.flops / case.median if case.flops else None
     share = speed / ceilings[s.precision] if speed else None
     rows.add_row(
@@ -370,8 +420,8 @@ def _result(everything, ceilings):
     for case in everything
     if case.setting in (base, base._replace(method="scratch"))
   ]
-  ours = {case.what: case for case in at_base if case.who == "l2t_jax"}
-  peers = [case for case in at_base if case.who != "l2t_jax"]
+  ours = {case.what: case for case in at_base if case.who == _OURS}
+  peers = [case for case in at_base if case.who != _OURS]
   best = lambda what: min(
     (case.median for case in peers if case.what == what), default=None
   )
@@ -425,7 +475,7 @@ def _draw(everything, sweeps, folder):
   bars.barh(
     [f"{case.what}: {case.who}" for case in at_base],
     [case.median * 1e3 for case in at_base],
-    color=["C0" if case.who == "l2t_jax" else "0.7" for case in at_base],
+    color=["C0" if case.who == _OURS else "0.7" for case in at_base],
   )
   bars.invert_yaxis()
   bars.set_xlabel("ms")

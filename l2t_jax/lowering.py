@@ -135,18 +135,18 @@ def _plain_product(
 
   maps, window = _maps_and_window(lhs.shape, rhs.shape, orders)
   sizes = _output_sizes(maps, window, padding)
-  positions = math.prod(window)
+  num_images, positions = lhs.shape[0], math.prod(window)
   if orders == _FORWARD:
     patches = _patches(lhs, padding, offsets=window, sizes=sizes)
     depth = positions * lhs.shape[-1]
     out = multiply(
       patches.reshape(-1, depth), rhs.reshape(depth, -1), ((1,), (0,))
     )
-    return out.reshape(len(lhs), *sizes, rhs.shape[-1])
+    return out.reshape(num_images, *sizes, rhs.shape[-1])
   if orders == _BY_KERNEL:
     # What is the window here was the map of outputs, and the other way round.
     patches = _patches(lhs, padding, offsets=sizes, sizes=window)
-    depth = len(lhs) * positions
+    depth = num_images * positions
     out = multiply(
       patches.reshape(depth, -1), rhs.reshape(depth, -1), ((0,), (0,))
     )
@@ -156,12 +156,12 @@ def _plain_product(
   depth = lhs.shape[-1]
   products = multiply(
     lhs.reshape(-1, depth), kernel.reshape(-1, depth), ((1,), (1,))
-  ).reshape(len(lhs), *maps, positions, rhs.shape[2])
+  ).reshape(num_images, *maps, positions, rhs.shape[2])
   edges = [
     (size - 1 - low, size - 1 - high)
     for size, (low, high) in zip(window, padding, strict=True)
   ]
-  out = jax.ShapeDtypeStruct((len(lhs), *sizes, rhs.shape[2]), products.dtype)
+  out = jax.ShapeDtypeStruct((num_images, *sizes, rhs.shape[2]), products.dtype)
   to_patches = lambda x: _patches(x, edges, offsets=window, sizes=maps)
   return jax.linear_transpose(to_patches, out)(products)[0]
 
