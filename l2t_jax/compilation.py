@@ -112,18 +112,22 @@ def fits(program: Program) -> bool:
 
 
 def use_cache() -> None:
-  """Keep compiled programs in ~/.cache/l2t_jax.
+  """Keep compiled programs in ~/.cache/l2t_jax, small ones too.
 
   A folder of one's own goes into JAX_COMPILATION_CACHE_DIR, and
   JAX_ENABLE_COMPILATION_CACHE=false switches it off.
   """
-  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    return
   home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  folder = pathlib.Path(home).expanduser() / "l2t_jax"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  wanted = {
+    "jax_compilation_cache_dir": str(
+      pathlib.Path(home).expanduser() / "l2t_jax"
+    ),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  for name, value in wanted.items():
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 @functools.cache

@@ -96,19 +96,33 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
   )
   program = (
     "import os, runpy, sys;"
-    # Both are set by this process: by conftest.py, and by importing jax.
-    "os.environ.pop('JAX_COMPILATION_CACHE_DIR', None);"
-    "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None);"
-    f"os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r};"
-    "sys.argv = sys.argv[1:];"
+    # All are set by this process: by conftest.py, and by importing jax.
+    "[os.environ.pop(name) for name in list(os.environ)"
+    " if name.startswith(('JAX_COMPILATION', 'JAX_PERSISTENT', 'TF_CPP'))];"
+    "name, os.environ[name] = sys.argv[1].split('=');"
+    "sys.argv = sys.argv[2:];"
     "runpy.run_path('train.py', run_name='__main__')"
   )
+  home, own_folder = tmp_path / "home", tmp_path / "own"
   found = []
-  for name in ("first", "second"):
+  for number, (variable, value, folder) in enumerate(
+    [
+      ("XDG_CACHE_HOME", home, home / "l2t_jax"),
+      ("XDG_CACHE_HOME", home, home / "l2t_jax"),
+      ("JAX_COMPILATION_CACHE_DIR", own_folder, own_folder),
+    ]
+  ):
     result = small_runs.run_python(
-      "-c", program, *arguments, f"--workdir={tmp_path / name}"
+      "-c",
+      program,
+      f"{variable}={value}",
+      *arguments,
+      f"--workdir={tmp_path / str(number)}",
     )
     assert result.returncode == 0, result.stderr
     assert not result.stderr, result.stderr
-    found.append(sorted((tmp_path / "l2t_jax").glob("*-cache")))
+    found.append(sorted(file.name for file in folder.glob("*-cache")))
   assert found[0] == found[1] and found[0]
+  # The hash between the last hyphens depends on the folder, too.
+  names = [[file.rsplit("-", 2)[0] for file in files] for files in found]
+  assert names[0] == names[2]
