@@ -21,6 +21,9 @@ import jax.numpy as jnp
 _FORWARD = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _BY_INPUT = ((0, 3, 1, 2), (2, 3, 0, 1), (0, 3, 1, 2))
 _BY_KERNEL = ((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
+# The fewest entries whose sum is faster as a product than as a loop, and the
+# most positions.
+_WORTH_A_PRODUCT, _DEEPEST = 512, 4096
 # Where a product of patches is faster than XLA:CPU's convolution.
 _TINY_MAP = 3
 _FEW_CHANNELS, _SMALL_KERNEL = 4, 7
@@ -30,21 +33,39 @@ def _sum(x, *, axes, **_):
   """A sum over axes that lie together, right before the last one.
 
   XLA:CPU reduces such arrays at a tenth of the memory's speed, and multiplies
-  by a row of ones at all of it. Where several axes go, the first of them goes
-  last: one product of a great depth would be slower.
+  by a row of ones at all of it.
   """
-  several = len(axes) > 1
-  kept = x.shape[: axes[0] + several]
-  rows = x.reshape(math.prod(kept), -1, x.shape[-1])
-  ones = jnp.ones((rows.shape[0], 1, rows.shape[1]), x.dtype)
-  sums = jax.lax.dot_general(ones, rows, (((2,), (1,)), ((0,), (0,))))
-  sums = sums.reshape(*kept, x.shape[-1])
-  return jnp.sum(sums, axis=axes[0]) if several else sums
+  start = _first_in_product(x.shape, axes)
+  rows = x.reshape(math.prod(x.shape[:start]), -1, x.shape[-1])
+  sums = jax.lax.dot_general(
+    jnp.ones((rows.shape[0], 1, rows.shape[1]), x.dtype),
+    rows,
+    (((2,), (1,)), ((0,), (0,))),
+    precision=jax.lax.Precision.HIGHEST,
+  ).reshape(*x.shape[:start], x.shape[-1])
+  return jnp.sum(sums, axis=axes[0]) if start > axes[0] else sums
 
 
-def _is_over_positions(x, *, axes, **_):
-  together = axes and axes == tuple(range(axes[0], x.ndim - 1))
-  return x.ndim >= 3 and together and x.dtype in (jnp.float32, jnp.float64)
+def _is_over_positions(x, *, axes, out_sharding=None):
+  """Whether `_sum` is right, and its products are more than handfuls."""
+  if x.ndim < 3 or axes != tuple(range(min(axes, default=0), x.ndim - 1)):
+    return False
+  entries = math.prod(x.shape[_first_in_product(x.shape, axes) :])
+  return (
+    entries >= _WORTH_A_PRODUCT
+    and x.dtype in (jnp.float32, jnp.float64)
+    and out_sharding is None
+  )
+
+
+def _first_in_product(shape, axes):
+  """The first axis that a product sums over; one before it goes thereafter.
+
+  A product of great depth is slow, and so is a single one.
+  """
+  depth = math.prod(shape[axis] for axis in axes)
+  splits = len(axes) > 1 and (axes[0] == 0 or depth > _DEEPEST)
+  return axes[0] + splits
 
 
 def _convolution(lhs, rhs, *, dimension_numbers, **params):

@@ -130,11 +130,11 @@ def test_patches_need_no_transposed_operands(shape, channels):
 @pytest.mark.parametrize(
   ("shape", "axes"),
   [
-    ((5, 3, 4, 7), (0, 1, 2)),
-    ((5, 3, 4, 7), (1, 2)),
-    ((5, 3, 4, 7), (2,)),
-    ((2, 5, 3, 4, 7), (1, 2, 3)),
-    ((2, 5, 0, 7), (1, 2)),
+    ((5, 8, 9, 8), (0, 1, 2)),
+    ((5, 8, 9, 8), (1, 2)),
+    ((2, 3, 64, 8), (2,)),
+    ((2, 5, 8, 9, 8), (1, 2, 3)),
+    ((2, 3, 50, 50, 8), (1, 2, 3)),  # Too deep for one product.
   ],
 )
 def test_sums_over_positions_are_products(shape, axes, x64):
@@ -147,12 +147,14 @@ def test_sums_over_positions_are_products(shape, axes, x64):
 @pytest.mark.parametrize(
   ("x", "axes"),
   [
-    (np.ones((5, 3, 4, 7)), (0, 3)),
-    (np.ones((5, 3, 4, 7)), (0, 2)),
-    (np.ones((5, 3, 4, 7)), ()),
-    (np.ones((5, 3)), (0,)),
-    (np.ones((5, 3, 4), np.int32), (0, 1)),
-    (np.ones((5, 3, 4), np.complex64), (0, 1)),
+    (np.ones((5, 8, 9, 8)), (0, 3)),
+    (np.ones((5, 8, 9, 8)), (0, 2)),
+    (np.ones((5, 8, 9, 8)), ()),
+    (np.ones((5, 0, 9, 8)), (0, 1, 2)),
+    (np.ones((500, 2, 8)), (0, 1)),  # Many handfuls.
+    (np.ones((512, 8)), (0,)),
+    (np.ones((5, 64, 8), np.int32), (0, 1)),
+    (np.ones((5, 64, 8), np.complex64), (0, 1)),
   ],
 )
 def test_other_sums_are_left_alone(x, axes):
