@@ -261,6 +261,8 @@ def main() -> None:
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds} must be at least 1")
 
+  # All processes share an accelerator's memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   everything: list[Case] = []
   for setting in settings_of(sweeps):
     known = [case.setting for case in everything if case.what == "plain"]
@@ -311,7 +313,7 @@ def _serve(connection, setting, peer):
   for timer in timers:
     timer.warm_up()
   connection.send([timer.case for timer in timers])
-  with contextlib.suppress(EOFError):
+  with contextlib.suppress(EOFError, OSError):
     while True:
       connection.send(timers[connection.recv()].measure())
 

@@ -16,7 +16,5 @@ cd "$(dirname "$0")/.." || exit
 if [ -n "$FOLDER" ] && compgen -G "$FOLDER/*.whl" > /dev/null; then
   python -m pip install --quiet --no-deps "$FOLDER"/*.whl || exit
 fi
-# JAX and PyTorch share the memory.
-export XLA_PYTHON_CLIENT_PREALLOCATE=false
 timeout --kill-after=30 "${LIMIT:-560}" python -u -m benchmarks.step_time \
   --sweep=precision,seeds --folder="${OUT:-runs/step_time_gpu}" "${@:2}"

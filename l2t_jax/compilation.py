@@ -117,14 +117,13 @@ def use_cache() -> None:
   A folder of one's own goes into JAX_COMPILATION_CACHE_DIR, and
   JAX_ENABLE_COMPILATION_CACHE=false switches it off.
   """
-  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  wanted = {
-    "jax_compilation_cache_dir": str(
-      pathlib.Path(home).expanduser() / "l2t_jax"
-    ),
+  wanted: dict[str, Any] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
   }
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    wanted["jax_compilation_cache_dir"] = str(home.expanduser() / "l2t_jax")
   for name, value in wanted.items():
     if name.upper() not in os.environ:
       jax.config.update(name, value)

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 _FORWARD = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _BY_INPUT = ((0, 3, 1, 2), (2, 3, 0, 1), (0, 3, 1, 2))
 _BY_KERNEL = ((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
-# The fewest entries whose sum is faster as a product than as a loop, and the
-# most positions.
-_WORTH_A_PRODUCT, _DEEPEST = 512, 4096
+# Where a sum is faster as a product than as a loop: the fewest entries and
+# channels, and the most positions.
+_WORTH_A_PRODUCT, _SEVERAL_CHANNELS, _DEEPEST = 512, 8, 4096
 # Where a product of patches is faster than XLA:CPU's convolution.
 _TINY_MAP = 3
-_FEW_CHANNELS, _SMALL_KERNEL = 4, 7
+_FEW_CHANNELS, _SMALL_KERNEL, _FEW_PATCHES = 4, 7, 2**24
 
 
 def _sum(x, *, axes, **_):
@@ -53,6 +53,7 @@ def _is_over_positions(x, *, axes, out_sharding=None):
   entries = math.prod(x.shape[_first_in_product(x.shape, axes) :])
   return (
     entries >= _WORTH_A_PRODUCT
+    and x.shape[-1] >= _SEVERAL_CHANNELS
     and x.dtype in (jnp.float32, jnp.float64)
     and out_sharding is None
   )
@@ -90,7 +91,8 @@ def _convolution(lhs, rhs, *, dimension_numbers, **params):
       (rhs, (*orders.rhs_spec[2:], orders.rhs_spec[1], orders.rhs_spec[0])),
     )
   )
-  if _has_tiny_maps(lhs.shape[1:3], params):
+  is_tiny = _has_tiny_maps(lhs.shape[1:3], params)
+  if is_tiny and max(rhs.shape[:2]) <= _SMALL_KERNEL:
     out = _product_in_groups(lhs, rhs, **params)
   else:
     out = jax.lax.conv_general_dilated_p.bind(
@@ -118,18 +120,26 @@ def _is_plain_product(lhs_shape, rhs_shape, orders, params):
   if orders not in (_FORWARD, _BY_INPUT, _BY_KERNEL) or groups > 1:
     return False
   maps, window = _maps_and_window(lhs_shape, rhs_shape, orders)
-  channels, kernel = rhs_shape[2], window
-  if orders == _BY_KERNEL:
-    channels = lhs_shape[3]
-    kernel = _output_sizes(maps, window, params["padding"])
-  has_few_channels = channels <= _FEW_CHANNELS and max(kernel) <= _SMALL_KERNEL
-  return _has_tiny_maps(maps, params) or (
-    _moves_by_one(params) and has_few_channels
+  if _has_tiny_maps(maps, params):
+    return True
+  sizes = _output_sizes(maps, window, params["padding"])
+  channels, kernel, positions = {
+    _FORWARD: (rhs_shape[2], window, sizes),
+    _BY_INPUT: (rhs_shape[2], window, maps),
+    _BY_KERNEL: (lhs_shape[3], sizes, window),
+  }[orders]
+  return (
+    _moves_by_one(params)
+    and channels <= _FEW_CHANNELS
+    and max(kernel) <= _SMALL_KERNEL
+    and math.prod((lhs_shape[0], *positions, *kernel, channels)) <= _FEW_PATCHES
   )
 
 
 def _has_tiny_maps(maps, params):
-  return _moves_by_one(params) and max(maps) <= _TINY_MAP
+  # A size may be a symbol, which no number bounds.
+  is_tiny = all(isinstance(size, int) and size <= _TINY_MAP for size in maps)
+  return is_tiny and _moves_by_one(params)
 
 
 def _moves_by_one(params):
@@ -172,19 +182,29 @@ def _plain_product(
       patches.reshape(depth, -1), rhs.reshape(depth, -1), ((0,), (0,))
     )
     return out.reshape(*sizes, lhs.shape[-1], rhs.shape[-1])
-  # By the input: the transposed of the first case.
+  # By the input: the transposed of the first case, where patches are added.
+  dtype = preferred_element_type or lhs.dtype
+  if jnp.issubdtype(dtype, jnp.floating):
+    preferred_element_type = jnp.promote_types(dtype, jnp.float32)
   kernel = jax.lax.rev(rhs, (0, 1))
   depth = lhs.shape[-1]
   products = multiply(
     lhs.reshape(-1, depth), kernel.reshape(-1, depth), ((1,), (1,))
   ).reshape(num_images, *maps, positions, rhs.shape[2])
-  edges = [
-    (size - 1 - low, size - 1 - high)
-    for size, (low, high) in zip(window, padding, strict=True)
-  ]
-  out = jax.ShapeDtypeStruct((num_images, *sizes, rhs.shape[2]), products.dtype)
-  to_patches = lambda x: _patches(x, edges, offsets=window, sizes=maps)
-  return jax.linear_transpose(to_patches, out)(products)[0]
+  zero = jax.lax.full_like(products, 0, shape=())
+  out = 0
+  for n, offset in enumerate(itertools.product(*map(range, window))):
+    starts = [
+      start - (length - 1 - low)
+      for start, length, (low, _) in zip(offset, window, padding, strict=True)
+    ]
+    edges = [
+      (start, size - length - start, 0)
+      for start, size, length in zip(starts, sizes, maps, strict=True)
+    ]
+    part = products[:, :, :, n]
+    out += jax.lax.pad(part, zero, ((0, 0, 0), *edges, (0, 0, 0)))
+  return out.astype(dtype)
 
 
 def _product_in_groups(
@@ -218,7 +238,7 @@ def _product_in_groups(
 def _patches(x, padding, *, offsets, sizes):
   """[B, H, W, C] -> [B, h, w, N, C]: maps of (h, w) = sizes, at N offsets."""
   edges = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
-  x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+  x = jax.lax.pad(x, jax.lax.full_like(x, 0, shape=()), edges)
   height, width = sizes
   return jnp.stack(
     [
@@ -260,7 +280,8 @@ def _lower_for_cpu(
 ) -> None:
   """Lower a primitive as `function` where that suits operands and parameters.
 
-  `suits` takes their abstract values.
+  `suits` takes their abstract values. What is empty, has an explicit sharding,
+  or sizes on which the answer depends and that are unknown, stays JAX's.
   """
   for_all = getattr(mlir, "_lowerings", {})
   for_cpu = getattr(mlir, "_platform_specific_lowerings", {}).get("cpu", {})
@@ -270,10 +291,19 @@ def _lower_for_cpu(
   new_rule = mlir.lower_fun(function, multiple_results=False)
 
   def lower(ctx, *operands, **params):
-    rule = new_rule if suits(*ctx.avals_in, **params) else entry.rule
+    avals = (*ctx.avals_in, *ctx.avals_out)
+    try:
+      changes = all(map(_is_common, avals)) and suits(*ctx.avals_in, **params)
+    except jax.errors.InconclusiveDimensionOperation:
+      changes = False
+    rule = new_rule if changes else entry.rule
     return rule(ctx, *operands, **params)
 
   mlir.register_lowering(primitive, lower, platform="cpu")
+
+
+def _is_common(aval):
+  return 0 not in aval.shape and not any(aval.sharding.spec)
 
 
 _lower_for_cpu(jax.lax.conv_general_dilated_p, _convolution, _is_worth_a_change)

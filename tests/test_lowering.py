@@ -175,3 +175,67 @@ def test_a_pool_of_windows_side_by_side_joins_its_derivative():
   slope = jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))
   text = jax.jit(slope).lower(jnp.ones((2, 5, 4, 3))).as_text()
   assert text.count("stablehlo.concatenate") == 2
+
+
+@pytest.mark.parametrize(
+  ("size", "channels", "kernel_size"), [(2, 4, 5), (5, 3, 7), (2, 0, 3)]
+)
+def test_convolutions_of_nothing(size, channels, kernel_size):
+  x = jnp.ones((2, size, size, channels))
+  kernel = jnp.ones((kernel_size, kernel_size, channels, 6))
+  out = max(size - kernel_size + 1, 0) if channels else size
+  pad = 0 if channels else 1
+  np.testing.assert_array_equal(
+    jax.jit(functools.partial(convolve, pad=pad))(x, kernel),
+    np.zeros((2, out, out, 6)),
+  )
+
+
+def test_sums_of_no_images():
+  images = jnp.ones((0, 64, 8, 8))
+  np.testing.assert_array_equal(jnp.sum(images, (0, 1, 2)), np.zeros(8))
+  assert jnp.sum(images, (1, 2)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    lambda x: jnp.sum(x, (1, 2)),
+    lambda x: convolve(x, jnp.ones((3, 3, 3, 5))),
+    lambda x: convolve(jnp.tile(x, (1, 1, 1, 2)), jnp.ones((3, 3, 6, 5))),
+  ],
+)
+def test_unknown_sizes_of_maps_are_exported(function):
+  shape = (4, *jax.export.symbolic_shape("h, w"), 3)
+  exported = jax.export.export(jax.jit(function))(
+    jax.ShapeDtypeStruct(shape, jnp.float32)
+  )
+  x = np.random.default_rng(0).standard_normal((4, 3, 64, 3), np.float32)
+  np.testing.assert_allclose(exported.call(x), function(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(2, 8), (8, 3)])
+def test_derivatives_within_shard_map(size, channels):
+  mesh = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,))
+  split, whole = jax.P("d"), jax.P()
+  x = jnp.ones((4, size, size, channels))
+  kernel = jnp.ones((3, 3, channels, 6))
+  slope = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel))))
+  mapped = jax.shard_map(
+    slope, mesh=mesh, in_specs=(split, whole), out_specs=split
+  )
+  np.testing.assert_allclose(
+    jax.jit(mapped)(x, kernel), slope(x, kernel), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("explicit", [(), ("d",)])
+def test_explicit_shardings_stay(explicit):
+  mesh = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    place = lambda x: jax.device_put(x, jax.P(*explicit))
+    x, kernel = place(jnp.ones((4, 8, 8, 3))), jnp.ones((3, 3, 3, 16))
+    maps = jax.jit(convolve)(x, kernel)
+    sums = jax.jit(lambda x: jnp.sum(x, (1, 2)))(maps)
+  # Each border and corner position lacks what is outside.
+  assert float(sums[0, 0]) == 3 * (6 * 6 * 9 + 4 * 6 * 6 + 4 * 4)

@@ -120,10 +120,21 @@ def test_max_pool(window, stride, padding, size):
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_max_pool_gives_the_gradient_to_the_first_of_equals():
-  equal = jnp.ones((1, 2, 2, 1))
-  grad = jax.grad(lambda x: layers.max_pool(x, 2, 2, 0).sum())(equal)
-  np.testing.assert_array_equal(grad[0, :, :, 0], [[1, 0], [0, 0]])
+@pytest.mark.parametrize(
+  ("values", "expected"),
+  [([[1, 1], [1, 1]], [[1, 0], [0, 0]]), ([[0, 1], [1, 0]], [[0, 1], [0, 0]])],
+)
+def test_max_pool_gives_the_gradient_to_the_first_of_equals(values, expected):
+  """The first as one reads: row by row."""
+  values = jnp.array(values, jnp.float32)[None, :, :, None]
+  grad = jax.grad(lambda x: layers.max_pool(x, 2, 2, 0).sum())(values)
+  np.testing.assert_array_equal(grad[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_max_pool_keeps_nan(place):
+  x = jnp.ones((2, 2)).at[place].set(jnp.nan)
+  assert jnp.isnan(layers.max_pool(x[None, :, :, None], 2, 2, 0)).all()
 
 
 @pytest.mark.parametrize("size", [3, 5, 6, 8])

@@ -165,8 +165,12 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     )
   for axis in (2, 1):
     entries = _entries_of_windows(x, axis, window, stride)
-    x = functools.reduce(lambda a, b: jnp.where(a >= b, a, b), entries)
+    x = functools.reduce(_first_of_largest, entries)
   return x
+
+
+def _first_of_largest(a, b):
+  return jnp.where((a >= b) | jnp.isnan(a), a, b)  # NaN stays, as in PyTorch.
 
 
 def _entries_of_windows(x, axis, window, stride):
