@@ -91,8 +91,7 @@ def _convolution(lhs, rhs, *, dimension_numbers, **params):
       (rhs, (*orders.rhs_spec[2:], orders.rhs_spec[1], orders.rhs_spec[0])),
     )
   )
-  is_tiny = _has_tiny_maps(lhs.shape[1:3], params)
-  if is_tiny and max(rhs.shape[:2]) <= _SMALL_KERNEL:
+  if _is_product_in_groups(lhs.shape, rhs.shape, params):
     out = _product_in_groups(lhs, rhs, **params)
   else:
     out = jax.lax.conv_general_dilated_p.bind(
@@ -110,8 +109,14 @@ def _is_worth_a_change(lhs, rhs, *, dimension_numbers, **params):
   return len(lhs.shape) == 4 and (
     orders != _channels_last_numbers(lhs.shape, rhs.shape)
     or _is_plain_product(lhs.shape, rhs.shape, orders, params)
-    or _has_tiny_maps(lhs.shape[1:3], params)
+    or _is_product_in_groups(lhs.shape, rhs.shape, params)
   )
+
+
+def _is_product_in_groups(lhs_shape, rhs_shape, params):
+  """Whether this convolution, with channels last, is such a product."""
+  is_small = max(rhs_shape[:2]) <= _SMALL_KERNEL
+  return is_small and _has_tiny_maps(lhs_shape[1:3], params)
 
 
 def _is_plain_product(lhs_shape, rhs_shape, orders, params):

@@ -56,6 +56,7 @@ def convolve_by_offsets(x, kernel, *, stride=1, pad=1, dilation=1, groups=1):
     (2, 6, 3, {}),
     (3, 6, 3, {"pad": 0}),
     (3, 4, 3, {"groups": 2}),
+    (2, 4, 9, {"pad": 4, "groups": 2}),
     (3, 6, 3, {"stride": 2}),
     (2, 6, 2, {"pad": 0}),
     (4, 6, 3, {}),
