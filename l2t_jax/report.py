@@ -44,6 +44,7 @@ from l2t_jax import (
   objectives,
   run_folder,
   saliency,
+  training,
   transfer,
   transfer_map,
   types,
@@ -358,7 +359,12 @@ def compute_saliency(run: Run, num_images: int) -> Saliency:
   built = build.build(config)
   meta_params = _restore(run, built.create_state(config.seed)).meta_params
   images = _spread_images(built.dataset, num_images)
-  features_fn = jax.jit(lambda images: _source_features(built, images))
+
+  @jax.jit
+  def features_fn(images):
+    _, features = training.run_sources(built.source_fns, built.sources, images)
+    return features
+
   source = transfer.prepare_source(
     features_fn(images), built.pairs, built.target_taps
   )
@@ -410,18 +416,6 @@ def _spread_images(dataset, count):
     found.append(batch.images[(inside - start).astype(int)])
     start += len(batch.images)
   return jnp.concatenate(found)
-
-
-def _source_features(built, images):
-  """All taps in use, named as in pairs."""
-  features: dict[str, jax.Array] = {}
-  for name, source_fn in built.source_fns.items():
-    source = built.sources[name]
-    _, taps, _ = source_fn(
-      source.params, source.model_state, images, train=False
-    )
-    features |= {transfer.tap_name(name, tap): x for tap, x in taps.items()}
-  return features
 
 
 def _heat(values):

@@ -269,13 +269,7 @@ def make_train_step(
     images = batch.images
     if batch.unlabeled is not None:
       images = jnp.concatenate([images, batch.unlabeled])
-    logits: dict[str, jax.Array] = {}
-    features: dict[str, jax.Array] = {}
-    for name, source_fn in source_fns.items():
-      logits[name], taps, _ = source_fn(
-        sources[name].params, sources[name].model_state, images, train=False
-      )
-      features |= {transfer.tap_name(name, tap): x for tap, x in taps.items()}
+    logits, features = run_sources(source_fns, sources, images)
     maps = transfer.prepare_source(features, pairs, target_taps)
     outputs = objectives.SourceOutputs(jax.lax.stop_gradient(logits), maps)
     return objectives.TransferBatch(*batch)._replace(source=outputs)
@@ -335,6 +329,32 @@ def make_train_step(
     return run
 
   return train_step
+
+
+def run_sources(
+  source_fns: Mapping[str, types.ApplyFn],
+  sources: Mapping[str, Source],
+  images: chex.Array,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Run the sources in eval mode.
+
+  Args:
+    source_fns: name of a source -> its function.
+    sources: name of a source -> its variables.
+    images: [B, H, W, C].
+
+  Returns:
+    (logits, features): name of a source -> [B, its classes], and what pairs
+    call a tap -> its features.
+  """
+  logits: dict[str, jax.Array] = {}
+  features: dict[str, jax.Array] = {}
+  for name, source_fn in source_fns.items():
+    logits[name], taps, _ = source_fn(
+      sources[name].params, sources[name].model_state, images, train=False
+    )
+    features |= {transfer.tap_name(name, tap): x for tap, x in taps.items()}
+  return logits, features
 
 
 def _choose(condition, tree, otherwise):
