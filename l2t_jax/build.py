@@ -409,7 +409,11 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
     eval_step=training.make_eval_step(target_fn, task),
     learning_rate_fn=learning_rate_fn,
     mesh=mesh,
-    notes=(*_source_notes(config, networks, plan.pairs), *target.notes),
+    notes=(
+      *_source_notes(config, networks, plan.pairs),
+      *target.notes,
+      *dataset.notes,
+    ),
   )
 
 

@@ -48,8 +48,9 @@ def get_config() -> config_dict.ConfigDict:
   config.data.augment = "crop_flip"
   # Pixels on each side before the random crop.
   config.data.crop_padding = 4
-  # Streamed images: length of the short side before the centre crop.
-  config.data.eval_resize = 256
+  # Streamed images: length of the short side before the centre crop; 0 for 8/7
+  # of image_size, 256 where that is 224.
+  config.data.eval_resize = 0
   # Index arrays {prefix}_train, {prefix}_val, {prefix}_test; "" for a
   # stratified split of our own.
   config.data.split_file = ""

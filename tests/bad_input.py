@@ -13,6 +13,7 @@ import functools
 import json
 import pathlib
 import pickle
+import shutil
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -845,7 +846,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A class without images",
       _FOLDER,
       "folder 'images/cow' has no images; their names end in .bmp, .gif, "
-      ".jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp",
+      ".jfif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp",
       _pictures(lambda images: (images / "cow").mkdir()),
     ),
     Case(
@@ -857,6 +858,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
         lambda images: (images / "val" / "dog").rename(images / "val" / "cow"),
         parts=("train", "val"),
       ),
+    ),
+    Case(
+      "Validation images under another name",
+      _FOLDER,
+      "folder 'images/valid' would be left out: beside train, validation images"
+      " are those of val; call it so, or move it elsewhere",
+      _pictures(parts=("train", "valid")),
     ),
     Case(
       "A folder of one class",
@@ -880,7 +888,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "Test images that link to training images",
       _FOLDER,
-      "5 of 32 images of test are the same files as images of train, such as "
+      "5 of 32 images of test are images of train, too, such as "
       "images/test/dog/0.png; each image belongs into one of them",
       _pictures(
         lambda images: [
@@ -891,6 +899,27 @@ CASES: Mapping[str, tuple[Case, ...]] = {
           for number in range(5)
         ],
         parts=("train", "test"),
+      ),
+    ),
+    Case(
+      "A copy of the training images as test images",
+      _FOLDER,
+      "32 of 32 images of test are images of train, too, such as "
+      "images/test/cat/0.png; each image belongs into one of them",
+      _pictures(
+        lambda images: shutil.copytree(images / "train", images / "test"),
+        parts=("train",),
+      ),
+    ),
+    Case(
+      "An image with pixels of 32 bits",
+      _FOLDER,
+      "image images/dog/3.tif has pixels of 32 bits (floats), of which nothing "
+      "says what is black and what is white; save it with 8 bits, or with 16",
+      _pictures(
+        lambda images: PIL.Image.new("F", (SIZE, SIZE)).save(
+          images / "dog" / "3.tif"
+        )
       ),
     ),
     Case(

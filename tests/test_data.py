@@ -709,6 +709,35 @@ def test_folder_with_its_own_val_and_test(tmp_path):
   np.testing.assert_array_equal(pixels_of(val.images[0]), np.asarray(expected))
 
 
+def test_folders_within_classes_are_read(tmp_path):
+  root = save_folder(tmp_path, ("",), num_images=8)
+  for place in ("cat/young", "dog/.previews"):
+    (root / place).mkdir()
+    Image.new("L", (9, 9)).save(root / place / "more.pgm")
+  dataset = load("folder", path=str(root))
+  counts = (dataset.num_train, dataset.num_val, dataset.num_test)
+  assert sum(counts) == 2 * 8 + 1
+
+
+def test_a_class_may_be_called_train(tmp_path):
+  for name in ("bus", "train"):
+    (tmp_path / name).mkdir()
+    for index in range(8):
+      Image.new("L", (9, 9), index).save(tmp_path / name / f"{index}.png")
+  dataset = load("folder", path=str(tmp_path))
+  assert dataset.class_names == ("bus", "train")
+
+
+def test_classes_without_validation_images_are_named(tmp_path):
+  root = save_folder(tmp_path, ("",), num_images=8)
+  for path in list((root / "dog").iterdir())[2:]:
+    path.unlink()
+  dataset = load(
+    "folder", path=str(root), batch_size=2, val_fraction=0.2, test_fraction=0.3
+  )
+  assert dataset.notes == ("no validation images of 1 of 2 classes: dog",)
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
   """Directory of a tfds data set that was prepared without TensorFlow."""
@@ -773,6 +802,17 @@ def test_tfds_reads_official_splits(tfds_dir):
     np.testing.assert_array_equal(colours[:, 1] // 10 % 2, part.labels[:num])
 
 
+def test_test_images_whose_labels_are_secret_do_not_test():
+  """As those of ImageNet, which tfds labels -1."""
+  secret = records.Records(lambda index: None, np.full(6, -1, np.int32))
+  assert records.unless_secret(secret) is None
+  half = secret._replace(labels=np.array([0, 1, 2, -1, -1, -1], np.int32))
+  assert records.unless_secret(half) is half
+  source = records.Source(half, 0, half, ("ant", "bee", "cat"))
+  kept = records.keep_classes(source, (0, 2))
+  np.testing.assert_array_equal(kept.test.labels, [0, -1, 1, -1, -1, -1])
+
+
 # Streaming.
 
 
@@ -792,6 +832,31 @@ def test_workers_do_not_change_the_stream(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
   with pytest.raises(types.InputError, match=r"image .*\.png cannot be read"):
     list(workers.train_batches(5))
+
+
+def test_images_in_memory_need_no_workers(tmp_path):
+  """Each would get a copy of all of them."""
+  values = {
+    "path": save_npz(tmp_path / "set.npz", random_arrays()),
+    "augment": "random_resized_crop_flip",
+    "in_memory": False,
+    "num_workers": 2,
+  }
+  before = multiprocessing.active_children()
+  batches = load(**values).train_batches(0)
+  next(batches)
+  assert multiprocessing.active_children() == before
+
+
+def test_evaluation_sees_most_of_an_image(tmp_path):
+  root = save_folder(tmp_path)
+  dataset = streamed(root, image_size=14, eval_resize=0)
+  path = root / "test" / "cat" / "0.png"
+  expected = images.resize_and_center_crop(
+    Image.open(path), resized=16, size=14
+  )
+  batch = next(dataset.eval_batches("test"))
+  np.testing.assert_array_equal(pixels_of(batch.images[0]), expected)
 
 
 def test_a_dead_worker_is_told_of(tmp_path):

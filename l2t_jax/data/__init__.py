@@ -65,8 +65,9 @@ def load(
     augment: in memory 'none', 'crop' or 'crop_flip'; streaming 'none' or
       'random_resized_crop_flip'.
     crop_padding: black border around images before 'crop' and 'crop_flip'.
-    eval_resize: length of the short side before the central crop; streaming
-      only (in memory the whole image is resized to the square).
+    eval_resize: length of the short side before the central crop, 0 for 8/7 of
+      image_size; streaming only (in memory the whole image is resized to the
+      square).
     split_file: npz file with {split_prefix}_train, _val and _test: indices into
       this source's own order, which for tfds is not the official one, since it
       shuffles; '' to draw the split.
@@ -105,6 +106,7 @@ def load(
   if in_memory is None:
     in_memory = image_size <= MAX_IN_MEMORY_SIZE
   mean, std = tuple(mean), tuple(std)
+  eval_resize = _eval_resize(image_size, eval_resize)
   _check_images(image_size, channels, mean, std)
   _check_reading(in_memory, augment, image_size, eval_resize, crop_padding)
   pipeline.check_counts(
@@ -189,8 +191,14 @@ def make_eval_resize(
   if in_memory:
     return functools.partial(pillow.resize, width=image_size, height=image_size)
   return functools.partial(
-    pillow.resize_and_center_crop, resized=eval_resize, size=image_size
+    pillow.resize_and_center_crop,
+    resized=_eval_resize(image_size, eval_resize),
+    size=image_size,
   )
+
+
+def _eval_resize(image_size: int, eval_resize: int) -> int:
+  return eval_resize or round(image_size * 8 / 7)
 
 
 def _check_images(

@@ -25,13 +25,19 @@ def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
   try:
     with Image.open(file) as image:
       image.load()
-      return image
   # Pillow's decoders raise errors of many types on broken files.
   except Exception as error:
     raise types.InputError(
       f"image {name} cannot be read ({type(error).__name__}); replace or"
       " remove it"
     ) from error
+  if image.mode in ("I", "F"):
+    kind = "integers" if image.mode == "I" else "floats"
+    raise types.InputError(
+      f"image {name} has pixels of 32 bits ({kind}), of which nothing says what"
+      " is black and what is white; save it with 8 bits, or with 16"
+    )
+  return image
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:

@@ -46,6 +46,7 @@ class Dataset(Protocol):
   num_unlabeled: int  # 0 where batches hold only labelled images.
   split_hash: str  # 16 hex digits of the indices in use.
   fingerprint: str  # 16 hex digits of the images and labels in use.
+  notes: tuple[str, ...]  # What the user should be told of the split.
   steps_per_epoch: int  # The last, smaller batch is dropped in training.
 
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
@@ -231,6 +232,7 @@ class SplitDataset:
       self.num_unlabeled = len(unlabeled.indices)
       self.split_hash = splits.split_hash((*split, unlabeled.indices))
     self.fingerprint = _fingerprint(self.split_hash, self._subsets.values())
+    self.notes = tuple(self._missing_classes())
     targets = self._subsets["train"].targets
     self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
     self.num_labels = self.num_classes
@@ -257,6 +259,18 @@ class SplitDataset:
     dataset = copy.copy(self)
     dataset._seed = seed
     return dataset
+
+  def _missing_classes(self) -> Iterator[str]:
+    for part, what in (("val", "validation"), ("test", "test")):
+      subset = self._subsets[part]
+      if subset.records.targets is not None or not len(subset.indices):
+        continue
+      missing = np.setdiff1d(np.arange(self.num_classes), subset.labels)
+      if len(missing):
+        yield (
+          f"no {what} images of {len(missing)} of {self.num_classes} classes:"
+          f" {records.some_of(self.class_names[label] for label in missing)}"
+        )
 
   def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
     raise NotImplementedError

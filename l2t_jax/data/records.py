@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import difflib
+import filecmp
 import functools
 import hashlib
 import io
+import os
 import pathlib
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,8 +23,10 @@ from l2t_jax.data import images as pillow
 IMAGE_SUFFIXES = (
   ".bmp",
   ".gif",
+  ".jfif",
   ".jpeg",
   ".jpg",
+  ".pgm",
   ".png",
   ".ppm",
   ".tif",
@@ -40,7 +44,8 @@ class Records(NamedTuple):
 
   # Reads one image, of any size and mode; goes to worker processes by pickle.
   read_image: Callable[[int], Image.Image]
-  labels: np.ndarray  # [N] int32, 0 .. num_classes - 1; -1: class left out.
+  # [N] int32, 0 .. num_classes - 1; -1: class left out, or never published.
+  labels: np.ndarray
   # The same images, uint8 [N, H, W, C], where they are in memory.
   pixels: np.ndarray | None = None
   # What the target learns of each image, [N, ...], where that is not its class.
@@ -56,6 +61,8 @@ class Source(NamedTuple):
   class_names: tuple[str, ...]
 
 
+# What others call the folder that is `val` here.
+_VAL_NAMES = ("dev", "valid", "validation")
 _OPENED_BY_PATH = ("npz", "folder")
 
 
@@ -110,13 +117,21 @@ def open_unlabeled(path: str) -> Records:
 def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
   """Find images in a folder and its subfolders, sorted.
 
+  Hidden subfolders are passed over: programs keep previews there.
+
   Raises:
     types.InputError: there are none.
   """
-  files = sorted(filter(_is_image, folder.rglob("*")))
+  files = []
+  for where, subfolders, names in os.walk(folder):
+    subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    files += [pathlib.Path(where, name) for name in names if _is_image(name)]
   if not files:
-    raise _no_images(folder)
-  return files
+    raise types.InputError(
+      f"folder {str(folder)!r} has no images; their names end in"
+      f" {_listed(IMAGE_SUFFIXES)}"
+    )
+  return sorted(files)
 
 
 def keep_classes(source: Source, classes: Sequence[int]) -> Source:
@@ -150,7 +165,8 @@ def keep_classes(source: Source, classes: Sequence[int]) -> Source:
   new_labels[list(classes)] = np.arange(len(classes))
 
   def relabel(records: Records) -> Records:
-    return records._replace(labels=new_labels[records.labels])
+    labels = records.labels
+    return records._replace(labels=np.where(labels < 0, -1, new_labels[labels]))
 
   return source._replace(
     train=relabel(source.train),
@@ -170,6 +186,13 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
     raise types.InputError(
       f"{path!r} is no npz file of plain arrays"
     ) from error
+
+
+def some_of(names: Iterable[str]) -> str:
+  """Return the first few of many names, for a message."""
+  names = list(names)
+  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+  return ", ".join(names[:5]) + more
 
 
 def _listed(items: Any) -> str:
@@ -368,31 +391,31 @@ def _existing_folder(path: str) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def _is_image(path: pathlib.Path) -> bool:
-  return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def _no_images(folder: pathlib.Path) -> types.InputError:
-  return types.InputError(
-    f"folder {str(folder)!r} has no images; their names end in"
-    f" {_listed(IMAGE_SUFFIXES)}"
-  )
+def _is_image(name: str) -> bool:
+  return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _open_folder(root: pathlib.Path) -> Source:
   """Open root/CLASS/* or root/train/CLASS/* with optional val and test."""
-  if not (root / "train").is_dir():
+  names = _subfolders(root)
+  if "train" not in names or _is_class(root / "train"):
     class_names = _class_names(root)
     return Source(
       _file_records(_list_images(root, class_names)), 0, None, class_names
     )
+  for name in names:
+    if name in _VAL_NAMES:
+      raise types.InputError(
+        f"folder {str(root / name)!r} would be left out: beside train,"
+        " validation images are those of val; call it so, or move it elsewhere"
+      )
   class_names = _class_names(root / "train")
-  files = {
+  files: dict[str, list[tuple[pathlib.Path, int]]] = {
     part: _list_images(root / part, class_names)
     for part in ("train", "val", "test")
-    if (root / part).is_dir()
+    if part in names
   }
-  _check_files(files)
+  _check_files(root, files)
   val = files.get("val", [])
   test = _file_records(files["test"]) if "test" in files else None
   return Source(
@@ -400,23 +423,41 @@ def _open_folder(root: pathlib.Path) -> Source:
   )
 
 
+def _is_class(folder: pathlib.Path) -> bool:
+  """Whether a folder named train is a class of images (of trains)."""
+  return not _subfolders(folder) and any(map(_is_image, os.listdir(folder)))
+
+
 def _check_files(
+  root: pathlib.Path,
   files: Mapping[str, Sequence[tuple[pathlib.Path, int]]],
 ) -> None:
-  """Refuse val and test images of which many train, too, as links.
+  """Refuse val and test images of which many train, too.
 
-  Stores that keep equal files once make a few.
+  Those are links to training images, and copies of the same name. Stores that
+  keep equal files once make a few.
   """
   training = {_identity(path) for path, _ in files["train"]} - {None}
   for part in files.keys() - {"train"}:
     paths = [path for path, _ in files[part]]
-    copies = [path for path in paths if _identity(path) in training]
+    copies = [
+      path
+      for path in paths
+      if _identity(path) in training
+      or _are_equal(path, root / "train" / path.relative_to(root / part))
+    ]
     if _are_many(len(copies), len(paths)):
       raise types.InputError(
-        f"{len(copies)} of {len(paths)} images of {part} are the same files as"
-        f" images of train, such as {copies[0]}; each image belongs into one of"
-        " them"
+        f"{len(copies)} of {len(paths)} images of {part} are images of train,"
+        f" too, such as {copies[0]}; each image belongs into one of them"
       )
+
+
+def _are_equal(path: pathlib.Path, other: pathlib.Path) -> bool:
+  try:
+    return filecmp.cmp(path, other, shallow=False)  # Sizes first.
+  except OSError:
+    return False
 
 
 def _identity(path: pathlib.Path) -> tuple[int, int] | None:
@@ -428,23 +469,28 @@ def _identity(path: pathlib.Path) -> tuple[int, int] | None:
   return (status.st_dev, status.st_ino) if status.st_ino else None
 
 
-def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
-  names = sorted(
+def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
+  names = (
     child.name
     for child in folder.iterdir()
     if child.is_dir() and not child.name.startswith(".")
   )
+  return tuple(sorted(names))
+
+
+def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
+  names = _subfolders(folder)
   if not names:
     raise types.InputError(
       f"folder {str(folder)!r} has no subfolders; one per class is needed"
     )
-  return tuple(names)
+  return names
 
 
 def _list_images(
   folder: pathlib.Path, class_names: tuple[str, ...]
 ) -> list[tuple[pathlib.Path, int]]:
-  """List (path, label) of every image in folder/CLASS/*."""
+  """List (path, label) of every image in folder/CLASS and below."""
   different = set(_class_names(folder)) ^ set(class_names)
   if different:
     raise types.InputError(
@@ -453,10 +499,7 @@ def _list_images(
     )
   files = []
   for label, name in enumerate(class_names):
-    found = sorted(filter(_is_image, (folder / name).iterdir()))
-    if not found:
-      raise _no_images(folder / name)
-    files += [(path, label) for path in found]
+    files += [(path, label) for path in list_images(folder / name)]
   return files
 
 
@@ -498,7 +541,7 @@ def _open_tfds(name: str, path: str) -> Source:
     return Source(
       read("train+validation" if has_val else "train"),
       official["validation"].num_examples if has_val else 0,
-      read("test") if "test" in official else None,
+      unless_secret(read("test")) if "test" in official else None,
       tuple(features["label"].names),
     )
   except NotImplementedError as error:
@@ -507,6 +550,11 @@ def _open_tfds(name: str, path: str) -> Source:
       " cannot be read in any order; prepare it as array_record in another"
       " directory and give that as path"
     ) from error
+
+
+def unless_secret(test: Records) -> Records | None:
+  """Return test images, or None where all of their labels are secret (-1)."""
+  return test if (test.labels >= 0).any() else None
 
 
 def _tfds_builder(tfds: ModuleType, name: str, path: str) -> Any:

@@ -80,12 +80,11 @@ def check_classes(split: Split, source: records.Source) -> None:
   seen = np.unique(source.train.labels[split.train])
   unseen = np.setdiff1d(np.arange(len(source.class_names)), seen)
   if len(unseen):
-    names = ", ".join(source.class_names[label] for label in unseen[:5])
-    more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+    names = records.some_of(source.class_names[label] for label in unseen)
     raise types.InputError(
       f"{len(unseen)} of {len(source.class_names)} classes have no training"
-      f" images: {names}{more}; number the labels from 0 without gaps, or name"
-      " the classes to keep in data.classes"
+      f" images: {names}; number the labels from 0 without gaps, or name the"
+      " classes to keep in data.classes"
     )
 
 

@@ -63,7 +63,9 @@ class StreamingDataset(pipeline.SplitDataset):
       for name in ("val", "test")
     }
     self._normalise = functools.partial(_normalise, mean=mean, std=std)
-    self._num_workers = num_workers
+    # Workers would each get a copy of images that are in memory.
+    is_decoded = contents.source.train.pixels is not None
+    self._num_workers = 0 if is_decoded else num_workers
     # Where an epoch left its workers: (next step of all steps, iterator).
     self._parked: tuple[int, Any] | None = None
 
