@@ -34,6 +34,7 @@ from l2t_jax import (
 # Share of an epoch's time that training may wait for images, and the time in
 # seconds from which on it matters.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
+_MAX_SKIPS = 20  # In a row: a run that only skips has come to an end.
 
 
 class Programs(NamedTuple):
@@ -62,6 +63,7 @@ class Seed:
   interval: metrics.Averages = dataclasses.field(
     default_factory=metrics.Averages
   )
+  skips: int = 0  # In a row, up to the last iteration.
 
   def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Write a record, in the process that does."""
@@ -73,6 +75,7 @@ class Seed:
     unfinished = {
       "epoch": self.epoch.to_json(),
       "interval": self.interval.to_json(),
+      "skips": self.skips,
     }
     progress = self.progress | {"unfinished": unfinished}
     self.checkpoints.save(step, state, progress)
@@ -97,6 +100,7 @@ class Seed:
     unfinished = self.progress.pop("unfinished")
     self.epoch = metrics.Averages.from_json(unfinished["epoch"])
     self.interval = metrics.Averages.from_json(unfinished["interval"])
+    self.skips = unfinished.get("skips", 0)  # Earlier checkpoints do not say.
     return state
 
   def average(
@@ -109,11 +113,13 @@ class Seed:
     """Add iterations up to `step` to the averages, but for what was skipped.
 
     Raises:
-      types.BadNumbersError: one is not finite, and was not skipped.
+      types.BadNumbersError: one is not finite, and was not skipped; or too many
+        were, in a row.
     """
     first = step - len(iterations) + 1
     kept = []
     for number, values in enumerate(iterations, start=first):
+      self.skips = self.skips + 1 if values.get("skipped") else 0
       if "skipped" not in values:
         self.check_finite(values, number, pairs)
       elif bad := metrics.bad_numbers(values, pairs):
@@ -123,24 +129,34 @@ class Seed:
           f" {', '.join(bad)}"
         )
         values = metrics.without_bad_numbers(values)
+      if self.skips == _MAX_SKIPS:
+        raise types.BadNumbersError(
+          f"{self.label}the {_MAX_SKIPS} iterations up to {number} were all"
+          f" skipped; {self._advice()}"
+        )
       kept.append(values)
     self.epoch.add(kept)
     self.interval.add(kept)
 
   def end_interval(self, step: int, epoch: int) -> None:
-    """Record a logging interval.
+    """Record a logging interval."""
+    means = metrics.scalars(self.interval.means())
+    self.record("train", step, {"epoch": epoch, **means})
+    self.interval = metrics.Averages()
+
+  def end_epoch(self, epoch: int) -> dict[str, types.PyTree]:
+    """Return an epoch's averages, and begin the next one's.
 
     Raises:
       types.BadNumbersError: all of it was skipped.
     """
-    means = metrics.scalars(self.interval.means())
+    means, self.epoch = self.epoch.means(), metrics.Averages()
     if means.get("skipped") == 1:
       raise types.BadNumbersError(
-        f"{self.label}all iterations of the logging interval up to {step} were"
-        f" skipped; {self._advice()}"
+        f"{self.label}all iterations of epoch {epoch} were skipped;"
+        f" {self._advice()}"
       )
-    self.record("train", step, {"epoch": epoch, **means})
-    self.interval = metrics.Averages()
+    return means
 
   def check_finite(
     self,
@@ -159,11 +175,15 @@ class Seed:
   def _advice(self):
     kept = self.checkpoints.steps()
     last = f"is of iteration {kept[-1]}" if kept else "does not exist yet"
+    same_command = (
+      "The same command with --config.bad_numbers=skip goes on without such"
+      " iterations; in"
+    )
+    start = "In" if self.config.bad_numbers == "skip" else same_command
     return (
-      f"the last good checkpoint {last}. The same command with"
-      " --config.bad_numbers=skip goes on without such iterations; in another"
-      " --workdir, lower config.optimizer.learning_rate, config.transfer.beta"
-      " or config.meta.learning_rate, or set config.optimizer.clip_norm or"
+      f"the last good checkpoint {last}. {start} another --workdir, lower"
+      " config.optimizer.learning_rate, config.transfer.beta or"
+      " config.meta.learning_rate, or set config.optimizer.clip_norm or"
       " config.meta.clip_norm"
     )
 
@@ -348,8 +368,7 @@ class Loop:
 
 def _epoch_record(run, seed, epoch, validation):
   """Return an epoch's record, and begin the next one's averages."""
-  means = seed.epoch.means()
-  seed.epoch = metrics.Averages()
+  means = seed.end_epoch(epoch)
   record: dict[str, Any] = {
     "epoch": epoch,
     "learning_rate": float(

@@ -21,6 +21,7 @@ from l2t_jax import (
   build,
   checkpoint,
   experiment,
+  loop,
   metrics,
   run_folder,
   training,
@@ -471,11 +472,16 @@ def test_checkpoints_of_an_unknown_config_are_refused(source, tmp_path):
 @pytest.fixture
 def bad_batch(monkeypatch):
   """Let the second iteration of each epoch see an infinite pixel."""
+  _spoil(monkeypatch, lambda epoch, number: number == 1)
+
+
+def _spoil(monkeypatch, is_bad):
+  """Let some iterations, by (epoch, number in it), see an infinite pixel."""
   read = in_memory.InMemoryDataset.train_batches
 
   def read_badly(self, epoch, start=0):
     for number, batch in enumerate(read(self, epoch, start), start=start):
-      if number == 1:
+      if is_bad(epoch, number):
         images = batch.images.at[0, 0, 0, 0].set(jnp.inf)
         batch = batch._replace(images=images)
       yield batch
@@ -499,6 +505,7 @@ def test_bad_numbers_are_named(source, tmp_path, bad_batch):
 def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
   config = small_runs.small_config(source)
   config.bad_numbers = "skip"
+  config.log_every = 1  # An interval of nothing else is no reason to stop.
   summary = experiment.train_and_evaluate(config, tmp_path)
   assert np.isfinite(summary["val_accuracy"])
   printed = capsys.readouterr().out
@@ -509,13 +516,20 @@ def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
   assert all(np.isfinite(values).all() for values in target.values())
 
 
-def test_a_run_that_only_skips_stops(source, tmp_path):
+@pytest.mark.parametrize(
+  ("most", "message"),
+  [(2, "the 2 iterations up to 5 were all skipped"), (20, "of epoch 2 were")],
+)
+def test_a_run_that_only_skips_stops(
+  source, tmp_path, monkeypatch, most, message
+):
+  monkeypatch.setattr(loop, "_MAX_SKIPS", most)
   config = small_runs.small_config(source)
   config.bad_numbers = "skip"
-  config.log_every = 2
-  config.optimizer.learning_rate = 1e30
-  with pytest.raises(types.BadNumbersError, match="were skipped"):
+  _spoil(monkeypatch, lambda epoch, number: epoch == 1)
+  with pytest.raises(types.BadNumbersError, match=message) as error:
     experiment.train_and_evaluate(config, tmp_path)
+  assert "bad_numbers" not in str(error.value)  # It skips already.
 
 
 @pytest.mark.parametrize(
