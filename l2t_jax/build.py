@@ -111,7 +111,9 @@ class _SourceNetwork(NamedTuple):
   make_apply_fn: Callable[[Collection[str]], types.ApplyFn]
   variables: training.Source
   num_classes: int
-  taps: dict[str, tuple[int, int, int]]  # The chosen ones, named as in pairs.
+  class_names: tuple[str, ...]  # () where they are not known.
+  select_taps: Callable[[], transfer.TapShapes]  # As configured; see all_taps.
+  # Named as in pairs.
   all_taps: dict[str, tuple[int, int, int]]
   no_taps: dict[str, str]  # Other layers, likewise, and why they are none.
 
@@ -323,6 +325,8 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   target_fn = models.as_apply_fn(
     target.network, {*plan.target_taps, target.head_tap} - {""}
   )
+  if "kd" in method.losses:
+    _check_same_classes(networks, num_outputs, dataset.class_names)
   auxiliary = _auxiliary_losses(
     config, method, plan.pairs, networks, target.head_tap, num_outputs
   )
@@ -535,7 +539,8 @@ def _check_classification(dataset, outputs):
 
 def _load_source(config, image_format, dtype, name, given):
   if given:
-    own_format = _source_format(config, given.metadata, image_format)
+    metadata = given.metadata
+    own_format = _source_format(config, metadata, image_format)
     network, *variables, _ = given
     layout = models.trace(network, own_format.shape)
     pretrained.check_shapes(
@@ -545,9 +550,8 @@ def _load_source(config, image_format, dtype, name, given):
     )
   else:
     path = pathlib.Path(config.weights)
-    own_format = _source_format(
-      config, pretrained.read_metadata(path), image_format
-    )
+    metadata = pretrained.read_metadata(path)
+    own_format = _source_format(config, metadata, image_format)
     network, layout, *variables = pretrained.load_network(
       path, own_format.shape, dtype
     )
@@ -567,7 +571,8 @@ def _load_source(config, image_format, dtype, name, given):
     make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
     num_classes=_num_outputs(layout),
-    taps=named(models.select_taps(layout, config.taps)),
+    class_names=tuple(json.loads(metadata.get("class_names", "[]"))),
+    select_taps=lambda: named(models.select_taps(layout, config.taps)),
     all_taps=named(layout.taps),
     no_taps=named(models.no_taps(layout)),
   )
@@ -620,11 +625,11 @@ def _plan_transfer(config, method, networks, target_layout):
     )
   else:
     target_taps = models.select_taps(target_layout, config.target.taps)
-    source_taps = _merged(n.taps for n in networks.values())
+    groups = [network.select_taps() for network in networks.values()]
+    source_taps = _merged(groups)
     # The last tap is each source's own; resolutions compare over all sources.
-    groups = [source_taps]
-    if wanted == "single":
-      groups = [network.taps for network in networks.values()]
+    if wanted != "single":
+      groups = [source_taps]
     pairs = tuple(
       pair
       for taps in groups
@@ -671,14 +676,6 @@ def _weights_fn(config, plan):
 
 def _auxiliary_losses(config, method, pairs, networks, head_tap, num_outputs):
   """Make the losses that the method adds to L_org; name -> loss."""
-  if "kd" in method.losses:
-    for name, network in networks.items():
-      if network.num_classes != num_outputs:
-        raise types.InputError(
-          f"method {config.method!r} needs the source's classes to be the"
-          f" target's: the source{name and ' '}{name} has"
-          f" {network.num_classes}, the data have {num_outputs}; use 'lwf'"
-        )
   makers = {
     "matching": lambda: objectives.matching(pairs, beta=config.transfer.beta),
     "attention": lambda: objectives.attention(pairs, beta=config.at.beta),
@@ -686,6 +683,30 @@ def _auxiliary_losses(config, method, pairs, networks, head_tap, num_outputs):
     "kd": lambda: objectives.kd(**config.kd),
   }
   return {name: makers[name]() for name in method.losses}
+
+
+def _check_same_classes(networks, num_outputs, class_names):
+  """Make sure that outputs of sources can be compared with the target's."""
+  numbers = tuple(str(number) for number in range(num_outputs))
+  for name, network in networks.items():
+    needs = (
+      "method 'kd' needs the source's classes to be the target's: the"
+      f" source{name and ' '}{name}"
+    )
+    if network.num_classes != num_outputs:
+      raise types.InputError(
+        f"{needs} has {network.num_classes}, the data have {num_outputs}; use"
+        " 'lwf'"
+      )
+    named = (network.class_names, class_names)
+    if not all(names and names != numbers for names in named):
+      continue
+    for number, (theirs, ours) in enumerate(zip(*named, strict=False)):
+      if theirs != ours:
+        raise types.InputError(
+          f"{needs} has {theirs!r} as class {number}, the data have {ours!r};"
+          " use 'lwf'"
+        )
 
 
 def _make_target(network, method, networks, image_shape):

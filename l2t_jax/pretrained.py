@@ -105,7 +105,8 @@ def convert(
     The variables as numpy arrays, and what was mapped and left over.
 
   Raises:
-    types.InputError: where a tensor is missing or has another shape.
+    types.InputError: where a tensor is missing or has another shape, or where
+      the tensors are those of a deeper network.
   """
   tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
   converted, mapped, problems = {}, {}, []
@@ -132,6 +133,14 @@ def convert(
     for name in tensors
     if name not in mapped and not _BOOKKEEPING.search(name)
   )
+  unnumbered = lambda name: re.sub(r"\d+", "", name)
+  kinds = set(map(unnumbered, mapped))
+  if deeper := [name for name in left_over if unnumbered(name) in kinds]:
+    raise types.InputError(
+      f"the checkpoint has layers that the network lacks: {len(deeper)}"
+      f" tensors, such as {deeper[0]}; choose the network that it was trained"
+      " with"
+    )
   return traverse_util.unflatten_dict(converted), Report(mapped, left_over)
 
 

@@ -1054,6 +1054,16 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "source has 5, the data have 2; use 'lwf'",
     ),
     Case(
+      "Distillation from a source of as many other classes",
+      f"--config.method=kd {_FOLDER}",
+      "method 'kd' needs the source's classes to be the target's: the source"
+      " has 'bird' as class 0, the data have 'cat'; use 'lwf'",
+      _both(
+        _pictures(names=("cat", "dog", "eel", "fox", "gnu")),
+        _source(class_names='["bird", "cat", "dog", "eel", "fox"]'),
+      ),
+    ),
+    Case(
       "A converted file where a run belongs",
       "source.safetensors data.npz",
       "source.safetensors was converted and not trained by l2t_jax: it says"

@@ -152,6 +152,15 @@ def test_safetensors_round_trip_needs_no_torch(tmp_path):
   )
 
 
+def test_a_deeper_network_is_not_cut_short():
+  tensors = torchvision_tensors((3, 4, 6, 3), 2)
+  shapes = models.trace(models.create("resnet18", 10), (64, 64, 3)).variables
+  with pytest.raises(
+    types.InputError, match=r"network lacks: 80 tensors, such as layer1\.2\."
+  ):
+    pretrained.convert(tensors, shapes)
+
+
 def test_a_checkpoint_of_numbers(tmp_path):
   torch = pytest.importorskip("torch")
   numbers = tmp_path / "numbers.pth"
