@@ -57,7 +57,7 @@ def to_stablehlo(predictor: predict.Predictor) -> bytes:
   """Serialise the target as a program; `jax.export.deserialize` reads it."""
   (batch,) = jax.export.symbolic_shape("batch")
   shape = (batch, *predictor.image_format.shape)
-  exported = jax.export.export(predictor.make_apply_fn(), platforms=_PLATFORMS)(
+  exported = jax.export.export(jax.jit(predictor.apply), platforms=_PLATFORMS)(
     jax.ShapeDtypeStruct(shape, jnp.uint8)
   )
   return bytes(exported.serialize())

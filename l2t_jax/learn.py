@@ -46,7 +46,18 @@ from l2t_jax import (
 )
 from l2t_jax.data import records
 
-default_config = defaults.get_config
+
+def default_config() -> ml_collections.ConfigDict:
+  """Return the fields of l2t_jax/defaults.py, to be changed for `fit`.
+
+  data.mean and data.std are (): those of the training images.
+  """
+  config = defaults.get_config()
+  config.data.mean = config.data.std = ()
+  return config
+
+
+_FEW_IMAGES = 256  # Looked at together.
 
 
 class Source(NamedTuple):
@@ -57,8 +68,9 @@ class Source(NamedTuple):
   params: types.PyTree | None = None
   # Its other collections, such as {"batch_stats": ...}.
   model_state: types.PyTree = {}  # noqa: RUF012
-  # Names or globs of its layers; () for the last one of each resolution.
-  taps: tuple[str, ...] = ()
+  # A name or glob of its layers, or several; () for the last one of each
+  # resolution.
+  taps: str | tuple[str, ...] = ()
   # What it was trained on; 0 and () for what the target sees.
   image_size: int = 0
   channels: int = 0
@@ -91,12 +103,7 @@ class Result(NamedTuple):
         f"images are {images.dtype} {list(images.shape)}, but must be uint8"
         f" [N, {size}, {size}, {channels}], as in training"
       )
-    apply_fn = self.predictor.make_apply_fn()
-    outputs = [
-      apply_fn(images[start : start + batch_size])
-      for start in range(0, len(images), batch_size)
-    ]
-    return np.concatenate(outputs)
+    return self.predictor.outputs(images, min(batch_size, len(images) or 1))
 
   def figure(self) -> figure.Figure:
     """Draw what was transferred where."""
@@ -129,11 +136,10 @@ def fit(
       methods that need none.
     config: the fields of l2t_jax/defaults.py, from `default_config`. What the
       objects say (data.source, image_size, channels, source, target.model and
-      task) is filled in; mean and std are those of the training images unless
-      they were changed.
+      task) is filled in.
     task: what is learned; None for classification.
     workdir: folder of the run, where it resumes if it was cut off; None for a
-      temporary one.
+      new one among the system's temporary files, where it stays.
 
   Returns:
     The target and what is known of the run.
@@ -144,8 +150,9 @@ def fit(
   config = ml_collections.ConfigDict(
     (config or default_config()).to_dict(), type_safe=False
   )
+  arrays = {name: np.asarray(array) for name, array in arrays.items()}
   sources = {"": source} if isinstance(source, Source) else dict(source or {})
-  opened = records.from_arrays(dict(arrays), "arrays")
+  opened = records.from_arrays(arrays, "arrays")
   _describe_data(config, arrays)
   _describe_networks(config, target, sources, task)
   given = build.Given(
@@ -167,34 +174,50 @@ def fit(
 
 def _describe_data(config, arrays):
   """Say in the config what the arrays are, so that another run is refused."""
-  images = _with_channels(np.asarray(arrays["x_train"]))
+  images = _with_channels(arrays["x_train"])
   height, width, channels = images.shape[1:]
   if height != width:
     raise types.InputError(
       f"images are {height}x{width}; they must be square: crop or resize them"
     )
-  usual = default_config().data
-  if (config.data.mean, config.data.std) == (usual.mean, usual.std):
-    pixels = images.reshape(-1, channels) / 255
-    config.data.mean = tuple(np.round(pixels.mean(axis=0), 4).tolist())
-    config.data.std = tuple(np.round(pixels.std(axis=0) + 1e-6, 4).tolist())
-  config.data.source, config.data.name = "arrays", _digest(dict(arrays))
+  mean, std = _statistics(images)
+  config.data.mean = config.data.mean or mean
+  config.data.std = config.data.std or std
+  config.data.source, config.data.name = "arrays", _digest(arrays)
   config.data.image_size, config.data.channels = height, channels
   config.data.eval_resize = height  # Large ones are evaluated as they are.
+
+
+def _statistics(images):
+  """Return mean and standard deviation of each channel, on a scale of 0 to 1.
+
+  They come of how often each value is there: floats would take much memory.
+  """
+  counts = np.zeros((images.shape[-1], 256), np.int64)
+  for start in range(0, len(images), _FEW_IMAGES):
+    for channel, count in enumerate(counts):
+      pixels = images[start : start + _FEW_IMAGES, ..., channel]
+      count += np.bincount(pixels.ravel(), minlength=256)
+  values, total = np.arange(256) / 255, counts[0].sum()
+  mean = counts @ values / total
+  std = np.sqrt(np.sum(counts * (values - mean[:, None]) ** 2, axis=1) / total)
+  return tuple(
+    tuple(np.round(numbers, 4).tolist()) for numbers in (mean, std + 1e-6)
+  )
 
 
 def _describe_networks(config, target, sources, task):
   config.target.model = _describe(target)
   config.target.task = "classification"
   if task:
-    names = (f"{f.__module__}.{f.__qualname__}" for f in task)
-    config.target.task = " ".join(names)
+    config.target.task = " ".join(map(_name_of_function, task))
   config.sources = {}
   for name, one in sources.items():
     fields = defaults.source()
     values = _digest((_with_variables(one)[1:3], one.channels))
     fields.weights = f"{_describe(one.network)} {values}"
-    for field in ("taps", "image_size", "mean", "std"):
+    fields.taps = (one.taps,) if isinstance(one.taps, str) else one.taps
+    for field in ("image_size", "mean", "std"):
       fields[field] = getattr(one, field)
     if name:
       config.sources[name] = fields
@@ -226,6 +249,12 @@ def _name(network):
   return getattr(network, "__name__", type(network).__name__)
 
 
+def _name_of_function(function):
+  if hasattr(function, "__qualname__"):
+    return f"{function.__module__}.{function.__qualname__}"
+  return _without_addresses(repr(function))  # A partial, say.
+
+
 def _describe(network):
   """Name a network so that another one has another name, in any process."""
   what: Any = repr(network)
@@ -234,8 +263,12 @@ def _describe(network):
   elif not isinstance(network, nn.Module):
     what = ""  # Functions: their names have to do.
   else:
-    what = re.sub(r" at 0x[0-9a-f]+", "", what)
+    what = _without_addresses(what)
   return f"{_name(network)} {_digest(what)}"
+
+
+def _without_addresses(text):
+  return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _digest(tree):

@@ -12,12 +12,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import csv
+import dataclasses
+import functools
 import itertools
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any
+import warnings
 
+import chex
 import jax
 import numpy as np
 from PIL import Image
@@ -29,7 +33,8 @@ from l2t_jax.data import images as pillow
 _BATCH_SIZE = 64
 
 
-class Predictor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Predictor:
   """A trained network with all that it takes to run it on images."""
 
   network: models.Network
@@ -45,27 +50,51 @@ class Predictor(NamedTuple):
     """Read an image as the network wants it, uint8 [H, W, C].
 
     Raises:
-      types.InputError: it cannot be read, or is partly transparent.
+      types.InputError: it cannot be read.
     """
     image = pillow.decode(path, name=str(path))
     if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-      raise types.InputError(
-        f"image {path} has transparent pixels ({image.mode}); put it on a"
-        " background first, so that it looks as the training images do"
+      warnings.warn(
+        "some images have transparent pixels; transparency is dropped, as in"
+        " training: put them on a background if it was not there",
+        stacklevel=2,
       )
     image = pillow.convert(image, self.image_format.channels)
     return pillow.to_array(self.resize(image))
 
-  def make_apply_fn(self) -> Any:
-    """Return images uint8 [B, H, W, C] -> outputs [B, ...], jitted."""
+  def apply(self, images: chex.Array) -> jax.Array:
+    """Compute the outputs [B, ...] for images uint8 [B, H, W, C]."""
+    return self._apply_fn(self.params, self.model_state, images)
+
+  def outputs(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Compute outputs, some images at a time.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      batch_size: the last, smaller batch is filled up with zeros: one shape is
+        compiled.
+
+    Returns:
+      Outputs [N, ...].
+    """
+    parts = []
+    for start in range(0, len(images) or 1, batch_size):
+      batch = images[start : start + batch_size]
+      padding = ((0, batch_size - len(batch)), *((0, 0),) * 3)
+      parts.append(np.asarray(self.apply(np.pad(batch, padding)))[: len(batch)])
+    return np.concatenate(parts)
+
+  @functools.cached_property
+  def _apply_fn(self) -> Any:
     apply_fn = models.as_apply_fn(self.network, ())
 
     @jax.jit
-    def outputs(images):
+    @jax.default_matmul_precision("highest")  # As evaluation has it.
+    def outputs(params, model_state, images):
       images = augment.normalise(
         images, self.image_format.mean, self.image_format.std
       )
-      return apply_fn(self.params, self.model_state, images, train=False)[0]
+      return apply_fn(params, model_state, images, train=False)[0]
 
     return outputs
 
@@ -138,14 +167,11 @@ def predict(
       f"the network learned the task {predictor.task!r}, and no classes; its"
       " outputs are those of l2t_jax.export OUT.stablehlo"
     )
-  apply_fn = predictor.make_apply_fn()
   for batch in _batched(paths, _BATCH_SIZE):
     images = np.stack([predictor.read(path) for path in batch])
-    # One shape, so that it is compiled once.
-    padding = ((0, _BATCH_SIZE - len(batch)), *((0, 0),) * 3)
-    logits = apply_fn(np.pad(images, padding))
+    logits = predictor.outputs(images, _BATCH_SIZE)
     # A network may have more outputs than there are classes.
-    logits = logits[: len(batch), : len(predictor.class_names)]
+    logits = logits[:, : len(predictor.class_names)]
     probabilities = np.asarray(jax.nn.softmax(logits))
     for path, row in zip(batch, probabilities, strict=True):
       best = int(row.argmax())

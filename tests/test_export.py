@@ -50,7 +50,7 @@ def test_pytorch_computes_the_same(tmp_path):
   images = images_of(predictor, 3)
   normalised = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.4) / 0.3
   expected, _ = torch_resnet.resnet(state, normalised, (2, 2, 2, 2), 2)
-  actual = predictor.make_apply_fn()(images)
+  actual = predictor.apply(images)
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -86,7 +86,7 @@ def test_stablehlo_computes_the_same(network, tmp_path):
     images = images_of(predictor, count)
     np.testing.assert_allclose(
       program.call(images),
-      predictor.make_apply_fn()(images),
+      predictor.apply(images),
       rtol=1e-4,
       atol=1e-5,
     )

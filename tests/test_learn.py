@@ -1,5 +1,7 @@
 """The interface for notebooks: arrays and networks in, a trained target out."""
 
+import functools
+
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -45,7 +47,7 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
   assert trained.summary["test_accuracy"] > 0.6
   with pytest.raises(types.InputError, match="'scratch' matches no features"):
     trained.figure()
-  source = learn.Source(network, trained.predictor.params, taps=("stages/*",))
+  source = learn.Source(network, trained.predictor.params, taps="stages/*")
   result = learn.fit(
     networks.ConvNeXt(10),
     arrays,
@@ -63,6 +65,7 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
   assert logits.shape == (400, 10)
   accuracy = np.mean(logits.argmax(axis=-1) == arrays["y_test"])
   assert accuracy == pytest.approx(result.summary["test_accuracy"], abs=1e-6)
+  assert result.predict(arrays["x_test"][:0]).shape == (0, 10)
   with pytest.raises(types.InputError, match=r"must be uint8 \[N, 8, 8, 1\]"):
     result.predict(arrays["x_test"] / 255)
   # The same folder with another source is another run.
@@ -77,6 +80,47 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
       config=small_config("l2t_ww", 5),
       workdir=tmp_path,
     )
+
+
+def test_what_predicts_is_compiled_once(arrays):
+  network = models.create("vgg_tiny", 10)
+  traced = []
+  result = learn.fit(network, arrays, config=small_config("scratch", 1))
+  as_apply_fn = models.as_apply_fn
+
+  def counting(*args):
+    apply_fn = as_apply_fn(*args)
+
+    def count(params, model_state, images, **options):
+      traced.append(images.shape)
+      return apply_fn(params, model_state, images, **options)
+
+    return count
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(models, "as_apply_fn", counting)
+    for _ in range(2):  # Of 400 images, 100 are left for the last batch.
+      result.predict(arrays["x_test"], batch_size=150)
+  assert traced == [(150, 8, 8, 1)]
+
+
+def test_mean_and_std_are_those_of_the_images():
+  rng = np.random.default_rng(0)
+  images = np.uint8(rng.integers(0, 256, (300, 8, 8, 3)) // [1, 2, 4])
+  arrays = {"x_train": images, "y_train": list(range(10)) * 30}
+  seen = {}
+  for std in ((), (0.5,)):
+    config = small_config("scratch", 1)
+    config.data.std = std
+    result = learn.fit(models.create("vgg_tiny", 10), arrays, config=config)
+    seen[std] = result.predictor.image_format
+  values = images / 255
+  for image_format in seen.values():
+    expected = values.mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(image_format.mean, expected, atol=1e-4)
+  expected = values.std(axis=(0, 1, 2))
+  np.testing.assert_allclose(seen[()].std, expected, atol=1e-4)
+  assert seen[(0.5,)].std == (0.5,)
 
 
 def test_what_differs_is_another_run(arrays, tmp_path):
@@ -119,6 +163,24 @@ def test_a_network_without_maps_learns(arrays):
   assert result.summary["test_accuracy"] > 0.6
 
 
+def test_distillation_reads_no_features(arrays):
+  """A source of which none can be tapped will do."""
+
+  class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+  params = Linear().init(jax.random.key(0), np.zeros((1, *SHAPE)))["params"]
+  result = learn.fit(
+    models.create("vgg_tiny", 10),
+    arrays,
+    source=learn.Source(Linear(), params),
+    config=small_config("kd", 1),
+  )
+  assert np.isfinite(result.summary["val_accuracy"])
+
+
 def test_too_few_outputs(arrays):
   with pytest.raises(types.InputError, match=r"\['B', 2\].*have 10 classes"):
     learn.fit(
@@ -131,8 +193,9 @@ def test_tasks_of_ones_own(arrays):
     "x_train": arrays["x_train"],
     "t_train": np.int32(arrays["x_train"] > 120),
   }
+  task = tasks.INK._replace(loss=functools.partial(tasks.INK.loss))
   result = learn.fit(
-    tasks.Segmenter(), ink, task=tasks.INK, config=small_config("scratch", 4)
+    tasks.Segmenter(), ink, task=task, config=small_config("scratch", 4)
   )
   assert result.summary["test_accuracy"] > 0.6
   assert result.predict(ink["x_train"]).shape == (500, 8, 8)
