@@ -97,11 +97,15 @@ def options() -> dict[str, str | bool]:
 
 
 def memory_limit() -> int:
-  """Return the bytes of memory of the first local device."""
+  """Return the bytes of memory of the first local device.
+
+  Of a CPU they are what containers and job schedulers leave of it.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return min(physical, *control_group_limits())
 
 
 def fits(program: Program) -> bool:
@@ -127,6 +131,22 @@ def use_cache() -> None:
   for name, value in wanted.items():
     if name.upper() not in os.environ:
       jax.config.update(name, value)
+
+
+def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
+  """Return limits of this process's control groups, in bytes (Linux)."""
+  limits = []
+  groups = root / "proc/self/cgroup"
+  for line in groups.read_text().splitlines() if groups.exists() else ():
+    _, controllers, group = line.split(":", maxsplit=2)
+    place, name = root / "sys/fs/cgroup", "memory.max"
+    if "memory" in controllers.split(","):  # Version 1.
+      place, name = place / "memory", "memory.limit_in_bytes"
+    folder = place / group.lstrip("/")
+    for file in (parent / name for parent in (folder, *folder.parents)):
+      with contextlib.suppress(OSError, ValueError):  # None there, or "max".
+        limits.append(int(file.read_text()))
+  return limits
 
 
 @functools.cache

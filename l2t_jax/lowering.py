@@ -1,7 +1,7 @@
 """How JAX lowers for CPU what XLA:CPU compiles badly, in any network.
 
-Importing this module changes how convolutions with two spatial dimensions and
-sums over positions are lowered, for CPU alone. Values are the same to
+Importing this package changes how convolutions and sums over positions are
+lowered, for CPU alone. Values are the same to
 rounding, and so are derivatives of every order.
 """
 
@@ -70,7 +70,7 @@ def _first_in_product(shape, axes):
 
 
 def _convolution(lhs, rhs, *, dimension_numbers, **params):
-  """A two-dimensional convolution with channels last.
+  """A convolution with channels last.
 
   Derivatives of convolutions come with their dimensions in other orders. At
   the top of a program XLA:CPU transposes them to this one; within a loop it
@@ -97,17 +97,17 @@ def _convolution(lhs, rhs, *, dimension_numbers, **params):
     out = jax.lax.conv_general_dilated_p.bind(
       lhs,
       rhs,
-      dimension_numbers=_channels_last_numbers(lhs.shape, rhs.shape),
+      dimension_numbers=_channels_last_numbers(lhs.ndim),
       **params,
     )
   out_order = _channels_last(orders.out_spec)
-  return jax.lax.transpose(out, [out_order.index(i) for i in range(4)])
+  return jax.lax.transpose(out, [out_order.index(i) for i in range(out.ndim)])
 
 
 def _is_worth_a_change(lhs, rhs, *, dimension_numbers, **params):
   orders = dimension_numbers
-  return len(lhs.shape) == 4 and (
-    orders != _channels_last_numbers(lhs.shape, rhs.shape)
+  return lhs.ndim > 2 and (
+    orders != _channels_last_numbers(lhs.ndim)
     or _is_plain_product(lhs.shape, rhs.shape, orders, params)
     or _is_product_in_groups(lhs.shape, rhs.shape, params)
   )
@@ -115,7 +115,7 @@ def _is_worth_a_change(lhs, rhs, *, dimension_numbers, **params):
 
 def _is_product_in_groups(lhs_shape, rhs_shape, params):
   """Whether this convolution, with channels last, is such a product."""
-  is_small = max(rhs_shape[:2]) <= _SMALL_KERNEL
+  is_small = len(rhs_shape) == 4 and max(rhs_shape[:2]) <= _SMALL_KERNEL
   return is_small and _has_tiny_maps(lhs_shape[1:3], params)
 
 
@@ -270,14 +270,14 @@ def _output_sizes(maps, window, padding):
 
 
 def _channels_last(order):
-  """(batch, channels, height, width) -> (batch, height, width, channels)."""
+  """(batch, channels, *positions) -> (batch, *positions, channels)."""
   return (order[0], *order[2:], order[1])
 
 
-def _channels_last_numbers(lhs_shape, rhs_shape):
-  return jax.lax.conv_dimension_numbers(
-    lhs_shape, rhs_shape, ("NHWC", "HWIO", "NHWC")
-  )
+def _channels_last_numbers(ndim):
+  maps = (0, ndim - 1, *range(1, ndim - 1))
+  kernel = (ndim - 1, ndim - 2, *range(ndim - 2))
+  return jax.lax.ConvDimensionNumbers(maps, kernel, maps)
 
 
 def _lower_for_cpu(

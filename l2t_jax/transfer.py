@@ -27,10 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import (
-  lowering,  # noqa: F401  (changes how JAX lowers for CPU)
-  types,
-)
+from l2t_jax import types
 
 # Names of taps in order of depth, with their shapes (H, W, C).
 TapShapes = Mapping[str, tuple[int, int, int]]

@@ -30,6 +30,25 @@ def test_plan_names_the_cost_of_every_mode(source, tmp_path, capsys):
   assert "chosen" in printed and "3 iterations an epoch" in printed
 
 
+@pytest.mark.parametrize(
+  ("entry", "file"),
+  [
+    ("0::/job/step", "sys/fs/cgroup/job/memory.max"),
+    ("4:memory:/job", "sys/fs/cgroup/memory/memory.limit_in_bytes"),
+  ],
+)
+def test_memory_is_what_a_container_has(tmp_path, entry, file):
+  assert compilation.control_group_limits(tmp_path) == []
+  for name, content in (
+    ("proc/self/cgroup", f"1:cpu:/\n{entry}\n"),
+    (file, "1234\n"),
+    ("sys/fs/cgroup/job/step/memory.max", "max\n"),
+  ):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+  assert compilation.control_group_limits(tmp_path) == [1234]
+
+
 @pytest.mark.xdist_group("experiment")
 def test_what_does_not_fit_is_computed_with_less_memory(
   source, tmp_path, monkeypatch

@@ -9,10 +9,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from l2t_jax import (
-  lowering,  # noqa: F401  (changes how JAX lowers for CPU)
-  types,
-)
+from l2t_jax import types
 
 # He et al. (2015), fan-out mode: the authors' choice for convolutions.
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
