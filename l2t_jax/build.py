@@ -110,6 +110,7 @@ class _SourceNetwork(NamedTuple):
   # the data.
   make_apply_fn: Callable[[Collection[str]], types.ApplyFn]
   variables: training.Source
+  image_format: formats.ImageFormat  # Of the images that it sees.
   num_classes: int
   class_names: tuple[str, ...]  # () where they are not known.
   select_taps: Callable[[], transfer.TapShapes]  # As configured; see all_taps.
@@ -302,7 +303,7 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
       config.target.num_outputs or dataset.num_classes,
       dtype,
     )
-  target = _make_target(network, method, networks, image_format.shape)
+  target = _make_target(network, method, networks, image_format)
   if task is objectives.CLASSIFICATION:
     _check_classification(dataset, target.layout.output_shape)
   num_outputs = _num_outputs(target.layout)
@@ -570,6 +571,7 @@ def _load_source(config, image_format, dtype, name, given):
   return _SourceNetwork(
     make_apply_fn=make_apply_fn,
     variables=training.Source(*variables),
+    image_format=own_format,
     num_classes=_num_outputs(layout),
     class_names=tuple(json.loads(metadata.get("class_names", "[]"))),
     select_taps=lambda: named(models.select_taps(layout, config.taps)),
@@ -709,29 +711,30 @@ def _check_same_classes(networks, num_outputs, class_names):
         )
 
 
-def _make_target(network, method, networks, image_shape):
-  layout = models.trace(network, image_shape)
+def _make_target(network, method, networks, image_format):
+  layout = models.trace(network, image_format.shape)
   head_tap, num_features = "", 0
   if "lwf" in method.losses:
     head_tap = models.last_tap(layout.taps)
     num_features = layout.taps[head_tap][-1]
   start, notes = lambda variables: variables, ()
   if method.starts_from_source:
-    start, notes = _start_from_source(layout, networks)
-  init = jax.jit(lambda key: models.init(network, key, image_shape))
+    start, notes = _start_from_source(layout, networks, image_format)
+  init = jax.jit(lambda key: models.init(network, key, image_format.shape))
   return _TargetNetwork(
     network, layout, init, start, head_tap, num_features, notes
   )
 
 
-def _start_from_source(layout, networks):
+def _start_from_source(layout, networks, image_format):
   """Return (fresh variables -> those that training starts from, notes)."""
   if len(networks) > 1:
     raise types.InputError(
       "fine-tuning starts from one source, but config.sources has"
       f" {len(networks)}: {', '.join(networks)}"
     )
-  ((params, model_state),) = (n.variables for n in networks.values())
+  (source,) = networks.values()
+  params, model_state = source.variables
   others = {"params": params, **model_state}
   _, copied, fresh = pretrained.adopt(layout.variables, others)
   if len(copied) < len(fresh):
@@ -740,10 +743,17 @@ def _start_from_source(layout, networks):
       f" {len(copied)} of {len(copied) + len(fresh)} arrays of the target have"
       " a namesake of their shape in the source; use a transfer method"
     )
-  note = f"{len(copied)} arrays start from the source"
+  notes = [f"{len(copied)} arrays start from the source"]
   if fresh:
-    note += f", afresh: {', '.join(fresh)}"
-  return lambda variables: pretrained.adopt(variables, others)[0], (note,)
+    notes[0] += f", afresh: {', '.join(fresh)}"
+  notes += [
+    f"{what} of the images is {ours}, but the source was trained with {theirs};"
+    f" fine-tuning is best with config.data.{what} of the source"
+    for what in ("mean", "std")
+    if (ours := getattr(image_format, what))
+    != (theirs := getattr(source.image_format, what))
+  ]
+  return lambda variables: pretrained.adopt(variables, others)[0], tuple(notes)
 
 
 def _initial_values(seed, method, plan, networks, target):

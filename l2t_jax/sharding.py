@@ -47,8 +47,19 @@ def copied(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-  """A context in whose computations nothing takes memory of an accelerator."""
-  return jax.default_device(jax.local_devices(backend="cpu")[0])
+  """A context in whose computations nothing takes memory of an accelerator.
+
+  Raises:
+    types.InputError: JAX was told not to use the CPU.
+  """
+  try:
+    device, *_ = jax.local_devices(backend="cpu")
+  except RuntimeError as error:
+    raise types.InputError(
+      "config.shard_params makes parameters on the CPU, which JAX was told not"
+      " to use; add cpu to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
+    ) from error
+  return jax.default_device(device)
 
 
 def split(

@@ -74,9 +74,12 @@ def test_fine_tuning_starts_from_the_source(source):
   # Of other classes: the classifier alone starts afresh.
   config.data.classes = (1, 2, 3)
   config.batch_size = 15
+  config.data.mean = (0.5,)
   run = build.build(config)
   state = run.create_state(0)
-  assert run.notes[-1].endswith("afresh: params/fc/bias, params/fc/kernel")
+  start, mean = run.notes[1:]
+  assert start.endswith("afresh: params/fc/bias, params/fc/kernel")
+  assert "mean of the images is (0.5,), but the source was trained wi" in mean
   params = state.inner.params["target"]
   chex.assert_trees_all_equal(params["block1"], variables["params"]["block1"])
   assert params["fc"]["kernel"].shape == (64, 3)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from l2t_jax import processes, types
+from l2t_jax import processes, sharding, types
 from tests import small_runs
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -71,6 +72,14 @@ def test_a_network_that_does_not_fit_is_split(source, tmp_path):
   parts = [float(part) for part in result.stdout.split()]
   assert len(parts) == 3, result.stderr
   assert max(parts) < 0.5, parts
+
+
+def test_splitting_needs_the_cpu(monkeypatch):
+  """As where JAX_PLATFORMS=cuda leaves it out."""
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "local_devices", lambda backend: jax.devices("nope"))
+    with pytest.raises(types.InputError, match="add cpu to JAX_PLATFORMS"):
+      sharding.on_host()
 
 
 @pytest.mark.long
