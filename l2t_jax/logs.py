@@ -34,8 +34,8 @@ class Tracker(Protocol):
   def write(self, scalars: Mapping[str, float], step: int) -> None:
     """Record scalars by name."""
 
-  def close(self) -> None:
-    """Write what is still held back."""
+  def close(self, error: BaseException | None) -> None:
+    """Write what is still held back; say what ended the run, if anything."""
 
 
 class _TensorBoard:
@@ -65,7 +65,8 @@ class _TensorBoard:
       self._events.flush()
       self._flushed = time.monotonic()
 
-  def close(self):
+  def close(self, error):
+    del error
     self._events.close()
 
   def _add(self, step, **content):
@@ -93,8 +94,8 @@ class _Wandb:
   def write(self, scalars, step):
     self._run.log(dict(scalars), step=step)
 
-  def close(self):
-    self._run.finish()
+  def close(self, error):
+    self._run.finish(exit_code=int(error is not None))
 
 
 class _MLflow:
@@ -116,6 +117,7 @@ class _MLflow:
     )
     if found:
       self._run_id = found[0].info.run_id
+      self._client.update_run(self._run_id, "RUNNING")
       return
     run = self._client.create_run(experiment_id, tags=tag)
     self._run_id = run.info.run_id
@@ -132,8 +134,11 @@ class _MLflow:
       ],
     )
 
-  def close(self):
-    self._client.set_terminated(self._run_id)
+  def close(self, error):
+    status = "FINISHED" if error is None else "FAILED"
+    if isinstance(error, types.Interrupted | KeyboardInterrupt):
+      status = "KILLED"
+    self._client.set_terminated(self._run_id, status)
 
 
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
@@ -167,7 +172,7 @@ def import_trackers(names: Iterable[str]) -> None:
 class MetricsLog:
   """Append records to metrics.jsonl and hand scalars to trackers.
 
-  A context manager that closes both.
+  A context manager that closes both, and tells trackers how the run ended.
 
   What was written after the iteration that a run resumes from is dropped, so
   that each iteration stands in the file once.
@@ -220,11 +225,11 @@ class MetricsLog:
   def __enter__(self) -> MetricsLog:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, _, error: BaseException | None, __) -> None:
     with contextlib.ExitStack() as stack:
       stack.callback(self._file.close)
       for tracker in self._trackers:
-        stack.callback(tracker.close)
+        stack.callback(tracker.close, error)
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:

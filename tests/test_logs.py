@@ -1,8 +1,10 @@
 """Where metrics go beside metrics.jsonl."""
 
+import contextlib
 import importlib.util
 import json
 import struct
+from unittest import mock
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -17,14 +19,14 @@ class Recorder:
   """A tracker that remembers what it was told."""
 
   def __init__(self, workdir, from_step, config):
-    self.opened, self.written, self.closed = (from_step, config), [], False
+    self.opened, self.written, self.ends = (from_step, config), [], []
     Recorder.latest = self
 
   def write(self, scalars, step):
     self.written.append((scalars, step))
 
-  def close(self):
-    self.closed = True
+  def close(self, error):
+    self.ends.append(error)
 
 
 def open_log(workdir, *trackers):
@@ -65,9 +67,36 @@ def test_trackers_get_scalars(tmp_path, monkeypatch):
     log.write("train", 7, RECORD)
   tracker = Recorder.latest
   assert tracker.opened == (3, {"a": {"b": 1}})
-  assert tracker.written == [(SCALARS, 7)] and tracker.closed
+  assert tracker.written == [(SCALARS, 7)] and tracker.ends == [None]
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert json.loads(lines[0]) == {"kind": "train", "step": 7, **RECORD}
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "exit_code"),
+  [
+    (None, "FINISHED", 0),
+    (types.BadNumbersError("nan"), "FAILED", 1),
+    (types.Interrupted("asked to stop"), "KILLED", 1),
+    (KeyboardInterrupt(), "KILLED", 1),
+  ],
+)
+def test_trackers_are_told_how_a_run_ended(
+  error, status, exit_code, tmp_path, monkeypatch
+):
+  library = mock.MagicMock()
+  monkeypatch.setattr(logs, "_tracker_module", lambda name: library)
+  with (
+    contextlib.suppress(type(error)),
+    open_log(tmp_path, "mlflow", "wandb"),
+  ):
+    if error:
+      raise error
+  client = library.MlflowClient()
+  client.update_run.assert_called_once_with(mock.ANY, "RUNNING")  # Resumed.
+  client.set_terminated.assert_called_once_with(mock.ANY, status)
+  run = library.init()
+  run.finish.assert_called_once_with(exit_code=exit_code)
 
 
 def test_lines_that_are_no_records_are_dropped(tmp_path):
