@@ -306,6 +306,8 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
   target = _make_target(network, method, networks, image_format)
   if task is objectives.CLASSIFICATION:
     _check_classification(dataset, target.layout.output_shape)
+  elif given.target is None and not config.target.num_outputs:
+    _check_num_outputs(dataset, target.layout.output_shape)
   num_outputs = _num_outputs(target.layout)
   plan = _Plan()
   if method.pair_set:
@@ -535,6 +537,23 @@ def _check_classification(dataset, outputs):
     raise types.InputError(
       f"the target's outputs are {['B', *outputs]}, but the data have"
       f" {classes} classes; it needs a logit for each"
+    )
+
+
+def _check_num_outputs(dataset, outputs):
+  """Refuse an output for each class where there are several targets an image.
+
+  A single output would be compared with all of them, by broadcasting. How many
+  are right, the user knows: a target may be a class among many.
+  """
+  if outputs != (dataset.num_classes,) or len(dataset.label_shape) != 1:
+    return
+  (num_targets,) = dataset.label_shape
+  if num_targets not in (1, *outputs):
+    raise types.InputError(
+      f"the data have {num_targets} targets for each image, but the target's"
+      f" outputs are {['B', *outputs]}; set config.target.num_outputs:"
+      f" {num_targets} is one for each target, {outputs[0]} leaves it as it is"
     )
 
 

@@ -85,7 +85,8 @@ def get_config() -> config_dict.ConfigDict:
   # What it learns from labelled images: classification (cross-entropy), or a
   # l2t_jax.types.Task of your own as "package.module:NAME".
   config.target.task = "classification"
-  # Outputs of the network (its num_classes); 0 for the number of classes.
+  # Outputs of the network (its num_classes); 0 for the number of classes, which
+  # is refused where a task of your own reads several numbers an image.
   config.target.num_outputs = 0
   # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
   # network's own choice, or else the last one of each resolution.

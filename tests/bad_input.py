@@ -404,6 +404,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "needs a logit for each",
     ),
     Case(
+      "Several targets an image, and no number of outputs",
+      f"{_SCRATCH} --config.target.task=examples.tasks:PRESENCE",
+      "the data have 10 targets for each image, but the target's outputs are "
+      "['B', 1]; set config.target.num_outputs: 10 is one for each target, 1 "
+      "leaves it as it is",
+      _data(y_train=None, t_train=np.zeros((64, 10), np.int32)),
+    ),
+    Case(
       "No source weights for a method that needs them",
       "--config.source.weights=",
       "method 'l2t_ww' needs config.source.weights: a file made by python "

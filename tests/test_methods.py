@@ -135,6 +135,42 @@ def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+  ("shape", "num_classes", "num_outputs", "outputs"),
+  [
+    ((), 0, 0, 1),
+    ((1,), 0, 0, 1),
+    ((4,), 4, 0, 4),
+    ((4,), 0, 4, 4),
+    ((4,), 0, 1, 1),  # What one output is compared with is the task's affair.
+    ((4,), 0, 0, None),
+    ((4,), 3, 0, None),
+  ],
+)
+def test_outputs_of_a_task(shape, num_classes, num_outputs, outputs, tmp_path):
+  """They are never fewer or more than the targets without being asked for."""
+  arrays = {
+    "x_train": np.random.default_rng(0).integers(0, 256, (64, 8, 8), np.uint8),
+    "t_train": np.zeros((64, *shape), np.float32),
+  }
+  if num_classes:
+    arrays["y_train"] = np.arange(64) % num_classes
+  np.savez(tmp_path / "data.npz", **arrays)
+  config = small_runs.small_config("")
+  config.method = "scratch"
+  config.data.source, config.data.path = "npz", str(tmp_path / "data.npz")
+  config.data.per_class = 0
+  config.data.val_fraction = config.data.test_fraction = 0.25
+  config.target.num_outputs = num_outputs
+  task = types.Task(lambda o, t: jnp.mean(o), lambda o, t: jnp.zeros(len(t)))
+  make = lambda: build.build(config, build.Given(task=task))
+  if outputs:
+    assert make().num_outputs == outputs
+  else:
+    with pytest.raises(types.InputError, match=r"4 targets .*target\.num_out"):
+      make()
+
+
 def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   """Two architectures, sizes and normalisations; RGB images, grey sources."""
   config = small_runs.small_config(source, epochs=1)
