@@ -33,6 +33,7 @@ from l2t_jax import (
   processes,
   run_folder,
   sharding,
+  transfer,
   transfer_map,
   types,
 )
@@ -331,6 +332,8 @@ def _write_transfer_map(run, seed):
     if record["kind"] == "epoch"
   ]
   weights = seed.progress["channel_weights"]
+  fields = seed.config.transfer
+  start, maximum = transfer.start_and_maximum(fields.pair_activation)
   transfer_map.write(
     seed.workdir,
     transfer_map.collect(
@@ -340,6 +343,9 @@ def _write_transfer_map(run, seed):
       list(run.target_taps.items()),
       seed.config.method,
       sources=list(run.sources) if len(run.sources) > 1 else (),
+      frozen=bool(fields.map),
+      start=start,
+      maximum=maximum,
     ),
   )
 

@@ -205,6 +205,16 @@ def init_meta_params(
   return meta_params
 
 
+def start_and_maximum(activation: str) -> tuple[float, float]:
+  """Return where λ starts, but for g's small kernel, and where it ends, or inf.
+
+  Args:
+    activation: a key of `PAIR_ACTIVATIONS`.
+  """
+  activation_fn = PAIR_ACTIVATIONS[activation]
+  return float(activation_fn(1.0)), float(activation_fn(jnp.inf))
+
+
 def prepare_source(
   features: Mapping[str, chex.Array],
   pairs: Sequence[Pair],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import io
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -36,10 +37,6 @@ _CENTRE: Any = {"ha": "center", "va": "center"}
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
 IGNORED = 0.05  # A pair weight below this is drawn as none.
 _EVEN = 0.95  # Above this share of C effective channels, none stands out.
-_SCALE_TEXT = (
-  "Pair weight 0 = ignored, 1 = start, 6 = maximum. The thicker a line, the "
-  "harder the target layer is pulled towards that source layer."
-)
 _CHANNELS_TEXT = (
   "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
   "dashed line."
@@ -68,6 +65,10 @@ def collect(
   method: str,
   sources: Sequence[str] = (),
   top_k: int = 5,
+  *,
+  frozen: bool = False,
+  start: float = 1.0,
+  maximum: float = 6.0,
 ) -> dict[str, Any]:
   """Collect what a run learned, as the content of `transfer_map.json`.
 
@@ -81,12 +82,16 @@ def collect(
     sources: their names, where there are several; those of their taps begin
       with "SOURCE/".
     top_k: how many channels to keep per pair.
+    frozen: whether all weights were taken from another map.
+    start: about where learned pair weights start.
+    maximum: of learned pair weights; inf for none.
 
   Returns:
     A JSON-able dict: method, source_taps, target_taps, epochs, fixed (pair
     weights stayed exactly 1), channels_fixed (channel weights are uniform),
-    pairs, in the order of the last epoch's record, and, with several sources,
-    source_shares (source -> its pairs' share of the sum of pair weights).
+    frozen, start, maximum (None for none), pairs, in the order of the last
+    epoch's record, and, with several sources, source_shares (source -> its
+    pairs' share of the sum of pair weights).
 
   Raises:
     InputError: no epoch has pair weights, or names, shapes and values of the
@@ -158,6 +163,9 @@ def collect(
       np.allclose(channel_weights[key], np.mean(channel_weights[key]), 1e-5, 0)
       for key in records[-1]["pair_weights"]
     ),
+    "frozen": frozen,
+    "start": start,
+    "maximum": maximum if math.isfinite(maximum) else None,
     "pairs": pairs,
   }
   if sources:
@@ -274,6 +282,7 @@ def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
 def draw(content: Mapping[str, Any]) -> figure.Figure:
   """Lay out the picture: header, layers and numbers, history, channels."""
   ranked = _rank(content["pairs"])
+  learned_pairs, learned_channels = _learned(content)
   shown = [p for p in ranked[:3] if p["pair_weight"] >= IGNORED]
   bars = bool(shown) and not content["channels_fixed"]
   rows, columns = len(content["source_taps"]), len(content["target_taps"])
@@ -288,7 +297,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   # Where each row's title stands, in inches from the top.
   first = 1.4
   second = first + layers + 0.65
-  third = second + (0.75 if content["fixed"] else 3.1)
+  third = second + (3.1 if learned_pairs else 0.75)
   height = third + (2.75 if bars else 0.8)
   fig = figure.Figure(figsize=(_WIDTH, height))
 
@@ -303,11 +312,10 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
     style: Any = {"size": size, "weight": weight, "color": color, "va": "top"}
     fig.text(left / _WIDTH, 1 - top / height, text, **style)
 
-  told = content["fixed"] and content["channels_fixed"]
-  verb = "was told" if told else "learned"
+  verb = "learned" if learned_pairs or learned_channels else "was told"
   write(0.25, f"What the target {verb} to copy, and from where", 17)
   write(0.66, _summary(content, ranked), 10)
-  write(0.94, _SCALE_TEXT, 8.5)
+  write(0.94, _scale_text(content), 8.5)
 
   write(first, "From source layers to target layers", 11)
   size = (5.5, layers)
@@ -319,8 +327,9 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   _draw_table(panel(7.25 + aside, first + 0.6, *cells), content, cells)
 
   write(second, "Pair weight, epoch by epoch", 11)
-  if content["fixed"]:
-    write(second + 0.3, "Fixed at 1 for every pair, not learned.", 9.5)
+  if not learned_pairs:
+    given = "Fixed at 1" if content["fixed"] else "Given by another run's map"
+    write(second + 0.3, f"{given} for every pair, not learned.", 9.5)
   else:
     grey = "; grey: the weaker pairs" if len(ranked) > len(_COLORS) else ""
     write(second + 0.27, f"dotted: the start{grey}", 8.5)
@@ -333,13 +342,36 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   elif not bars:
     write(third + 0.3, "None: every pair is ignored.", 9.5)
   else:
-    write(third + 0.27, _CHANNELS_TEXT, 8.5)
+    given = "" if learned_channels else "Given, not learned. "
+    write(third + 0.27, given + _CHANNELS_TEXT, 8.5)
     peak = max(_times(pair)[0] for pair in shown)
     for i, pair in enumerate(shown):
       ax = panel(0.45 + 3.18 * i, third + 1.05, 2.75, 1.15)
       _draw_channels(ax, content, pair, _COLORS[i])
       ax.set_ylim(0, 1.25 * max(1.2, peak))
   return fig
+
+
+def _learned(content: Mapping[str, Any]) -> tuple[bool, bool]:
+  """Return whether pair weights and channel weights were learned."""
+  frozen = content.get("frozen", False)  # Earlier files do not say.
+  return (
+    not (frozen or content["fixed"]),
+    not (frozen or content["channels_fixed"]),
+  )
+
+
+def _scale_text(content: Mapping[str, Any]) -> str:
+  """Say what pair weights mean, and where learned ones start and end."""
+  text = "Pair weight 0 = ignored"
+  if _learned(content)[0]:
+    text += f", {content.get('start', 1):.3g} = start"
+    if maximum := content.get("maximum", 6):
+      text += f", {maximum:.3g} = maximum"
+  return (
+    f"{text}. The thicker a line, the harder the target layer is pulled towards"
+    " that source layer."
+  )
 
 
 def _split(content: Mapping[str, Any], name: str) -> tuple[str, str]:
@@ -436,8 +468,9 @@ def _summary(content: Mapping[str, Any], ranked: Sequence[_Pair]) -> str:
   """Say the result in one line."""
   many = f"{len(ranked)} pairs" if len(ranked) > 1 else "1 pair"
   start = f"Method {content['method']}, epoch {content['epochs'][-1]}, {many}"
-  if content["fixed"]:
-    if content["channels_fixed"]:
+  learned_pairs, learned_channels = _learned(content)
+  if not learned_pairs:
+    if not learned_channels:
       return f"{start}. Pairs and channels were given, not learned."
     return f"{start}. The pairs were given; the channels were learned."
   ignored = sum(pair["pair_weight"] < IGNORED for pair in ranked)
@@ -498,9 +531,9 @@ def _draw_layers(
       ax.text(x, y - 0.2 * tall, name, size=8.5, weight="bold", **text)
       ax.text(x, y + 0.22 * tall, f"{c} ch @ {h}×{w}", size=8, **text)
 
-  # Nothing sets one pair apart where nothing was learned.
-  told = content["fixed"] and content["channels_fixed"]
-  colors = (_COLORS[0],) * len(ranked) if told else _COLORS
+  # Nothing sets one pair apart where all count the same.
+  alike = content["fixed"] and content["channels_fixed"]
+  colors = (_COLORS[0],) * len(ranked) if alike else _COLORS
   strengths = [pair["pair_weight"] / _scale(content) for pair in ranked]
   t = np.linspace(0, 1, 61)
   curves = []
@@ -518,7 +551,7 @@ def _draw_layers(
     line.set(solid_capstyle="butt", zorder=10 - min(i, 5))
   placed: list[tuple[float, float]] = []
   for i, pair in enumerate(ranked[: len(_COLORS)]):
-    if pair["pair_weight"] < IGNORED or (told and len(ranked) > len(_COLORS)):
+    if pair["pair_weight"] < IGNORED or (alike and len(ranked) > len(_COLORS)):
       continue
     placed.append(_label_place(i, curves, placed))
     box_style = {"boxstyle": "round,pad=0.2", "facecolor": "white"}
@@ -623,7 +656,8 @@ def _draw_history(
   margin = 0.02 * (last - begin)
   peak = 1.08 * max(1.6, *(max(p["history"]) for p in ranked))
   ax.set(xlim=(begin - margin, last + margin), ylim=(0, peak))
-  ax.axhline(1, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+  start = content.get("start", 1)
+  ax.axhline(start, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
   marker = "o" if len(epochs) < 12 else ""
   for i, pair in reversed(list(enumerate(ranked))):
     line = ax.plot(epochs, pair["history"], marker=marker, clip_on=False)[0]

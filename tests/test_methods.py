@@ -232,8 +232,12 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   for ours, theirs in zip(reused, fixed, strict=True):
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
   assert "outer_loss" not in reused[0]
+  read = lambda name: json.loads(
+    (tmp_path / name / "transfer_map.json").read_text()
+  )
+  assert [read(name)["frozen"] for name in ("fixed", "reused")] == [False, True]
   # A map's weights are what the loss is weighted with.
-  content = json.loads((tmp_path / "fixed" / "transfer_map.json").read_text())
+  content = read("fixed")
   content["pairs"][0]["pair_weight"] = 3.0
   edited = tmp_path / "edited.json"
   edited.write_text(json.dumps(content))
@@ -249,7 +253,11 @@ def test_meta_updates_now_and_then(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   config.log_every = 1
   config.meta.update_every = 2
+  config.transfer.pair_activation = "softplus"
   experiment.train_and_evaluate(config, tmp_path)
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  assert content["start"] == pytest.approx(1.31, abs=0.01)
+  assert content["maximum"] is None
   steps = small_runs.records(tmp_path, "train")
   assert ["outer_loss" in record for record in steps] == [
     step % 2 == 0 for step in range(len(steps))

@@ -255,6 +255,28 @@ def test_pair_activations(activation, values, slopes, x64):
   np.testing.assert_allclose(jacobian, slopes, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+  ("activation", "start", "maximum"),
+  [
+    ("relu6", 1, 6),
+    ("relu", 1, np.inf),
+    ("softplus", np.log(1 + np.e), np.inf),
+  ],
+)
+def test_where_pair_weights_start_and_end(activation, start, maximum):
+  found = transfer.start_and_maximum(activation)
+  np.testing.assert_allclose(found, (start, maximum), rtol=1e-6)
+  pairs = transfer.make_pairs("m1->n1", SOURCE, TARGET)
+  meta_params = transfer.init_meta_params(
+    jax.random.key(0), pairs, SOURCE, learn_channels=False, learn_pairs=True
+  )
+  pooled = {"m1": jnp.zeros((1, SOURCE["m1"][-1]))}  # g's kernel is idle.
+  weights = transfer.transfer_weights(
+    meta_params, pooled, pairs, activation=activation
+  )
+  np.testing.assert_allclose(weights.pair["m1->n1"], start, rtol=1e-6)
+
+
 def test_a_map_is_repeated_for_every_image():
   given = transfer.TransferMap(
     {"m1->n1": np.array([0.25, 0.75])}, {"m1->n1": 3.0}

@@ -33,7 +33,9 @@ def _all(source, target):
   return [f"{s}->{t}" for (s, _), (t, _) in itertools.product(source, target)]
 
 
-def _map(source, target, keys, *, epochs=3, learn_pairs=True, learn_w=True):
+def _map(
+  source, target, keys, *, epochs=3, learn_pairs=True, learn_w=True, **told
+):
   """Return a map of made-up weights that drift away from 1."""
   rng = np.random.default_rng(0)
   drift = {key: rng.uniform(-1, 2) if learn_pairs else 0.0 for key in keys}
@@ -55,7 +57,7 @@ def _map(source, target, keys, *, epochs=3, learn_pairs=True, learn_w=True):
   if source not in (TWO, THREE, TWO[2:4], LONG_TWO):
     sources = ()
   return transfer_map.collect(
-    records, weights, source, target, "l2t_ww", list(sources)
+    records, weights, source, target, "l2t_ww", list(sources), **told
   )
 
 
@@ -75,6 +77,10 @@ CASES = {
     SOURCE, TARGET, _all(SOURCE, TARGET), epochs=1
   ),
   "sixteen": lambda: _map(FOUR, FOUR, _all(FOUR, FOUR), epochs=200),
+  "softplus": lambda: _map(
+    SOURCE, TARGET, _all(SOURCE, TARGET), start=np.log(1 + np.e), maximum=np.inf
+  ),
+  "frozen": lambda: _map(SOURCE, TARGET, _all(SOURCE, TARGET), frozen=True),
   "long_names": lambda: _map(LONG, LONG, _all(LONG, LONG)),
   "two_sources": lambda: _map(TWO, TARGET, _all(TWO, TARGET), epochs=200),
   "three_sources": lambda: _map(THREE, FOUR, _all(THREE, FOUR)),
@@ -397,6 +403,39 @@ def test_fixed_matching_says_so():
   assert texts("fixed").count("Fixed at 1 for every pair, not learned") == 1
   assert "was told" in texts("fixed")
   assert "ixed" not in texts("sixteen")
+
+
+@pytest.mark.parametrize(
+  ("case", "scale"),
+  [
+    ("sixteen", "0 = ignored, 1 = start, 6 = maximum. The"),
+    ("softplus", "0 = ignored, 1.31 = start. The"),
+    ("frozen", "0 = ignored. The"),
+    ("fixed", "0 = ignored. The"),
+  ],
+)
+def test_the_picture_says_what_was_learned(case, scale):
+  content = CASES[case]()
+  learned = case in ("sixteen", "softplus")
+  fig = transfer_map.draw(content)
+  texts = " ".join(t.get_text() for t in fig.texts)
+  assert scale in texts
+  assert ("What the target learned" in texts) == learned
+  assert ("dotted: the start" in texts) == learned
+  assert ("given, not learned" in texts) != learned
+  if learned:  # The dotted line is there.
+    assert fig.axes[2].lines[0].get_ydata()[0] == content["start"]
+  # Frozen channels are shown, if not as learned ones.
+  assert ("Given, not learned. Bars" in texts) == (case == "frozen")
+
+
+def test_a_map_of_an_earlier_version_is_drawn():
+  content = CASES["sixteen"]()
+  for key in ("frozen", "start", "maximum"):
+    del content[key]
+  texts = [t.get_text() for t in transfer_map.draw(content).texts]
+  assert texts[0] == "What the target learned to copy, and from where"
+  assert "1 = start, 6 = maximum" in texts[2]
 
 
 def test_names_are_cut_but_stay_apart():
