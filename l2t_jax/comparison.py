@@ -30,16 +30,20 @@ class Cell(NamedTuple):
   summaries: tuple[dict[str, Any], ...]  # summary.json of the finished seeds.
   num_seeds: int  # Asked for.
   errors: tuple[str, ...] = ()  # One a failed seed: "seed 2: loss is nan".
+  in_percent: bool = True  # How accuracies are shown; the same in a column.
 
 
 class _Stats(NamedTuple):
-  """Over the finished seeds of a cell; None where it is not known."""
+  """Over the finished seeds of a cell; None where it is not known.
 
-  test: tuple[float, ...]  # %, seed by seed.
-  test_mean: float | None = None  # %.
-  test_std: float | None = None  # %, of a sample: over n - 1.
-  val_mean: float | None = None  # %.
-  val_std: float | None = None  # %.
+  Accuracies are in % where the column's are.
+  """
+
+  test: tuple[float, ...]  # Seed by seed.
+  test_mean: float | None = None
+  test_std: float | None = None  # Of a sample: over n - 1.
+  val_mean: float | None = None
+  val_std: float | None = None
   seconds: float | None = None  # Mean.
   memory_mib: float | None = None  # The largest.
 
@@ -51,6 +55,7 @@ class _Grid(NamedTuple):
   columns: tuple[str, ...]
   cells: dict[tuple[str, str], Cell]
   stats: dict[tuple[str, str], _Stats]  # Of all places, also empty ones.
+  in_percent: dict[str, bool]  # Of each column.
 
 
 class _Table(NamedTuple):
@@ -109,7 +114,8 @@ _GREY, _INK, _SOFT = "#B4B4B4", "#222222", "#666666"
 _WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
 _DPI = 180
 _ROW = 0.36  # Height of a method's row, in inches.
-_VALUE = 0.95  # Width of the numbers at the right of a panel, in inches.
+# Width of the numbers at the right of a panel, in inches; where not in %.
+_VALUE, _LONG_VALUE = 0.95, 1.4
 _PAPER_MARKER: Any = {
   "marker": "D",
   "markersize": 6,
@@ -210,19 +216,23 @@ def _make_grid(cells: Sequence[Cell]) -> _Grid:
       )
   methods = tuple(dict.fromkeys(cell.method for cell in cells))
   columns = tuple(dict.fromkeys(cell.column for cell in cells))
+  in_percent = {cell.column: cell.in_percent for cell in cells}
   stats = {}
   for place in ((m, c) for m in methods for c in columns):
     stats[place] = _statistics(
-      by_place[place].summaries if place in by_place else ()
+      by_place[place].summaries if place in by_place else (),
+      100 if in_percent[place[1]] else 1,
     )
-  return _Grid(methods, columns, by_place, stats)
+  return _Grid(methods, columns, by_place, stats, in_percent)
 
 
-def _statistics(summaries: Sequence[Mapping[str, Any]]) -> _Stats:
+def _statistics(
+  summaries: Sequence[Mapping[str, Any]], factor: float
+) -> _Stats:
   if not summaries:
     return _Stats(())
   test, val = (
-    tuple(100 * float(summary[key]) for summary in summaries)
+    tuple(factor * float(summary[key]) for summary in summaries)
     for key in ("test_accuracy", "val_accuracy")
   )
   memory = [s["memory_bytes"] for s in summaries if s.get("memory_bytes")]
@@ -250,10 +260,15 @@ def _seeds(cell: Cell | None) -> str:
   return str(done) if done >= cell.num_seeds else f"{done} of {cell.num_seeds}"
 
 
-def _mean_and_std(mean: float | None, std: float | None) -> str:
+def _mean_and_std(
+  mean: float | None, std: float | None, in_percent: bool
+) -> str:
   if mean is None:
     return _UNKNOWN
-  return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+  # Not in %, they are of any scale.
+  of_mean, of_std = (".1f", ".1f") if in_percent else (".4g", ".2g")
+  text = f"{mean:{of_mean}}"
+  return text if std is None else f"{text} ± {std:{of_std}}"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -280,7 +295,8 @@ def _csv(grid: _Grid) -> str:
       stats.seconds,
       stats.memory_mib,
     )
-    rounded = ["" if v is None else round(v, 4) for v in values]
+    digits = 4 if grid.in_percent[column] else 6
+    rounded = ["" if v is None else round(v, digits) for v in values]
     writer.writerow([method, column, len(stats.test), *rounded])
   return out.getvalue()
 
@@ -315,23 +331,33 @@ def _tables(grid: _Grid) -> tuple[_Table, ...]:
     accuracies.append((method, *(_accuracy(grid, *place) for place in places)))
     costs.append((method, *(_cost(grid.stats[place]) for place in places)))
   header = ("method", *grid.columns)
-  title = "Test accuracy in % at the best validation epoch"
+  title, named = "Test accuracy in % at the best validation epoch", header
+  if not all(grid.in_percent.values()):
+    title = "Test accuracy at the best validation epoch"
+    named = ("method", *(f"{c}{_unit(grid, c)}" for c in grid.columns))
   return (
-    _Table(title, header, tuple(accuracies), False),
+    _Table(title, named, tuple(accuracies), False),
     _Table("Time of a run and memory", header, tuple(costs), False),
   )
 
 
+def _unit(grid: _Grid, column: str) -> str:
+  """What follows the name of an accuracy."""
+  return " %" if grid.in_percent[column] else ""
+
+
 def _single_table(grid: _Grid) -> _Table:
   column = grid.columns[0]
-  header = ["method", "test %", "validation %", "seeds", "s a run", "memory"]
+  in_percent, unit = grid.in_percent[column], _unit(grid, column)
+  header = ["method", f"test{unit}", f"validation{unit}"]
+  header += ["seeds", "s a run", "memory"]
   rows = []
   for method in grid.methods:
     stats = grid.stats[method, column]
     row = [
       method,
-      _mean_and_std(stats.test_mean, stats.test_std),
-      _mean_and_std(stats.val_mean, stats.val_std),
+      _mean_and_std(stats.test_mean, stats.test_std, in_percent),
+      _mean_and_std(stats.val_mean, stats.val_std, in_percent),
       _seeds(grid.cells.get((method, column))),
       _number(stats.seconds, 0),
       _memory(stats.memory_mib),
@@ -349,7 +375,9 @@ def _accuracy(grid: _Grid, method: str, column: str) -> str:
   """Write a cell of the table of accuracies."""
   stats = grid.stats[method, column]
   cell = grid.cells.get((method, column))
-  parts = _mean_and_std(stats.test_mean, stats.test_std)
+  parts = _mean_and_std(
+    stats.test_mean, stats.test_std, grid.in_percent[column]
+  )
   paper = _paper(method, column)
   if paper is not None:
     parts += f" [{paper:.1f}]"
@@ -504,7 +532,9 @@ class _Page:
 
 def _draw_panels(grid: _Grid) -> figure.Figure:
   """Draw a panel a column: methods as rows, accuracy from left to right."""
-  num_rows = math.ceil(len(grid.columns) / 3)
+  in_percent = all(grid.in_percent.values())
+  at_most, beside = (3, _VALUE) if in_percent else (2, _LONG_VALUE)
+  num_rows = math.ceil(len(grid.columns) / at_most)
   num_across = math.ceil(len(grid.columns) / num_rows)
   names = [_short(method, 24) for method in grid.methods]
   left = 0.5 + 0.083 * max(map(len, names))
@@ -522,12 +552,16 @@ def _draw_panels(grid: _Grid) -> figure.Figure:
     x = left + across * (i % num_across)
     top = first + each * (i // num_across)
     page.write(x, top, _short(column, int(across / 0.11)), 11)
-    ax = page.panel(x, top + 0.3, across - _VALUE - 0.2, tall)
+    ax = page.panel(x, top + 0.3, across - beside - 0.2, tall)
     _draw_panel(ax, grid, column)
     ax.set_yticks(range(len(names)), names if i % num_across == 0 else [])
     ax.tick_params(axis="y", labelsize=9, labelcolor=_INK)
-    ax.set_xlabel("test accuracy, %", size=8, color=_SOFT)
+    ax.set_xlabel(_axis_title(grid, column), size=8, color=_SOFT)
   return page.figure
+
+
+def _axis_title(grid: _Grid, column: str) -> str:
+  return "test accuracy" + (", %" if grid.in_percent[column] else "")
 
 
 def _write_header(page: _Page, grid: _Grid, key: str) -> None:
@@ -552,7 +586,9 @@ def _draw_panel(ax: axes.Axes, grid: _Grid, column: str) -> None:
     if paper is not None:
       ax.plot(paper, y, zorder=4, **_PAPER_MARKER)
       known.append(paper)
-    value = _mean_and_std(stats.test_mean, stats.test_std)
+    value = _mean_and_std(
+      stats.test_mean, stats.test_std, grid.in_percent[column]
+    )
     part = cell and 0 < len(cell.summaries) < cell.num_seeds
     beside["va"] = "bottom" if part else "center"
     ax.text(1.04, y, value, size=8.5, color=_INK, **beside)
@@ -577,7 +613,7 @@ def _draw_panel(ax: axes.Axes, grid: _Grid, column: str) -> None:
   if not known:
     ax.set(xlim=(0, 1), xticks=[])
     return
-  ax.set_xlim(*_limits(known))
+  ax.set_xlim(*_limits(known, grid.in_percent[column]))
   ax.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 
@@ -610,7 +646,10 @@ def _draw_sweep(
     if stats.test_mean is not None:
       std = stats.test_std or 0.0
       known += [stats.test_mean - std, stats.test_mean + std]
-  low, high = _limits(known) if known else (0.0, 1.0)
+  column = grid.columns[0]  # They are all of one kind.
+  low, high = (0.0, 1.0)
+  if known:
+    low, high = _limits(known, grid.in_percent[column])
   ends = [_end(grid, i, columns) for i in range(len(grid.methods))]
   longest = max(len(end.label) for end in ends)
   wide = min(7.2, _WIDTH - 1.6 - 0.09 * longest)
@@ -626,7 +665,7 @@ def _draw_sweep(
     ax.set_yticks([])
   _set_values(ax, list(columns), wide)
   ax.set_xlabel(_short(name, 60), size=9, color=_SOFT)
-  ax.set_ylabel("test accuracy, %", size=9, color=_SOFT)
+  ax.set_ylabel(_axis_title(grid, column), size=9, color=_SOFT)
   # Methods without a result stand below all others.
   ends.sort(key=lambda end: -end.point[1] if end.point else math.inf)
   spots = _spread(
@@ -651,7 +690,8 @@ def _end(grid: _Grid, index: int, columns: Mapping[float, str]) -> _End:
   assert mean is not None
   early = xs[-1] != list(columns)[-1]
   # The number would be taken for that of the last value.
-  label = f"{label} (to {xs[-1]:g})" if early else f"{mean:.1f}  {label}"
+  value = _mean_and_std(mean, None, grid.in_percent[grid.columns[0]])
+  label = f"{label} (to {xs[-1]:g})" if early else f"{value}  {label}"
   return _End(label, _COLORS[index % len(_COLORS)], (xs[-1], mean), early)
 
 
@@ -733,10 +773,11 @@ def _spread(
   return heights - gap * np.arange(len(ends))
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
+def _limits(values: Sequence[float], in_percent: bool) -> tuple[float, float]:
   """Return the range of an axis that shows all values, at least 1 % wide."""
   middle = (min(values) + max(values)) / 2
-  half = 0.56 * max(1.0, max(values) - min(values))
+  least = 1.0 if in_percent else 0.01 * max(map(abs, values)) or 1.0
+  half = 0.56 * max(least, max(values) - min(values))
   return middle - half, middle + half
 
 

@@ -24,6 +24,7 @@ from l2t_jax import (
   data,
   logs,
   metrics,
+  objectives,
   pretrained,
   processes,
   sharding,
@@ -317,7 +318,7 @@ class Loop:
         }
         _save_target(self._run, seed, self._take(state.inner, index), epoch)
       seed.record("epoch", step, record)
-      self._display.say(seed.label + _epoch_line(record, config.epochs))
+      self._display.say(seed.label + _epoch_line(record, config))
     leaves = self._requests.after(step)
     is_end = epoch == config.epochs
     if leaves or is_end or epoch % config.checkpoint_every == 0:
@@ -442,11 +443,14 @@ def _save_target(run, seed, inner, epoch):
   )
 
 
-def _epoch_line(record, epochs):
+def _epoch_line(record, config):
+  show = lambda name: objectives.accuracy_text(
+    record[f"{name}_accuracy"], config.target, digits=2
+  )
   line = (
-    f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}"
-    f"  val {record['val_accuracy']:.2%}"
+    f"epoch {record['epoch']}/{config.epochs}  loss {record['train_loss']:.4f}"
+    f"  val {show('val')}"
   )
   if "test_accuracy" in record:
-    line += f"  (best so far; test {record['test_accuracy']:.2%})"
+    line += f"  (best so far; test {show('test')})"
   return line

@@ -336,6 +336,22 @@ def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
   return loss_fn
 
 
+def is_classification(target: Mapping[str, Any]) -> bool:
+  """Whether accuracies are shares of images, and not numbers of any scale.
+
+  Args:
+    target: the fields of config.target; early runs have no `task`.
+  """
+  return target.get("task", "classification") == "classification"
+
+
+def accuracy_text(value: float, target: Mapping[str, Any], digits: int) -> str:
+  """Write an accuracy with some digits in %, or as the user's task gives it."""
+  if is_classification(target):
+    return f"{value:.{digits}%}"
+  return f"{value:.4g}"
+
+
 def task_loss(
   task: types.Task, outputs: chex.Array, labels: chex.Array
 ) -> chex.Array:

@@ -78,8 +78,7 @@ class Run(NamedTuple):
   @property
   def is_classifier(self) -> bool:
     """Whether its accuracies are shares of images."""
-    task = self.config["target"].get("task", "classification")
-    return task == "classification"
+    return objectives.is_classification(self.config["target"])
 
   @property
   def learned_pairs(self) -> bool:

@@ -266,7 +266,10 @@ def run_job(job: Cell) -> None:
     return
   for workdir in job.workdirs.values():
     (workdir / _ERROR).unlink(missing_ok=True)
-  accuracies = lambda key: ", ".join(f"{s[key]:.1%}" for s in summaries)
+  accuracies = lambda key: ", ".join(
+    objectives.accuracy_text(summary[key], job.config.target, digits=1)
+    for summary in summaries
+  )
   _OUT.print(
     f"{title}: validation {accuracies('val_accuracy')}, test"
     f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
@@ -302,6 +305,7 @@ def results(cells: Sequence[Cell]) -> list[comparison.Cell]:
       tuple(_read_summaries(cell.workdirs.values())),
       len(cell.workdirs),
       tuple(_read_errors(cell.workdirs)),
+      in_percent=objectives.is_classification(cell.config.target),
     )
     for cell in cells
   ]

@@ -51,6 +51,24 @@ def test_seeds_that_trained_at_once_are_told_of(tmp_path):
   assert "2 seeds trained at once: time is a seed's share" in text
 
 
+def _errors(cells):
+  """Make of accuracies in % small errors, as a task of the user's has them."""
+  return [
+    cell._replace(
+      summaries=tuple(
+        {
+          **summary,
+          "test_accuracy": summary["test_accuracy"] * -0.1234,
+          "val_accuracy": summary["val_accuracy"] * -0.1234,
+        }
+        for summary in cell.summaries
+      ),
+      in_percent=False,
+    )
+    for cell in cells
+  ]
+
+
 def _grid(num_methods, columns, *, num_seeds=3):
   """Return made-up results; from three methods on, some are missing."""
   rng = np.random.default_rng(0)
@@ -182,6 +200,39 @@ def test_markdown_of_several_columns(tmp_path):
     "| `l2t_ww` | – | 10 s, 1 MiB |",
   ]
   assert "- [ ]: reported by the paper" in text
+
+
+def test_accuracies_that_are_no_shares(tmp_path):
+  """A mean absolute error of 4.2 is not -420 %."""
+  cell = _cell("lwf", "age", (-418, -422))._replace(in_percent=False)
+  text = _write(tmp_path, [cell])
+  assert text.splitlines()[:5] == [
+    "**age: accuracy at the best validation epoch**",
+    "",
+    "| method | test | validation | seeds | s a run | memory |",
+    "| --- | ---: | ---: | ---: | ---: | ---: |",
+    "| `lwf` | -4.2 ± 0.028 | -4.19 ± 0.028 | 2 | 15 | 2 MiB |",
+  ]
+  row = ["lwf", "age", "2", "-4.2", "0.028284", "-4.19", "0.028284", ""]
+  assert _csv(tmp_path, [cell])[1][:8] == row
+  (ax,) = comparison.draw([cell]).axes
+  assert ax.get_xlabel() == "test accuracy"
+  low, high = ax.get_xlim()
+  assert -4.3 < low < -4.23 and -4.17 < high < -4.1
+  # Beside a classifier each column says what it is.
+  text = _write(tmp_path, [cell, _cell("lwf", "stl10", (60,))])
+  assert text.splitlines()[:5] == [
+    "**Test accuracy at the best validation epoch**",
+    "",
+    "| method | age | stl10 % |",
+    "| --- | --- | --- |",
+    "| `lwf` | -4.2 ± 0.028 | 60.0 [68.6] |",
+  ]
+  # And over the values of a field.
+  sweep = [cell._replace(column=f"n={n}") for n in (5, 10)]
+  (ax,) = comparison.draw(sweep).axes
+  assert ax.get_ylabel() == "test accuracy"
+  assert [t.get_text() for t in ax.texts] == ["-4.2  lwf"]
 
 
 def test_what_is_missing_or_failed_is_said(tmp_path):
@@ -419,10 +470,11 @@ def test_labels_are_moved_apart_by_as_little_as_possible():
   np.testing.assert_allclose(spread(0, 0, 0), [2, 1, 0])
 
 
+@pytest.mark.parametrize("change", [list, _errors])
 @pytest.mark.parametrize("case", CASES)
-def test_texts_neither_overlap_nor_leave_the_picture(case, monkeypatch):
+def test_texts_neither_overlap_nor_leave_the_picture(case, change, monkeypatch):
   num_methods, columns = CASES[case]
-  fig = comparison.draw(_grid(num_methods, columns))
+  fig = comparison.draw(change(_grid(num_methods, columns)))
   texts = pictures.draw_texts(fig, monkeypatch)
   assert len(texts) > 5 + num_methods
   pictures.assert_inside(fig, texts)

@@ -188,7 +188,7 @@ def test_too_few_outputs(arrays):
     )
 
 
-def test_tasks_of_ones_own(arrays):
+def test_tasks_of_ones_own(arrays, capsys):
   ink = {
     "x_train": arrays["x_train"],
     "t_train": np.int32(arrays["x_train"] > 120),
@@ -197,7 +197,10 @@ def test_tasks_of_ones_own(arrays):
   result = learn.fit(
     tasks.Segmenter(), ink, task=task, config=small_config("scratch", 4)
   )
-  assert result.summary["test_accuracy"] > 0.6
+  accuracy = result.summary["test_accuracy"]
+  assert accuracy > 0.6
+  said = capsys.readouterr().out
+  assert f"test {accuracy:.4g})" in said and "%" not in said
   assert result.predict(ink["x_train"]).shape == (500, 8, 8)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from rich import console
 
 from l2t_jax import experiment, table, types
 from tests import small_runs
@@ -105,6 +106,27 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
   assert asked == [[0, 1], [0], [1]]
   errors = [(w / "error.txt").exists() for w in job.workdirs.values()]
   assert errors == [False, True]
+
+
+def test_accuracies_of_a_task_are_shown_as_they_are(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(table, "_OUT", console.Console(soft_wrap=True))
+  monkeypatch.setattr(
+    experiment,
+    "train_together",
+    lambda *_: [{"val_accuracy": -4.2, "test_accuracy": 0.5}],
+  )
+  for task, said in (
+    ("classification", "validation -420.0%, test 50.0%"),
+    ("mine:ERROR", "validation -4.2, test 0.5"),
+  ):
+    cell = cells(tmp_path, 1)[0]
+    cell.config.target.task = task
+    table.run_job(cell)
+    assert said in capsys.readouterr().out
+    (result,) = table.results([cell])
+    assert result.in_percent == (task == "classification")
 
 
 @pytest.mark.long
