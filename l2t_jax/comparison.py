@@ -31,6 +31,9 @@ class Cell(NamedTuple):
   num_seeds: int  # Asked for.
   errors: tuple[str, ...] = ()  # One a failed seed: "seed 2: loss is nan".
   in_percent: bool = True  # How accuracies are shown; the same in a column.
+  paper: float | None = None  # Test accuracy in % that the paper reports.
+  # In what the runs are not in the paper's setting: "epochs is 5, not 200".
+  departures: tuple[str, ...] = ()
 
 
 class _Stats(NamedTuple):
@@ -56,6 +59,7 @@ class _Grid(NamedTuple):
   cells: dict[tuple[str, str], Cell]
   stats: dict[tuple[str, str], _Stats]  # Of all places, also empty ones.
   in_percent: dict[str, bool]  # Of each column.
+  departures: dict[str, tuple[str, ...]]  # Of each column's cells.
 
 
 class _Table(NamedTuple):
@@ -66,31 +70,6 @@ class _Table(NamedTuple):
   rows: tuple[tuple[str, ...], ...]
   right: bool  # Whether to align all but the methods to the right.
 
-
-_PAPER_METHODS = (
-  "scratch",
-  "lwf",
-  "at",
-  "lwf_at",
-  "fm_single",
-  "fm_one_to_one",
-  "l2t_w_single",
-  "l2t_w_one_to_one",
-  "l2t_ww",
-)
-# Jang et al., ICML 2019, Table 1: column -> method -> top-1 accuracy in %. As
-# in the README: recalled, and not measurements of this code.
-PAPER: dict[str, dict[str, float]] = {
-  column: dict(zip(_PAPER_METHODS, values, strict=True))
-  for column, values in {
-    "cifar100": (67.7, 69.2, 67.5, 68.8, 69.4, 70.0, 70.3, 70.0, 71.0),
-    "stl10": (65.2, 68.6, 74.2, 75.1, 75.0, 76.4, 74.4, 76.4, 78.3),
-    "cub200": (42.2, 45.5, 57.7, 58.9, 47.6, 48.9, 52.0, 56.6, 65.1),
-    "mit67": (48.9, 53.7, 59.2, 61.4, 55.2, 54.9, 60.4, 59.8, 64.9),
-    "stanford40": (36.9, 39.7, 59.3, 60.2, 42.9, 44.5, 46.3, 48.2, 63.1),
-    "dogs": (58.1, 66.3, 69.7, 72.7, 66.1, 67.3, 69.2, 69.8, 78.1),
-  }.items()
-}
 
 _CSV_HEADER = (
   "method",
@@ -105,6 +84,7 @@ _CSV_HEADER = (
   "memory_mib",
 )
 _UNKNOWN = "–"
+_NUM_DEPARTURES = 4  # That a note names.
 
 # Okabe and Ito's colours for the colour-blind, darkened enough to carry text;
 # a marker for each, as neighbours of twelve lines need more than a colour.
@@ -223,7 +203,15 @@ def _make_grid(cells: Sequence[Cell]) -> _Grid:
       by_place[place].summaries if place in by_place else (),
       100 if in_percent[place[1]] else 1,
     )
-  return _Grid(methods, columns, by_place, stats, in_percent)
+  departures = {
+    column: tuple(
+      dict.fromkeys(
+        d for c in cells if c.column == column for d in c.departures
+      )
+    )
+    for column in columns
+  }
+  return _Grid(methods, columns, by_place, stats, in_percent, departures)
 
 
 def _statistics(
@@ -248,8 +236,10 @@ def _statistics(
   )
 
 
-def _paper(method: str, column: str) -> float | None:
-  return PAPER.get(column, {}).get(method)
+def _paper(grid: _Grid, method: str, column: str) -> float | None:
+  """Return what the paper reports, where its setting is that of the column."""
+  cell = grid.cells.get((method, column))
+  return cell.paper if cell and not grid.departures[column] else None
 
 
 def _seeds(cell: Cell | None) -> str:
@@ -291,7 +281,7 @@ def _csv(grid: _Grid) -> str:
       stats.test_std,
       stats.val_mean,
       stats.val_std,
-      _paper(method, column),
+      _paper(grid, method, column),
       stats.seconds,
       stats.memory_mib,
     )
@@ -366,7 +356,7 @@ def _single_table(grid: _Grid) -> _Table:
   if _has_paper(grid):
     header.insert(2, "paper %")
     for row in rows:
-      row.insert(2, _number(_paper(row[0], column), 1))
+      row.insert(2, _number(_paper(grid, row[0], column), 1))
   title = f"{column}: accuracy at the best validation epoch"
   return _Table(title, tuple(header), tuple(map(tuple, rows)), True)
 
@@ -378,7 +368,7 @@ def _accuracy(grid: _Grid, method: str, column: str) -> str:
   parts = _mean_and_std(
     stats.test_mean, stats.test_std, grid.in_percent[column]
   )
-  paper = _paper(method, column)
+  paper = _paper(grid, method, column)
   if paper is not None:
     parts += f" [{paper:.1f}]"
   if cell and 0 < len(cell.summaries) < cell.num_seeds:
@@ -411,6 +401,12 @@ def _notes(grid: _Grid) -> list[str]:
   if _has_paper(grid):
     sign = "paper %" if len(grid.columns) == 1 else "[ ]"
     notes.append(f"{sign}: reported by the paper, not measured here.")
+  for column, departures in grid.departures.items():
+    if departures:
+      where = "" if len(grid.columns) == 1 else f"{column}: "
+      notes.append(
+        f"{where}the paper's numbers are left out: {_shortened(departures)}."
+      )
   summaries = [s for cell in grid.cells.values() for s in cell.summaries]
   if any(stats.memory_mib is not None for stats in grid.stats.values()):
     notes.append("Memory: what the compiled training step needs.")
@@ -426,8 +422,13 @@ def _notes(grid: _Grid) -> list[str]:
   return notes
 
 
+def _shortened(departures: Sequence[str]) -> str:
+  first, rest = departures[:_NUM_DEPARTURES], departures[_NUM_DEPARTURES:]
+  return "; ".join([*first, *([f"{len(rest)} more"] if rest else [])])
+
+
 def _has_paper(grid: _Grid) -> bool:
-  return any(_paper(*place) is not None for place in grid.stats)
+  return any(_paper(grid, *place) is not None for place in grid.stats)
 
 
 def _ran_on(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -582,7 +583,7 @@ def _draw_panel(ax: axes.Axes, grid: _Grid, column: str) -> None:
   for y, method in enumerate(grid.methods):
     stats = grid.stats[method, column]
     cell = grid.cells.get((method, column))
-    paper = _paper(method, column)
+    paper = _paper(grid, method, column)
     if paper is not None:
       ax.plot(paper, y, zorder=4, **_PAPER_MARKER)
       known.append(paper)

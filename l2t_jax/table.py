@@ -33,6 +33,8 @@ from l2t_jax import (
   comparison,
   experiment,
   objectives,
+  paper,
+  pretrained,
   processes,
   run_folder,
   types,
@@ -60,8 +62,6 @@ _TOGETHER = flags.DEFINE_integer(
   lower_bound=0,
 )
 _SUMMARY, _ERROR = "summary.json", "error.txt"  # What a run leaves.
-# The paper's rows.
-_PAPER_METHODS = tuple(comparison.PAPER["stl10"])
 
 _OUT = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
@@ -85,7 +85,7 @@ def main(overrides: list[str]) -> int:
   workdir = pathlib.Path(flags.FLAGS.workdir)
   share = _parse_shard(_SHARD.value)
   columns = load_columns(_CONFIG.value, _SWEEP.value, overrides)
-  methods = _METHODS.value or _PAPER_METHODS
+  methods = _METHODS.value or paper.METHODS
   cells = make_cells(columns, methods, _SEEDS.value, workdir)
   for cell in cells:  # Before anything is trained.
     experiment.check(cell.config, cell.workdirs)
@@ -298,17 +298,52 @@ def _train_logged(
 
 def results(cells: Sequence[Cell]) -> list[comparison.Cell]:
   """Read what the runs of all cells have left so far."""
-  return [
-    comparison.Cell(
-      cell.method,
-      cell.column,
-      tuple(_read_summaries(cell.workdirs.values())),
-      len(cell.workdirs),
-      tuple(_read_errors(cell.workdirs)),
-      in_percent=objectives.is_classification(cell.config.target),
-    )
-    for cell in cells
-  ]
+  return [_result(cell) for cell in cells]
+
+
+def _result(cell: Cell) -> comparison.Cell:
+  summaries = _read_summaries(cell.workdirs.values())
+  reported = paper.REPORTED.get(cell.column, {}).get(cell.method)
+  departures: tuple[str, ...] = ()
+  if reported is not None:
+    departures = _departures(cell, summaries)
+  return comparison.Cell(
+    cell.method,
+    cell.column,
+    tuple(summaries),
+    len(cell.workdirs),
+    tuple(_read_errors(cell.workdirs)),
+    in_percent=objectives.is_classification(cell.config.target),
+    paper=reported,
+    departures=departures,
+  )
+
+
+def _departures(cell, summaries):
+  """Say in what a cell is not what the paper reports; see `paper.departures`.
+
+  `experiment.check` has seen that the config is that of the runs.
+  """
+  config, source, num_images = cell.config, "", None
+  if objectives.METHODS[cell.method].needs_source and config.source.weights:
+    source = _describe_source(pathlib.Path(config.source.weights))
+  for summary in summaries[:1]:  # The others' are as many.
+    num_labelled = summary["num_train"] + summary["num_val"]
+    num_images = (num_labelled, summary["num_test"])
+  return paper.departures(
+    cell.column,
+    json.loads(config.to_json()),
+    source=source,
+    num_images=num_images,
+  )
+
+
+def _describe_source(path):
+  try:
+    metadata = pretrained.read_metadata(path)
+  except types.InputError:  # The runs have failed of it.
+    return "unknown"
+  return f"{metadata['model']} of {metadata['num_classes']} classes"
 
 
 def _read_summaries(workdirs) -> list[dict[str, Any]]:

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from l2t_jax import comparison
+from l2t_jax import comparison, paper
 from tests import pictures
 
 VERSIONS = {"python": "3.11.7", "jax": "0.10.1", "numpy": "2.4.6"}
 METHODS = (
-  *comparison.PAPER["stl10"],
+  *paper.METHODS,
   "fm_all_to_all",
   "a_method_with_a_$very$_long_name",
   "l2t[bold]|w<w",
@@ -38,7 +38,10 @@ def _cell(method, column, test, *, num_seeds=None, errors=(), **fields):
     for seed, value in enumerate(test)
   )
   asked = len(test) if num_seeds is None else num_seeds
-  return comparison.Cell(method, column, summaries, asked, errors)
+  reported = paper.REPORTED.get(column, {}).get(method)
+  return comparison.Cell(
+    method, column, summaries, asked, errors, paper=reported
+  )
 
 
 def test_seeds_that_trained_at_once_are_told_of(tmp_path):
@@ -75,7 +78,7 @@ def _grid(num_methods, columns, *, num_seeds=3):
   cells = []
   for j, column in enumerate(columns):
     for i, method in enumerate(METHODS[:num_methods]):
-      value = comparison.PAPER.get(column, {}).get(method, 60.0 + i) - 2 + j
+      value = paper.REPORTED.get(column, {}).get(method, 60.0 + i) - 2 + j
       test = value + rng.normal(size=num_seeds)
       if num_methods > 2 and i == 1 and j == 0:
         test = test[1:]
@@ -89,7 +92,7 @@ def _values(values, name="per_class"):
   return [f"{name}={value}" for value in values]
 
 
-PAPERS = list(comparison.PAPER)
+PAPERS = list(paper.REPORTED)
 CASES = {
   f"{m}_methods_{n}_columns": (m, PAPERS[:n])
   for m, n in itertools.product((1, 3, 12), (1, 2, 6))
@@ -202,6 +205,27 @@ def test_markdown_of_several_columns(tmp_path):
   assert "- [ ]: reported by the paper" in text
 
 
+def test_the_papers_numbers_are_left_out_of_another_setting(tmp_path):
+  told = "epochs is 5, not 200"
+  other = _cell("lwf", "stl10", (60,))._replace(departures=(told,))
+  cells = [_cell("at", "stl10", (60,)), other]
+  text = _write(tmp_path, cells)
+  # Of all of the column.
+  assert "| method | test % | validation % | seeds |" in text
+  assert "74.2" not in text and "68.6" not in text
+  assert f"\n- the paper's numbers are left out: {told}.\n" in text
+  assert [row[7] for row in _csv(tmp_path, cells)[1:]] == ["", ""]
+  fig = comparison.draw(cells)
+  assert "reported by the paper" not in [t.get_text() for t in fig.texts]
+  # And of no other column.
+  text = _write(tmp_path, [*cells, _cell("at", "dogs", (60,))])
+  assert "| `at` | 60.0 | 60.0 [69.7] |" in text
+  assert f"\n- stl10: the paper's numbers are left out: {told}.\n" in text
+  # Many are counted.
+  many = other._replace(departures=tuple(map(str, range(9))))
+  assert "left out: 0; 1; 2; 3; 5 more." in _write(tmp_path, [many])
+
+
 def test_accuracies_that_are_no_shares(tmp_path):
   """A mean absolute error of 4.2 is not -420 %."""
   cell = _cell("lwf", "age", (-418, -422))._replace(in_percent=False)
@@ -278,25 +302,6 @@ def test_names_cannot_break_the_markdown(tmp_path):
   text = _write(tmp_path, [_cell("a|b<c", "x|<y", (60,))])
   assert r"| `a\|b<c` | 60.0 |" in text
   assert r"**x\|&lt;y: accuracy" in text
-
-
-def test_the_paper_is_quoted_as_in_the_readme():
-  readme = pathlib.Path(comparison.__file__).parents[1] / "README.md"
-  _, section = readme.read_text("utf-8").split("## Reported by the paper")
-  section = section.split("\n## ")[0]
-  lines = [line for line in section.splitlines() if line.startswith("|")]
-  names = {"CIFAR-100": "cifar100", "STL-10": "stl10", "CUB-200": "cub200"}
-  names |= {"MIT-67": "mit67", "Stanford-40": "stanford40", "Dogs": "dogs"}
-  cut = lambda line: [cell.strip(" *") for cell in line.strip("|").split("|")]
-  columns = [names[name] for name in cut(lines[0])[1:]]
-  quoted = {column: {} for column in columns}
-  for line in lines[2:]:
-    method, *values = cut(line)
-    for a, b in (("-", "_"), ("+", "_"), (", ", "_")):
-      method = method.lower().replace(a, b)
-    for column, value in zip(columns, values, strict=True):
-      quoted[column][method] = float(value)
-  assert quoted == comparison.PAPER
 
 
 @pytest.mark.parametrize(

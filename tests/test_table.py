@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 import re
 import signal
 import subprocess
@@ -173,6 +174,51 @@ def test_a_sweep_is_a_column_for_each_value(tmp_path):
   assert [cell.workdirs[0] for cell in cells] == [
     tmp_path / f"weights=a_{name}" / "lwf" / "seed0" for name in "bc"
   ]
+
+
+@pytest.mark.parametrize(
+  ("path", "override", "told"),
+  [
+    ("configs/stl10.py", "epochs=5", "epochs is 5, not 200"),
+    ("mine/dogs.py", "seed=1", "target.model is 'vgg9', not 'resnet18'"),
+    (
+      "configs/stl10.py",
+      "source.weights=SOURCE",
+      "the source is resnet_tiny of 10 classes, not resnet32 of 200 classes",
+    ),
+    ("configs/digits.py", "epochs=5", None),
+  ],
+)
+def test_the_papers_numbers_need_its_setting(
+  path, override, told, source, tmp_path
+):
+  """Also beside a file of one's own that has the name of a shipped one."""
+  override = override.replace("SOURCE", str(source))
+  if path.startswith("mine"):
+    path = str(tmp_path / "dogs.py")
+    pathlib.Path(path).write_text("from configs.default import get_config")
+  columns = table.load_columns([path], "", [f"--config.{override}"])
+  made = table.make_cells(columns, ["scratch", "lwf", "kd"], 1, tmp_path)
+  scratch, lwf, kd = (cell.departures for cell in table.results(made))
+  assert kd == ()  # The paper does not have it.
+  assert (told in lwf) if told else (lwf == ())
+  # What is trained from scratch has no source.
+  is_of_source = told is None or told.startswith("the source")
+  assert (scratch == ()) == is_of_source
+
+
+def test_images_of_ones_own_are_not_the_papers(tmp_path):
+  columns = table.load_columns(
+    ["configs/dogs.py"], "", ["--config.data.source=folder"]
+  )
+  (cell,) = table.make_cells(columns, ["scratch"], 1, tmp_path)
+  assert table.results([cell])[0].departures == ()
+  folder = cell.workdirs[0]
+  folder.mkdir(parents=True)
+  summary = {"num_train": 800, "num_val": 100, "num_test": 300}
+  (folder / "summary.json").write_text(json.dumps(summary))
+  (told,) = table.results([cell])[0].departures
+  assert told.startswith("the images are 900 to learn from and 300 to test on")
 
 
 def cells(workdir, num_seeds=3):
