@@ -467,7 +467,9 @@ def _digits_of(variables):
 
 def _blank_batch(config, dataset, image_format):
   rows = lambda size: size // jax.process_count()
-  images = lambda size: jnp.zeros((rows(size), *image_format.shape))
+  images = lambda size: jnp.zeros(
+    (rows(size), *image_format.shape), jnp.float32
+  )
   unlabeled = None
   if dataset.num_unlabeled:
     unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)

@@ -181,6 +181,12 @@ def test_distillation_reads_no_features(arrays):
   assert np.isfinite(result.summary["val_accuracy"])
 
 
+def test_a_run_where_float64_is_on(arrays, x64):
+  network = nn.Sequential([lambda x: x.mean((1, 2)), nn.Dense(10)])
+  result = learn.fit(network, arrays, config=small_config("scratch", 1))
+  assert result.summary["epochs"] == 1
+
+
 def test_too_few_outputs(arrays):
   with pytest.raises(types.InputError, match=r"\['B', 2\].*have 10 classes"):
     learn.fit(
