@@ -209,10 +209,11 @@ def _mixed_gradient(loss_fn):
   A loss whose derivatives are not those of its value (a straight-through
   estimator, say) has no symmetric Hessian: use another mode for it.
   """
-  gradient = jax.custom_vjp(_gradient(loss_fn))
+  plain_gradient = _gradient(loss_fn)
+  gradient = jax.custom_vjp(plain_gradient)
 
   def forward(*args):
-    return gradient(*args), args
+    return plain_gradient(*args), args
 
   def backward(args, cotangents):
     # XLA would find what the way there has computed, and keep all of it.

@@ -5,6 +5,7 @@ import sys
 
 import chex
 import jax
+from jax import test_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -132,6 +133,22 @@ def test_rolled_equals_unrolled(mode, x64):
   one, _ = gradient_and_differences(make_look_ahead(mode, 3))
   other, _ = gradient_and_differences(make_look_ahead(mode, 3, rolled=True))
   np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "linearized"])
+def test_the_hypergradient_is_differentiable(mode, x64):
+  params, meta_params, model_state, batch = problem()
+  state = types.InnerState(params, sgd().init(params), model_state)
+  look_ahead = make_look_ahead(mode, 3, rolled=True)
+
+  @jax.jit
+  def square(meta_params):
+    _, grads = bilevel.hypergradient(
+      look_ahead, outer_loss, state, meta_params, batch
+    )
+    return optax.tree.norm(grads, squared=True)
+
+  test_util.check_grads(square, (meta_params,), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize(
