@@ -41,6 +41,8 @@ from l2t_jax import types
 #   linearized: the same products, from a linearization that each step keeps:
 #               nothing is computed twice, and memory grows with T.
 MODES = ("reverse", "remat", "mixed", "linearized")
+# Optimizers may treat their first updates in another way than the later ones.
+_NUM_PROBED = 8
 
 StepFn = Callable[
   [types.InnerState, types.PyTree, types.PyTree],
@@ -268,12 +270,17 @@ def _joint_gradient(loss_fn):
 def check_differentiable(
   optimizer: optax.GradientTransformation, params: types.PyTree
 ) -> None:
-  """Refuse an optimizer whose update has no finite slope at a zero gradient.
+  """Refuse an optimizer whose updates have no finite slope at zero gradients.
 
   Exactly zero gradients are common (a parameter that a loss does not reach),
   and there sqrt has an infinite slope: optax's Adam with eps_root=0 turns the
-  whole hypergradient into NaN. The probe runs on one scalar for each leaf;
-  an optimizer with traced hyper-parameters cannot be probed and passes.
+  whole hypergradient into NaN. Some updates of small arrays are probed, each
+  with one gradient that is 0; an optimizer with traced hyper-parameters, or one
+  that does not run on small arrays, cannot be probed and passes.
+
+  So does one that has no slope only where all gradients of an array, or of all
+  arrays, are 0, such as `optax.clip_by_global_norm`;
+  `training.clip_by_global_norm` has one there, too.
 
   Args:
     optimizer: the inner optimizer.
@@ -282,21 +289,62 @@ def check_differentiable(
   Raises:
     types.InputError: for an optimizer that is not differentiable.
   """
-  with jax.ensure_compile_time_eval():
-    ones = jax.tree.map(
-      lambda leaf: jnp.ones((), jnp.result_type(leaf)), params
-    )
-    zeros = jax.tree.map(jnp.zeros_like, ones)
-
-    def update(grads):
-      return optimizer.update(grads, optimizer.init(ones), ones)[0]
-
-    _, slopes = jax.jvp(update, (zeros,), (ones,))
-    slopes = jax.tree.leaves(slopes)
+  try:
+    with jax.ensure_compile_time_eval():
+      slopes = _slopes_at_zero(optimizer, params)
+  except Exception:  # Whatever it is that small arrays are not enough for.
+    return
   if any(isinstance(slope, jax.core.Tracer) for slope in slopes):
     return  # A traced hyper-parameter: nothing to look at before the run.
-  if not all(np.isfinite(slope) for slope in slopes):
+  if not all(np.isfinite(slope).all() for slope in slopes):
     raise types.InputError(
-      "the inner optimizer's update has no finite derivative at a zero"
+      "the inner optimizer's updates have no finite derivative at a zero"
       " gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)"
     )
+
+
+def _slopes_at_zero(optimizer, params):
+  """Differentiate some updates by their gradients, one in each array being 0.
+
+  Params are arrays of their ranks; of those that the optimizer keeps the same
+  for, one is enough.
+  """
+  params = jax.tree.map(
+    lambda x: np.ones(np.minimum(np.shape(x), 2), jnp.result_type(x)), params
+  )
+  kept = _paths(jax.eval_shape(optimizer.init, params))
+  alike = {}
+  for path, leaf in zip(_paths(params), jax.tree.leaves(params), strict=True):
+    what = (name.removesuffix(path) for name in kept if name.endswith(path))
+    alike[leaf.ndim, leaf.dtype, *what] = path
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      x if jax.tree_util.keystr(path) in alike.values() else optax.MaskedNode()
+    ),
+    params,
+  )
+
+  grads = jax.tree.map(np.ones_like, params)
+  for leaf in jax.tree.leaves(grads):
+    leaf.flat[:1] = 0
+
+  @jax.jit
+  def update(grads, params, state):
+    updates, pullback, state = jax.vjp(
+      lambda grads: optimizer.update(grads, state, params), grads, has_aux=True
+    )
+    ones = jax.tree.map(jnp.ones_like, updates)
+    return pullback(ones), optax.apply_updates(params, updates), state
+
+  state, slopes = optimizer.init(params), []
+  for _ in range(_NUM_PROBED):
+    slope, params, state = update(grads, params, state)
+    slopes += jax.tree.leaves(slope)
+  return slopes
+
+
+def _paths(tree):
+  return [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]

@@ -167,13 +167,41 @@ def test_any_differentiable_optimizer(mode, optimizer, x64):
   np.testing.assert_allclose(gradient, differences, rtol=1e-5)
 
 
-def test_adam_without_eps_root_is_refused():
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    optax.adam(0.1),
+    optax.radam(0.1),  # From its second update on.
+    optax.multi_transform(
+      {"one": optax.sgd(0.1), "other": optax.adam(0.1)},
+      {"w1": "one", "b1": "one", "scale": "one", "w2": "other"},
+    ),
+  ],
+  ids=["adam", "radam", "one_of_two"],
+)
+def test_optimizers_without_a_slope_are_refused(optimizer):
   params, meta_params, model_state, batch = problem()
-  optimizer = optax.adam(0.1)
   step = bilevel.make_inner_step(inner_loss, optimizer)
   state = types.InnerState(params, optimizer.init(params), model_state)
   with pytest.raises(types.InputError, match="eps_root=1e-8"):
     step(state, meta_params, batch)
+
+
+def only_on_large_arrays():
+  scale = jnp.ones((NUM_IN, NUM_HIDDEN))
+  return optax.stateless(
+    lambda grads, params: grads | {"w1": scale * grads["w1"]}
+  )
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [optax.sm3(0.1), optax.contrib.muon(0.1, eps=1e-3), only_on_large_arrays()],
+  ids=["sm3", "muon", "only_on_large_arrays"],
+)
+def test_optimizers_with_a_slope_are_not_refused(optimizer):
+  params = {"w1": jnp.ones((NUM_IN, NUM_HIDDEN)), "w2": jnp.ones((2, 1))}
+  bilevel.check_differentiable(optimizer, params)
 
 
 def test_adam_is_refused_in_training_too():
