@@ -174,6 +174,9 @@ def softened_cross_entropy(
     The loss in nats, [].
   """
   chex.assert_equal_shape([logits, source_logits])
+  logits, source_logits = map(
+    transfer.at_least_float32, (logits, source_logits)
+  )
   wanted = jax.nn.softmax(source_logits / temperature)
   log_probabilities = jax.nn.log_softmax(logits / temperature)
   return -jnp.mean(jnp.sum(wanted * log_probabilities, axis=-1))
@@ -356,7 +359,7 @@ def task_loss(
   task: types.Task, outputs: chex.Array, labels: chex.Array
 ) -> chex.Array:
   """Compute L_org; raise `types.InputError` where it is no scalar."""
-  loss = task.loss(outputs, labels)
+  loss = task.loss(transfer.at_least_float32(outputs), labels)
   if jnp.shape(loss):
     raise types.InputError(
       f"the task's loss returned an array of shape {list(jnp.shape(loss))} for"
@@ -369,7 +372,7 @@ def task_accuracy(
   task: types.Task, outputs: chex.Array, labels: chex.Array
 ) -> chex.Array:
   """Compute each image's accuracy, [B]; raise `types.InputError` otherwise."""
-  accuracy = task.accuracy(outputs, labels)
+  accuracy = task.accuracy(transfer.at_least_float32(outputs), labels)
   if jnp.shape(accuracy) != (len(labels),):
     raise types.InputError(
       f"the task's accuracy returned the shape {list(jnp.shape(accuracy))} for"

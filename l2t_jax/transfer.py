@@ -438,7 +438,7 @@ def _pair_key(key, pair):
 
 
 def at_least_float32(x: chex.Array) -> chex.Array:
-  """Widen bfloat16 features: they are compared in float32."""
+  """Widen bfloat16 features and outputs: losses read them in float32."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

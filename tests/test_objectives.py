@@ -1,11 +1,12 @@
 """The auxiliary losses against values computed by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2t_jax import objectives, transfer, types
+from l2t_jax import objectives, training, transfer, types
 
 
 def logits_of(probabilities, temperature=1.0):
@@ -135,3 +136,32 @@ def test_kd_reads_the_targets_own_logits(x64):
     target.logits, source.logits["a"], temperature=3.0
   )
   np.testing.assert_allclose(loss, 2 * by_hand, rtol=1e-12)
+
+
+def test_bfloat16_outputs_are_compared_in_float32():
+  """Whatever the task, in the losses and where the target is evaluated."""
+  narrow = lambda shape, seed: jnp.asarray(
+    np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16
+  )
+  task = types.Task(
+    lambda outputs, labels: jnp.mean((outputs - labels) ** 2),
+    lambda outputs, labels: -((outputs[:, 0] - labels[:, 0]) ** 2),
+  )
+  labels = jnp.ones((8, 3))
+
+  def values(logits, source_logits):
+    apply_fn = lambda params, state, images, train: (logits, {}, state)
+    kd = objectives.kd(temperature=4.0, weight=1.0)
+    losses = objectives.make_losses(apply_fn, {"kd": kd}, task)
+    source = objectives.SourceOutputs({"": source_logits}, None)
+    batch = objectives.TransferBatch(labels, labels, source=source)
+    _, (_, metrics) = losses.total({"target": {}}, None, {}, batch)
+    evaluated = training.make_eval_step(apply_fn, task)(
+      types.InnerState({"target": {}}, {}, {}),
+      types.EvalBatch(labels, labels, jnp.ones(8)),
+    )
+    return metrics, evaluated
+
+  logits, source_logits = narrow((8, 3), 0), narrow((8, 3), 1)
+  wide = values(*(x.astype(jnp.float32) for x in (logits, source_logits)))
+  chex.assert_trees_all_equal(values(logits, source_logits), wide)
