@@ -115,6 +115,43 @@ def test_nnx_modules_that_exist_keep_their_values():
   np.testing.assert_allclose(logits, module(images), rtol=1e-5, atol=1e-6)
 
 
+class WithConstants(nnx.Module):
+  """Arrays that are no variables: of JAX, of NumPy, drawn, and in a list."""
+
+  def __init__(self, rngs):
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+    self.scale = jnp.full(3, 2.0)
+    self.shift = np.ones(3, np.float32)
+    self.drawn = nnx.List([jax.random.normal(rngs.params(), (3,))])
+
+  def __call__(self, x):
+    x = x * self.scale + self.shift
+    return self.head(self.drawn[0] * jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_arrays_of_nnx_modules_are_constants(exists):
+  module = WithConstants(nnx.Rngs(0))
+  network = module if exists else WithConstants
+  layout = models.trace(network, IMAGES)
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  chex.assert_trees_all_equal_shapes(
+    layout.variables, {"params": params, **state}
+  )
+  assert set(params) == {"head"}
+  assert set(state) == {"scale", "shift", "drawn"}
+  images = jax.random.normal(jax.random.key(1), (4, *IMAGES))
+  apply_fn = models.as_apply_fn(network)
+  logits, _, after = apply_fn(params, state, images, train=True)
+  chex.assert_trees_all_equal(after, state)
+  if exists:
+    np.testing.assert_allclose(logits, module(images), rtol=1e-5)
+  changed, *_ = apply_fn(
+    params, state | {"scale": jnp.zeros(3)}, images, train=True
+  )
+  assert (changed != logits).any()
+
+
 @pytest.mark.parametrize("class_token", [False, True])
 def test_tokens_become_maps(class_token):
   tokens = jnp.arange(16.0).reshape(1, 16, 1)

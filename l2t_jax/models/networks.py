@@ -414,7 +414,7 @@ def _nnx(model):
 
   def init(key, images):
     del images
-    made = model if exists else model(nnx.Rngs(key))
+    made = model if exists else _make(model, key)
     params, others = map(_to_dict, _params_and_others(made))
     return params, others
 
@@ -439,9 +439,20 @@ def _params_and_others(module):
   return nnx.state(module, nnx.Param, ...)
 
 
+def _make(make, key):
+  made = make(nnx.Rngs(key))
+  for _, node in nnx.iter_graph(made):
+    if isinstance(node, nnx.Pytree):
+      for name, value in list(vars(node).items()):
+        # NNX takes arrays that are traced for static attributes.
+        if isinstance(value, jax.core.Tracer):
+          setattr(node, name, nnx.data(value))
+  return made
+
+
 def _make_abstract(make):
   try:
-    made = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: _make(make, 0))
   except TypeError as error:
     raise types.InputError(
       f"{make!r} does not make a network from rngs: {error}"
@@ -458,8 +469,8 @@ def _to_dict(state):
   plain = lambda x: jax.random.key_data(x) if _is_key(x) else x
   return traverse_util.unflatten_dict(
     {
-      tuple(map(str, path)): plain(variable.get_value())
-      for path, variable in nnx.to_flat_state(state)
+      tuple(map(str, path)): plain(_value(leaf))
+      for path, leaf in nnx.to_flat_state(state)
     }
   )
 
@@ -467,13 +478,19 @@ def _to_dict(state):
 def _from_dict(like, tree):
   """Undo `_to_dict`; `like` is a state of the same structure."""
   flat = traverse_util.flatten_dict(tree)
-  variables = []
-  for path, variable in nnx.to_flat_state(like):
+  leaves = []
+  for path, leaf in nnx.to_flat_state(like):
     x = flat[tuple(map(str, path))]
-    if _is_key(variable.get_value()):
+    if _is_key(_value(leaf)):
       x = jax.random.wrap_key_data(x)
-    variables.append((path, variable.replace(x)))
-  return nnx.from_flat_state(variables)
+    is_variable = isinstance(leaf, nnx.Variable)
+    leaves.append((path, leaf.replace(x) if is_variable else x))
+  return nnx.from_flat_state(leaves)
+
+
+def _value(leaf):
+  """The array of a variable; a module may also hold arrays as they are."""
+  return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _is_key(x):
