@@ -239,6 +239,60 @@ def test_what_is_no_network():
     models.select_taps(models.trace(network, IMAGES))
 
 
+def with_variables(params, model_state):
+  """A network by hand that reads none of its variables."""
+  return models.Functions(
+    lambda key: (params, model_state),
+    lambda params, model_state, images, *, train: (
+      images.mean((1, 2)), {}, model_state
+    ),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("params", "model_state", "name"),
+  [
+    ((np.ones(3), np.ones(2)), {}, r"params\[0\]"),
+    ([np.ones(3), np.ones(3)], {}, r"params\[0\]"),
+    (np.ones(3), {}, "params"),
+    ({"head": {1: np.ones(3)}}, {}, r"params\['head'\]\[1\]"),
+    ({"head/bias": np.ones(3)}, {}, r"params\['head/bias'\]"),
+    ({"kind": "linear"}, {}, r"params\['kind'\]"),
+    ({}, {"key": jax.random.key(0)}, r"model_state\['key'\]"),
+  ],
+)
+def test_variables_that_cannot_be_saved(params, model_state, name):
+  network = with_variables(params, model_state)
+  with pytest.raises(types.InputError, match=f"{name} cannot be saved"):
+    models.trace(network, IMAGES)
+
+
+@pytest.mark.parametrize("nothing", [None, ()])
+def test_a_network_without_a_state(nothing):
+  network = with_variables({"scale": 1.0}, nothing)
+  assert set(models.trace(network, IMAGES).variables) == {"params"}
+  params, model_state = models.init(network, jax.random.key(0), IMAGES)
+  assert model_state == {}
+  *_, model_state = models.as_apply_fn(network)(
+    params, nothing, jnp.zeros((2, *IMAGES)), train=True
+  )
+  assert model_state == {}
+
+
+def test_linen_modules_may_name_axes(tmp_path):
+  kernel_init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+  network = nn.Sequential(
+    [lambda x: x.mean((1, 2)), nn.Dense(5, kernel_init=kernel_init)]
+  )
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  images = jnp.ones((2, *IMAGES))
+  logits, *_ = models.as_apply_fn(network)(params, state, images, train=True)
+  np.testing.assert_allclose(logits, 3)
+  pretrained.save(tmp_path / "weights.safetensors", {"params": params}, {})
+  layout = models.trace(network, IMAGES)
+  chex.assert_trees_all_equal_shapes(layout.variables, {"params": params})
+
+
 def as_nnx(params):
   """Names of ConvNeXt's parameters in Linen -> those in NNX."""
   parts = {"Conv_0": "conv", "LayerNorm_0": "norm", "Dense_0": "widen"}

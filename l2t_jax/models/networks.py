@@ -51,8 +51,13 @@ _NUM_PROPOSED = 4
 
 
 class Functions(NamedTuple):
-  """A network by hand."""
+  """A network by hand.
 
+  Params and model state are nested dicts of plain arrays, their keys strings.
+  Without a state it may return None for it, and is handed {}.
+  """
+
+  # key -> (params, model_state).
   init: Callable[[chex.PRNGKey], tuple[types.PyTree, types.PyTree]]
   # (params, model_state, images, *, train) -> (logits, features, model_state).
   apply: types.ApplyFn
@@ -129,7 +134,8 @@ def trace(network: Network, image_shape: Shape) -> Layout:
     image_shape: (H, W, C) of its images.
 
   Raises:
-    types.InputError: it is no network, or the images are empty.
+    types.InputError: it is no network, the images are empty, or its variables
+      are no nested dicts of plain arrays.
   """
   if min(image_shape) < 1:
     raise types.InputError(
@@ -140,6 +146,8 @@ def trace(network: Network, image_shape: Shape) -> Layout:
 
   def run(key, images):
     params, model_state = pure.init(key, images)
+    _check_variables("params", params)
+    _check_variables("model_state", model_state)
     output, outputs, _ = pure.apply(params, model_state, images, False, None)
     logits, features = _split(output, outputs)
     features = {name: x for name, x in features.items() if hasattr(x, "shape")}
@@ -317,6 +325,22 @@ def _pure(network) -> _Pure:
   )
 
 
+def _check_variables(name, tree):
+  """Make sure that files can name every array, and hold it."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    keys = [getattr(entry, "key", None) for entry in path]  # None in a tuple.
+    is_named = keys and all(isinstance(k, str) and "/" not in k for k in keys)
+    is_number = isinstance(leaf, int | float)
+    is_array = hasattr(leaf, "dtype") and not _is_key(leaf)
+    if not (is_named and (is_number or is_array)):
+      raise types.InputError(
+        f"the network's {name}{jax.tree_util.keystr(path)} cannot be saved:"
+        " params and model state must be nested dicts of plain arrays, with"
+        " strings without '/' as keys; of a random key, keep"
+        " jax.random.key_data(key)"
+      )
+
+
 def _mode(call, train):
   """Keyword arguments that tell a module whether it trains."""
   names = inspect.signature(call).parameters
@@ -328,14 +352,21 @@ def _mode(call, train):
 
 
 def _functions(functions):
+  or_empty = lambda tree: tree if jax.tree.leaves(tree) else {}
+
+  def init(key, images):
+    del images
+    params, model_state = functions.init(key)
+    return or_empty(params), or_empty(model_state)
+
   def apply(params, model_state, images, train, taps):
     del taps
     logits, features, model_state = functions.apply(
       params, model_state, images, train=train
     )
-    return (logits, features), {}, model_state
+    return (logits, features), {}, or_empty(model_state)
 
-  return _Pure(lambda key, images: functions.init(key), apply)
+  return _Pure(init, apply)
 
 
 def _linen(module):
@@ -343,7 +374,8 @@ def _linen(module):
 
   def init(key, images):
     keys = {"params": key, "dropout": key}
-    variables = dict(module.init(keys, images, **mode(False)))
+    # Without the names of axes that `nn.with_partitioning` puts around arrays.
+    variables = dict(nn.unbox(module.init(keys, images, **mode(False))))
     variables.pop("intermediates", None)
 
     def after_training(rngs):
