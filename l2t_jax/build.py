@@ -128,7 +128,7 @@ class _TargetNetwork(NamedTuple):
   start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
   head_tap: str  # What second heads read, and its channels; "" for no heads.
   num_features: int
-  notes: tuple[str, ...]  # On what it starts from.
+  notes: tuple[str, ...]  # On how it trains, and what it starts from.
 
 
 class _Plan(NamedTuple):
@@ -743,7 +743,13 @@ def _make_target(network, method, networks, image_format):
     start, notes = _start_from_source(layout, networks, image_format)
   init = jax.jit(lambda key: models.init(network, key, image_format.shape))
   return _TargetNetwork(
-    network, layout, init, start, head_tap, num_features, notes
+    network,
+    layout,
+    init,
+    start,
+    head_tap,
+    num_features,
+    (*models.training_notes(network, layout), *notes),
   )
 
 

@@ -187,6 +187,14 @@ def test_a_run_where_float64_is_on(arrays, x64):
   assert result.summary["epochs"] == 1
 
 
+def test_a_run_says_that_batch_statistics_stay(arrays, capsys):
+  network = nn.Sequential(
+    [lambda x: x.mean((1, 2)), nn.BatchNorm(True), nn.Dense(10)]
+  )
+  learn.fit(network, arrays, config=small_config("scratch", 1))
+  assert "does not move the target's batch stat" in capsys.readouterr().out
+
+
 def test_too_few_outputs(arrays):
   with pytest.raises(types.InputError, match=r"\['B', 2\].*have 10 classes"):
     learn.fit(

@@ -90,6 +90,44 @@ def test_training_and_evaluation(network):
   assert float(jnp.abs(first - second).max()) > 1e-3
 
 
+class Wrapped(nn.Module):
+  """Hands on what it is called with, and names none of it."""
+
+  @nn.compact
+  def __call__(self, x, **options):
+    return LinenNet(name="net")(x, **{"train": False} | options)
+
+
+class WithAttribute(nn.Module):
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    return LinenNet(name="net")(x, train=self.train)
+
+
+class NnxFrozen(NnxNet):
+  def __call__(self, x):
+    x = self.norm(self.stem(x), use_running_average=True)
+    return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("network", [Wrapped(), WithAttribute(), NnxFrozen])
+def test_networks_that_do_not_know_when_they_train_say_so(network):
+  (note,) = models.training_notes(network, models.trace(network, IMAGES))
+  assert "does not move the target's batch statistics" in note
+
+
+@pytest.mark.parametrize("network", [LinenNet(), NnxNet, BY_HAND])
+def test_networks_that_know_it_say_nothing(network):
+  assert not models.training_notes(network, models.trace(network, IMAGES))
+
+
+def test_networks_that_always_train():
+  with pytest.raises(types.InputError, match=r"in eval mode.*arguments train,"):
+    models.trace(WithAttribute(train=True), IMAGES)
+
+
 def test_taps_are_listed_in_the_order_of_computation():
   assert models.trace(LinenNet(), IMAGES).taps == {
     name: (8, 8, 4) for name in ("stem", "norm", "shared", "shared#1")

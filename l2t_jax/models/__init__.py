@@ -25,6 +25,7 @@ from l2t_jax.models.networks import (
   propose_taps,
   select_taps,
   trace,
+  training_notes,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
   "propose_taps",
   "select_taps",
   "trace",
+  "training_notes",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

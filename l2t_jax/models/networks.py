@@ -46,6 +46,10 @@ _MODES = {
   "deterministic": False,
   "use_running_average": False,
 }
+_SAY_IT = (
+  f"let its __call__ have one of the arguments {', '.join(_MODES)}; a module of"
+  " NNX may follow .train() and .eval() instead"
+)
 # As many taps are proposed where all have the same resolution.
 _NUM_PROPOSED = 4
 
@@ -87,6 +91,8 @@ class _Pure(NamedTuple):
   # (params, model_state, images, train, taps) -> (output, outputs of
   # submodules by path, model_state); taps None: of all submodules.
   apply: Callable[..., tuple[Any, dict[str, Any], types.PyTree]]
+  # model_state -> what of it is moved by training, but for keys.
+  statistics: Callable[[types.PyTree], types.PyTree]
 
 
 def as_apply_fn(
@@ -180,6 +186,34 @@ def trace(network: Network, image_shape: Shape) -> Layout:
   default_taps = tuple(getattr(network, "default_taps", None) or ())
   return Layout(
     image_shape, variables, logits.shape[1:], taps, others, default_taps
+  )
+
+
+def training_notes(network: Network, layout: Layout) -> tuple[str, ...]:
+  """Say what may not be meant where a network trains, a line each.
+
+  Batch statistics that never move belong to a network that is meant to keep
+  them, or to one that is not told that it trains.
+
+  Args:
+    network: see above.
+    layout: of it, from `trace`.
+  """
+  pure = _pure(network)
+  model_state = dict(layout.variables)
+  params = model_state.pop("params")
+
+  def statistics(params, model_state, images):
+    *_, model_state = pure.apply(params, model_state, images, True, ())
+    return pure.statistics(model_state)
+
+  images = jax.ShapeDtypeStruct((1, *layout.image_shape), jnp.float32)
+  jaxpr = jax.make_jaxpr(statistics)(params, model_state, images).jaxpr
+  if not jaxpr.outvars or not all(x in jaxpr.invars for x in jaxpr.outvars):
+    return ()
+  return (
+    "training does not move the target's batch statistics; if it is meant to,"
+    f" {_SAY_IT}",
   )
 
 
@@ -366,7 +400,7 @@ def _functions(functions):
     )
     return (logits, features), {}, or_empty(model_state)
 
-  return _Pure(init, apply)
+  return _Pure(init, apply, lambda model_state: {})
 
 
 def _linen(module):
@@ -412,16 +446,21 @@ def _linen(module):
     is_tap = lambda path: (
       taps is None or any(tap.partition("#")[0] == path for tap in taps)
     )
-    output, changed = module.apply(
-      {"params": params, **state},
-      images,
-      **mode(train),
-      rngs=rngs,
-      mutable=[*(state if train else ()), "intermediates"],
-      capture_intermediates=lambda submodule, method: (
-        method == "__call__" and is_tap("/".join(submodule.path))
-      ),
-    )
+    try:
+      output, changed = module.apply(
+        {"params": params, **state},
+        images,
+        **mode(train),
+        rngs=rngs,
+        mutable=[*(state if train else ()), "intermediates"],
+        capture_intermediates=lambda submodule, method: (
+          method == "__call__" and is_tap("/".join(submodule.path))
+        ),
+      )
+    except flax.errors.ModifyScopeVariableError as error:
+      raise types.InputError(
+        f"the network changes its state in eval mode, too; {_SAY_IT}"
+      ) from error
     changed = dict(changed)
     outputs = _by_path(
       traverse_util.flatten_dict(changed.pop("intermediates", {}))
@@ -430,7 +469,7 @@ def _linen(module):
       model_state = changed | ({"rng": rng} if rng else {})
     return output, outputs, model_state
 
-  return _Pure(init, apply)
+  return _Pure(init, apply, lambda state: state.get("batch_stats", {}))
 
 
 def _nnx(model):
@@ -443,6 +482,11 @@ def _nnx(model):
     blank.train() if train else blank.eval()
     graphs[train] = nnx.graphdef(blank)
   blanks = _params_and_others(blank)
+  statistics = [
+    tuple(map(str, path))
+    for path, leaf in nnx.to_flat_state(blanks[1])
+    if isinstance(leaf, nnx.BatchStat)
+  ]
 
   def init(key, images):
     del images
@@ -464,7 +508,11 @@ def _nnx(model):
       model_state = _to_dict(_params_and_others(merged)[1])
     return output, _by_path(calls), model_state
 
-  return _Pure(init, apply)
+  def statistics_of(model_state):
+    flat = traverse_util.flatten_dict(model_state)
+    return [flat[path] for path in statistics]
+
+  return _Pure(init, apply, statistics_of)
 
 
 def _params_and_others(module):
