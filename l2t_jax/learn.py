@@ -67,7 +67,7 @@ class Source(NamedTuple):
   # None where an NNX module holds them.
   params: types.PyTree | None = None
   # Its other collections, such as {"batch_stats": ...}.
-  model_state: types.PyTree = {}  # noqa: RUF012
+  model_state: types.PyTree | None = None
   # A name or glob of its layers, or several; () for the last one of each
   # resolution.
   taps: str | tuple[str, ...] = ()
@@ -226,7 +226,7 @@ def _describe_networks(config, target, sources, task):
 
 
 def _with_variables(source):
-  params, model_state = source.params, dict(source.model_state)
+  params, model_state = source.params, dict(source.model_state or {})
   if params is None:
     if not isinstance(source.network, nnx.Module):
       raise types.InputError(
