@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -287,11 +288,11 @@ class Loop:
   def _advise(self, waited, trained):
     """Say so where training waited for images."""
     if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
-      workers = self._config.data.num_workers
+      workers, cores = self._config.data.num_workers, os.cpu_count() or 1
+      more = f"raise config.data.num_workers ({workers}) up to the {cores} CPU"
       self._display.say(
-        f"training waited {waited:.0f} of {trained:.0f} s for images; raise"
-        f" config.data.num_workers ({workers}) up to the number of CPU cores,"
-        " or keep smaller images"
+        f"training waited {waited:.0f} of {trained:.0f} s for images;"
+        f" {f'{more} cores, or ' if workers < cores else ''}keep smaller images"
       )
 
   def _end_epoch(self, state, step):

@@ -24,6 +24,8 @@ import numpy as np
 
 from l2t_jax import types
 
+# What asks a command to leave: schedulers, and Ctrl-C.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds without a sign of life after which a process counts as lost.
 _HEARTBEAT_TIMEOUT = 30
 # Seconds that the processes have to find one another.
@@ -153,63 +155,78 @@ def ending_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_when_asked() -> Iterator[None]:
-  """Let SIGTERM end a command as `types.Interrupted`, whenever it comes.
+  """Let a signal end a command as `types.Interrupted`, whenever it comes.
 
   Wraps all of a command; within it a `StopRequests` may ask for time to save.
   Asked once, a command is leaving, and hears no more.
   """
-  signal.signal(signal.SIGTERM, _leave_when_asked)
+  for number in _SIGNALS:
+    signal.signal(number, _leave_when_asked)
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _hear_no_more()
+
+
+def _hear_no_more() -> None:
+  for number in _SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
 
 
 def _leave_when_asked(*_) -> None:
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  _hear_no_more()
   raise types.Interrupted("asked to stop; the same command goes on")
 
 
 class StopRequests:
   """Whether a signal asked the run to leave: SIGTERM, to any of its processes.
 
-  A context manager. Schedulers send it before they take a machine away.
+  A context manager. Schedulers send it before they take a machine away. In a
+  single process Ctrl-C asks as well; once more, it is what it usually is.
   """
 
   def __init__(self):
-    self._asked = False
-    self._listens = False
-    self._usual: Any = None
+    self._asked: signal.Signals | None = None  # By which signal.
+    self._usual: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> StopRequests:
     # In several processes JAX listens, so that all stop at the same iteration.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    self._listens = in_main_thread and not are_several()
-    if self._listens:
-      self._usual = signal.signal(signal.SIGTERM, self._ask)
+    if in_main_thread and not are_several():
+      for number in _SIGNALS:
+        self._usual[number] = signal.signal(number, self._ask)
     return self
 
-  def __exit__(self, *_) -> None:
-    if self._listens:
-      is_leaving = self._asked and self._usual is _leave_when_asked
-      usual = signal.SIG_IGN if is_leaving else self._usual
-      signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
-      # What came too late for this one is for the one around it.
-      if self._asked and callable(usual):
-        usual(signal.SIGTERM, None)
+  def __exit__(self, _, error: BaseException | None, traceback) -> None:
+    for number, usual in self._usual.items():
+      is_leaving = self._asked and usual is _leave_when_asked
+      signal.signal(
+        number, signal.SIG_IGN if is_leaving else usual or signal.SIG_DFL
+      )
+    # What came too late for this one is for the one around it.
+    usual = self._usual.get(self._asked) if self._asked else None
+    is_told = usual is _leave_when_asked or (
+      error and usual is signal.default_int_handler
+    )
+    if callable(usual) and not is_told:
+      usual(self._asked, None)
 
-  def _ask(self, *_) -> None:
-    self._asked = True
+  def _ask(self, number: int, _) -> None:
+    self._asked = signal.Signals(number)
+    if number == signal.SIGINT:
+      signal.signal(number, self._usual[self._asked])
+      # Not by print, which a signal may meet in the midst of its work.
+      os.write(2, b"stopping after this iteration; Ctrl-C again: at once\n")
 
   def were_made(self) -> bool:
     """Return whether the signal came, to this process alone."""
-    return self._asked
+    return self._asked is not None
 
   def after(self, step: int) -> bool:
     """Return whether to leave after an iteration; to be called after each."""
     if are_several() and multihost_utils.reached_preemption_sync_point(step):
-      self._asked = True
-    return self._asked
+      self._asked = signal.SIGTERM
+    return self.were_made()
 
 
 _LOST = (

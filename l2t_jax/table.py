@@ -363,7 +363,8 @@ def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split())
   if not isinstance(error, types.Stop):
     text = f"{type(error).__name__}: {text}"
-  return text[:300]
+  # What is wrong stands first, and what would be right last.
+  return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"
 
 
 def _parse_shard(shard: str) -> slice:

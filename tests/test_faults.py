@@ -121,6 +121,28 @@ def test_asked_to_stop_while_it_starts(source, tmp_path):
   assert "asked to stop" in _ask_until_it_ends(process)
 
 
+def test_control_c_saves_too(source, tmp_path):
+  """It reaches the processes that read images as well."""
+  config_file = small_runs.write_config(
+    tmp_path, source, epochs=200, log_every=3, checkpoint_steps=7, num_workers=1
+  )
+  process = small_runs.start_python(
+    "train.py",
+    f"--config={config_file}",
+    f"--workdir={tmp_path / 'run'}",
+    start_new_session=True,
+  )
+  _wait_for_progress(process, tmp_path / "run", random.Random(0))
+  os.killpg(process.pid, signal.SIGINT)
+  _, stderr = process.communicate()
+  assert process.returncode == types.Interrupted.exit_code, stderr
+  # Python may count shared memory that workers had filled, and frees it.
+  asked, error, *_ = stderr.splitlines()
+  assert asked == "stopping after this iteration; Ctrl-C again: at once"
+  assert re.match(r"error: asked to stop; saved after iteration \d+ of", error)
+  assert "Traceback" not in stderr
+
+
 def _listens(pid, number):
   status = pathlib.Path(f"/proc/{pid}/status").read_text()
   mask = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)

@@ -238,6 +238,15 @@ def test_a_stop_request_is_seen_and_forgotten():
   assert signal.getsignal(signal.SIGTERM) == usual
 
 
+def test_control_c_for_the_second_time_is_what_it_was():
+  with pytest.raises(types.Interrupted), processes.StopRequests() as requests:
+    signal.raise_signal(signal.SIGINT)
+    assert requests.were_made()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    raise types.Interrupted("asked to stop")  # And that is what is told.
+
+
 def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
   with processes.StopRequests() as outer:
     with processes.StopRequests():

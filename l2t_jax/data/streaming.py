@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from typing import Any, Self
@@ -252,7 +253,11 @@ def _stream(
 
 
 def _end_with_parent(*_: int) -> None:
-  """Let this worker not outlive a process that was killed, or left at once."""
+  """Let this worker not outlive a process that was killed, or left at once.
+
+  Ctrl-C goes to all processes, but is for that one to answer.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   assert parent
 
