@@ -296,6 +296,10 @@ def _compile(run, compile_step, compiling, config, num_seeds):
 
   Takes the first of the run's modes that fits into memory; `compiling` is the
   program of the very first.
+
+  Raises:
+    DoesNotFit: seeds together need more memory than is good.
+    types.InputError: a single one needs more than there is.
   """
   eval_step = run.eval_step
   if num_seeds > 1:
@@ -315,6 +319,14 @@ def _compile(run, compile_step, compiling, config, num_seeds):
     if num_seeds > 1:
       raise DoesNotFit(
         f"{num_seeds} seeds together need {program.memory_bytes} bytes"
+      )
+    if program.memory_bytes > compilation.memory_limit():
+      mib = lambda size: f"{size / 2**20:,.0f} MiB"
+      slim = "set config.bilevel.mode=mixed, or " if mode != "mixed" else ""
+      raise types.InputError(
+        f"an iteration needs {mib(program.memory_bytes)}, and there are"
+        f" {mib(compilation.memory_limit())}: {slim if run.learns else ''}lower"
+        " config.batch_size or config.data.image_size"
       )
   sparse = run.learns and config.meta.update_every > 1
   return loop.Programs(

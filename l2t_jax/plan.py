@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from rich import console, table
 
-from l2t_jax import bilevel, build, compilation, sharding
+from l2t_jax import build, compilation, sharding
 
 _NUM_TIMED = 3
 
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 
 def make(config: ml_collections.ConfigDict) -> Plan:
-  """Compile an iteration in every mode, and time the chosen one.
+  """Compile an iteration in the modes that training may use; time the chosen.
 
   Args:
     config: the fields of l2t_jax/defaults.py.
@@ -42,7 +42,7 @@ def make(config: ml_collections.ConfigDict) -> Plan:
   with jax.default_matmul_precision(build.PRECISIONS[config.precision][1]):
     compiling = {
       mode: build.compile_step(run, run.state_shapes, batch, mode=mode)
-      for mode in (bilevel.MODES if run.learns else run.modes[:1])
+      for mode in (run.modes if run.learns else run.modes[:1])
     }
   state = run.create_state(config.seed)
   programs = {mode: program.result() for mode, program in compiling.items()}

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from l2t_jax import bilevel, compilation, experiment, plan
+from l2t_jax import compilation, experiment, plan, types
 from tests import small_runs
 
 
 @pytest.mark.xdist_group("experiment")
-def test_plan_names_the_cost_of_every_mode(source, tmp_path, capsys):
+def test_plan_names_the_cost_of_the_modes_that_training_takes(
+  source, tmp_path, capsys
+):
   config = small_runs.small_config(source)
   made = plan.make(config)
-  assert tuple(made.programs) == bilevel.MODES
+  assert tuple(made.programs) == ("linearized", "mixed")
   assert made.chosen == "linearized"
   assert made.steps_per_epoch == 3 and made.epochs == 3
   # VGG-tiny on one channel with 10 classes: 3x3 kernels with biases, batch
@@ -58,6 +60,22 @@ def test_what_does_not_fit_is_computed_with_less_memory(
   config = small_runs.small_config(source, epochs=1)
   summary = experiment.train_and_evaluate(config, tmp_path)
   assert summary["hypergradient_mode"] == "mixed"
+
+
+@pytest.mark.xdist_group("experiment")
+@pytest.mark.parametrize(
+  ("mode", "advice"),
+  [("auto", "MiB: lower"), ("linearized", "set config.bilevel.mode=mixed, or")],
+)
+def test_what_fits_in_no_way_is_refused(
+  source, tmp_path, monkeypatch, mode, advice
+):
+  monkeypatch.setattr(compilation, "memory_limit", lambda: 2**20)
+  config = small_runs.small_config(source, epochs=1)
+  config.bilevel.mode = mode
+  with pytest.raises(types.InputError, match=advice) as error:
+    experiment.train_and_evaluate(config, tmp_path)
+  assert "and there are 1 MiB" in str(error.value)
 
 
 @pytest.mark.optimized
