@@ -125,7 +125,7 @@ def _is_plain_product(lhs_shape, rhs_shape, orders, params):
   if orders not in (_FORWARD, _BY_INPUT, _BY_KERNEL) or groups > 1:
     return False
   maps, window = _maps_and_window(lhs_shape, rhs_shape, orders)
-  if _has_tiny_maps(maps, params):
+  if _has_tiny_maps(maps, params) and max(window) <= _SMALL_KERNEL:
     return True
   sizes = _output_sizes(maps, window, params["padding"])
   channels, kernel, positions = {

@@ -227,6 +227,19 @@ def test_a_pool_of_windows_side_by_side_joins_its_derivative():
   assert text.count("stablehlo.concatenate") == 2
 
 
+def test_the_slope_of_a_slope_grows_with_the_map():
+  """Not with its square: the kernel's cotangent, 3x3, meets a large window."""
+
+  def flops(size):
+    loss = lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel)))
+    slope = lambda x, kernel: jnp.sum(jax.grad(loss, 1)(x, kernel) ** 2)
+    x, kernel = jnp.ones((2, size, size, 8)), jnp.ones((3, 3, 8, 8))
+    compiled = jax.jit(jax.grad(slope)).lower(x, kernel).compile()
+    return compiled.cost_analysis()["flops"]
+
+  assert flops(32) < 5 * flops(16)
+
+
 @pytest.mark.parametrize(
   ("size", "channels", "kernel_size"), [(2, 4, 5), (5, 3, 7), (2, 0, 3)]
 )
