@@ -1,4 +1,4 @@
-# make demo: train, transfer and draw on bundled digits (about 4 minutes).
+# make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
 # make test: lint, types, documentation and tests (about 12 minutes).
 
 PYTHON ?= python3

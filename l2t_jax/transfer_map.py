@@ -36,6 +36,7 @@ _BOX = 1.5  # Width of a layer's box, in inches.
 _CENTRE: Any = {"ha": "center", "va": "center"}
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
 IGNORED = 0.05  # A pair weight below this is drawn as none.
+_MOVED = 0.05  # What is less may be chance, as where pair weights start is.
 _EVEN = 0.95  # Above this share of C effective channels, none stands out.
 _CHANNELS_TEXT = (
   "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
@@ -332,7 +333,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
     write(second + 0.3, f"{given} for every pair, not learned.", 9.5)
   else:
     grey = "; grey: the weaker pairs" if len(ranked) > len(_COLORS) else ""
-    write(second + 0.27, f"dotted: the start{grey}", 8.5)
+    write(second + 0.27, f"dotted: about the start{grey}", 8.5)
     _draw_history(panel(0.75, second + 0.6, 5.9, 1.9), content, ranked)
 
   write(third, "Channels that count most", 11)
@@ -365,7 +366,7 @@ def _scale_text(content: Mapping[str, Any]) -> str:
   """Say what pair weights mean, and where learned ones start and end."""
   text = "Pair weight 0 = ignored"
   if _learned(content)[0]:
-    text += f", {content.get('start', 1):.3g} = start"
+    text += f", {content.get('start', 1):.3g} = about the start"
     if maximum := content.get("maximum", 6):
       text += f", {maximum:.3g} = maximum"
   return (
@@ -479,6 +480,12 @@ def _summary(content: Mapping[str, Any], ranked: Sequence[_Pair]) -> str:
   best, weight = _pair_label(content, ranked[0]), ranked[0]["pair_weight"]
   if len(ranked) == 1:
     return f"{start}. {best} has pair weight {weight:.2f}."
+  moved = max(abs(pair["pair_weight"] - pair["history"][0]) for pair in ranked)
+  if len(content["epochs"]) > 1 and moved < _MOVED:
+    return (
+      f"{start}. No pair weight moved by {_MOVED} since the first epoch: the"
+      " order is still that of chance."
+    )
   text = f"{start}. Strongest: {best}, {ranked[0]['share']:.0%} of the total."
   return text + (f" {ignored} ended near 0." if ignored else "")
 

@@ -408,8 +408,8 @@ def test_fixed_matching_says_so():
 @pytest.mark.parametrize(
   ("case", "scale"),
   [
-    ("sixteen", "0 = ignored, 1 = start, 6 = maximum. The"),
-    ("softplus", "0 = ignored, 1.31 = start. The"),
+    ("sixteen", "0 = ignored, 1 = about the start, 6 = maximum. The"),
+    ("softplus", "0 = ignored, 1.31 = about the start. The"),
     ("frozen", "0 = ignored. The"),
     ("fixed", "0 = ignored. The"),
   ],
@@ -421,12 +421,21 @@ def test_the_picture_says_what_was_learned(case, scale):
   texts = " ".join(t.get_text() for t in fig.texts)
   assert scale in texts
   assert ("What the target learned" in texts) == learned
-  assert ("dotted: the start" in texts) == learned
+  assert ("dotted: about the start" in texts) == learned
   assert ("given, not learned" in texts) != learned
   if learned:  # The dotted line is there.
     assert fig.axes[2].lines[0].get_ydata()[0] == content["start"]
   # Frozen channels are shown, if not as learned ones.
   assert ("Given, not learned. Bars" in texts) == (case == "frozen")
+
+
+def test_weights_that_have_not_moved_are_no_result():
+  content = CASES["sixteen"]()
+  assert "Strongest" in transfer_map.draw(content).texts[1].get_text()
+  for pair in content["pairs"]:
+    pair["history"] = [pair["pair_weight"] + 0.01 for _ in pair["history"]]
+  text = transfer_map.draw(content).texts[1].get_text()
+  assert "No pair weight moved by 0.05 since the first epoch" in text
 
 
 def test_a_map_of_an_earlier_version_is_drawn():
@@ -435,7 +444,7 @@ def test_a_map_of_an_earlier_version_is_drawn():
     del content[key]
   texts = [t.get_text() for t in transfer_map.draw(content).texts]
   assert texts[0] == "What the target learned to copy, and from where"
-  assert "1 = start, 6 = maximum" in texts[2]
+  assert "1 = about the start, 6 = maximum" in texts[2]
 
 
 def test_names_are_cut_but_stay_apart():
