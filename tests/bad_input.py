@@ -300,8 +300,8 @@ these tables, and this page is made of them; what stands in a folder called
 | 137, 143 | killed; 143: by a SIGTERM while packages are imported | goes on |
 
 The table of several runs (`python -m l2t_jax.table`) checks fields and files of
-all its cells before it trains the first, and exits with 1 where one of them fails
-later, such as when a network does not fit the data."""
+all its cells before it trains the first, and exits with 1 where one of them
+fails later, such as when a network does not fit the data."""
 
 # Heading -> what is wrong there.
 CASES: Mapping[str, tuple[Case, ...]] = {
