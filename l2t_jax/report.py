@@ -437,7 +437,7 @@ def _picture(values):
 def draw_curves(
   runs: Sequence[Run], metric: str, title: str, factor: float = 1.0
 ) -> graph_objects.Figure:
-  """A metric of every epoch, a line a run, a colour a method.
+  """A metric of every epoch, a line a run, a colour a method (and data set).
 
   Args:
     runs: from `find_runs`.
@@ -446,30 +446,39 @@ def draw_curves(
     factor: what values are multiplied by.
 
   Returns:
-    The figure; its legend has a line a method, which shows and hides its runs.
+    The figure; its legend has a line a colour, which shows and hides its runs.
   """
   colors = itertools.cycle(plotly_io.templates["plotly"].layout.colorway)
-  methods = dict.fromkeys(run.config["method"] for run in runs)
-  color_of = dict(zip(methods, colors, strict=False))
+  names = _names_of_kinds(runs)
+  color_of = dict(zip(dict.fromkeys(names), colors, strict=False))
   figure = graph_objects.Figure()
   named = set()
-  for run in runs:
-    method = run.config["method"]
+  for run, name in zip(runs, names, strict=True):
     figure.add_scatter(
       x=[record["epoch"] for record in run.epochs],
       y=[factor * record[metric] for record in run.epochs],
       mode=_mode(run.epochs),
-      name=method,
-      legendgroup=method,
-      showlegend=method not in named,
+      name=name,
+      legendgroup=name,
+      showlegend=name not in named,
       hovertemplate=f"{html.escape(run.name)}<br>epoch %{{x}}: %{{y:.4g}}"
       "<extra></extra>",
-      line_color=color_of[method],
+      line_color=color_of[name],
     )
-    named.add(method)
+    named.add(name)
   figure.update_layout(yaxis_title=title, showlegend=True)
   figure.update_xaxes(title_text="epoch", **_EPOCHS)
   return figure
+
+
+def _names_of_kinds(runs):
+  """Name each run by its method, and by its data where the runs' differ."""
+  methods = [run.config["method"] for run in runs]
+  fields = [run.config["data"] for run in runs]
+  data = [one["name"] or pathlib.Path(one["path"]).name for one in fields]
+  if len(set(data)) == 1:
+    return methods
+  return [f"{m}, {d}" for m, d in zip(methods, data, strict=True)]
 
 
 def _mode(epochs):

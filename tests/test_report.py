@@ -56,6 +56,19 @@ def page(folder):
   return path
 
 
+def test_curves_of_other_data_have_another_colour(folder):
+  runs = report.find_runs([folder])
+  names = lambda: [
+    (line.name, line.line.color)
+    for line in report.draw_curves(runs, "val_loss", "loss").data
+  ]
+  learned, same, scratch = names()
+  assert learned == same and scratch[0] == "scratch"
+  runs[1].config["data"] |= {"name": "", "path": "data/birds"}
+  learned, other, scratch = names()
+  assert other[0] == "l2t_ww, birds" and other[1] != learned[1]
+
+
 def test_results_and_means_over_seeds(folder):
   runs = report.find_runs([folder])
   assert [r.name for r in runs] == [
