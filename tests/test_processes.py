@@ -143,6 +143,7 @@ def test_a_run_of_several_processes_survives(train, tmp_path):
   """It loses processes, is asked to stop, and ends with other ones."""
   lost, workdir = types.LostProcessError.exit_code, tmp_path / "several"
   losses = ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP))
+  losses += ((1, signal.SIGINT),)  # Ctrl-C for one alone: it does not save.
   for victim, loss in losses:
     group = train(workdir, 2)
     _wait_for_records(workdir, group, 6)
@@ -245,6 +246,32 @@ def test_control_c_for_the_second_time_is_what_it_was():
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
     raise types.Interrupted("asked to stop")  # And that is what is told.
+
+
+def test_control_c_asks_all_and_then_is_what_it_was(capfd):
+  with (
+    pytest.raises(types.Interrupted),
+    processes.StopRequests() as outer,
+    processes.StopRequests(),
+  ):
+    signal.raise_signal(signal.SIGINT)
+    assert outer.were_made()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    raise types.Interrupted("asked to stop")
+  assert capfd.readouterr().err.count("Ctrl-C again: at once") == 1
+
+
+def test_control_c_that_is_ignored_stays_so():
+  """As in a shell's background."""
+  usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with processes.StopRequests() as requests:
+      signal.raise_signal(signal.SIGINT)
+      assert not requests.were_made()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, usual)
 
 
 def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
