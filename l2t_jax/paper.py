@@ -7,12 +7,11 @@ the README: recalled, and not measurements of this code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-import json
 from typing import Any, NamedTuple
 
 from flax import traverse_util
 
-from l2t_jax import defaults, run_folder
+from l2t_jax import run_folder
 
 METHODS = (
   "scratch",
@@ -117,12 +116,14 @@ def departures(
     numbers are to be compared with.
   """
   setting = _SETTINGS[name]
-  usual = _flatten(json.loads(defaults.get_config().to_json()))
-  ours = usual | _flatten(config)
+  expected = run_folder.comparable(
+    traverse_util.unflatten_dict(setting.fields, sep=".")
+  )
+  ours = run_folder.comparable(config)
   free = _FREE if ours["data.source"] in _NAMED else _FREE | {"data.name"}
   found = [
     f"{field} is {ours[field]!r}, not {value!r}"
-    for field, value in (usual | setting.fields).items()
+    for field, value in expected.items()
     if field not in free and ours[field] != value
   ]
   if config.get("sources"):
@@ -135,7 +136,3 @@ def departures(
       f"the images are {show(num_images)}, not {show(setting.num_images)}"
     )
   return tuple(found)
-
-
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-  return traverse_util.flatten_dict(dict(config), sep=".")

@@ -13,7 +13,7 @@ from typing import Any
 import flax
 import ml_collections
 
-from l2t_jax import defaults, files, processes, types
+from l2t_jax import data, defaults, files, processes, types
 
 # Fields that may differ between a run and its resumption.
 FREE_FIELDS = (
@@ -117,9 +117,8 @@ def check_same_config(
   path = workdir / "config.json"
   if not path.exists():
     return
-  # Runs of before a field existed were what its default is.
-  old = _flatten(defaults.get_config().to_dict()) | _flatten(read_json(path))
-  new = _flatten(json.loads(config.to_json()))
+  old = comparable(read_json(path))
+  new = comparable(json.loads(config.to_json()))
   differences = [
     f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
     for field in new | old
@@ -131,6 +130,19 @@ def check_same_config(
       f"{workdir} holds a run of another config: {'; '.join(differences)};"
       " use another --workdir"
     )
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the fields of a config by their dotted names, as they work.
+
+  Runs of before a field existed were what its default is.
+  """
+  usual = json.loads(defaults.get_config().to_json())
+  fields = _flatten(usual) | _flatten(dict(config))
+  fields["data.eval_resize"] = data.resized_for_evaluation(
+    fields["data.image_size"], fields["data.eval_resize"]
+  )
+  return fields
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import time
 
@@ -145,10 +146,16 @@ def test_configs_are_complete():
       build.check(config)
 
 
+@pytest.mark.parametrize(
+  ("workers", "advice"),
+  [(8, "raise config.data.num_workers .8."), (20, "keep")],
+)
 def test_training_that_waits_for_images_says_so(
-  source, tmp_path, monkeypatch, capsys
+  source, tmp_path, monkeypatch, capsys, workers, advice
 ):
   config = small_runs.small_config(source, epochs=1)
+  config.data.num_workers = workers
+  monkeypatch.setattr(os, "cpu_count", lambda: 16)
   config.method = "scratch"
   experiment.train_and_evaluate(config, tmp_path / "fast")
   assert "waited" not in capsys.readouterr().out
@@ -164,4 +171,24 @@ def test_training_that_waits_for_images_says_so(
   monkeypatch.setattr(loop, "_WAITING_SHARE", 0.0)
   experiment.train_and_evaluate(config, tmp_path / "slow")
   printed = capsys.readouterr().out
-  assert re.search(r"waited \d+ of \d+ s for images; raise", printed), printed
+  assert re.search(r"waited \d+ of \d+ s for images; " + advice, printed)
+
+
+@pytest.mark.parametrize(
+  ("size", "before", "is_same"),
+  [(32, 256, True), (224, 256, True), (224, 224, False), (112, 256, False)],
+)
+def test_a_run_that_evaluated_alike_is_the_same(
+  tmp_path, size, before, is_same
+):
+  """`eval_resize` was 256 by default, also where nothing read it."""
+  config = default.get_config()
+  config.data.image_size = size
+  old = json.loads(config.to_json())
+  old["data"]["eval_resize"] = before
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  if is_same:
+    run_folder.check_same_config(tmp_path, config)
+    return
+  with pytest.raises(types.InputError, match=f"eval_resize was {before}, is"):
+    run_folder.check_same_config(tmp_path, config)

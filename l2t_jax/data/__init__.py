@@ -14,7 +14,7 @@ from l2t_jax.data import images as pillow
 from l2t_jax.data import in_memory as memory
 from l2t_jax.data.pipeline import Dataset
 
-__all__ = ["Dataset", "load", "make_eval_resize"]
+__all__ = ["Dataset", "load", "make_eval_resize", "resized_for_evaluation"]
 
 # Larger images are streamed unless the caller says otherwise.
 MAX_IN_MEMORY_SIZE = 96
@@ -106,7 +106,7 @@ def load(
   if in_memory is None:
     in_memory = image_size <= MAX_IN_MEMORY_SIZE
   mean, std = tuple(mean), tuple(std)
-  eval_resize = _eval_resize(image_size, eval_resize)
+  eval_resize = resized_for_evaluation(image_size, eval_resize, in_memory)
   _check_images(image_size, channels, mean, std)
   _check_reading(in_memory, augment, image_size, eval_resize, crop_padding)
   pipeline.check_counts(
@@ -186,19 +186,21 @@ def make_eval_resize(
   image_size: int, eval_resize: int, in_memory: bool | None = None
 ) -> Callable[[Image.Image], Image.Image]:
   """Return what gives an image the size that evaluation sees; see `load`."""
-  if in_memory is None:
-    in_memory = image_size <= MAX_IN_MEMORY_SIZE
-  if in_memory:
+  resized = resized_for_evaluation(image_size, eval_resize, in_memory)
+  if not resized:
     return functools.partial(pillow.resize, width=image_size, height=image_size)
   return functools.partial(
-    pillow.resize_and_center_crop,
-    resized=_eval_resize(image_size, eval_resize),
-    size=image_size,
+    pillow.resize_and_center_crop, resized=resized, size=image_size
   )
 
 
-def _eval_resize(image_size: int, eval_resize: int) -> int:
-  return eval_resize or round(image_size * 8 / 7)
+def resized_for_evaluation(
+  image_size: int, eval_resize: int, in_memory: bool | None = None
+) -> int:
+  """Return the short side before the central crop, 0 for none; see `load`."""
+  if in_memory is None:
+    in_memory = image_size <= MAX_IN_MEMORY_SIZE
+  return 0 if in_memory else eval_resize or round(image_size * 8 / 7)
 
 
 def _check_images(
