@@ -303,7 +303,9 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
       config.target.num_outputs or dataset.num_classes,
       dtype,
     )
-  target = _make_target(network, method, networks, image_format)
+  target = _make_target(
+    network, method, networks, image_format, config.batch_size
+  )
   if task is objectives.CLASSIFICATION:
     _check_classification(dataset, target.layout.output_shape)
   elif given.target is None and not config.target.num_outputs:
@@ -732,7 +734,7 @@ def _check_same_classes(networks, num_outputs, class_names):
         )
 
 
-def _make_target(network, method, networks, image_format):
+def _make_target(network, method, networks, image_format, batch_size):
   layout = models.trace(network, image_format.shape)
   head_tap, num_features = "", 0
   if "lwf" in method.losses:
@@ -749,7 +751,7 @@ def _make_target(network, method, networks, image_format):
     start,
     head_tap,
     num_features,
-    (*models.training_notes(network, layout), *notes),
+    (*models.training_notes(network, layout, batch_size), *notes),
   )
 
 

@@ -105,7 +105,7 @@ def memory_limit() -> int:
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
   physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return min(physical, *control_group_limits())
+  return min([physical, *control_group_limits()])
 
 
 def fits(program: Program) -> bool:

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import threading
 
 import jax
@@ -49,6 +50,13 @@ def test_memory_is_what_a_container_has(tmp_path, entry, file):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(content)
   assert compilation.control_group_limits(tmp_path) == [1234]
+
+
+@pytest.mark.parametrize("limits", [[], [1234]])
+def test_memory_without_and_with_a_limit(monkeypatch, limits):
+  monkeypatch.setattr(compilation, "control_group_limits", lambda: limits)
+  physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  assert compilation.memory_limit() == min([physical, *limits])
 
 
 @pytest.mark.xdist_group("experiment")

@@ -728,6 +728,21 @@ def test_a_class_may_be_called_train(tmp_path):
   assert dataset.class_names == ("bus", "train")
 
 
+def test_sixteen_bits_of_a_pgm_are_those_of_a_png(tmp_path):
+  deep = np.full((9, 7), 40_000, np.uint16)
+  Image.fromarray(deep).save(tmp_path / "deep.pgm")
+  image = images.decode(tmp_path / "deep.pgm", name="deep")
+  assert set(np.asarray(images.convert(image, 1)).flat) == {40_000 // 256}
+
+
+def test_a_split_without_classes_is_no_pair_of_classes(tmp_path):
+  for part in ("train", "test"):
+    (tmp_path / part).mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / part / "0.png")
+  with pytest.raises(types.InputError, match="train' has no subfolders"):
+    load("folder", path=str(tmp_path))
+
+
 def test_classes_without_validation_images_are_named(tmp_path):
   root = save_folder(tmp_path, ("",), num_images=8)
   for path in list((root / "dog").iterdir())[2:]:

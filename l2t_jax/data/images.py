@@ -31,6 +31,8 @@ def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
       f"image {name} cannot be read ({type(error).__name__}); replace or"
       " remove it"
     ) from error
+  if image.mode == "I" and image.format == "PPM":  # Pillow's for 16 bits.
+    return Image.fromarray(np.asarray(image).astype(np.uint16))
   if image.mode in ("I", "F"):
     kind = "integers" if image.mode == "I" else "floats"
     raise types.InputError(

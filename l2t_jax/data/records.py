@@ -61,6 +61,7 @@ class Source(NamedTuple):
   class_names: tuple[str, ...]
 
 
+_PARTS = ("train", "val", "test")
 # What others call the folder that is `val` here.
 _VAL_NAMES = ("dev", "valid", "validation")
 _OPENED_BY_PATH = ("npz", "folder")
@@ -398,7 +399,10 @@ def _is_image(name: str) -> bool:
 def _open_folder(root: pathlib.Path) -> Source:
   """Open root/CLASS/* or root/train/CLASS/* with optional val and test."""
   names = _subfolders(root)
-  if "train" not in names or _is_class(root / "train"):
+  has_parts = "train" in names and (
+    {*names} <= {*_PARTS, *_VAL_NAMES} or not _is_class(root / "train")
+  )
+  if not has_parts:
     class_names = _class_names(root)
     return Source(
       _file_records(_list_images(root, class_names)), 0, None, class_names
@@ -412,7 +416,7 @@ def _open_folder(root: pathlib.Path) -> Source:
   class_names = _class_names(root / "train")
   files: dict[str, list[tuple[pathlib.Path, int]]] = {
     part: _list_images(root / part, class_names)
-    for part in ("train", "val", "test")
+    for part in _PARTS
     if part in names
   }
   _check_files(root, files)

@@ -189,7 +189,9 @@ def trace(network: Network, image_shape: Shape) -> Layout:
   )
 
 
-def training_notes(network: Network, layout: Layout) -> tuple[str, ...]:
+def training_notes(
+  network: Network, layout: Layout, batch_size: int
+) -> tuple[str, ...]:
   """Say what may not be meant where a network trains, a line each.
 
   Batch statistics that never move belong to a network that is meant to keep
@@ -198,7 +200,10 @@ def training_notes(network: Network, layout: Layout) -> tuple[str, ...]:
   Args:
     network: see above.
     layout: of it, from `trace`.
+    batch_size: of its images in training.
   """
+  if isinstance(network, Functions):
+    return ()  # What they keep, and how they know, is theirs.
   pure = _pure(network)
   model_state = dict(layout.variables)
   params = model_state.pop("params")
@@ -207,7 +212,8 @@ def training_notes(network: Network, layout: Layout) -> tuple[str, ...]:
     *_, model_state = pure.apply(params, model_state, images, True, ())
     return pure.statistics(model_state)
 
-  images = jax.ShapeDtypeStruct((1, *layout.image_shape), jnp.float32)
+  shape = (batch_size, *layout.image_shape)
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
   jaxpr = jax.make_jaxpr(statistics)(params, model_state, images).jaxpr
   if not jaxpr.outvars or not all(x in jaxpr.invars for x in jaxpr.outvars):
     return ()
