@@ -562,9 +562,10 @@ def _check_num_outputs(dataset, outputs):
 
 
 def _load_source(config, image_format, dtype, name, given):
+  path = pathlib.Path(config.weights)
+  metadata = given.metadata if given else pretrained.read_metadata(path)
+  own_format = _source_format(config, metadata, image_format)
   if given:
-    metadata = given.metadata
-    own_format = _source_format(config, metadata, image_format)
     network, *variables, _ = given
     layout = models.trace(network, own_format.shape)
     pretrained.check_shapes(
@@ -573,9 +574,6 @@ def _load_source(config, image_format, dtype, name, given):
       f"source{name and ' '}{name}",
     )
   else:
-    path = pathlib.Path(config.weights)
-    metadata = pretrained.read_metadata(path)
-    own_format = _source_format(config, metadata, image_format)
     network, layout, *variables = pretrained.load_network(
       path, own_format.shape, dtype
     )

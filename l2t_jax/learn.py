@@ -180,9 +180,10 @@ def _describe_data(config, arrays):
     raise types.InputError(
       f"images are {height}x{width}; they must be square: crop or resize them"
     )
-  mean, std = _statistics(images)
-  config.data.mean = config.data.mean or mean
-  config.data.std = config.data.std or std
+  if not (config.data.mean and config.data.std):
+    mean, std = _statistics(images)
+    config.data.mean = config.data.mean or mean
+    config.data.std = config.data.std or std
   config.data.source, config.data.name = "arrays", _digest(arrays)
   config.data.image_size, config.data.channels = height, channels
   config.data.eval_resize = height  # Large ones are evaluated as they are.

@@ -1,8 +1,8 @@
 """How JAX lowers for CPU what XLA:CPU compiles badly, in any network.
 
 Importing this package changes how convolutions and sums over positions are
-lowered, for CPU alone. Values are the same to
-rounding, and so are derivatives of every order.
+lowered, for CPU alone. Values are the same to rounding, and so are derivatives
+of every order.
 """
 
 from __future__ import annotations

@@ -122,8 +122,7 @@ def check_same_config(
   differences = [
     f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
     for field in new | old
-    if _plain(old.get(field)) != _plain(new.get(field))
-    and field not in FREE_FIELDS
+    if old.get(field) != new.get(field) and field not in FREE_FIELDS
   ]
   if differences:
     raise types.InputError(
@@ -160,10 +159,6 @@ def read_json(path: pathlib.Path) -> Any:
       f"{path} is damaged ({error}); mend or delete it, or use another"
       " --workdir"
     ) from error
-
-
-def _plain(value):
-  return list(value) if isinstance(value, tuple) else value
 
 
 def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:

@@ -265,11 +265,11 @@ class SplitDataset:
       subset = self._subsets[part]
       if subset.records.targets is not None or not len(subset.indices):
         continue
-      missing = np.setdiff1d(np.arange(self.num_classes), subset.labels)
-      if len(missing):
+      missing = splits.without_images(self.class_names, subset.labels)
+      if missing:
         yield (
           f"no {what} images of {len(missing)} of {self.num_classes} classes:"
-          f" {records.some_of(self.class_names[label] for label in missing)}"
+          f" {records.some_of(missing)}"
         )
 
   def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:

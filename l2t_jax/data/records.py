@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import filecmp
 import functools
@@ -189,9 +189,8 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
     ) from error
 
 
-def some_of(names: Iterable[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
   """Return the first few of many names, for a message."""
-  names = list(names)
   more = f" and {len(names) - 5} more" if len(names) > 5 else ""
   return ", ".join(names[:5]) + more
 

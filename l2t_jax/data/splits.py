@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import hashlib
 from typing import NamedTuple
 
@@ -77,15 +77,19 @@ def make_split(
 
 def check_classes(split: Split, source: records.Source) -> None:
   """Raise `types.InputError` for a class that nothing could be learned of."""
-  seen = np.unique(source.train.labels[split.train])
-  unseen = np.setdiff1d(np.arange(len(source.class_names)), seen)
-  if len(unseen):
-    names = records.some_of(source.class_names[label] for label in unseen)
+  unseen = without_images(source.class_names, source.train.labels[split.train])
+  if unseen:
     raise types.InputError(
       f"{len(unseen)} of {len(source.class_names)} classes have no training"
-      f" images: {names}; number the labels from 0 without gaps, or name the"
-      " classes to keep in data.classes"
+      f" images: {records.some_of(unseen)}; number the labels from 0 without"
+      " gaps, or name the classes to keep in data.classes"
     )
+
+
+def without_images(class_names: Sequence[str], labels: np.ndarray) -> list[str]:
+  """Name the classes that no image has as its label."""
+  missing = np.setdiff1d(np.arange(len(class_names)), labels)
+  return [class_names[label] for label in missing]
 
 
 def seeded_split(
