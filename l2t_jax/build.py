@@ -142,12 +142,18 @@ class _Plan(NamedTuple):
   learn_pairs: bool = False
 
 
-def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
+def check(
+  config: ml_collections.ConfigDict,
+  *,
+  names_target: bool = True,
+  names_task: bool = True,
+) -> None:
   """Refuse values that no run can have; see l2t_jax/defaults.py.
 
   Args:
     config: the fields.
-    given: what is there already.
+    names_target: whether config.target.model has to name a network.
+    names_task: whether config.target.task has to name a task.
 
   Raises:
     types.InputError: naming the field, its value and what would be right.
@@ -200,9 +206,9 @@ def check(config: ml_collections.ConfigDict, given: Given = NOTHING) -> None:
         f"config.{field} is {_get(config, field)!r}; it must be one of"
         f" {', '.join(choices)}"
       )
-  if given.target is None:
+  if names_target:
     models.find(config.target.model)
-  if given.task is None:
+  if names_task:
     objectives.get_task(config.target.task)
   if config.sources and config.source.weights:
     raise types.InputError(

@@ -368,9 +368,9 @@ def _accuracy(grid: _Grid, method: str, column: str) -> str:
   parts = _mean_and_std(
     stats.test_mean, stats.test_std, grid.in_percent[column]
   )
-  paper = _paper(grid, method, column)
-  if paper is not None:
-    parts += f" [{paper:.1f}]"
+  reported = _paper(grid, method, column)
+  if reported is not None:
+    parts += f" [{reported:.1f}]"
   if cell and 0 < len(cell.summaries) < cell.num_seeds:
     parts += f", {_seeds(cell)} seeds"
   return parts

@@ -163,7 +163,11 @@ def check(
   """
   for seed, workdir in workdirs.items():
     workdir = pathlib.Path(workdir)
-    build.check(_with_seed(config, seed), given)
+    build.check(
+      _with_seed(config, seed),
+      names_target=given.target is None,
+      names_task=given.task is None,
+    )
     run_folder.check_same_config(workdir, _with_seed(config, seed))
     _check_whole(workdir)
   build.check_source_files(config, given)

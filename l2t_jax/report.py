@@ -803,9 +803,9 @@ def main() -> None:
     runs = find_runs(args.runs)
     with files.output_errors(args.output):
       files.check_place(args.output)  # Before the work.
-    page = make_page(runs, args.images)
+    content = make_page(runs, args.images)
     with files.output_errors(args.output):
-      files.write(args.output, page)
+      files.write(args.output, content)
   print(f"wrote {args.output}")
 
 

@@ -81,15 +81,15 @@ def test_a_run_that_is_cut_off_ends_bit_equal(
 ):
   config = small_runs.small_config(source)
   config.checkpoint_steps = 2  # Of the 3 that epoch and interval have.
-  train = lambda: experiment.train_and_evaluate(config, tmp_path)
-  small_runs.kill_in_epoch(3, train, monkeypatch)
+  train_once = lambda: experiment.train_and_evaluate(config, tmp_path)
+  small_runs.kill_in_epoch(3, train_once, monkeypatch)
   assert _checkpoints(tmp_path) == {6, 8}
   if is_damaged:
     _flip_a_bit(tmp_path, random.Random(0))
   # What a crash can leave behind: a half-written record.
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"kind": "train", "st')
-  train()
+  train_once()
   step = 6 if is_damaged else 8
   assert f"resuming after iteration {step}" in capsys.readouterr().out
   _assert_same_runs(tmp_path, finished)
@@ -99,9 +99,9 @@ def test_the_best_so_far_is_remembered(source, tmp_path, monkeypatch):
   config = small_runs.small_config(source, epochs=2)
   config.method, config.seed = "scratch", 1
   config.optimizer.learning_rate = 1e-12  # Epochs differ by chance alone.
-  train = lambda: experiment.train_and_evaluate(config, tmp_path)
-  small_runs.kill_in_epoch(2, train, monkeypatch)
-  summary = train()
+  train_once = lambda: experiment.train_and_evaluate(config, tmp_path)
+  small_runs.kill_in_epoch(2, train_once, monkeypatch)
+  summary = train_once()
   first, second = small_runs.records(tmp_path, "epoch")
   assert first["val_accuracy"] > second["val_accuracy"]  # Or change the seed.
   assert summary["best_epoch"] == 1
@@ -458,17 +458,17 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
     arrays[f"x_{part}"] = rng.integers(0, 256, (count, 8, 8, 1), np.uint8)
     arrays[f"y_{part}"] = np.arange(count) % 4
 
-  def train(arrays):
+  def train_once(arrays):
     given = build.Given(data=records.from_arrays(arrays, "arrays"))
     return experiment.train_and_evaluate(config, tmp_path / "run", given)
 
-  small_runs.kill_in_epoch(2, lambda: train(arrays), monkeypatch)
+  small_runs.kill_in_epoch(2, lambda: train_once(arrays), monkeypatch)
   changed = "{} changed since iteration 1; bring"
   for name in ("x_val", "y_test"):
     with pytest.raises(
       types.InputError, match=changed.format("the images and labels")
     ):
-      train(arrays | {name: arrays[name][::-1]})
+      train_once(arrays | {name: arrays[name][::-1]})
   tensors = safetensors.numpy.load_file(weights)
   metadata = safetensors.safe_open(weights, "np").metadata()
   other = tensors | {name: -tensors[name] for name in list(tensors)[:1]}
@@ -476,9 +476,9 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
   with pytest.raises(
     types.InputError, match=changed.format("the weights of the source")
   ):
-    train(arrays)
+    train_once(arrays)
   safetensors.numpy.save_file(tensors, weights, metadata)
-  train(arrays)
+  train_once(arrays)
   epochs = small_runs.records(tmp_path / "run", "epoch")
   assert [record["epoch"] for record in epochs] == [1, 2]
 

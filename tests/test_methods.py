@@ -344,9 +344,9 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
     config.seed = seed
     experiment.train_and_evaluate(config, tmp_path / f"alone{seed}")
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-  train = lambda: experiment.train_together(config, workdirs)
-  small_runs.kill_in_epoch(2, train, monkeypatch)
-  summaries = train()
+  train_once = lambda: experiment.train_together(config, workdirs)
+  small_runs.kill_in_epoch(2, train_once, monkeypatch)
+  summaries = train_once()
   for seed, summary in zip((0, 1), summaries, strict=True):
     assert summary["seed"] == seed
     assert summary["seeds_together"] == 2

@@ -169,16 +169,16 @@ def test_what_saliency_needs_may_be_gone(folder, tmp_path):
     tmp_path / "run/config.json",
     lambda config: config["source"].update(weights="gone.safetensors"),
   )
-  page = report.make_page(report.find_runs([tmp_path]), 2)
-  assert "No saliency: no source weights at gone.safetensors" in page
+  content = report.make_page(report.find_runs([tmp_path]), 2)
+  assert "No saliency: no source weights at gone.safetensors" in content
 
 
 def test_names_are_text_and_no_markup(folder, tmp_path):
   name = "<b onload=alert(1)>"
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / name)
   shutil.copytree(folder / "l2t_ww/seed1", tmp_path / "other")
-  page = report.make_page(report.find_runs([tmp_path]), 0)
-  assert name not in page
+  content = report.make_page(report.find_runs([tmp_path]), 0)
+  assert name not in content
 
 
 @pytest.fixture(scope="module")

@@ -105,8 +105,8 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
   monkeypatch.setattr(experiment, "train_together", train_together)
   table.run_job(job)
   assert asked == [[0, 1], [0], [1]]
-  errors = [(w / "error.txt").exists() for w in job.workdirs.values()]
-  assert errors == [False, True]
+  failed = [(w / "error.txt").exists() for w in job.workdirs.values()]
+  assert failed == [False, True]
 
 
 def test_accuracies_of_a_task_are_shown_as_they_are(

@@ -257,14 +257,14 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> Source:
         f"{where} lacks {key!r}; its keys are {_listed(sorted(arrays))}"
       )
   is_given = lambda part: any(f"{kind}_{part}" in arrays for kind in "xyt")
-  records, num_val = _checked_records(where, arrays, "train"), 0
+  train, num_val = _checked_records(where, arrays, "train"), 0
   if is_given("val"):
     validation = _checked_records(where, arrays, "val")
     num_val = len(validation.labels)
-    records = _joined(where, records, validation)
+    train = _joined(where, train, validation)
   test = _checked_records(where, arrays, "test") if is_given("test") else None
   num_seen = 1 + max(
-    part.labels.max(initial=0) for part in (records, test) if part
+    part.labels.max(initial=0) for part in (train, test) if part
   )
   _check_copies(where, arrays)
   class_names = tuple(
@@ -275,7 +275,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> Source:
       f"{where} has label {num_seen - 1}, but class_names has only"
       f" {len(class_names)} entries"
     )
-  return Source(records, num_val, test, class_names)
+  return Source(train, num_val, test, class_names)
 
 
 def _check_copies(where: str, arrays: Mapping[str, np.ndarray]) -> None:
