@@ -10,7 +10,9 @@ one, each process gets the same command and --distributed.
 
 from absl import flags
 
-from l2t_jax import commands, experiment, plan, processes
+from l2t_jax import cli
+from l2t_jax.run import plan, train
+from l2t_jax.runtime import distributed
 
 flags.declare_key_flag("workdir")
 _CONFIG = flags.DEFINE_string(
@@ -45,14 +47,14 @@ flags.register_multi_flags_validator(
 def main(overrides: list[str]) -> None:
   place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if _DISTRIBUTED.value or place != (None, None, None):
-    processes.start(*place)
-  with processes.ending_together():
-    config = commands.load_config(_CONFIG.value, overrides)
+    distributed.start(*place)
+  with distributed.ending_together():
+    config = cli.load_config(_CONFIG.value, overrides)
     if _PLAN.value:
       plan.show(plan.make(config))
     else:
-      experiment.train_and_evaluate(config, flags.FLAGS.workdir)
+      train.train_and_evaluate(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  cli.run(main)

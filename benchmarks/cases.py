@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import (
-  build,
-  compilation,
-  defaults,
-  models,
-  objectives,
-  sharding,
-  types,
-)
-from l2t_jax.data import records
+from l2t_jax import models, types
+import l2t_jax.config
+from l2t_jax.data import from_arrays
+from l2t_jax.method import objectives
+from l2t_jax.run import setup
+from l2t_jax.runtime import compilation, cpu_lowering, sharding
 
 LEARNING_RATE = 0.01
 _NUM_CLASSES, _NUM_SOURCE_CLASSES = 10, 200
@@ -43,14 +39,15 @@ class Setting(NamedTuple):
 class Iteration(NamedTuple):
   """A run with what its training step starts from."""
 
-  run: build.Run
+  run: setup.Run
   state: types.TrainState
   batch: types.Batch
 
 
 def create(setting: Setting) -> Iteration:
   """Build a run as `train.py` does, its first state and a batch."""
-  config = defaults.get_config()
+  cpu_lowering.install()
+  config = l2t_jax.config.get_config()
   config.method, config.precision = setting.method, setting.precision
   config.batch_size = setting.batch_size
   config.data.image_size, config.data.augment = setting.image_size, "none"
@@ -63,8 +60,8 @@ def create(setting: Setting) -> Iteration:
   if setting.num_sources == 1:
     names = [""]
   else:
-    config.sources = {name: defaults.source() for name in names}
-  given = build.Given(data=_random_images(setting))
+    config.sources = {name: l2t_jax.config.source() for name in names}
+  given = setup.Given(data=_random_images(setting))
   if objectives.get_method(setting.method).needs_source:
     given = given._replace(
       sources={
@@ -72,7 +69,7 @@ def create(setting: Setting) -> Iteration:
         for i, name in enumerate(names, start=1)
       }
     )
-  run = build.build(config, given)
+  run = setup.build(config, given)
   leading = (setting.num_seeds,) if setting.num_seeds > 1 else ()
   states = [run.create_state(seed) for seed in range(setting.num_seeds)]
   state = states[0]
@@ -85,8 +82,10 @@ def compile_iteration(
   setting: Setting, iteration: Iteration
 ) -> compilation.Program:
   """Compile a step as `train.py` does; its state is donated."""
-  with jax.default_matmul_precision(build.PRECISIONS[setting.precision][1]):
-    return build.compile_step(
+  with jax.default_matmul_precision(
+    l2t_jax.config.PRECISIONS[setting.precision][1]
+  ):
+    return setup.compile_step(
       *iteration, num_seeds=setting.num_seeds, mode=setting.mode
     ).result()
 
@@ -99,14 +98,14 @@ def _random_images(setting):
   for part, number in (("train", count), ("val", 1), ("test", 1)):
     arrays[f"x_{part}"] = rng.integers(0, 256, (number, *size), np.uint8)
     arrays[f"y_{part}"] = np.arange(number) % _NUM_CLASSES
-  return records.from_arrays(arrays, "random images")
+  return from_arrays.image_set(arrays, "random images")
 
 
 def _random_source(setting, key):
-  dtype = build.PRECISIONS[setting.precision][0]
+  dtype = l2t_jax.config.PRECISIONS[setting.precision][0]
   network = models.create(setting.source, _NUM_SOURCE_CLASSES, dtype)
   shape = (setting.image_size, setting.image_size, 3)
-  return build.SourceNetwork(network, *models.init(network, key, shape))
+  return setup.SourceNetwork(network, *models.init(network, key, shape))
 
 
 def _random_batch(run, leading):

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from l2t_jax import pretrained, training, transfer, types
+from l2t_jax import types
+from l2t_jax.method import pair_sets, training
+from l2t_jax.models import torch_weights
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -321,7 +323,7 @@ class Start(NamedTuple):
 def from_jax(
   state: types.TrainState,
   source: training.Source,
-  pairs: Sequence[transfer.Pair],
+  pairs: Sequence[pair_sets.Pair],
   place: Callable[[torch.Tensor], torch.Tensor],
 ) -> Start:
   """Take over values of the JAX implementation.
@@ -337,8 +339,8 @@ def from_jax(
   def network(variables, prefix=""):
     flat = traverse_util.flatten_dict(variables)
     return {
-      prefix + pretrained.torch_name(path): tensor(
-        pretrained.to_torch_layout(x)
+      prefix + torch_weights.torch_name(path): tensor(
+        torch_weights.to_torch_layout(x)
       )
       for path, x in flat.items()
     }

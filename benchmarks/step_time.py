@@ -24,7 +24,6 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -44,7 +43,9 @@ import numpy as np
 from rich import console, table
 
 from benchmarks import cases
-from l2t_jax import bilevel, build, compilation
+import l2t_jax.config
+from l2t_jax.method import bilevel
+from l2t_jax.runtime import compilation
 
 # What is varied around the paper's setting, one at a time.
 SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -272,7 +273,7 @@ def main() -> None:
       if case.what != "plain" or case.setting not in known
     ]
   ceilings = {
-    name: ceiling(*build.PRECISIONS[name])
+    name: ceiling(*l2t_jax.config.PRECISIONS[name])
     for name in dict.fromkeys(case.setting.precision for case in everything)
   }
   _print_table(everything, ceilings)

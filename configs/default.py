@@ -1,10 +1,10 @@
-"""Every field of an experiment: those of l2t_jax/defaults.py.
+"""Every field of an experiment: those of l2t_jax/config.py.
 
 An experiment is a file beside this one: the default with some fields changed.
 Any field can be changed on the command line too, as in
 --config.meta.learning_rate=1e-3.
 """
 
-from l2t_jax.defaults import get_config, source
+from l2t_jax.config import get_config, source
 
 __all__ = ["get_config", "source"]

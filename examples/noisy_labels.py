@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from sklearn import datasets
 
-from l2t_jax import bilevel, types
+from l2t_jax import types
+from l2t_jax.method import bilevel
 
 NUM_TRAIN, NUM_CLEAN, NUM_CLASSES = 500, 100, 10
 INNER_STEPS, META_STEPS = 20, 60

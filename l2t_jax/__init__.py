@@ -1,9 +1,11 @@
-"""Learning What and Where to Transfer, in functional JAX."""
+"""Learning What and Where to Transfer, in functional JAX.
 
-import os
+The public names stand in `__init__.pyi`. Each is imported when it is first
+used: importing the package is fast and changes nothing in the process.
+"""
 
-# XLA warns in long lines that code from its own cache may not fit this CPU; it
-# looks here when jax is imported.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import lazy_loader
 
-from l2t_jax import lowering  # noqa: F401  (changes how JAX lowers)
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,13 +21,14 @@ import io
 import pathlib
 
 from flax import traverse_util
-import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from l2t_jax import arguments, files, imports, predict, pretrained, types
+from l2t_jax import errors, files, imports, predict
+from l2t_jax.models import torch_weights
+from l2t_jax.runtime import cpu_lowering
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -36,20 +37,20 @@ def to_state_dict(predictor: predict.Predictor) -> dict[str, np.ndarray]:
   """Name and lay out the target's variables as PyTorch does.
 
   Raises:
-    types.InputError: a variable has no counterpart in PyTorch.
+    errors.InputError: a variable has no counterpart in PyTorch.
   """
   variables = {"params": predictor.params, **predictor.model_state}
   tensors = {}
   for path, leaf in traverse_util.flatten_dict(variables).items():
     if path[0] == "rng":  # The key of dropout.
       continue
-    if not pretrained.has_torch_name(path):
-      raise types.InputError(
+    if not torch_weights.has_torch_name(path):
+      raise errors.InputError(
         f"{'/'.join(path)} has no name in PyTorch: only the kernels, biases and"
         " batch norms of convolutional networks have; export to .stablehlo"
       )
-    array = pretrained.to_torch_layout(np.asarray(leaf))
-    tensors[pretrained.torch_name(path)] = np.ascontiguousarray(array)
+    array = torch_weights.to_torch_layout(np.asarray(leaf))
+    tensors[torch_weights.torch_name(path)] = np.ascontiguousarray(array)
   return tensors
 
 
@@ -67,7 +68,7 @@ def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
   """Write the target in the format that the path's suffix names.
 
   Raises:
-    types.InputError: the suffix is unknown, torch is missing, or the file
+    errors.InputError: the suffix is unknown, torch is missing, or the file
       cannot be written.
   """
   if path.suffix == ".stablehlo":
@@ -77,7 +78,7 @@ def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
   elif path.suffix in (".pt", ".pth"):
     content = _to_torch_file(to_state_dict(predictor))
   else:
-    raise types.InputError(
+    raise errors.InputError(
       f"{path} must end in .pt, .pth, .safetensors or .stablehlo"
     )
   with files.output_errors(path):
@@ -94,13 +95,14 @@ def _to_torch_file(tensors):
 
 
 def main() -> None:
-  parser = arguments.Parser(
+  parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("output", type=pathlib.Path)
   args = parser.parse_args()
-  with types.errors_in_one_line():
+  cpu_lowering.install()
+  with errors.errors_in_one_line():
     write(predict.load(args.run), args.output)
   print(f"wrote {args.output}")
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import tempfile
 
-from l2t_jax import types
+from l2t_jax import errors
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -51,6 +51,6 @@ def output_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise types.InputError(
+    raise errors.InputError(
       f"cannot write {path}: {error.strerror}; choose another place"
     ) from error

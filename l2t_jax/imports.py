@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from typing import Any
 
-from l2t_jax import types
+from l2t_jax import errors
 
 
 def require(
@@ -21,13 +20,13 @@ def require(
     otherwise: what would do without it, for the message.
 
   Raises:
-    types.InputError: it is absent, or fails to be imported.
+    errors.InputError: it is absent, or fails to be imported.
   """
   try:
     return importlib.import_module(module)
   except ImportError as error:
     alternative = f", or {otherwise}" if otherwise else ""
-    raise types.InputError(
+    raise errors.InputError(
       f"{needed_for} needs {module}: pip install"
       f" {package or module}{alternative} ({error})"
     ) from error
@@ -47,12 +46,12 @@ def by_name(name: str, what: str) -> Any:
     what: for messages, such as "model".
 
   Raises:
-    types.InputError: there is no such thing.
+    errors.InputError: there is no such thing.
   """
   module, _, attribute = name.partition(":")
   try:
     return getattr(importlib.import_module(module), attribute)
   except Exception as error:  # The module is a user's: it may raise anything.
-    raise types.InputError(
+    raise errors.InputError(
       f"cannot import the {what} {name!r}: {type(error).__name__}: {error}"
     ) from error

@@ -26,9 +26,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from l2t_jax import arguments, data, models, pretrained, types
-from l2t_jax.data import augment, formats, records
-from l2t_jax.data import images as pillow
+from l2t_jax import data, errors, models, types
+from l2t_jax.data import augmentation, formats, from_folders, pillow
+from l2t_jax.models import weight_files
+from l2t_jax.runtime import cpu_lowering
 
 _BATCH_SIZE = 64
 
@@ -50,7 +51,7 @@ class Predictor:
     """Read an image as the network wants it, uint8 [H, W, C].
 
     Raises:
-      types.InputError: it cannot be read.
+      errors.InputError: it cannot be read.
     """
     image = pillow.decode(path, name=str(path))
     if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
@@ -91,7 +92,7 @@ class Predictor:
     @jax.jit
     @jax.default_matmul_precision("highest")  # As evaluation has it.
     def outputs(params, model_state, images):
-      images = augment.normalise(
+      images = augmentation.normalise(
         images, self.image_format.mean, self.image_format.std
       )
       return apply_fn(params, model_state, images, train=False)[0]
@@ -107,17 +108,17 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     network: the target, where its config does not name it.
 
   Raises:
-    types.InputError: there is no such file, or its network cannot be made.
+    errors.InputError: there is no such file, or its network cannot be made.
   """
   path = run / "target.safetensors" if run.is_dir() else run
   if not path.is_file():
-    raise types.InputError(
+    raise errors.InputError(
       f"there is no target.safetensors in {run}; a run leaves it with its first"
       " epoch"
     )
-  metadata = pretrained.read_metadata(path)
+  metadata = weight_files.read_metadata(path)
   if "config" not in metadata:
-    raise types.InputError(
+    raise errors.InputError(
       f"{path} was converted and not trained by l2t_jax: it says nothing of its"
       " images and classes"
     )
@@ -130,11 +131,11 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     tuple(json.loads(metadata["std"])),
   )
   if network is None:
-    network, _, params, model_state = pretrained.load_network(
+    network, _, params, model_state = weight_files.load_network(
       path, image_format.shape
     )
   else:
-    model_state, _ = pretrained.load(path)
+    model_state, _ = weight_files.load(path)
     params = model_state.pop("params")
   return Predictor(
     network,
@@ -160,10 +161,10 @@ def predict(
     (path, name of the likeliest class, its probability).
 
   Raises:
-    types.InputError: an image cannot be read, or the network is no classifier.
+    errors.InputError: an image cannot be read, or the network is no classifier.
   """
   if predictor.task != "classification":
-    raise types.InputError(
+    raise errors.InputError(
       f"the network learned the task {predictor.task!r}, and no classes; its"
       " outputs are those of l2t_jax.export OUT.stablehlo"
     )
@@ -182,16 +183,16 @@ def find_images(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
   """List images: files as they are, folders searched and sorted.
 
   Raises:
-    types.InputError: a path does not exist, or a folder has no images.
+    errors.InputError: a path does not exist, or a folder has no images.
   """
   found: list[pathlib.Path] = []
   for path in paths:
     if path.is_dir():
-      found += records.list_images(path)
+      found += from_folders.list_images(path)
     elif path.exists():
       found.append(path)
     else:
-      raise types.InputError(f"there is no image or folder {path}")
+      raise errors.InputError(f"there is no image or folder {path}")
   return found
 
 
@@ -202,13 +203,14 @@ def _batched(paths, size):
 
 
 def main() -> None:
-  parser = arguments.Parser(
+  parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("images", type=pathlib.Path, nargs="+")
   args = parser.parse_args()
-  with types.errors_in_one_line():
+  cpu_lowering.install()
+  with errors.errors_in_one_line():
     paths = find_images(args.images)
     table = csv.writer(sys.stdout)
     table.writerow(("image", "class", "probability"))

@@ -28,17 +28,12 @@ import jax
 import ml_collections
 from rich import console
 
-from l2t_jax import (
-  commands,
-  comparison,
-  experiment,
-  objectives,
-  paper,
-  pretrained,
-  processes,
-  run_folder,
-  types,
-)
+from l2t_jax import cli, errors
+from l2t_jax.method import objectives
+from l2t_jax.models import weight_files
+from l2t_jax.results import paper, run_reader, table_picture, tables
+from l2t_jax.run import train
+from l2t_jax.runtime import run_folder, signals
 
 flags.declare_key_flag("workdir")
 flags.register_validator("workdir", bool, "it must name a folder")
@@ -88,26 +83,26 @@ def main(overrides: list[str]) -> int:
   methods = _METHODS.value or paper.METHODS
   cells = make_cells(columns, methods, _SEEDS.value, workdir)
   for cell in cells:  # Before anything is trained.
-    experiment.check(cell.config, cell.workdirs)
+    train.check(cell.config, cell.workdirs)
   run_folder.make(workdir)
   jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
   runs = sum(len(job.workdirs) for job in jobs)
   _OUT.print(f"{len(cells)} cells; {runs} runs to do here")
   status = 0
   try:
-    with processes.StopRequests() as requests:
+    with signals.StopRequests() as requests:
       for job in jobs:
         if requests.were_made():
-          raise types.Interrupted("asked to stop")
+          raise errors.Interrupted("asked to stop")
         if job.workdirs:
           run_job(job)
-          comparison.write(workdir, results(cells))
-  except (KeyboardInterrupt, types.Interrupted) as error:
+          table_picture.write(workdir, results(cells))
+  except (KeyboardInterrupt, errors.Interrupted) as error:
     _OUT.print("interrupted; the same command goes on from here")
     status = getattr(error, "exit_code", 130)
   final = results(cells)
-  comparison.write(workdir, final)
-  comparison.print_table(final)
+  table_picture.write(workdir, final)
+  tables.print_table(final)
   _OUT.print(f"saved as {workdir}/table.md, table.csv and table.png")
   for cell in cells[::-1]:
     picture = next(iter(cell.workdirs.values())) / "transfer_map.png"
@@ -132,23 +127,23 @@ def load_columns(
     swept value ("per_class=5"), or both.
 
   Raises:
-    types.InputError: a file, a field or a value is wrong, or two columns have
+    errors.InputError: a file, a field or a value is wrong, or two columns have
       the same name.
   """
   field, _, values = sweep.partition("=")
   for name in (f"--config.{field}=", *overrides):
     if name.startswith("--config.method="):
-      raise types.InputError(
+      raise errors.InputError(
         "the rows of a table are its methods: set --methods, not config.method"
       )
   if sweep and not (field and values):
-    raise types.InputError(
+    raise errors.InputError(
       f"--sweep={sweep} must be a field and its values, such as"
       " --sweep=data.per_class=5,10,50"
     )
   columns: dict[str, ml_collections.ConfigDict] = {}
   for path in paths:
-    name = commands.column_name(path)
+    name = cli.column_name(path)
     for value in map(str.strip, values.split(",")) if sweep else ("",):
       column, more = name, list(overrides)
       if sweep:
@@ -157,14 +152,14 @@ def load_columns(
         more.append(f"--config.{field}={value}")
       for other in columns:
         if other == column:
-          raise types.InputError(f"there are two columns named {column!r}")
+          raise errors.InputError(f"there are two columns named {column!r}")
         if _folder_name(other) == _folder_name(column):
-          raise types.InputError(
+          raise errors.InputError(
             f"the columns {other!r} and {column!r} would share the folder"
             f" {_folder_name(column)}; rename what one of them names, or give"
             " each a --workdir of its own"
           )
-      columns[column] = commands.load_config(path, more)
+      columns[column] = cli.load_config(path, more)
   return columns
 
 
@@ -183,11 +178,11 @@ def make_cells(
     workdir: of the table.
 
   Raises:
-    types.InputError: for a method that is unknown or named twice, and where a
+    errors.InputError: for a method that is unknown or named twice, and where a
       column's config makes two of them the same.
   """
   if len(set(methods)) < len(methods):
-    raise types.InputError(f"--methods={','.join(methods)} names one twice")
+    raise errors.InputError(f"--methods={','.join(methods)} names one twice")
   cells = []
   for column, base in columns.items():
     _check_rows_differ(methods, base.transfer)
@@ -219,7 +214,7 @@ def _check_rows_differ(methods, fields):
     same = rows.setdefault(method, name)
     if same != name:
       field = "map" if fields.map else "pairs"
-      raise types.InputError(
+      raise errors.InputError(
         f"config.transfer.{field} is set, which makes {same} and {name} the"
         " same; leave one of them out of --methods"
       )
@@ -267,7 +262,7 @@ def run_job(job: Cell) -> None:
   for workdir in job.workdirs.values():
     (workdir / _ERROR).unlink(missing_ok=True)
   accuracies = lambda key: ", ".join(
-    objectives.accuracy_text(summary[key], job.config.target, digits=1)
+    run_reader.accuracy_text(summary[key], job.config.target, digits=1)
     for summary in summaries
   )
   _OUT.print(
@@ -289,31 +284,31 @@ def _train_logged(
       (folder / "train.log").open("a") as log,
       contextlib.redirect_stdout(log),
     ):
-      return experiment.train_together(job.config, job.workdirs), ""
-  except (types.Interrupted, types.StorageError):
+      return train.train_together(job.config, job.workdirs), ""
+  except (errors.Interrupted, errors.StorageError):
     raise  # The others would meet it, too.
   except Exception as error:
     return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
 
 
-def results(cells: Sequence[Cell]) -> list[comparison.Cell]:
+def results(cells: Sequence[Cell]) -> list[tables.Cell]:
   """Read what the runs of all cells have left so far."""
   return [_result(cell) for cell in cells]
 
 
-def _result(cell: Cell) -> comparison.Cell:
+def _result(cell: Cell) -> tables.Cell:
   summaries = _read_summaries(cell.workdirs.values())
   reported = paper.REPORTED.get(cell.column, {}).get(cell.method)
   departures: tuple[str, ...] = ()
   if reported is not None:
     departures = _departures(cell, summaries)
-  return comparison.Cell(
+  return tables.Cell(
     cell.method,
     cell.column,
     tuple(summaries),
     len(cell.workdirs),
     tuple(_read_errors(cell.workdirs)),
-    in_percent=objectives.is_classification(cell.config.target),
+    in_percent=run_reader.is_classification(cell.config.target),
     paper=reported,
     departures=departures,
   )
@@ -322,7 +317,7 @@ def _result(cell: Cell) -> comparison.Cell:
 def _departures(cell, summaries):
   """Say in what a cell is not what the paper reports; see `paper.departures`.
 
-  `experiment.check` has seen that the config is that of the runs.
+  `train.check` has seen that the config is that of the runs.
   """
   config, source, num_images = cell.config, "", None
   if objectives.METHODS[cell.method].needs_source and config.source.weights:
@@ -340,8 +335,8 @@ def _departures(cell, summaries):
 
 def _describe_source(path):
   try:
-    metadata = pretrained.read_metadata(path)
-  except types.InputError:  # The runs have failed of it.
+    metadata = weight_files.read_metadata(path)
+  except errors.InputError:  # The runs have failed of it.
     return "unknown"
   return f"{metadata['model']} of {metadata['num_classes']} classes"
 
@@ -361,7 +356,7 @@ def _read_errors(workdirs) -> list[str]:
 
 def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split())
-  if not isinstance(error, types.Stop):
+  if not isinstance(error, errors.Stop):
     text = f"{type(error).__name__}: {text}"
   # What is wrong stands first, and what would be right last.
   return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"
@@ -373,7 +368,7 @@ def _parse_shard(shard: str) -> slice:
   if not (
     index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)
   ):
-    raise types.InputError(
+    raise errors.InputError(
       f"--shard={shard} must be I/N with I from 1 to N, such as 2/4"
     )
   return slice(int(index) - 1, None, int(count))
@@ -385,4 +380,4 @@ def _default_together() -> int:
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  cli.run(main)

@@ -8,8 +8,9 @@ import hypothesis
 import jax
 import pytest
 
-from l2t_jax import experiment
-from tests import small_runs
+from l2t_jax.run import train
+from l2t_jax.runtime import cpu_lowering
+from tests.support import small_runs
 
 
 def pytest_configure():
@@ -22,6 +23,7 @@ def pytest_configure():
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   jax.config.update("jax_disable_most_optimizations", True)
+  cpu_lowering.install()
   # The same examples everywhere and every time, and none kept in a folder.
   hypothesis.settings.register_profile(
     "l2t_jax", derandomize=True, database=None, deadline=None
@@ -67,5 +69,5 @@ def source(tmp_path_factory):
 def finished(source, tmp_path_factory):
   """A finished run of three epochs."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
-  experiment.train_and_evaluate(small_runs.small_config(source), workdir)
+  train.train_and_evaluate(small_runs.small_config(source), workdir)
   return workdir

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests import golden_setup, test_parity
+from tests import test_parity
+from tests.support import golden_setup
 
 pytestmark = pytest.mark.optimized
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import small_runs
+from tests.support import small_runs
 
 DOCS = small_runs.ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

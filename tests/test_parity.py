@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from l2t_jax import pretrained
-from tests import golden_setup
+from l2t_jax.models import torch_weights
+from tests.support import golden_setup
 
 pytestmark = pytest.mark.optimized
 
@@ -29,7 +29,7 @@ def _case(file, mode, marks=()):
 
 @pytest.mark.parametrize(
   ("file", "mode"),
-  # The default with every file; tests/test_training.py compares all modes.
+  # The default with every file; test_training.py compares all modes.
   [_case(file, "linearized") for file in FILES]
   + [_case(file, "mixed") for file in FILES[-1:]]
   + [_case(file, "reverse", pytest.mark.long) for file in FILES[:1]],
@@ -70,7 +70,7 @@ def _numbers(setup, before, after, metrics):
   }
   params = after.inner.params
   for path, leaf in traverse_util.flatten_dict(params["target"]).items():
-    name = pretrained.torch_name(("params", *path))
+    name = torch_weights.torch_name(("params", *path))
     numbers[f"target_param_norm/{name}"] = _norm(leaf)
   for k, pair in enumerate(setup.pairs):
     layer, name = params["regressors"][pair.name], f"regressor.{k}"

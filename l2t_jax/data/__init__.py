@@ -8,11 +8,21 @@ import functools
 import numpy as np
 from PIL import Image
 
-from l2t_jax import types
-from l2t_jax.data import formats, pipeline, records, splits, streaming
-from l2t_jax.data import images as pillow
-from l2t_jax.data import in_memory as memory
-from l2t_jax.data.pipeline import Dataset
+from l2t_jax import errors
+from l2t_jax.data import (
+  bundled,
+  datasets,
+  formats,
+  from_arrays,
+  from_folders,
+  from_tfds,
+  memory,
+  pillow,
+  records,
+  splits,
+  streaming,
+)
+from l2t_jax.data.datasets import Dataset
 
 __all__ = ["Dataset", "load", "make_eval_resize", "resized_for_evaluation"]
 
@@ -48,7 +58,7 @@ def load(
   in_memory: bool | None = None,
   process_index: int = 0,
   process_count: int = 1,
-  opened: records.Source | None = None,
+  opened: records.ImageSet | None = None,
 ) -> Dataset:
   """Open a data set.
 
@@ -86,7 +96,7 @@ def load(
     unlabeled_batch_size: of images without labels in a batch, over all
       processes; 0 for batch_size.
     batch_size: of labelled images, over all processes; evaluation batches are
-      the smallest multiple that is at least pipeline.MIN_EVAL_BATCH_SIZE.
+      the smallest multiple that is at least datasets.MIN_EVAL_BATCH_SIZE.
     seed: of the order of training images and their augmentation.
     num_workers: processes that read training images when streaming; 0 for
       threads of this process.
@@ -101,7 +111,8 @@ def load(
     The data set; each process gets its own rows of the global batches.
 
   Raises:
-    types.InputError: a value is wrong, or the data set is missing or malformed.
+    errors.InputError: a value is wrong, or the data set is missing or
+      malformed.
   """
   if in_memory is None:
     in_memory = image_size <= MAX_IN_MEMORY_SIZE
@@ -109,7 +120,7 @@ def load(
   eval_resize = resized_for_evaluation(image_size, eval_resize, in_memory)
   _check_images(image_size, channels, mean, std)
   _check_reading(in_memory, augment, image_size, eval_resize, crop_padding)
-  pipeline.check_counts(
+  datasets.check_counts(
     seed=seed,
     split_seed=split_seed,
     per_class=per_class,
@@ -121,7 +132,7 @@ def load(
     unlabeled, unlabeled_path, unlabeled_batch_size, per_class, process_count
   )
   if opened is None:
-    opened = records.open_source(source, name=name, path=path)
+    opened = open_source(source, name=name, path=path)
   opened = records.keep_classes(opened, classes)
   full_split = splits.make_split(
     opened,
@@ -140,22 +151,22 @@ def load(
       full_split, opened, per_class=per_class, seed=split_seed
     )
   if len(split.train) < batch_size:
-    raise types.InputError(
+    raise errors.InputError(
       f"batch_size is {batch_size}, but there are only {len(split.train)}"
       " training images"
     )
   subset = None
   if unlabeled_path:
-    folder = records.open_unlabeled(unlabeled_path)
-    subset = pipeline.Subset(folder, np.arange(len(folder.labels)))
+    folder = from_folders.open_unlabeled(unlabeled_path)
+    subset = datasets.Subset(folder, np.arange(len(folder.labels)))
   elif unlabeled:
     left_over = np.setdiff1d(full_split.train, split.train)
     if not len(left_over):
-      raise types.InputError(
+      raise errors.InputError(
         f"per_class is {per_class} and leaves no images over for unlabeled;"
         " lower it or give an unlabeled_path"
       )
-    subset = pipeline.Subset(opened.train, left_over)
+    subset = datasets.Subset(opened.train, left_over)
   build = (
     functools.partial(memory.InMemoryDataset, crop_padding=crop_padding)
     if in_memory
@@ -165,9 +176,9 @@ def load(
       num_workers=num_workers,
     )
   )
-  plan = pipeline.BatchPlan(batch_size, process_index, process_count)
+  plan = datasets.BatchPlan(batch_size, process_index, process_count)
   return build(
-    pipeline.Contents(
+    datasets.Contents(
       opened,
       split,
       subset,
@@ -210,14 +221,14 @@ def _check_images(
   std: tuple[float, ...],
 ) -> None:
   if image_size < 1:
-    raise types.InputError(f"image_size is {image_size}, but must be positive")
+    raise errors.InputError(f"image_size is {image_size}, but must be positive")
   if channels not in (1, 3):
-    raise types.InputError(
+    raise errors.InputError(
       f"channels is {channels}, but must be 1 (grey) or 3 (RGB)"
     )
   for what, values in (("mean", mean), ("std", std)):
     if len(values) not in (1, channels):
-      raise types.InputError(
+      raise errors.InputError(
         f"{what} {values} must have 1 or channels={channels} values"
       )
   formats.check_normalisation("", mean, std)
@@ -232,21 +243,21 @@ def _check_reading(
 ) -> None:
   possible = memory.AUGMENTS if in_memory else streaming.AUGMENTS
   if augment not in possible:
-    raise types.InputError(
+    raise errors.InputError(
       f"augment {augment!r} is not possible when images are"
       f" {'in memory' if in_memory else 'streamed'}; possible:"
       f" {', '.join(possible)}"
     )
   if crop_padding < 0:
-    raise types.InputError(f"crop_padding is {crop_padding}, below 0")
+    raise errors.InputError(f"crop_padding is {crop_padding}, below 0")
   if not in_memory and eval_resize < image_size:
-    raise types.InputError(
+    raise errors.InputError(
       f"eval_resize is {eval_resize}, but must be at least"
       f" image_size={image_size}"
     )
 
 
-def _check_targets(source: records.Source, augment: str) -> None:
+def _check_targets(source: records.ImageSet, augment: str) -> None:
   targets = source.train.targets
   if targets is None:
     return
@@ -254,12 +265,12 @@ def _check_targets(source: records.Source, augment: str) -> None:
     source.test.targets is None
     or source.test.targets.shape[1:] != targets.shape[1:]
   ):
-    raise types.InputError(
+    raise errors.InputError(
       f"the training images have targets of shape {list(targets.shape[1:])},"
       " but the test images do not"
     )
   if targets.ndim > 2 and augment != "none":
-    raise types.InputError(
+    raise errors.InputError(
       f"augment is {augment!r} and would move the images, but not their targets"
       f" of shape {list(targets.shape[1:])}; use 'none'"
     )
@@ -269,12 +280,12 @@ def _check_batches(
   batch_size: int, process_index: int, process_count: int
 ) -> None:
   if batch_size < 1 or batch_size % process_count:
-    raise types.InputError(
+    raise errors.InputError(
       f"batch_size is {batch_size}, but must be a positive multiple of the"
       f" number of processes, {process_count}"
     )
   if not 0 <= process_index < process_count:
-    raise types.InputError(
+    raise errors.InputError(
       f"process_index is {process_index}, but must be from 0 to"
       f" {process_count - 1}"
     )
@@ -288,17 +299,55 @@ def _check_unlabeled(
   process_count: int,
 ) -> None:
   if path and not unlabeled:
-    raise types.InputError(
+    raise errors.InputError(
       f"unlabeled_path is {path!r}, but unlabeled is False; set it to True or"
       " the path to ''"
     )
   if unlabeled and not path and not per_class:
-    raise types.InputError(
+    raise errors.InputError(
       "unlabeled is True, but per_class is 0 and leaves no images over; set it"
       " or give an unlabeled_path"
     )
   if batch_size % process_count:
-    raise types.InputError(
+    raise errors.InputError(
       f"unlabeled_batch_size is {batch_size}, but must be a multiple of the"
       f" number of processes, {process_count}"
     )
+
+
+_OPENED_BY_PATH = ("npz", "folder")
+
+
+def open_source(source: str, *, name: str, path: str) -> records.ImageSet:
+  """Open a data set by its kind.
+
+  Args:
+    source: 'bundled', 'npz', 'folder' or 'tfds'.
+    name: the bundled set or the tfds name; unused by the others.
+    path: the npz file, the folder, or the data directory of tfds ('' for its
+      own default); unused by bundled sets.
+
+  Returns:
+    The records, with labels as published.
+
+  Raises:
+    errors.InputError: there is no such data set, or it is malformed.
+  """
+  openers = {
+    "bundled": lambda: bundled.open_bundled(name),
+    "npz": lambda: from_arrays.image_set(
+      from_arrays.load_npz(path), repr(path)
+    ),
+    "folder": lambda: from_folders.open_folder(
+      from_folders.existing_folder(path)
+    ),
+    "tfds": lambda: from_tfds.open_tfds(name, path),
+  }
+  if source not in openers:
+    raise errors.InputError(
+      f"source {source!r} is unknown; possible: {records.listed(openers)}"
+    )
+  field, value = ("path", path) if source in _OPENED_BY_PATH else ("name", name)
+  if not value:
+    raise errors.InputError(f"source {source!r} needs data.{field}")
+  return openers[source]()

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from l2t_jax import types
+from l2t_jax import errors
 
 # Red, green and blue in a grey value (ITU-R 601, which Pillow uses too).
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -42,7 +42,7 @@ def check_normalisation(
     std: of the pixels.
 
   Raises:
-    types.InputError: a value is no finite number, or a deviation is not
+    errors.InputError: a value is no finite number, or a deviation is not
       positive.
   """
   finite = lambda value: (
@@ -54,7 +54,7 @@ def check_normalisation(
     ("std", std, positive, "finite numbers above 0"),
   ):
     if not all(map(holds, values)):
-      raise types.InputError(
+      raise errors.InputError(
         f"{prefix}{what} is {tuple(values)}; its values must be {right}"
       )
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import zipfile
 import zlib
 
-from l2t_jax import arguments, types
+from l2t_jax import errors
 
 
 class Destination(NamedTuple):
@@ -54,17 +54,17 @@ def make_layout(
     out: the folder to make; it must not exist.
 
   Raises:
-    types.InputError: an archive or an image is missing or damaged, the numbers
+    errors.InputError: an archive or an image is missing or damaged, the numbers
       of images are not the official ones, or `out` exists or is not writable.
   """
   absent = [name for name in published.files if not (archives / name).is_file()]
   if absent:
-    raise types.InputError(
+    raise errors.InputError(
       f"folder {str(archives)!r} lacks {', '.join(absent)}; download from"
       f" {published.homepage} and do not unpack"
     )
   if out.exists():
-    raise types.InputError(
+    raise errors.InputError(
       f"{str(out)!r} exists already; remove it or choose another folder"
     )
   partial = out.with_name(out.name + ".partial")
@@ -76,7 +76,7 @@ def make_layout(
     _check_counts(published, partial)
     partial.rename(out)
   except OSError as error:
-    raise types.InputError(
+    raise errors.InputError(
       f"cannot read {str(archives)!r} or write {str(out)!r}: {error}"
     ) from error
 
@@ -90,13 +90,13 @@ def _collect(
     for name in destination:
       # The names come from files of unknown origin and become a path.
       if not re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name):
-        raise types.InputError(
+        raise errors.InputError(
           f"image {member!r} is listed with the name {name!r}, which is no"
           " plain file name; download the archives again"
         )
     first = destinations.setdefault(member, destination)
     if first != destination:
-      raise types.InputError(
+      raise errors.InputError(
         f"image {member!r} is listed for both {'/'.join(first[:2])} and"
         f" {'/'.join(destination[:2])}; download the lists again"
       )
@@ -119,7 +119,7 @@ def _extract(
   if missing:
     names = sorted(missing)
     more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    raise types.InputError(
+    raise errors.InputError(
       f"{archive} lacks {', '.join(names[:3])}{more}: found"
       f" {len(destinations) - len(names)} of {len(destinations)} listed images;"
       " download it again"
@@ -150,7 +150,7 @@ def _check_counts(published: Published, folder: pathlib.Path) -> None:
   found = [len(list(folder.glob(f"{part}/*/*"))) for part in ("train", "test")]
   expected = [published.num_train, published.num_test]
   if found != expected:
-    raise types.InputError(
+    raise errors.InputError(
       f"found {found[0]} training and {found[1]} test images, expected"
       f" {expected[0]} and {expected[1]}; download"
       f" {', '.join(published.files)} again from {published.homepage}"
@@ -169,7 +169,7 @@ def _naming_damage(path: pathlib.Path) -> Iterator[None]:
     zipfile.BadZipFile,
     zlib.error,
   ) as error:
-    raise types.InputError(
+    raise errors.InputError(
       f"{path} is damaged ({type(error).__name__}); download it again"
     ) from error
 
@@ -257,7 +257,7 @@ DATA_SETS = {
 
 
 def main() -> None:
-  parser = arguments.Parser(
+  parser = errors.Parser(
     description="Sort the images of official archives into folders by class."
   )
   parser.add_argument("name", choices=list(DATA_SETS))
@@ -265,7 +265,7 @@ def main() -> None:
   parser.add_argument("out", type=pathlib.Path, help="folder to make")
   args = parser.parse_args()
   published = DATA_SETS[args.name]
-  with types.errors_in_one_line():
+  with errors.errors_in_one_line():
     make_layout(published, args.archives, args.out)
   print(
     f"wrote {published.num_train} training and {published.num_test} test images"

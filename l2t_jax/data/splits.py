@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from l2t_jax import types
-from l2t_jax.data import records
+from l2t_jax import errors
+from l2t_jax.data import from_arrays, records
 
 
 class Split(NamedTuple):
@@ -21,7 +21,7 @@ class Split(NamedTuple):
 
 
 def make_split(
-  source: records.Source,
+  source: records.ImageSet,
   *,
   split_file: str,
   split_prefix: str,
@@ -43,7 +43,7 @@ def make_split(
     The split.
 
   Raises:
-    types.InputError: a value is wrong, or a part that is needed is empty.
+    errors.InputError: a value is wrong, or a part that is needed is empty.
   """
   if split_file:
     split = split_from_file(source, split_file, split_prefix)
@@ -58,28 +58,28 @@ def make_split(
     part for part, indices in split._asdict().items() if not len(indices)
   ]
   if split_file and empty:
-    raise types.InputError(
+    raise errors.InputError(
       f"{split_file!r}: {split_prefix}_{empty[0]} has no images of the classes"
       " that are kept; give it some"
     )
   if "test" in empty:
-    raise types.InputError(
+    raise errors.InputError(
       f"there are no test images: test_fraction={test_fraction} of the"
       " training images; raise it or give a split_file"
     )
   if "val" in empty and val_fraction:
-    raise types.InputError(
+    raise errors.InputError(
       f"there are no validation images: val_fraction={val_fraction} takes none"
       " of any class; raise it"
     )
   return split
 
 
-def check_classes(split: Split, source: records.Source) -> None:
-  """Raise `types.InputError` for a class that nothing could be learned of."""
+def check_classes(split: Split, source: records.ImageSet) -> None:
+  """Raise `errors.InputError` for a class that nothing could be learned of."""
   unseen = without_images(source.class_names, source.train.labels[split.train])
   if unseen:
-    raise types.InputError(
+    raise errors.InputError(
       f"{len(unseen)} of {len(source.class_names)} classes have no training"
       f" images: {records.some_of(unseen)}; number the labels from 0 without"
       " gaps, or name the classes to keep in data.classes"
@@ -93,7 +93,7 @@ def without_images(class_names: Sequence[str], labels: np.ndarray) -> list[str]:
 
 
 def seeded_split(
-  source: records.Source,
+  source: records.ImageSet,
   *,
   val_fraction: float,
   test_fraction: float,
@@ -113,11 +113,11 @@ def seeded_split(
     The split.
 
   Raises:
-    types.InputError: the fractions leave nothing to train on.
+    errors.InputError: the fractions leave nothing to train on.
   """
   shares = (val_fraction, test_fraction)
   if not (all(share >= 0 for share in shares) and sum(shares) < 1):  # Or NaN.
-    raise types.InputError(
+    raise errors.InputError(
       f"val_fraction {val_fraction} and test_fraction {test_fraction} must not"
       " be negative, and their sum must be below 1"
     )
@@ -139,7 +139,7 @@ def seeded_split(
   return Split(train, val, test)
 
 
-def split_from_file(source: records.Source, path: str, prefix: str) -> Split:
+def split_from_file(source: records.ImageSet, path: str, prefix: str) -> Split:
   """Read a published split.
 
   Args:
@@ -151,9 +151,9 @@ def split_from_file(source: records.Source, path: str, prefix: str) -> Split:
     The split, without the images of classes that are left out.
 
   Raises:
-    types.InputError: the file is malformed or does not fit the data set.
+    errors.InputError: the file is malformed or does not fit the data set.
   """
-  arrays = records.load_npz(path)
+  arrays = from_arrays.load_npz(path)
   shares_records = source.test is None
   test_labels = (source.test or source.train).labels
   labels = (source.train.labels, source.train.labels, test_labels)
@@ -176,7 +176,7 @@ def split_from_file(source: records.Source, path: str, prefix: str) -> Split:
 
 
 def keep_per_class(
-  split: Split, source: records.Source, *, per_class: int, seed: int
+  split: Split, source: records.ImageSet, *, per_class: int, seed: int
 ) -> Split:
   """Keep a few training images of every class.
 
@@ -192,7 +192,7 @@ def keep_per_class(
     The split with fewer training images.
 
   Raises:
-    types.InputError: a class has fewer images.
+    errors.InputError: a class has fewer images.
   """
   rng = np.random.default_rng(seed)
   labels = source.train.labels[split.train]
@@ -200,7 +200,7 @@ def keep_per_class(
   for label, name in enumerate(source.class_names):
     members = split.train[labels == label]
     if len(members) < per_class:
-      raise types.InputError(
+      raise errors.InputError(
         f"per_class is {per_class}, but class {name!r} has only"
         f" {len(members)} training images"
       )
@@ -244,24 +244,24 @@ def _read_indices(
 ) -> np.ndarray:
   """Return one checked and sorted index array of a split file."""
   if key not in arrays:
-    raise types.InputError(
+    raise errors.InputError(
       f"{path!r} lacks {key!r}; its keys are {', '.join(sorted(arrays))}"
     )
   indices = arrays[key]
   if indices.dtype.kind not in "iu" or indices.ndim != 1:
-    raise types.InputError(
+    raise errors.InputError(
       f"{path!r}: {key} is {indices.dtype} {list(indices.shape)}, but must be"
       " integer [N]"
     )
   indices = np.sort(indices.astype(np.int64))
   if len(indices) and not 0 <= indices[0] <= indices[-1] < num_records:
-    raise types.InputError(
+    raise errors.InputError(
       f"{path!r}: {key} goes from {indices[0]} to {indices[-1]}, but the"
       f" data set has the indices 0 to {num_records - 1}"
     )
   duplicates = indices[1:][indices[1:] == indices[:-1]]
   if len(duplicates):
-    raise types.InputError(
+    raise errors.InputError(
       f"{path!r}: {key} has index {duplicates[0]} more than once"
     )
   return indices
@@ -272,7 +272,7 @@ def _check_disjoint(
 ) -> None:
   common = np.intersect1d(indices, other)
   if len(common):
-    raise types.InputError(
+    raise errors.InputError(
       f"the split file has {len(common)} images in both {name} and"
       f" {other_name}, the first of them {common[0]}"
     )

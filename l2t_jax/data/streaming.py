@@ -17,10 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import imports, types
-from l2t_jax.data import augment as augmentation
-from l2t_jax.data import images as pillow
-from l2t_jax.data import pipeline
+from l2t_jax import errors, imports, types
+from l2t_jax.data import augmentation, datasets, pillow
 
 AUGMENTS = ("none", "random_resized_crop_flip")
 PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
@@ -28,7 +26,7 @@ _WORKER_DIED = "Worker process was terminated unexpectedly"  # Grain's words.
 MAX_THREADS = 16  # Of one process; more of them wait for Python's lock.
 
 
-class StreamingDataset(pipeline.SplitDataset):
+class StreamingDataset(datasets.SplitDataset):
   """Images that are read, cropped and resized as they come; see Dataset.
 
   Training images are read by worker processes, if any were asked for;
@@ -37,7 +35,7 @@ class StreamingDataset(pipeline.SplitDataset):
 
   def __init__(
     self,
-    contents: pipeline.Contents,
+    contents: datasets.Contents,
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -93,7 +91,7 @@ class StreamingDataset(pipeline.SplitDataset):
     except BaseException as error:
       stream.close()
       if _WORKER_DIED in str(error):
-        raise types.LostProcessError(
+        raise errors.LostProcessError(
           "a process that reads images ended (killed, perhaps for want of"
           " memory: then lower data.num_workers); the same command goes on from"
           f" the last checkpoint. Grain says: {error}"
@@ -127,10 +125,10 @@ class StreamingDataset(pipeline.SplitDataset):
 class TrainSteps:
   """The training steps of all epochs, one after another; a Grain source."""
 
-  subset: pipeline.Subset
-  plan: pipeline.BatchPlan
-  unlabeled: pipeline.Subset | None
-  unlabeled_plan: pipeline.BatchPlan
+  subset: datasets.Subset
+  plan: datasets.BatchPlan
+  unlabeled: datasets.Subset | None
+  unlabeled_plan: datasets.BatchPlan
   read: Callable[..., np.ndarray]  # (subset, position, rng) -> [H, W, C].
   seed: int
 
@@ -150,7 +148,7 @@ class TrainSteps:
     num_images = len(self.subset.indices)
     epoch, step = divmod(index, num_images // self.plan.batch_size)
     slots = self.plan.slots(step)
-    positions = pipeline.epoch_order(self.seed, epoch, num_images)[slots]
+    positions = datasets.epoch_order(self.seed, epoch, num_images)[slots]
     # From the slot in the epoch: the same whichever worker reads the image.
     entropies = [(self.seed, epoch, 1 + slot) for slot in slots]
     images = self._read(self.subset, positions, entropies)
@@ -159,9 +157,9 @@ class TrainSteps:
       return images, labels
     return images, labels, self._read_unlabeled(self.unlabeled, index)
 
-  def _read_unlabeled(self, subset: pipeline.Subset, index: int) -> np.ndarray:
+  def _read_unlabeled(self, subset: datasets.Subset, index: int) -> np.ndarray:
     slots = self.unlabeled_plan.slots(index)
-    positions = pipeline.unlabeled_positions(
+    positions = datasets.unlabeled_positions(
       self.seed, slots, len(subset.indices)
     )
     # Not what unlabeled_positions or labelled images draw from.
@@ -170,7 +168,7 @@ class TrainSteps:
 
   def _read(
     self,
-    subset: pipeline.Subset,
+    subset: datasets.Subset,
     positions: np.ndarray,
     entropies: Sequence[tuple[int, ...]],
   ) -> np.ndarray:
@@ -186,8 +184,8 @@ class TrainSteps:
 class EvalSteps:
   """The steps that see every image of a split once; a Grain source."""
 
-  subset: pipeline.Subset
-  plan: pipeline.BatchPlan
+  subset: datasets.Subset
+  plan: datasets.BatchPlan
   read: Callable[..., np.ndarray]  # (subset, position) -> [H, W, C].
 
   def __len__(self) -> int:
@@ -203,7 +201,7 @@ class EvalSteps:
 
 
 def _read_center(
-  subset: pipeline.Subset,
+  subset: datasets.Subset,
   position: int,
   rng: np.random.Generator | None = None,
   *,
@@ -219,7 +217,7 @@ def _read_center(
 
 
 def _read_random(
-  subset: pipeline.Subset,
+  subset: datasets.Subset,
   position: int,
   rng: np.random.Generator,
   *,

@@ -13,16 +13,18 @@ import argparse
 
 from rich import console, table
 
-from l2t_jax import arguments, models, transfer, types
+from l2t_jax import errors, models
+from l2t_jax.method import pair_sets
+from l2t_jax.models import bundled
 
 
 def main() -> None:
-  parser = arguments.Parser(
+  parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(
     "model",
-    help=f"{', '.join(models.MODELS)}, or package.module:function",
+    help=f"{', '.join(bundled.MODELS)}, or package.module:function",
   )
   parser.add_argument("--target", help="to propose pairs with; likewise")
   parser.add_argument(
@@ -30,21 +32,21 @@ def main() -> None:
   )
   parser.add_argument("--channels", type=int, default=3)
   args = parser.parse_args()
-  with types.errors_in_one_line():
+  with errors.errors_in_one_line():
     default_taps = [
       _print_taps(model, args.image_size, args.channels)
       for model in (args.model, args.target)
       if model
     ]
     if args.target:
-      for pair in transfer.make_pairs("nearest", *default_taps):
+      for pair in pair_sets.make_pairs("nearest", *default_taps):
         print(pair.name)
 
 
 def _print_taps(model, image_size, channels):
   """Print a network's taps; return the default ones."""
-  network = models.create(model, num_classes=10)
-  size = image_size or models.image_size(network)
+  network = bundled.create(model, num_classes=10)
+  size = image_size or bundled.image_size(network)
   shape = (size, size, channels)
   layout = models.trace(network, shape)
   default_taps = models.select_taps(layout)

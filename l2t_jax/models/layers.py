@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from l2t_jax import types
+from l2t_jax import errors
 
 # He et al. (2015), fan-out mode: the authors' choice for convolutions.
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -156,7 +156,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     x = jnp.pad(x, edges, constant_values=-jnp.inf)
   if min(x.shape[1:3]) < window:
-    raise types.InputError(
+    raise errors.InputError(
       f"maps of {x.shape[1]}x{x.shape[2]} are too small for a max-pool of"
       f" {window}x{window}; use larger images or a network with fewer pools"
     )

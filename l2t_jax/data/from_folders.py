@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import filecmp
+import functools
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from l2t_jax import errors
+from l2t_jax.data import pillow, records
+
+IMAGE_SUFFIXES = (
+  ".bmp",
+  ".gif",
+  ".jfif",
+  ".jpeg",
+  ".jpg",
+  ".pgm",
+  ".png",
+  ".ppm",
+  ".tif",
+  ".tiff",
+  ".webp",
+)
+
+_PARTS = ("train", "val", "test")
+# What others call the folder that is `val` here.
+_VAL_NAMES = ("dev", "valid", "validation")
+
+
+def open_unlabeled(path: str) -> records.Records:
+  """Open a folder of images without labels, whatever its subfolders.
+
+  Args:
+    path: the folder; images are found by the ends of their names.
+
+  Returns:
+    The records, sorted by path; their labels are -1.
+
+  Raises:
+    errors.InputError: there is no such folder, or it has no images.
+  """
+  return _file_records(
+    [(file, -1) for file in list_images(existing_folder(path))]
+  )
+
+
+def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Find images in a folder and its subfolders, sorted.
+
+  Hidden subfolders are passed over: programs keep previews there.
+
+  Raises:
+    errors.InputError: there are none.
+  """
+  files = []
+  for where, subfolders, names in os.walk(folder):
+    subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    files += [pathlib.Path(where, name) for name in names if _is_image(name)]
+  if not files:
+    raise errors.InputError(
+      f"folder {str(folder)!r} has no images; their names end in"
+      f" {records.listed(IMAGE_SUFFIXES)}"
+    )
+  return sorted(files)
+
+
+def _image_from_file(paths: Sequence[pathlib.Path], index: int) -> Image.Image:
+  return pillow.decode(paths[index], name=str(paths[index]))
+
+
+def _file_records(
+  files: Sequence[tuple[pathlib.Path, int]],
+) -> records.Records:
+  """Wrap (path, label) pairs; the images are read when asked for."""
+  paths, labels = zip(*files, strict=True)
+  read_image = functools.partial(_image_from_file, paths)
+  return records.Records(read_image, np.array(labels, np.int32))
+
+
+def existing_folder(path: str) -> pathlib.Path:
+  if not pathlib.Path(path).is_dir():
+    raise errors.InputError(f"there is no folder {path!r}")
+  return pathlib.Path(path)
+
+
+def _is_image(name: str) -> bool:
+  return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def open_folder(root: pathlib.Path) -> records.ImageSet:
+  """Open root/CLASS/* or root/train/CLASS/* with optional val and test."""
+  names = _subfolders(root)
+  has_parts = "train" in names and (
+    {*names} <= {*_PARTS, *_VAL_NAMES} or not _is_class(root / "train")
+  )
+  if not has_parts:
+    class_names = _class_names(root)
+    return records.ImageSet(
+      _file_records(_list_images(root, class_names)), 0, None, class_names
+    )
+  for name in names:
+    if name in _VAL_NAMES:
+      raise errors.InputError(
+        f"folder {str(root / name)!r} would be left out: beside train,"
+        " validation images are those of val; call it so, or move it elsewhere"
+      )
+  class_names = _class_names(root / "train")
+  files: dict[str, list[tuple[pathlib.Path, int]]] = {
+    part: _list_images(root / part, class_names)
+    for part in _PARTS
+    if part in names
+  }
+  _check_files(root, files)
+  val = files.get("val", [])
+  test = _file_records(files["test"]) if "test" in files else None
+  return records.ImageSet(
+    _file_records(files["train"] + val), len(val), test, class_names
+  )
+
+
+def _is_class(folder: pathlib.Path) -> bool:
+  """Whether a folder named train is a class of images (of trains)."""
+  return not _subfolders(folder) and any(map(_is_image, os.listdir(folder)))
+
+
+def _check_files(
+  root: pathlib.Path,
+  files: Mapping[str, Sequence[tuple[pathlib.Path, int]]],
+) -> None:
+  """Refuse val and test images of which many train, too.
+
+  Those are links to training images, and copies of the same name. Stores that
+  keep equal files once make a few.
+  """
+  training = {_identity(path) for path, _ in files["train"]} - {None}
+  for part in files.keys() - {"train"}:
+    paths = [path for path, _ in files[part]]
+    copies = [
+      path
+      for path in paths
+      if _identity(path) in training
+      or _are_equal(path, root / "train" / path.relative_to(root / part))
+    ]
+    if records.are_many(len(copies), len(paths)):
+      raise errors.InputError(
+        f"{len(copies)} of {len(paths)} images of {part} are images of train,"
+        f" too, such as {copies[0]}; each image belongs into one of them"
+      )
+
+
+def _are_equal(path: pathlib.Path, other: pathlib.Path) -> bool:
+  try:
+    return filecmp.cmp(path, other, shallow=False)  # Sizes first.
+  except OSError:
+    return False
+
+
+def _identity(path: pathlib.Path) -> tuple[int, int] | None:
+  """Tell files apart; None where the file system does not."""
+  try:
+    status = path.stat()
+  except OSError:
+    return None  # To read it says so, too.
+  return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
+  names = (
+    child.name
+    for child in folder.iterdir()
+    if child.is_dir() and not child.name.startswith(".")
+  )
+  return tuple(sorted(names))
+
+
+def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
+  names = _subfolders(folder)
+  if not names:
+    raise errors.InputError(
+      f"folder {str(folder)!r} has no subfolders; one per class is needed"
+    )
+  return names
+
+
+def _list_images(
+  folder: pathlib.Path, class_names: tuple[str, ...]
+) -> list[tuple[pathlib.Path, int]]:
+  """List (path, label) of every image in folder/CLASS and below."""
+  different = set(_class_names(folder)) ^ set(class_names)
+  if different:
+    raise errors.InputError(
+      f"folder {str(folder)!r} must have the same classes as train; only one"
+      f" of the two has {records.listed(sorted(different))}"
+    )
+  files = []
+  for label, name in enumerate(class_names):
+    files += [(path, label) for path in list_images(folder / name)]
+  return files

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+import difflib
+import functools
+import io
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from l2t_jax import errors, imports
+from l2t_jax.data import pillow, records
+
+
+def _image_from_tfds(
+  name: str, examples: Sequence[dict[str, Any]], index: int
+) -> Image.Image:
+  encoded = io.BytesIO(examples[index]["image"])
+  return pillow.decode(encoded, name=f"{index} of tfds {name}")
+
+
+def open_tfds(name: str, path: str) -> records.ImageSet:
+  """Open a prepared tfds data set, without TensorFlow."""
+  tfds = imports.require(
+    "tensorflow_datasets",
+    needed_for=f"tfds {name!r}",
+    package="tensorflow-datasets",
+  )
+  builder = _tfds_builder(tfds, name, path)
+  features, official = builder.info.features, builder.info.splits
+  if not {"image", "label"} <= set(features) or not isinstance(
+    features["label"], tfds.features.ClassLabel
+  ):
+    raise errors.InputError(
+      f"tfds {name!r} needs the features image and label (a ClassLabel), but"
+      f" has {records.listed(features)}"
+    )
+
+  def read(part: str) -> records.Records:
+    # Images stay encoded until Pillow decodes them, like those of every other
+    # source: to list the labels is fast.
+    examples = builder.as_data_source(
+      split=part, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return records.Records(
+      functools.partial(_image_from_tfds, name, examples), labels
+    )
+
+  try:
+    has_val = "validation" in official
+    return records.ImageSet(
+      read("train+validation" if has_val else "train"),
+      official["validation"].num_examples if has_val else 0,
+      unless_secret(read("test")) if "test" in official else None,
+      tuple(features["label"].names),
+    )
+  except NotImplementedError as error:
+    raise errors.InputError(
+      f"tfds {name!r} is prepared as {builder.info.file_format.value}, which"
+      " cannot be read in any order; prepare it as array_record in another"
+      " directory and give that as path"
+    ) from error
+
+
+def unless_secret(test: records.Records) -> records.Records | None:
+  """Return test images, or None where all of their labels are secret (-1)."""
+  return test if (test.labels >= 0).any() else None
+
+
+def _tfds_builder(tfds: ModuleType, name: str, path: str) -> Any:
+  """Find a data set that has been prepared and has a train split."""
+  try:
+    builder = tfds.builder(name, data_dir=path or None)
+  except tfds.core.DatasetNotFoundError as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    similar = difflib.get_close_matches(name, known) or ["none"]
+    raise errors.InputError(
+      f"tfds has no data set {name!r}; similar names: {records.listed(similar)}"
+    ) from error
+  except (ImportError, ValueError) as error:
+    raise errors.InputError(
+      f"tfds {name!r} cannot be opened: {str(error).splitlines()[0]}"
+    ) from error
+  if not builder.info.splits:
+    raise _not_prepared(name, path)
+  if "train" not in builder.info.splits:
+    raise errors.InputError(
+      f"tfds {name!r} has no split 'train', only"
+      f" {records.listed(builder.info.splits)}"
+    )
+  return builder
+
+
+def _not_prepared(name: str, path: str) -> errors.InputError:
+  where = f", data_dir={path!r}" if path else ""
+  return errors.InputError(
+    f"tfds {name!r} is not prepared for random access; run once: pip install"
+    ' tensorflow && python -c "import tensorflow_datasets as tfds;'
+    f" tfds.builder({name!r}{where}).download_and_prepare("
+    "file_format='array_record')\""
+  )

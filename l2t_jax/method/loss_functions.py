@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2t_jax.method import transfer
+
+
+def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
+  """Mean softmax cross-entropy of logits [B, K] and labels [B]; in nats."""
+  chex.assert_rank([logits, labels], [2, 1])
+  return jnp.mean(
+    optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  )
+
+
+def is_right(logits: chex.Array, labels: chex.Array) -> chex.Array:
+  """Whether the largest logit is the label's, [B, K], [B] -> [B], 0 or 1."""
+  return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+
+
+def softened_cross_entropy(
+  logits: chex.Array, source_logits: chex.Array, *, temperature: float
+) -> chex.Array:
+  """Imitate softened outputs.
+
+      mean over images of -Σ_k softmax(z_s / T)_k log softmax(z / T)_k
+
+  The distillation loss of Li and Hoiem, "Learning without Forgetting", TPAMI
+  2018 (arXiv 1606.09282), equations 2 and 3. Differentiable in `logits`.
+
+  Args:
+    logits: z, [N, K].
+    source_logits: z_s, [N, K].
+    temperature: T; they use 2.
+
+  Returns:
+    The loss in nats, [].
+  """
+  chex.assert_equal_shape([logits, source_logits])
+  logits, source_logits = map(
+    transfer.at_least_float32, (logits, source_logits)
+  )
+  wanted = jax.nn.softmax(source_logits / temperature)
+  log_probabilities = jax.nn.log_softmax(logits / temperature)
+  return -jnp.mean(jnp.sum(wanted * log_probabilities, axis=-1))
+
+
+def distillation_loss(
+  logits: chex.Array, source_logits: chex.Array, *, temperature: float
+) -> chex.Array:
+  """Imitate softened outputs, whatever the temperature equally strongly.
+
+      T² · mean over images of KL(softmax(z_s / T) ‖ softmax(z / T))
+
+  Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network",
+  2015 (arXiv 1503.02531), section 2. Differentiable in `logits`.
+
+  Args:
+    logits: z, [N, K].
+    source_logits: z_s, [N, K].
+    temperature: T.
+
+  Returns:
+    The loss in nats, [].
+  """
+  soften = lambda z: softened_cross_entropy(
+    z, source_logits, temperature=temperature
+  )
+  return temperature**2 * (soften(logits) - soften(source_logits))
+
+
+def attention_map(features: chex.Array) -> chex.Array:
+  """Where a layer looks: mean over channels of x², scaled to length 1.
+
+  Args:
+    features: [N, H, W, C].
+
+  Returns:
+    [N, H·W], rows of Euclidean length 1 (0 where all features are 0).
+  """
+  chex.assert_rank(features, 4)
+  features = transfer.at_least_float32(features)
+  energy = jnp.mean(jnp.square(features), axis=-1)
+  energy = energy.reshape(len(energy), -1)
+  square = jnp.sum(jnp.square(energy), axis=-1, keepdims=True)
+  # A map of zeros has no direction, and its length no derivative.
+  tiny = jnp.finfo(square.dtype).tiny
+  return energy * jax.lax.rsqrt(jnp.where(square > tiny, square, tiny))
+
+
+def attention_loss(
+  source_features: chex.Array, target_features: chex.Array
+) -> chex.Array:
+  """Look where the source looks.
+
+      mean over images and positions of (Q(S) - Q(T))²,  Q = `attention_map`
+
+  Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017
+  (arXiv 1612.03928), equation 2 with p = 2, squared and averaged as in their
+  code, which β = 1000 goes with.
+
+  Args:
+    source_features: S, [N, H, W, C_m].
+    target_features: T, [N, H, W, C_n].
+
+  Returns:
+    The loss, [].
+  """
+  source, target = map(attention_map, (source_features, target_features))
+  chex.assert_equal_shape([source, target])
+  return jnp.mean(jnp.square(source - target))

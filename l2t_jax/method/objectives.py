@@ -1,0 +1,334 @@
+"""Training methods: what is added to the cross-entropy, and from where.
+
+A method's loss is L_org, the cross-entropy, plus auxiliary losses that pull
+the target towards its sources. Each of those is a short function here, with
+its paper; `make_losses` puts them together into losses with one signature,
+`types.InnerLossFn`. They read `params = {"target": ..., and what the auxiliary
+losses train along}`, the transfer weights of the batch in the place of the
+meta-parameters, the target's batch statistics, and a `TransferBatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from l2t_jax import errors, imports, types
+from l2t_jax.method import loss_functions, pair_sets, transfer
+
+
+class Method(NamedTuple):
+  """What a value of `config.method` stands for."""
+
+  losses: tuple[str, ...] = ()  # Added to L_org: matching, attention, lwf, kd.
+  pair_set: str | None = None  # The pairs that they compare, where they do.
+  learn_channels: bool = False  # Whether f is learned.
+  learn_pairs: bool = False  # Whether g is learned.
+  starts_from_source: bool = False  # Whether the source's weights are copied.
+
+  @property
+  def needs_source(self) -> bool:
+    return bool(self.losses) or self.starts_from_source
+
+
+METHODS = {
+  # Cross-entropy alone.
+  "scratch": Method(),
+  # The same, from the source's weights where the shapes agree.
+  "finetune": Method(starts_from_source=True),
+  # Learning without Forgetting, attention transfer, and both.
+  "lwf": Method(("lwf",)),
+  "at": Method(("attention",), "one_to_one"),
+  "lwf_at": Method(("lwf", "attention"), "one_to_one"),
+  # Knowledge distillation, where the classes agree.
+  "kd": Method(("kd",)),
+  # Feature matching with fixed, uniform weights.
+  "fm_single": Method(("matching",), "single"),
+  "fm_one_to_one": Method(("matching",), "one_to_one"),
+  "fm_all_to_all": Method(("matching",), "all_to_all"),
+  # What to transfer: channel weights alone are learned.
+  "l2t_w_single": Method(("matching",), "single", learn_channels=True),
+  "l2t_w_one_to_one": Method(("matching",), "one_to_one", learn_channels=True),
+  # What and where: the paper's method.
+  "l2t_ww": Method(
+    ("matching",), "all_to_all", learn_channels=True, learn_pairs=True
+  ),
+}
+
+
+class SourceOutputs(NamedTuple):
+  """What the auxiliary losses read of the sources; constants."""
+
+  logits: dict[str, jax.Array]  # source -> [N, K_s].
+  matching: transfer.SourceMaps  # Empty where no pairs are compared.
+
+
+class TransferBatch(NamedTuple):
+  """A mini-batch with what is read of the sources."""
+
+  images: jax.Array  # [B, H, W, C].
+  labels: jax.Array  # [B].
+  unlabeled: jax.Array | None = None  # [U, H, W, C].
+  source: SourceOutputs | None = None  # Of all N = B + U images.
+
+
+class TargetOutputs(NamedTuple):
+  """The target in train mode, on all images: labelled, then unlabelled."""
+
+  logits: jax.Array  # [N, K].
+  features: dict[str, jax.Array]  # tap -> [N, H, W, C].
+
+
+class AuxiliaryLoss(Protocol):
+  """A loss that reads no labels."""
+
+  def __call__(
+    self,
+    params: types.PyTree,
+    weights: transfer.TransferWeights | None,
+    target: TargetOutputs,
+    source: SourceOutputs,
+  ) -> tuple[chex.Array, dict[str, Any]]:
+    """Return (loss [], metrics); differentiable in params, weights, target."""
+
+
+class Losses(NamedTuple):
+  """The three losses of a method."""
+
+  target: types.InnerLossFn  # L_org.
+  auxiliary: types.InnerLossFn  # Their sum; L_wfm in the paper's method.
+  total: Any  # L_org + auxiliary, with metrics; see `make_losses`.
+
+
+def get_method(name: str) -> Method:
+  """Look a method up; raise `errors.InputError` for an unknown name."""
+  if name not in METHODS:
+    raise errors.InputError(
+      f"unknown method {name!r}; the methods are {', '.join(METHODS)}"
+    )
+  return METHODS[name]
+
+
+CLASSIFICATION = types.Task(
+  loss_functions.cross_entropy, loss_functions.is_right
+)
+
+
+def get_task(name: str) -> types.Task:
+  """Find a task.
+
+  Args:
+    name: "classification"; or "package.module:NAME", a `types.Task` to be
+      imported.
+
+  Raises:
+    errors.InputError: there is no such task.
+  """
+  if name == "classification":
+    return CLASSIFICATION
+  if ":" not in name:
+    raise errors.InputError(
+      f"unknown task {name!r}; it must be classification, or a"
+      " l2t_jax.types.Task of your own as 'package.module:NAME'"
+    )
+  task = imports.by_name(name, "task")
+  if not isinstance(task, types.Task):
+    raise errors.InputError(
+      f"the task {name!r} is a {type(task).__name__}; it must be a"
+      " l2t_jax.types.Task"
+    )
+  return task
+
+
+def init_heads(
+  key: chex.PRNGKey, num_features: int, num_classes: Mapping[str, int]
+) -> dict[str, types.PyTree]:
+  """Initialise LwF's second heads, one a source, as PyTorch does.
+
+  Args:
+    key: consumed.
+    num_features: channels of the feature that they read.
+    num_classes: source -> number of its classes.
+  """
+  keys = jax.random.split(key, len(num_classes))
+  return {
+    name: transfer.torch_linear(head_key, num_features, number)
+    for head_key, (name, number) in zip(keys, num_classes.items(), strict=True)
+  }
+
+
+def matching(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
+  """L_wfm, `transfer.matching_loss`, with params["regressors"].
+
+  Its metric "distances" is pair -> mean over the batch of Σ_c w_c d_c.
+  """
+
+  def loss_fn(params, weights, target, source):
+    distances = transfer.channel_distances(
+      params["regressors"], target.features, source.matching, pairs
+    )
+    metrics = {
+      name: jnp.mean(jnp.sum(weights.channel[name] * distance, axis=-1))
+      for name, distance in distances.items()
+    }
+    loss = transfer.matching_loss(distances, weights, beta=beta)
+    return loss, {"distances": metrics}
+
+  return loss_fn
+
+
+def attention(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
+  """β times the sum of `attention_loss` over pairs of layers."""
+
+  def loss_fn(params, weights, target, source):
+    del params, weights
+    losses = [
+      loss_functions.attention_loss(
+        transfer.source_map(source.matching, pair, pairs),
+        target.features[pair.target],
+      )
+      for pair in pairs
+    ]
+    return beta * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
+def lwf(tap: str, *, temperature: float, weight: float) -> AuxiliaryLoss:
+  """`softened_cross_entropy` of a second head, params["heads"], a source.
+
+  The head is linear on the mean over positions of the target's `tap`.
+  """
+
+  def loss_fn(params, weights, target, source):
+    del weights
+    feature = transfer.at_least_float32(target.features[tap])
+    pooled = jnp.mean(feature, axis=(1, 2))
+    losses = [
+      loss_functions.softened_cross_entropy(
+        transfer.linear(params["heads"][name], pooled),
+        logits,
+        temperature=temperature,
+      )
+      for name, logits in source.logits.items()
+    ]
+    return weight * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
+def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
+  """`distillation_loss` of the logits, summed over the sources."""
+
+  def loss_fn(params, weights, target, source):
+    del params, weights
+    losses = [
+      loss_functions.distillation_loss(
+        target.logits, logits, temperature=temperature
+      )
+      for logits in source.logits.values()
+    ]
+    return weight * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
+def task_loss(
+  task: types.Task, outputs: chex.Array, labels: chex.Array
+) -> chex.Array:
+  """Compute L_org; raise `errors.InputError` where it is no scalar."""
+  loss = task.loss(transfer.at_least_float32(outputs), labels)
+  if jnp.shape(loss):
+    raise errors.InputError(
+      f"the task's loss returned an array of shape {list(jnp.shape(loss))} for"
+      f" {len(labels)} images; it must return a scalar, such as the mean"
+    )
+  return loss
+
+
+def task_accuracy(
+  task: types.Task, outputs: chex.Array, labels: chex.Array
+) -> chex.Array:
+  """Compute each image's accuracy, [B]; raise `errors.InputError` otherwise."""
+  accuracy = task.accuracy(transfer.at_least_float32(outputs), labels)
+  if jnp.shape(accuracy) != (len(labels),):
+    raise errors.InputError(
+      f"the task's accuracy returned the shape {list(jnp.shape(accuracy))} for"
+      f" {len(labels)} images; it must return one value an image"
+    )
+  return accuracy
+
+
+def make_losses(
+  apply_fn: types.ApplyFn,
+  auxiliary: Mapping[str, AuxiliaryLoss],
+  task: types.Task = CLASSIFICATION,
+) -> Losses:
+  """Build the losses of a target network in train mode.
+
+  Images without labels pass through the target apart from the labelled ones:
+  L_org, the batch statistics that it is computed with, and those that are
+  kept, are the same with and without them.
+
+  Args:
+    apply_fn: the target network.
+    auxiliary: name -> loss; what is added to L_org.
+    task: L_org, and what is recorded as "accuracy".
+
+  Returns:
+    The losses. What `total` returns beside the loss is
+    (model_state, metrics), metrics being the scalars "loss", "target_loss",
+    "accuracy" and, for each auxiliary loss, "NAME_loss"; and what the
+    auxiliary losses report.
+  """
+
+  def forward(params, model_state, images):
+    return apply_fn(params["target"], model_state, images, train=True)
+
+  def on_all_images(params, model_state, batch):
+    """Return (logits of the labelled images, TargetOutputs, model_state)."""
+    logits, features, new_state = forward(params, model_state, batch.images)
+    outputs = TargetOutputs(logits, features)
+    if batch.unlabeled is not None:
+      *more, _ = forward(params, model_state, batch.unlabeled)
+      outputs = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), outputs, TargetOutputs(*more)
+      )
+    return logits, outputs, new_state
+
+  def sum_of_auxiliary(params, weights, outputs, batch):
+    loss = jnp.zeros(())
+    metrics: dict[str, Any] = {}
+    for name, loss_fn in auxiliary.items():
+      one, more = loss_fn(params, weights, outputs, batch.source)
+      loss += one
+      metrics |= {f"{name}_loss": one, **more}
+    return loss, metrics
+
+  def target(params, weights, model_state, batch):
+    del weights
+    logits, _, model_state = forward(params, model_state, batch.images)
+    return task_loss(task, logits, batch.labels), model_state
+
+  def auxiliary_loss(params, weights, model_state, batch):
+    _, outputs, model_state = on_all_images(params, model_state, batch)
+    loss, _ = sum_of_auxiliary(params, weights, outputs, batch)
+    return loss, model_state
+
+  def total(params, weights, model_state, batch):
+    logits, outputs, model_state = on_all_images(params, model_state, batch)
+    target_loss = task_loss(task, logits, batch.labels)
+    loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
+    loss += target_loss
+    metrics |= {
+      "loss": loss,
+      "target_loss": target_loss,
+      "accuracy": jnp.mean(task_accuracy(task, logits, batch.labels)),
+    }
+    return loss, (model_state, metrics)
+
+  return Losses(target, auxiliary_loss, total)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import NamedTuple
+
+from l2t_jax import errors
+
+# Names of taps in order of depth, with their shapes (H, W, C).
+TapShapes = Mapping[str, tuple[int, int, int]]
+
+PAIR_SETS = ("single", "one_to_one", "nearest", "all_to_all")
+
+
+class Pair(NamedTuple):
+  """A source tap that a target tap is pulled towards."""
+
+  source: str
+  target: str
+
+  @property
+  def name(self) -> str:
+    return f"{self.source}->{self.target}"
+
+
+def tap_name(source: str, tap: str) -> str:
+  """Name a tap of one of several sources; of a single one, "", plainly."""
+  return f"{source}/{tap}" if source else tap
+
+
+def make_pairs(
+  pair_set: str | Sequence[str | Sequence[str]],
+  source_taps: TapShapes,
+  target_taps: TapShapes,
+  *,
+  no_taps: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+) -> tuple[Pair, ...]:
+  """Choose the set C of candidate pairs.
+
+  Args:
+    pair_set: "single" (last source tap to the last target tap), "one_to_one"
+      (taps of equal resolution), "nearest" (each target tap with the source
+      tap of the nearest resolution, the deepest of several), "all_to_all", or a
+      list of pairs, each as "source->target" or (source, target); or such a
+      list as one string, separated by commas.
+    source_taps: the source's taps from shallow to deep.
+    target_taps: the target's taps from shallow to deep.
+    no_taps: of source and target, layers that cannot be listed, and why.
+
+  Returns:
+    The pairs, in source-major order or as listed.
+
+  Raises:
+    errors.InputError: for an unknown set or tap, a pair named twice, and where
+      no pair is left.
+  """
+  if pair_set == "single":
+    return (Pair(list(source_taps)[-1], list(target_taps)[-1]),)
+  everything = tuple(Pair(m, n) for m in source_taps for n in target_taps)
+  if pair_set == "all_to_all":
+    return everything
+  if pair_set == "one_to_one":
+    pairs = tuple(
+      pair
+      for pair in everything
+      if source_taps[pair.source][:2] == target_taps[pair.target][:2]
+    )
+    if not pairs:
+      raise errors.InputError(
+        "pairs 'one_to_one': no source tap has the resolution of a target tap"
+        f" ({_resolutions(source_taps)}; {_resolutions(target_taps)});"
+        " use 'nearest', 'all_to_all' or list the pairs"
+      )
+    return pairs
+  if pair_set == "nearest":
+    level = lambda shape: math.log(shape[0] * shape[1])
+    nearest: dict[str, str] = {
+      n: min(
+        reversed(list(source_taps)),
+        key=lambda m: abs(level(source_taps[m]) - level(shape)),
+      )
+      for n, shape in target_taps.items()
+    }
+    return tuple(p for p in everything if nearest[p.target] == p.source)
+  if isinstance(pair_set, str) and "->" in pair_set:
+    pair_set = pair_set.split(",")
+  if isinstance(pair_set, str):
+    raise errors.InputError(
+      f"unknown pair set {pair_set!r}; use one of {', '.join(PAIR_SETS)}, or a"
+      " list such as 'stage1_block5->conv2, stage3_block5->conv8'"
+    )
+  return _listed_pairs(pair_set, (source_taps, target_taps), no_taps)
+
+
+def by_target(pairs):
+  """Target tap -> its pairs, in their order."""
+  groups: dict[str, list[Pair]] = {}
+  for pair in pairs:
+    groups.setdefault(pair.target, []).append(pair)
+  return groups
+
+
+def _resolutions(taps):
+  return ", ".join(f"{name} {h}x{w}" for name, (h, w, _) in taps.items())
+
+
+def _listed_pairs(pair_list, all_taps, no_taps):
+  pairs = []
+  for entry in pair_list:
+    parts = entry.split("->") if isinstance(entry, str) else tuple(entry)
+    if len(parts) != 2:
+      raise errors.InputError(
+        f"pair {entry!r} is not of the form 'source->target'"
+      )
+    pair = Pair(*(part.strip() for part in parts))
+    for side, tap, taps, others in zip(
+      ("source", "target"), pair, all_taps, no_taps, strict=True
+    ):
+      if tap in others:
+        raise errors.InputError(f"pair {pair.name!r}: {others[tap]}")
+      if tap not in taps:
+        raise errors.InputError(
+          f"pair {pair.name!r}: unknown {side} tap {tap!r}; the {side}'s taps"
+          f" are {', '.join(taps)}"
+        )
+    if pair in pairs:
+      raise errors.InputError(f"pair {pair.name!r} is listed twice")
+    pairs.append(pair)
+  if not pairs:
+    raise errors.InputError(
+      f"no pairs: use one of {', '.join(PAIR_SETS)}, or list at least one"
+    )
+  return tuple(pairs)

@@ -1,0 +1,357 @@
+"""What and where to transfer: the paper's equations. Knows no model.
+
+Symbols, for a pair (m, n) of a source tap m and a target tap n and an image x:
+
+  S^m(x), T^n(x)  features of source and target, [B, H, W, C]
+  r^{m,n}         regressor, a 1x1 convolution with bias, C_n -> C_m
+  w^{m,n}         channel weights, *what* to transfer, a softmax over C_m
+  λ^{m,n}         pair weight, *where* and how much, in [0, 6], one an image
+
+Several sources are several sets of taps: their names then carry the source's,
+as in "imagenet/stage1_block3".
+
+Source: Jang, Lee, Hwang and Shin, "Learning What and Where to Transfer",
+ICML 2019 (arXiv 1905.05901), sections 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import NamedTuple
+import zlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2t_jax import types
+from l2t_jax.method import pair_sets
+
+# What turns g's output into λ. relu6 is the paper's; the derivative of
+# `jax.nn.relu6` compares floats for equality, which fusions can break; see
+# `models.layers.max_pool`.
+PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
+  "relu6": lambda x: jax.lax.clamp(0.0, x, 6.0),
+  "relu": jax.nn.relu,
+  "softplus": jax.nn.softplus,
+}
+
+
+class SourceMaps(NamedTuple):
+  """What the matching reads of the source: one pass a batch, constants."""
+
+  # n -> [B, H, W, ΣC_m]: the maps of its pairs at its size, in their order.
+  maps: dict[str, jax.Array]
+  pooled: dict[str, jax.Array]  # m -> [B, C_m], mean over positions.
+
+
+class TransferWeights(NamedTuple):
+  """What and where to transfer for each image of a batch."""
+
+  channel: dict[str, jax.Array]  # pair -> [B, C_m], w; rows sum to 1.
+  pair: dict[str, jax.Array]  # pair -> [B], λ.
+
+
+class TransferMap(NamedTuple):
+  """What and where to transfer, the same for every image."""
+
+  channel: Mapping[str, chex.Array]  # pair -> [C_m], w; sums to 1.
+  pair: Mapping[str, float]  # pair -> λ.
+
+
+def init_regressors(
+  key: chex.PRNGKey,
+  pairs: Sequence[pair_sets.Pair],
+  source_taps: pair_sets.TapShapes,
+  target_taps: pair_sets.TapShapes,
+) -> dict[str, types.PyTree]:
+  """Initialise r: per pair a kernel [C_n, C_m] and a bias [C_m].
+
+  Both are uniform within ±1/sqrt(C_n), PyTorch's default for a convolution. A
+  pair's values do not depend on which other pairs there are.
+  """
+  return {
+    pair.name: torch_linear(
+      _pair_key(key, pair),
+      target_taps[pair.target][-1],
+      source_taps[pair.source][-1],
+    )
+    for pair in pairs
+  }
+
+
+def init_meta_params(
+  key: chex.PRNGKey,
+  pairs: Sequence[pair_sets.Pair],
+  source_taps: pair_sets.TapShapes,
+  *,
+  learn_channels: bool,
+  learn_pairs: bool,
+) -> dict[str, types.PyTree]:
+  """Initialise the meta-networks f ("channel") and g ("pair").
+
+  f starts at zero, so that w is uniform; g's kernel is uniform within
+  ±1/sqrt(C_m) and its bias 1, so that λ starts near 1.
+
+  Returns:
+    {"channel": {pair: {kernel [C_m, C_m], bias [C_m]}},
+     "pair": {pair: {kernel [C_m, 1], bias [1]}}}; what is not learned is
+    absent.
+  """
+  meta_params: dict[str, types.PyTree] = {}
+  if learn_channels:
+    meta_params["channel"] = {
+      pair.name: {
+        "kernel": jnp.zeros((source_taps[pair.source][-1],) * 2),
+        "bias": jnp.zeros((source_taps[pair.source][-1],)),
+      }
+      for pair in pairs
+    }
+  if learn_pairs:
+    meta_params["pair"] = {
+      pair.name: torch_linear(
+        _pair_key(key, pair), source_taps[pair.source][-1], 1
+      )
+      | {"bias": jnp.ones((1,))}
+      for pair in pairs
+    }
+  return meta_params
+
+
+def start_and_maximum(activation: str) -> tuple[float, float]:
+  """Return where λ starts, but for g's small kernel, and where it ends, or inf.
+
+  Args:
+    activation: a key of `PAIR_ACTIVATIONS`.
+  """
+  activation_fn = PAIR_ACTIVATIONS[activation]
+  return float(activation_fn(1.0)), float(activation_fn(jnp.inf))
+
+
+def prepare_source(
+  features: Mapping[str, chex.Array],
+  pairs: Sequence[pair_sets.Pair],
+  target_taps: pair_sets.TapShapes,
+) -> SourceMaps:
+  """Resize the source's maps to the target's, once per pair of resolutions.
+
+  Bilinear with half-pixel centres and without antialiasing, as the authors'
+  code resizes. Everything returned carries a `stop_gradient`.
+
+  Args:
+    features: source tap -> [B, H, W, C_m].
+    pairs: the set C.
+    target_taps: shapes of the target's taps.
+  """
+  features = {
+    pair.source: at_least_float32(features[pair.source]) for pair in pairs
+  }
+  chex.assert_rank(list(features.values()), 4)
+
+  @functools.cache
+  def resize(source, height, width):
+    num_images, *_, channels = features[source].shape
+    return jax.image.resize(
+      features[source],
+      (num_images, height, width, channels),
+      method="bilinear",
+      antialias=False,
+    )
+
+  @functools.cache
+  def stack(sources, height, width):
+    maps = [resize(source, height, width) for source in sources]
+    return jnp.concatenate(maps, axis=-1)
+
+  maps = {
+    target: stack(
+      tuple(pair.source for pair in group), *target_taps[target][:2]
+    )
+    for target, group in pair_sets.by_target(pairs).items()
+  }
+  pooled = {name: x.mean(axis=(1, 2)) for name, x in features.items()}
+  return jax.lax.stop_gradient(SourceMaps(maps, pooled))
+
+
+def source_map(
+  source_maps: SourceMaps, pair: pair_sets.Pair, pairs: Sequence[pair_sets.Pair]
+) -> chex.Array:
+  """Look a pair's source map up, [B, H, W, C_m] at its target tap's size."""
+  group = pair_sets.by_target(pairs)[pair.target]
+  widths = [source_maps.pooled[other.source].shape[-1] for other in group]
+  start = sum(widths[: group.index(pair)])
+  stacked = source_maps.maps[pair.target]
+  return stacked[..., start : start + widths[group.index(pair)]]
+
+
+def transfer_weights(
+  meta_params: types.PyTree,
+  pooled: Mapping[str, chex.Array],
+  pairs: Sequence[pair_sets.Pair],
+  *,
+  activation: str = "relu6",
+) -> TransferWeights:
+  """Decide what and where to transfer.
+
+      w^{m,n} = softmax(f^{m,n}(pool S^m(x))),  λ^{m,n} = relu6(g^{m,n}(...))
+
+  Where f or g is absent from `meta_params`, w is uniform (1/C_m) or λ is 1:
+  fixed feature matching. Differentiable in `meta_params`.
+
+  Args:
+    meta_params: from `init_meta_params`.
+    pooled: source tap -> [B, C_m], its mean over positions.
+    pairs: the set C.
+    activation: what g's output goes through, a key of `PAIR_ACTIVATIONS`.
+  """
+  channel, pair_weight = {}, {}
+  for pair in pairs:
+    x = pooled[pair.source]
+    if "channel" in meta_params:
+      logits = linear(meta_params["channel"][pair.name], x)
+      channel[pair.name] = jax.nn.softmax(logits, axis=-1)
+    else:
+      channel[pair.name] = jnp.full_like(x, 1.0 / x.shape[-1])
+    if "pair" in meta_params:
+      logits = linear(meta_params["pair"][pair.name], x)
+      pair_weight[pair.name] = PAIR_ACTIVATIONS[activation](logits[:, 0])
+    else:
+      pair_weight[pair.name] = jnp.ones_like(x[:, 0])
+  return TransferWeights(channel, pair_weight)
+
+
+def repeat_map(
+  transfer_map: TransferMap, pooled: Mapping[str, chex.Array]
+) -> TransferWeights:
+  """Give every image of a batch the weights of one map.
+
+  Args:
+    transfer_map: w [C_m] and λ of each pair.
+    pooled: source tap -> [B, C_m]; says how many images there are.
+  """
+  like = next(iter(pooled.values()))
+  num_images = len(like)
+  repeat = lambda x: jnp.broadcast_to(
+    jnp.asarray(x, like.dtype), (num_images, *jnp.shape(x))
+  )
+  return TransferWeights(
+    jax.tree.map(repeat, transfer_map.channel),
+    jax.tree.map(repeat, transfer_map.pair),
+  )
+
+
+def channel_distances(
+  regressors: types.PyTree,
+  target_features: Mapping[str, chex.Array],
+  source_maps: SourceMaps,
+  pairs: Sequence[pair_sets.Pair],
+) -> dict[str, chex.Array]:
+  """Measure how far the target is from the source, channel by channel.
+
+      d^{m,n}_c = mean over positions of (S^m - r^{m,n}(T^n))²_c
+
+  Args:
+    regressors: from `init_regressors`.
+    target_features: target tap -> [B, H, W, C_n].
+    source_maps: from `prepare_source`.
+    pairs: the set C.
+
+  Returns:
+    pair -> d [B, C_m].
+  """
+  distances: dict[str, jax.Array] = {}
+  for target, group in pair_sets.by_target(pairs).items():
+    wanted = source_maps.maps[target]
+    # All regressors of a tap in one matrix product.
+    layers = [regressors[pair.name] for pair in group]
+    together = jax.tree.map(
+      lambda *parts: jnp.concatenate(parts, axis=-1), *layers
+    )
+    regressed = _linear_by_image(
+      together, target_features[target].astype(wanted.dtype)
+    )
+    chex.assert_equal_shape([wanted, regressed])
+    distance = jnp.mean(jnp.square(wanted - regressed), axis=(1, 2))
+    ends = np.cumsum([layer["bias"].size for layer in layers])
+    parts = jnp.split(distance, ends[:-1], axis=-1)
+    distances |= zip((pair.name for pair in group), parts, strict=True)
+  return {pair.name: distances[pair.name] for pair in pairs}
+
+
+def matching_loss(
+  distances: Mapping[str, chex.Array],
+  weights: TransferWeights,
+  *,
+  beta: float,
+) -> chex.Array:
+  """Pull the target towards the source, where and as the weights say.
+
+      L_wfm = β Σ_(m,n) mean over the batch of λ^{m,n} Σ_c w^{m,n}_c d^{m,n}_c
+
+  Differentiable in distances and weights.
+
+  Args:
+    distances: pair -> d [B, C_m].
+    weights: w and λ for the same images.
+    beta: β, weight of the matching loss.
+
+  Returns:
+    The loss, [].
+  """
+  losses = []
+  for name, distance in distances.items():
+    channel, pair_weight = weights.channel[name], weights.pair[name]
+    chex.assert_equal_shape([distance, channel])
+    chex.assert_shape(pair_weight, distance.shape[:1])
+    losses.append(jnp.mean(pair_weight * jnp.sum(channel * distance, axis=-1)))
+  return beta * jnp.sum(jnp.stack(losses))
+
+
+def linear(layer: Mapping[str, chex.Array], x: chex.Array) -> chex.Array:
+  """Apply {kernel [I, O], bias [O]} to x [..., I]."""
+  return jnp.einsum("...i,io->...o", x, layer["kernel"]) + layer["bias"]
+
+
+def _linear_by_image(layer, x):
+  """`linear` on [B, H, W, I], with a derivative by the kernel that is fast.
+
+  That derivative sums over all positions of all images. Where an image has
+  more positions than channels, the sum over an image's positions is taken
+  first: two to three times faster on CPU than one product of a great depth.
+  """
+  num_images, height, width, channels = x.shape
+  if height * width <= channels:
+    return linear(layer, x)
+  kernel = jnp.broadcast_to(
+    layer["kernel"], (num_images, *layer["kernel"].shape)
+  )
+  y = jnp.einsum("bpi,bio->bpo", x.reshape(num_images, -1, channels), kernel)
+  return y.reshape(num_images, height, width, -1) + layer["bias"]
+
+
+@functools.partial(jax.jit, static_argnames=("fan_in", "fan_out"))
+def torch_linear(
+  key: chex.PRNGKey, fan_in: int, fan_out: int
+) -> dict[str, jax.Array]:
+  """Initialise {kernel [I, O], bias [O]}, uniform within ±1/sqrt(I)."""
+  kernel_key, bias_key = jax.random.split(key)
+  bound = fan_in**-0.5
+  return {
+    "kernel": jax.random.uniform(
+      kernel_key, (fan_in, fan_out), minval=-bound, maxval=bound
+    ),
+    "bias": jax.random.uniform(
+      bias_key, (fan_out,), minval=-bound, maxval=bound
+    ),
+  }
+
+
+def _pair_key(key, pair):
+  return jax.random.fold_in(key, zlib.crc32(pair.name.encode()))
+
+
+def at_least_float32(x: chex.Array) -> chex.Array:
+  """Widen bfloat16 features and outputs: losses read them in float32."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

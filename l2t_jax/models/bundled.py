@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import inspect
+from typing import Any
+
+from flax import linen as nn
+
+from l2t_jax import errors, imports
+from l2t_jax.models import resnet, vgg
+from l2t_jax.models.pure_functions import Network
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+  "resnet_tiny": functools.partial(resnet.CifarResNet, blocks_per_stage=1),
+  "resnet20": functools.partial(resnet.CifarResNet, blocks_per_stage=3),
+  "resnet32": functools.partial(resnet.CifarResNet, blocks_per_stage=5),
+  "resnet18": functools.partial(
+    resnet.ResNet, block=resnet.BasicBlock, stage_sizes=(2, 2, 2, 2)
+  ),
+  "resnet34": functools.partial(
+    resnet.ResNet, block=resnet.BasicBlock, stage_sizes=(3, 4, 6, 3)
+  ),
+  "resnet50": functools.partial(
+    resnet.ResNet, block=resnet.BottleneckBlock, stage_sizes=(3, 4, 6, 3)
+  ),
+  "vgg9": functools.partial(vgg.VGG, plan=vgg.VGG9),
+  "vgg_tiny": functools.partial(vgg.VGG, plan=vgg.VGG_TINY),
+}
+
+
+def find(name: str) -> Callable[..., Any]:
+  """Find what makes a network.
+
+  Args:
+    name: a key of `MODELS`; or "package.module:function", to be imported.
+
+  Raises:
+    errors.InputError: there is no such network.
+  """
+  if name in MODELS:
+    return MODELS[name]
+  if ":" not in name:
+    raise errors.InputError(
+      f"unknown model {name!r}; it must be one of {', '.join(MODELS)}, or a"
+      " function of your own as 'package.module:function'"
+    )
+  return imports.by_name(name, "model")
+
+
+def image_size(network: Network) -> int:
+  """Return the side in pixels of the images that a network is made for."""
+  return getattr(network, "image_size", 32)
+
+
+def create(name: str, num_classes: int, dtype: Any = None) -> Network:
+  """Create a network by name.
+
+  Args:
+    name: what `find` takes. A function of one's own is called with
+      `num_classes`, and with `dtype` where it has such an argument. It returns
+      a Linen module; where it has an argument `rngs`, it is what makes an NNX
+      module.
+    num_classes: K, the number of logits.
+    dtype: of the activations; None for that of the parameters.
+
+  Raises:
+    errors.InputError: for an unknown name, and a dtype that the network does
+      not take.
+  """
+  make = find(name)
+  if name in MODELS:
+    return make(num_classes=num_classes, dtype=dtype)
+  arguments = inspect.signature(make).parameters
+  options = {"num_classes": num_classes}
+  if "dtype" in arguments:
+    options["dtype"] = dtype
+  elif dtype is not None:
+    raise errors.InputError(
+      f"the model {name!r} has no argument dtype; it runs with precision f32 or"
+      " tf32"
+    )
+  try:
+    inspect.signature(make).bind_partial(**options)
+  except TypeError as error:
+    raise errors.InputError(
+      f"the model {name!r} cannot be called with num_classes: {error}"
+    ) from error
+  make = functools.partial(make, **options)
+  if "rngs" in arguments:
+    return lambda rngs: make(rngs=rngs)
+  return make()

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import flax
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from l2t_jax import errors
+from l2t_jax.models import pure_functions
+
+
+def pure(module):
+  mode = lambda train: pure_functions.mode(module.__call__, train)
+
+  def init(key, images):
+    keys = {"params": key, "dropout": key}
+    # Without the names of axes that `nn.with_partitioning` puts around arrays.
+    variables = dict(nn.unbox(module.init(keys, images, **mode(False))))
+    variables.pop("intermediates", None)
+
+    def after_training(rngs):
+      return jax.eval_shape(
+        lambda: module.apply(
+          variables, images, **mode(True), rngs=rngs, mutable=list(variables)
+        )
+      )[1]
+
+    try:
+      after, draws = after_training({}), False
+    except flax.errors.InvalidRngError:
+      after, draws = after_training(keys), True
+    shape_of = lambda tree: jax.tree.map(jnp.shape, tree)
+    # What a module sows grows with every call: it is an output and no state.
+    variables = {
+      name: values
+      for name, values in variables.items()
+      if name == "params" or shape_of(after[name]) == shape_of(values)
+    }
+    if draws:
+      key = jax.random.fold_in(key, 1)
+      variables["rng"] = {"key": jax.random.key_data(key)}
+    return variables.pop("params", {}), variables
+
+  def apply(params, model_state, images, train, taps):
+    state, rngs = dict(model_state), {}
+    rng = state.pop("rng", None)
+    if train and rng:
+      keys = jax.random.split(jax.random.wrap_key_data(rng["key"]), 3)
+      # Flax takes streams of other names from "params".
+      rngs = {"dropout": keys[0], "params": keys[1]}
+      rng = {"key": jax.random.key_data(keys[2])}
+    is_tap = lambda path: (
+      taps is None or any(tap.partition("#")[0] == path for tap in taps)
+    )
+    try:
+      output, changed = module.apply(
+        {"params": params, **state},
+        images,
+        **mode(train),
+        rngs=rngs,
+        mutable=[*(state if train else ()), "intermediates"],
+        capture_intermediates=lambda submodule, method: (
+          method == "__call__" and is_tap("/".join(submodule.path))
+        ),
+      )
+    except flax.errors.ModifyScopeVariableError as error:
+      raise errors.InputError(
+        "the network changes its state in eval mode, too;"
+        f" {pure_functions.SAY_IT}"
+      ) from error
+    changed = dict(changed)
+    outputs = pure_functions.by_path(
+      traverse_util.flatten_dict(changed.pop("intermediates", {}))
+    )
+    if train:
+      model_state = changed | ({"rng": rng} if rng else {})
+    return output, outputs, model_state
+
+  return pure_functions.Pure(
+    init, apply, lambda state: state.get("batch_stats", {})
+  )

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import html
+import itertools
+import pathlib
+from typing import Any
+
+import numpy as np
+from plotly import graph_objects
+from plotly import io as plotly_io
+
+from l2t_jax.results import run_reader, transfer_map
+
+_EPOCHS = {"tickformat": "d", "minallowed": 0}
+MARGIN = {"l": 60, "r": 20, "t": 30, "b": 50}
+
+
+def draw_curves(
+  runs: Sequence[run_reader.Run], metric: str, title: str, factor: float = 1.0
+) -> graph_objects.Figure:
+  """A metric of every epoch, a line a run, a colour a method (and data set).
+
+  Args:
+    runs: from `find_runs`.
+    metric: its name in metrics.jsonl.
+    title: of the axis.
+    factor: what values are multiplied by.
+
+  Returns:
+    The figure; its legend has a line a colour, which shows and hides its runs.
+  """
+  colors = itertools.cycle(plotly_io.templates["plotly"].layout.colorway)
+  names = _names_of_kinds(runs)
+  color_of = dict(zip(dict.fromkeys(names), colors, strict=False))
+  figure = graph_objects.Figure()
+  named = set()
+  for run, name in zip(runs, names, strict=True):
+    figure.add_scatter(
+      x=[record["epoch"] for record in run.epochs],
+      y=[factor * record[metric] for record in run.epochs],
+      mode=_mode(run.epochs),
+      name=name,
+      legendgroup=name,
+      showlegend=name not in named,
+      hovertemplate=f"{html.escape(run.name)}<br>epoch %{{x}}: %{{y:.4g}}"
+      "<extra></extra>",
+      line_color=color_of[name],
+    )
+    named.add(name)
+  figure.update_layout(yaxis_title=title, showlegend=True)
+  figure.update_xaxes(title_text="epoch", **_EPOCHS)
+  return figure
+
+
+def _names_of_kinds(runs):
+  """Name each run by its method, and by its data where the runs' differ."""
+  methods = [run.config["method"] for run in runs]
+  fields = [run.config["data"] for run in runs]
+  data = [one["name"] or pathlib.Path(one["path"]).name for one in fields]
+  if len(set(data)) == 1:
+    return methods
+  return [f"{m}, {d}" for m, d in zip(methods, data, strict=True)]
+
+
+def _mode(epochs):
+  return "lines+markers" if len(epochs) < 12 else "lines"
+
+
+def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
+  """Source layers against target layers, with a slider over the epochs.
+
+  Args:
+    content: of a transfer_map.json.
+  """
+  sources = [tap["name"] for tap in content["source_taps"]]
+  targets = [tap["name"] for tap in content["target_taps"]]
+  place = lambda pair: (
+    sources.index(pair["source"]),
+    targets.index(pair["target"]),
+  )
+
+  def values_of(epoch):
+    """Return pair weights, and what a cell tells, in the form of the table."""
+    index = content["epochs"].index(epoch)
+    total = sum(pair["history"][index] for pair in content["pairs"])
+    weights = np.full((len(sources), len(targets)), np.nan)
+    told = np.full(weights.shape, "no pair", object)
+    for pair in content["pairs"]:
+      weight = pair["history"][index]
+      weights[place(pair)] = weight
+      top = ", ".join(
+        f"{c['channel']} ({c['weight'] / c['uniform']:.1f}×)"
+        for c in pair["top_channels"]
+      )
+      told[place(pair)] = (
+        f"share of all {weight / total if total else 0:.0%}"
+        f"<br>top channels in the end {top}"
+      )
+    texts = [[_weight(value) for value in row] for row in weights]
+    return {"z": weights.tolist(), "text": texts, "customdata": told.tolist()}
+
+  epochs = content["epochs"][-1:] if content["fixed"] else content["epochs"]
+  last = len(epochs) - 1
+  figure = graph_objects.Figure(
+    graph_objects.Heatmap(
+      x=targets,
+      y=sources,
+      **values_of(epochs[-1]),
+      texttemplate="%{text}",
+      hovertemplate="%{y} → %{x}<br>pair weight %{z:.3f}<br>%{customdata}"
+      "<extra></extra>",
+      colorscale="Blues",
+      showscale=False,
+      zmin=0,
+      zmax=max(2.0, *(max(pair["history"]) for pair in content["pairs"])),
+      xgap=2,
+      ygap=2,
+    ),
+    frames=[
+      graph_objects.Frame(
+        data=[graph_objects.Heatmap(**values_of(epoch))], name=str(epoch)
+      )
+      for epoch in (epochs if last else ())
+    ],
+  )
+  figure.update_layout(
+    xaxis_title="target layer",
+    yaxis_title="source layer",
+    yaxis_autorange="reversed",
+    height=260 + 46 * len(sources),
+  )
+  figure.update_xaxes(automargin=True, type="category")
+  figure.update_yaxes(automargin=True, type="category")
+  if last:
+    instantly = {"mode": "immediate", "frame": {"duration": 0}}
+    figure.update_layout(
+      sliders=[
+        {
+          "active": last,
+          "currentvalue": {"prefix": "epoch "},
+          "pad": {"t": 60},
+          "steps": [
+            {
+              "label": str(epoch),
+              "method": "animate",
+              "args": [[str(epoch)], instantly],
+            }
+            for epoch in epochs
+          ],
+        }
+      ]
+    )
+  return figure
+
+
+def _weight(value):
+  return "" if np.isnan(value) else f"{value:.2f}"
+
+
+def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
+  """Every pair weight over the epochs.
+
+  Args:
+    content: of a transfer_map.json.
+  """
+  figure = graph_objects.Figure()
+  for pair in transfer_map.strongest_first(content):
+    figure.add_scatter(
+      x=content["epochs"],
+      y=pair["history"],
+      mode=_mode(content["epochs"]),
+      name=transfer_map.pair_name(pair),
+    )
+  figure.update_layout(yaxis_title="pair weight")
+  figure.update_xaxes(title_text="epoch", **_EPOCHS)
+  figure.update_yaxes(rangemode="tozero")
+  return figure
+
+
+def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
+  """Channel weights of a pair that the reader chooses, the largest first.
+
+  Args:
+    content: of a transfer_map.json.
+  """
+  pairs = transfer_map.strongest_first(content)
+  figure = graph_objects.Figure()
+  for i, pair in enumerate(pairs):
+    weights = np.array(pair["channel_weights"]) * pair["num_channels"]
+    order = np.argsort(-weights, kind="stable")
+    figure.add_bar(
+      x=list(range(1, len(order) + 1)),
+      y=weights[order].tolist(),
+      customdata=order.tolist(),
+      hovertemplate="channel %{customdata}<br>%{y:.2f} × 1/C<extra></extra>",
+      visible=i == 0,
+      name=transfer_map.pair_name(pair),
+      marker_line_width=0,
+    )
+  figure.add_hline(y=1, line_dash="dot")
+  figure.update_layout(
+    xaxis_title="source channels, strongest first",
+    yaxis_title="weight, multiple of 1/C",
+    showlegend=False,
+    bargap=0.1,
+    updatemenus=[
+      {
+        "buttons": [
+          {
+            "label": transfer_map.pair_name(pair),
+            "method": "update",
+            "args": [{"visible": [j == i for j in range(len(pairs))]}],
+          }
+          for i, pair in enumerate(pairs)
+        ],
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.22,
+        "yanchor": "top",
+      }
+    ],
+    margin={**MARGIN, "t": 70},
+  )
+  return figure
+
+
+def draw_shares(content: Mapping[str, Any]) -> graph_objects.Figure:
+  """Each source's share of all pair weights.
+
+  Args:
+    content: of a transfer_map.json, with several sources.
+  """
+  shares = content["source_shares"]
+  figure = graph_objects.Figure(
+    graph_objects.Bar(
+      x=[100 * share for share in shares.values()],
+      y=list(shares),
+      orientation="h",
+      text=[f"{share:.0%}" for share in shares.values()],
+    )
+  )
+  figure.update_layout(
+    xaxis_title="% of the transfer", height=140 + 40 * len(shares)
+  )
+  figure.update_yaxes(automargin=True, autorange="reversed", type="category")
+  return figure

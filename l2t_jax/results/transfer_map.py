@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from l2t_jax import errors
+
+
+def strongest_first(content):
+  return sorted(content["pairs"], key=lambda pair: -pair["pair_weight"])
+
+
+def pair_name(pair):
+  return f"{pair['source']} → {pair['target']}"
+
+
+FILE = "transfer_map.json"  # In the folder of a run.
+
+# A tap: its name and the shape (H, W, C) of its feature map.
+Tap = tuple[str, tuple[int, int, int]]
+# An entry of "pairs" in the map.
+Pair = Mapping[str, Any]
+IGNORED = 0.05  # A pair weight below this is drawn as none.
+
+
+def effective_channels(weights: np.ndarray) -> float:
+  """Count the channels that matter: exp of the entropy of the weights.
+
+  Args:
+    weights: [C], not negative; scaled here to sum to 1.
+
+  Returns:
+    Between 1 (one channel has all the weight) and C (all count the same).
+  """
+  p = np.asarray(weights, np.float64)
+  p = p[p > 0] / p.sum()
+  return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def collect(
+  epochs: Sequence[Mapping[str, Any]],
+  channel_weights: Mapping[str, np.ndarray],
+  source_taps: Sequence[Tap],
+  target_taps: Sequence[Tap],
+  method: str,
+  sources: Sequence[str] = (),
+  top_k: int = 5,
+  *,
+  frozen: bool = False,
+  start: float = 1.0,
+  maximum: float = 6.0,
+) -> dict[str, Any]:
+  """Collect what a run learned, as the content of `transfer_map.json`.
+
+  Args:
+    epochs: the records with kind "epoch". Where an epoch stands twice, as after
+      a resumed run, the later record counts.
+    channel_weights: "source->target" -> [C_m], mean over the last epoch.
+    source_taps: (name, (H, W, C)) of each source feature map, input side first.
+    target_taps: the same of the target.
+    method: the name of the method.
+    sources: their names, where there are several; those of their taps begin
+      with "SOURCE/".
+    top_k: how many channels to keep per pair.
+    frozen: whether all weights were taken from another map.
+    start: about where learned pair weights start.
+    maximum: of learned pair weights; inf for none.
+
+  Returns:
+    A JSON-able dict: method, source_taps, target_taps, epochs, fixed (pair
+    weights stayed exactly 1), channels_fixed (channel weights are uniform),
+    frozen, start, maximum (None for none), pairs, in the order of the last
+    epoch's record, and, with several sources, source_shares (source -> its
+    pairs' share of the sum of pair weights).
+
+  Raises:
+    InputError: no epoch has pair weights, or names, shapes and values of the
+      records do not fit together.
+  """
+  by_epoch = {r["epoch"]: r for r in epochs if r.get("pair_weights")}
+  if not by_epoch:
+    raise errors.InputError(
+      f"No epoch of this {method!r} run has pair weights: only a method that "
+      "matches features, after at least one epoch, has a transfer map."
+    )
+  records = [by_epoch[number] for number in sorted(by_epoch)]
+  names = {
+    f"{source}->{target}": (source, target, shape[-1])
+    for source, shape in source_taps
+    for target, _ in target_taps
+  }
+  total = sum(records[-1]["pair_weights"].values())
+  pairs = []
+  for key in records[-1]["pair_weights"]:
+    if key not in names or key not in channel_weights:
+      raise errors.InputError(
+        f"Pair {key!r} has a pair weight but no taps or no channel weights; "
+        f"the taps allow {sorted(names)}."
+      )
+    source, target, num_channels = names[key]
+    history = [float(r["pair_weights"].get(key, np.nan)) for r in records]
+    weights = np.asarray(channel_weights[key], np.float64)
+    if weights.shape != (num_channels,):
+      raise errors.InputError(
+        f"Pair {key!r} has channel weights of shape {weights.shape}; its "
+        f"source tap has {num_channels} channels."
+      )
+    if not (np.isfinite(history).all() and np.isfinite(weights).all()):
+      raise errors.InputError(
+        f"Pair {key!r} has weights that are missing or not finite; "
+        "the run diverged, or its metrics.jsonl mixes two runs."
+      )
+    # Stable, so that equal channels stand in their own order.
+    top = np.argsort(-weights, kind="stable")[:top_k]
+    pairs.append(
+      {
+        "source": source,
+        "target": target,
+        "pair_weight": history[-1],
+        "share": history[-1] / total if total else 0.0,
+        "history": history,
+        "matching_distance": records[-1].get("matching_distances", {}).get(key),
+        "top_channels": [
+          {
+            "channel": int(c),
+            "weight": float(weights[c]),
+            "uniform": 1 / num_channels,
+          }
+          for c in top
+        ],
+        "num_channels": num_channels,
+        "channel_concentration": effective_channels(weights),
+        "channel_weights": weights.tolist(),
+      }
+    )
+  content = {
+    "method": method,
+    "source_taps": [{"name": n, "shape": list(s)} for n, s in source_taps],
+    "target_taps": [{"name": n, "shape": list(s)} for n, s in target_taps],
+    "epochs": sorted(by_epoch),
+    "fixed": all(np.allclose(p["history"], 1, atol=1e-6) for p in pairs),
+    "channels_fixed": all(
+      np.allclose(channel_weights[key], np.mean(channel_weights[key]), 1e-5, 0)
+      for key in records[-1]["pair_weights"]
+    ),
+    "frozen": frozen,
+    "start": start,
+    "maximum": maximum if math.isfinite(maximum) else None,
+    "pairs": pairs,
+  }
+  if sources:
+    content["source_shares"] = {
+      source: sum(
+        pair["share"]
+        for pair in pairs
+        if pair["source"].startswith(f"{source}/")
+      )
+      for source in sources
+    }
+  return content
+
+
+def read_weights(
+  path: pathlib.Path | str,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+  """Read the weights of a `transfer_map.json`, to use them as fixed ones.
+
+  Args:
+    path: the file.
+
+  Returns:
+    (channel, pair): "source->target" -> channel weights [C_m], which sum to 1,
+    and -> pair weight; both in the file's order.
+
+  Raises:
+    InputError: the file is missing, is no transfer map, or holds weights that
+      no run can have.
+  """
+  path = pathlib.Path(path)
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise errors.InputError(
+      f"{path} cannot be read ({error.strerror}); name the transfer_map.json "
+      "of a finished run."
+    ) from error
+  except ValueError as error:
+    raise errors.InputError(f"{path} is not JSON ({error}).") from error
+  pairs = content.get("pairs") if isinstance(content, dict) else None
+  if not pairs or not isinstance(pairs, list):
+    raise errors.InputError(
+      f'{path} has no "pairs"; name the transfer_map.json of a finished run.'
+    )
+  channel, weight = {}, {}
+  for number, pair in enumerate(pairs, start=1):
+    try:
+      name = f"{pair['source']}->{pair['target']}"
+    except (KeyError, TypeError) as error:
+      raise errors.InputError(
+        f"{path}: pair {number} does not name its source and its target."
+      ) from error
+    if name in channel:
+      raise errors.InputError(f"{path} holds pair {name!r} twice.")
+    try:
+      channel[name], weight[name] = _read_pair(pair)
+    except ValueError as error:
+      raise errors.InputError(f"{path}: pair {name!r} {error}.") from error
+  if not any(weight.values()):
+    raise errors.InputError(
+      f"{path}: all pair weights are 0; that run ended without any transfer."
+    )
+  return channel, weight
+
+
+def _read_pair(pair: Pair) -> tuple[np.ndarray, float]:
+  """Return (channel weights, pair weight); the ValueError says what is bad."""
+  if "channel_weights" not in pair:
+    raise ValueError(
+      "has no channel_weights: an older version wrote this map; run again"
+    )
+  read = []
+  for key in ("channel_weights", "pair_weight", "num_channels"):
+    try:
+      read.append(np.asarray(pair.get(key), np.float64))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"has a {key} that is not of numbers") from error
+    if not (np.isfinite(read[-1]).all() and (read[-1] >= 0).all()):
+      raise ValueError(f"has a {key} that is missing, negative or not finite")
+  weights, weight, num_channels = read
+  if weight.ndim or weights.shape != (num_channels,):
+    raise ValueError(
+      f"has a pair_weight of shape {weight.shape} and channel_weights of shape "
+      f"{weights.shape}; () and ({pair['num_channels']},) are right"
+    )
+  if abs(weights.sum() - 1) > 1e-3:
+    raise ValueError(
+      f"has channel_weights that sum to {weights.sum():.4g} instead of 1"
+    )
+  return weights, float(weight)

@@ -1,0 +1,113 @@
+"""What a run will need, before it is started: train.py --plan."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from rich import console, table
+
+import l2t_jax.config
+from l2t_jax.run import setup
+from l2t_jax.runtime import compilation, sharding
+
+_NUM_TIMED = 3
+
+
+class Plan(NamedTuple):
+  """Sizes, and what each way to compute the hypergradient costs."""
+
+  num_parameters: dict[str, int]  # By part: target, regressors, f and g.
+  programs: dict[str, compilation.Program]  # By mode; "" without meta update.
+  chosen: str  # The mode that training would use.
+  seconds: float  # An iteration in that mode takes.
+  steps_per_epoch: int
+  epochs: int
+
+
+def make(config: ml_collections.ConfigDict) -> Plan:
+  """Compile an iteration in the modes that training may use; time the chosen.
+
+  Args:
+    config: the fields of l2t_jax/config.py.
+
+  Raises:
+    errors.InputError: for a config, data or weights that cannot work.
+  """
+  l2t_jax.config.check(config)
+  setup.check_source_files(config)
+  run = setup.build(config)
+  batch = sharding.shard(run.blank_batch, run.mesh)
+  with jax.default_matmul_precision(
+    l2t_jax.config.PRECISIONS[config.precision][1]
+  ):
+    compiling = {
+      mode: setup.compile_step(run, run.state_shapes, batch, mode=mode)
+      for mode in (run.modes if run.learns else run.modes[:1])
+    }
+  state = run.create_state(config.seed)
+  programs = {mode: program.result() for mode, program in compiling.items()}
+  chosen = next(
+    (mode for mode in run.modes if compilation.fits(programs[mode])),
+    run.modes[-1] if run.learns else run.modes[0],
+  )
+  sizes = {**state.inner.params, "f and g": state.meta_params}
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  return Plan(
+    num_parameters={name: count(tree) for name, tree in sizes.items()},
+    programs=programs if run.learns else {"": programs[chosen]},
+    chosen=chosen if run.learns else "",
+    seconds=_time(programs[chosen], state, run.sources, batch),
+    steps_per_epoch=run.dataset.steps_per_epoch,
+    epochs=config.epochs,
+  )
+
+
+def show(plan: Plan) -> None:
+  """Print a plan."""
+  for name, count in plan.num_parameters.items():
+    if count:
+      print(f"{name}: {count:,} parameters")
+  rows = table.Table("hypergradient", "memory", "GFLOP", "to compile", "")
+  for mode, program in plan.programs.items():
+    memory, flops = program.memory_bytes, program.flops
+    notes = ["does not fit"] if not compilation.fits(program) else []
+    rows.add_row(
+      mode or "none",
+      f"{memory / 2**20:,.0f} MiB" if memory else "unknown",
+      f"{flops / 1e9:,.0f}" if flops else "unknown",
+      f"{program.seconds:.0f} s",
+      ", ".join((*notes, *(["chosen"] if mode == plan.chosen else []))),
+    )
+  console.Console().print(rows)
+  epoch = plan.seconds * plan.steps_per_epoch
+  print(
+    f"{plan.seconds:.3g} s an iteration on {jax.device_count()} x"
+    f" {jax.devices()[0].device_kind}; {plan.steps_per_epoch} iterations an"
+    f" epoch: {_duration(epoch)}; {plan.epochs} epochs:"
+    f" {_duration(epoch * plan.epochs)}, evaluation not included"
+  )
+
+
+def _time(program, state, sources, batch):
+  times = []
+  for _ in range(1 + _NUM_TIMED):
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(program.call(state, sources, batch))
+    times.append(time.perf_counter() - start)
+  return float(np.median(times[1:]))
+
+
+def _duration(seconds):
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return (
+    f"{hours}:{minutes:02}:{seconds:02} h"
+    if hours
+    else (f"{minutes}:{seconds:02} min")
+  )

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import base64
+import io
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from matplotlib import colormaps
+import numpy as np
+from PIL import Image
+
+from l2t_jax import cli, errors
+from l2t_jax.method import saliency, training, transfer
+from l2t_jax.results import run_reader, transfer_map
+from l2t_jax.run import setup, train
+from l2t_jax.runtime import checkpoint
+
+_PICTURE_SIZE = 208  # Pixels at most; twice of what is shown.
+_NUM_PAIRS_SHOWN = 3  # Those whose saliency is shown, the strongest.
+
+
+class Pictures(NamedTuple):
+  """Saliency of some images for one pair."""
+
+  pair: str
+  uniform: tuple[str, ...]  # Data URLs, image by image.
+  learned: tuple[str, ...]
+
+
+class Saliency(NamedTuple):
+  """What the source looks at, with uniform and with learned weights."""
+
+  images: tuple[str, ...]  # Data URLs.
+  pairs: tuple[Pictures, ...]
+
+
+def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
+  """Build a run again and look at validation images through its source.
+
+  Args:
+    run: one that learned channel weights.
+    num_images: how many images, evenly spaced in the validation split.
+
+  Returns:
+    Pictures of the run's strongest pairs.
+
+  Raises:
+    errors.InputError: data, weights or checkpoints are no longer there, or the
+      run was made from objects in a notebook.
+  """
+  if run.config["data"]["source"] == "arrays":
+    raise errors.InputError("the run was made from arrays, which are not kept")
+  config = cli.load_config(str(run.workdir / "config.json"))
+  built = setup.build(config)
+  meta_params = _restore(run, built.create_state(config.seed)).meta_params
+  images = _spread_images(built.dataset, num_images)
+
+  @jax.jit
+  def features_fn(images):
+    _, features = training.run_sources(built.source_fns, built.sources, images)
+    return features
+
+  source = transfer.prepare_source(
+    features_fn(images), built.pairs, built.target_taps
+  )
+  assert built.weights_fn is not None  # The run has a transfer map.
+  weights = built.weights_fn(meta_params, source.pooled)
+
+  def look(tap, channel_weights):
+    seen = saliency.saliency(
+      lambda images: features_fn(images)[tap], images, channel_weights
+    )
+    return tuple(_heat(one) for one in np.asarray(seen))
+
+  pairs = []
+  for strong in transfer_map.strongest_first(run.map)[:_NUM_PAIRS_SHOWN]:
+    learned = weights.channel[f"{strong['source']}->{strong['target']}"]
+    uniform = np.full_like(learned, 1 / learned.shape[-1])
+    pairs.append(
+      Pictures(
+        transfer_map.pair_name(strong),
+        look(strong["source"], uniform),
+        look(strong["source"], learned),
+      )
+    )
+  mean, std = built.image_format.mean, built.image_format.std
+  pixels = np.asarray(images) * np.array(std) + np.array(mean)
+  return Saliency(tuple(_picture(image) for image in pixels), tuple(pairs))
+
+
+def _restore(run, state):
+  folder = run.workdir / train.CHECKPOINTS
+  if not folder.is_dir():
+    raise errors.InputError(f"{folder} does not exist any more")
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise errors.InputError(f"{folder} has no checkpoint any more")
+    try:
+      return checkpoints.restore(steps[-1], state)[0]
+    except checkpoint.DamagedError as error:
+      raise errors.InputError(f"{folder} cannot be read: {error}") from error
+
+
+def _spread_images(dataset, count):
+  """Validation images are often sorted by class: take some of all of them."""
+  wanted = np.unique(np.linspace(0, dataset.num_val - 1, count).round())
+  found, start = [], 0
+  for batch in dataset.eval_batches("val"):
+    inside = wanted[(wanted >= start) & (wanted < start + len(batch.images))]
+    found.append(batch.images[(inside - start).astype(int)])
+    start += len(batch.images)
+  return jnp.concatenate(found)
+
+
+def _heat(values):
+  """A map of values as a picture, its largest the brightest."""
+  # One pixel that stands out would leave the others black.
+  scale = np.quantile(values, 0.99) or values.max() or 1.0
+  return _picture(colormaps["inferno"](np.clip(values / scale, 0, 1))[..., :3])
+
+
+def _picture(values):
+  """[H, W, 1 or 3] from 0 to 1 -> a data URL."""
+  pixels = np.clip(np.round(values * 255), 0, 255).astype(np.uint8)
+  image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  image.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
+  file = io.BytesIO()
+  image.save(file, "png")
+  return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,154 @@
+"""The folder of a run: who may use it, and its JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import errno
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+from l2t_jax import errors, files
+from l2t_jax.runtime import distributed
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
+  """Read the records of a run's `metrics.jsonl`.
+
+  A last line without its newline is one that the run was stopped in the middle
+  of; it is left out unless it is complete.
+
+  Args:
+    workdir: the folder of the run.
+
+  Returns:
+    One dict per line, in the file's order.
+
+  Raises:
+    InputError: the file is missing, or a line is not a JSON object.
+  """
+  path = pathlib.Path(workdir) / METRICS
+  if not path.is_file():
+    raise errors.InputError(
+      f"{path} does not exist; name the folder of a run that was started."
+    )
+  lines = path.read_bytes().split(b"\n")
+  records = []
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict):
+        raise ValueError("it is not an object")
+    except ValueError as error:
+      if number == len(lines):
+        break
+      raise errors.InputError(
+        f"{path}, line {number}: not a JSON object ({error}); "
+        "mend or delete that line."
+      ) from error
+    records.append(record)
+  return records
+
+
+# What the operating system says where a folder cannot be written.
+_STORAGE_ERRORS = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EIO,
+)
+
+
+def make(workdir: pathlib.Path) -> None:
+  """Make the folder of a run.
+
+  Raises:
+    errors.InputError: there is a file in its place.
+    errors.StorageError: nothing can be written into it.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    in_place = isinstance(error, FileExistsError | NotADirectoryError)
+    stop = errors.InputError if in_place else errors.StorageError
+    raise stop(
+      f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
+      " can be written"
+    ) from error
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Let no other run into a folder until this one has ended.
+
+  Raises:
+    errors.InputError: another one is in it.
+  """
+  if not distributed.is_first():
+    yield
+    return
+  with (workdir / ".lock").open("a") as file:
+    _lock_file(file, workdir)
+    yield
+
+
+def _lock_file(file, workdir):
+  try:
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise errors.InputError(
+      f"another process is training in {workdir}; wait for its end or use"
+      " another --workdir"
+    ) from error
+  except (ImportError, OSError):
+    pass  # A system or a file system without such locks.
+
+
+@contextlib.contextmanager
+def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
+  """Turn what the system says of files in some folders into a StorageError."""
+  try:
+    yield
+  except errors.Stop:
+    raise
+  except OSError as error:
+    files = pathlib.Path(str(error.filename)).absolute().parents
+    is_ours = any(workdir.absolute() in files for workdir in workdirs)
+    # A full disk, met while writing into an open file, has no name.
+    if error.errno not in _STORAGE_ERRORS or (error.filename and not is_ours):
+      raise
+    place = error.filename or f"into {', '.join(map(str, workdirs))}"
+    raise errors.StorageError(
+      f"cannot write {place}: {error.strerror}; make room or mend that, and the"
+      " same command goes on from the last checkpoint"
+    ) from error
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Write a file, all or nothing, in the process that writes."""
+  if distributed.is_first():
+    files.write(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Read a file; raise `errors.InputError` where it is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.InputError(
+      f"{path} is damaged ({error}); mend or delete it, or use another"
+      " --workdir"
+    ) from error

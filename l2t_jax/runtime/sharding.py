@@ -1,0 +1,146 @@
+"""One mesh: batches are split over it, other arrays are copied or split.
+
+Under one `jax.jit` the losses and the batch statistics are those of the global
+batch; XLA puts the collectives where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import contextlib
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+from l2t_jax import errors, types
+
+_AXIS = "data"
+# Arrays of fewer numbers are copied also where larger ones are split: a
+# collective for each costs more than they take.
+_MIN_SPLIT_SIZE = 2**12
+
+
+def make_mesh(
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """Lay devices out along one axis; by default all, of all processes."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(
+    (len(devices),),
+    (_AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=devices,
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The sharding of an array of which every device has a copy."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def copied(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Choose shardings, as `split`, that give every device all of each array."""
+  return jax.tree.map(lambda _: replicated(mesh), tree)
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+  """A context in whose computations nothing takes memory of an accelerator.
+
+  Raises:
+    errors.InputError: JAX was told not to use the CPU.
+  """
+  try:
+    device, *_ = jax.local_devices(backend="cpu")
+  except RuntimeError as error:
+    raise errors.InputError(
+      "config.shard_params makes parameters on the CPU, which JAX was told not"
+      " to use; add cpu to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
+    ) from error
+  return jax.default_device(device)
+
+
+def split(
+  tree: types.PyTree, mesh: jax.sharding.Mesh, min_size: int = _MIN_SPLIT_SIZE
+) -> types.PyTree:
+  """Choose shardings that spread arrays over the devices.
+
+  Args:
+    tree: arrays, or their shapes.
+    mesh: from `make_mesh`.
+    min_size: numbers in an array from which on it is split.
+
+  Returns:
+    A sharding for each array: along its longest axis that the number of devices
+    divides, or replicated where there is none.
+  """
+
+  def choose(array):
+    divisible = [n if n % mesh.size == 0 else 0 for n in array.shape]
+    if array.size < min_size or not any(divisible):
+      return replicated(mesh)
+    axis = int(np.argmax(divisible))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
+
+  return jax.tree.map(choose, tree)
+
+
+def with_shardings(
+  shapes: types.PyTree, shardings: types.PyTree
+) -> types.PyTree:
+  """Say of shapes (`jax.ShapeDtypeStruct`) how their arrays are spread."""
+  return jax.tree.map(
+    lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings
+  )
+
+
+def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
+  """Give shapes a leading axis, of which every device has all.
+
+  Args:
+    shapes: `jax.ShapeDtypeStruct`s from `with_shardings`.
+    count: length of the axis.
+  """
+
+  def stack(shape):
+    mesh, spec = shape.sharding.mesh, shape.sharding.spec
+    return shape.update(
+      shape=(count, *shape.shape),
+      sharding=NamedSharding(mesh, PartitionSpec(None, *spec)),
+    )
+
+  return jax.tree.map(stack, shapes)
+
+
+def gather(tree: types.PyTree) -> types.PyTree:
+  """Copy arrays to the host, wherever their parts are; all processes call."""
+
+  def copy(array):
+    if array.is_fully_addressable or array.is_fully_replicated:
+      return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+  return jax.tree.map(copy, tree)
+
+
+def shard(
+  tree: types.PyTree, mesh: jax.sharding.Mesh, axis: int = 0
+) -> types.PyTree:
+  """Split one axis over the devices.
+
+  Args:
+    tree: arrays of this process's rows.
+    mesh: from `make_mesh`.
+    axis: the one that counts rows.
+
+  Returns:
+    Arrays of the rows of all processes.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree
+  )

@@ -1,0 +1,275 @@
+"""The bilevel step: exact in every mode, for any loss, pytree and optimizer."""
+
+import subprocess
+import sys
+
+import chex
+import jax
+from jax import test_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2t_jax import errors, types
+from l2t_jax.method import bilevel, optimizers
+from tests.support import small_setup
+
+NUM_IN, NUM_HIDDEN, NUM_OUT = 3, 4, 2
+_MIXED_GRADIENT = bilevel._mixed_gradient
+
+
+def inner_loss(params, meta_params, model_state, batch):
+  """A small network with batch norm; each example has a learned weight."""
+  images, labels = batch
+  hidden = images @ params["w1"] + params["b1"]
+  mean, var = hidden.mean(axis=0), hidden.var(axis=0)
+  hidden = (hidden - mean) / jnp.sqrt(var + 1e-5)
+  hidden = jnp.tanh(hidden * params["scale"])
+  logits = hidden @ params["w2"]
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  weights = jax.nn.softplus(images @ meta_params["u"] + meta_params["v"])
+  model_state = {"mean": 0.9 * model_state["mean"] + 0.1 * mean}
+  return jnp.mean(weights * losses), model_state
+
+
+def outer_loss(params, meta_params, model_state, batch):
+  """As the inner loss, unweighted, with a direct term in meta_params."""
+  uniform = jax.tree.map(jnp.zeros_like, meta_params)
+  loss, model_state = inner_loss(params, uniform, model_state, batch)
+  return loss + 0.1 * jnp.sum(meta_params["v"] ** 2), model_state
+
+
+def problem():
+  """Return (state, meta_params, batch) in the current precision."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+  params = {
+    "w1": draw(NUM_IN, NUM_HIDDEN),
+    "b1": draw(NUM_HIDDEN),
+    "scale": 1 + 0.1 * draw(NUM_HIDDEN),
+    "w2": draw(NUM_HIDDEN, NUM_OUT),
+  }
+  meta_params = {"u": draw(NUM_IN), "v": draw()}
+  batch = (draw(6, NUM_IN), jnp.asarray(rng.integers(0, NUM_OUT, 6)))
+  return params, meta_params, {"mean": jnp.zeros(NUM_HIDDEN)}, batch
+
+
+def sgd():
+  return optimizers.sgd(momentum=0.9, weight_decay=1e-2)(0.3)
+
+
+def make_look_ahead(mode, num_steps, optimizer=None, rolled=False):
+  step = bilevel.make_inner_step(inner_loss, optimizer or sgd(), mode=mode)
+
+  def look_ahead(state, meta_params, batch):
+    return bilevel.unroll(
+      step, state, meta_params, batch, num_steps=num_steps, rolled=rolled
+    )[0]
+
+  return look_ahead
+
+
+def warm_state(params, model_state, optimizer, meta_params, batch):
+  """A state whose momentum buffer is not zero."""
+  state = types.InnerState(params, optimizer.init(params), model_state)
+  step = bilevel.make_inner_step(inner_loss, optimizer)
+  return step(state, meta_params, batch)[0]
+
+
+def gradient_and_differences(look_ahead, optimizer=None, epsilon=1e-5):
+  """Return the hypergradient and central differences, both flat."""
+  params, meta_params, model_state, batch = problem()
+  optimizer = optimizer or sgd()
+  state = warm_state(params, model_state, optimizer, meta_params, batch)
+
+  @jax.jit
+  def value_and_grad(meta_params):
+    return bilevel.hypergradient(
+      look_ahead, outer_loss, state, meta_params, batch
+    )
+
+  _, grads = value_and_grad(meta_params)
+  flat, unflatten = jax.flatten_util.ravel_pytree(meta_params)
+  value = lambda flat: float(value_and_grad(unflatten(flat))[0])
+  directions = epsilon * np.eye(flat.size)
+  differences = [
+    (value(flat + d) - value(flat - d)) / (2 * epsilon) for d in directions
+  ]
+  return jax.flatten_util.ravel_pytree(grads)[0], np.array(differences)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_hypergradient_equals_central_differences(mode, num_steps, x64):
+  gradient, differences = gradient_and_differences(
+    make_look_ahead(mode, num_steps)
+  )
+  np.testing.assert_allclose(gradient, differences, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dropped", [0, 1], ids=["hessian", "mixed"])
+def test_without_one_of_its_products_it_does_not(dropped, x64, monkeypatch):
+  """The tolerance above is tight enough to notice either term."""
+
+  def incomplete(loss_fn):
+    rule = _MIXED_GRADIENT(loss_fn)
+    backward = rule.bwd
+
+    def drop(args, cotangents):
+      products = list(backward(args, cotangents))
+      products[dropped] = jax.tree.map(jnp.zeros_like, products[dropped])
+      return tuple(products)
+
+    rule.defvjp(rule.fwd, drop)
+    return rule
+
+  monkeypatch.setattr(bilevel, "_mixed_gradient", incomplete)
+  gradient, differences = gradient_and_differences(make_look_ahead("mixed", 2))
+  assert np.max(np.abs(gradient / differences - 1)) > 1e-3
+
+
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_rolled_equals_unrolled(mode, x64):
+  one, _ = gradient_and_differences(make_look_ahead(mode, 3))
+  other, _ = gradient_and_differences(make_look_ahead(mode, 3, rolled=True))
+  np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "linearized"])
+def test_the_hypergradient_is_differentiable(mode, x64):
+  params, meta_params, model_state, batch = problem()
+  state = types.InnerState(params, sgd().init(params), model_state)
+  look_ahead = make_look_ahead(mode, 3, rolled=True)
+
+  @jax.jit
+  def square(meta_params):
+    _, grads = bilevel.hypergradient(
+      look_ahead, outer_loss, state, meta_params, batch
+    )
+    return optax.tree.norm(grads, squared=True)
+
+  test_util.check_grads(square, (meta_params,), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    optax.adam(0.1, eps_root=1e-8),
+    optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.3, nesterov=True)),
+  ],
+  ids=["adam", "clipped"],
+)
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_any_differentiable_optimizer(mode, optimizer, x64):
+  gradient, differences = gradient_and_differences(
+    make_look_ahead(mode, 2, optimizer), optimizer
+  )
+  np.testing.assert_allclose(gradient, differences, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    optax.adam(0.1),
+    optax.radam(0.1),  # From its second update on.
+    optax.multi_transform(
+      {"one": optax.sgd(0.1), "other": optax.adam(0.1)},
+      {"w1": "one", "b1": "one", "scale": "one", "w2": "other"},
+    ),
+  ],
+  ids=["adam", "radam", "one_of_two"],
+)
+def test_optimizers_without_a_slope_are_refused(optimizer):
+  params, meta_params, model_state, batch = problem()
+  step = bilevel.make_inner_step(inner_loss, optimizer)
+  state = types.InnerState(params, optimizer.init(params), model_state)
+  with pytest.raises(errors.InputError, match="eps_root=1e-8"):
+    step(state, meta_params, batch)
+
+
+def only_on_large_arrays():
+  scale = jnp.ones((NUM_IN, NUM_HIDDEN))
+  return optax.stateless(
+    lambda grads, params: grads | {"w1": scale * grads["w1"]}
+  )
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [optax.sm3(0.1), optax.contrib.muon(0.1, eps=1e-3), only_on_large_arrays()],
+  ids=["sm3", "muon", "only_on_large_arrays"],
+)
+def test_optimizers_with_a_slope_are_not_refused(optimizer):
+  params = {"w1": jnp.ones((NUM_IN, NUM_HIDDEN)), "w2": jnp.ones((2, 1))}
+  bilevel.check_differentiable(optimizer, params)
+
+
+def test_adam_is_refused_in_training_too():
+  """Where the learning rate is traced."""
+  state, source, pairs, target_taps = small_setup.create()
+  opt_state = optax.adam(0.1).init(state.inner.params)
+  state = state._replace(inner=state.inner._replace(opt_state=opt_state))
+  train_step = small_setup.make_train_step(
+    "l2t_ww", pairs, target_taps, optimizer_fn=optax.adam
+  )
+  with pytest.raises(errors.InputError, match="eps_root=1e-8"):
+    jax.eval_shape(train_step, state, source, small_setup.batch(4))
+
+
+def test_it_needs_no_flax():
+  program = "import sys; from l2t_jax.method import bilevel, transfer; "
+  program += "sys.exit('flax' in sys.modules)"
+  subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_unknown_mode_is_refused():
+  with pytest.raises(errors.InputError, match="'forward'; use one of reverse"):
+    bilevel.make_inner_step(inner_loss, sgd(), mode="forward")
+
+
+@pytest.mark.parametrize("rolled", [False, True])
+def test_one_batch_a_step(rolled, x64):
+  """Stacked batches give what single steps on each of them give."""
+  params, meta_params, model_state, (images, labels) = problem()
+  state = types.InnerState(params, sgd().init(params), model_state)
+  step = bilevel.make_inner_step(inner_loss, sgd())
+  batches = (jnp.stack([images, 2 * images]), jnp.stack([labels, 1 - labels]))
+  end, losses = bilevel.unroll(step, state, meta_params, batches, rolled=rolled)
+  one, loss_one = step(state, meta_params, (images, labels))
+  two, loss_two = step(one, meta_params, (2 * images, 1 - labels))
+  chex.assert_trees_all_close(end, two, rtol=1e-12)
+  np.testing.assert_allclose(losses, [loss_one, loss_two], rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_batch_and_model_state_are_constants(mode):
+  params, meta_params, model_state, (images, labels) = problem()
+  state = types.InnerState(params, sgd().init(params), model_state)
+  step = bilevel.make_inner_step(inner_loss, sgd(), mode=mode)
+
+  def end(images, running):
+    start = state._replace(model_state=running)
+    after, loss = step(start, meta_params, (images, labels))
+    # The loss and the new model_state are metrics, not differentiated.
+    return sum(jnp.sum(x) for x in jax.tree.leaves((after, loss)))
+
+  grads = jax.grad(end, argnums=(0, 1))(images, model_state)
+  chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+def test_mixed_keeps_no_more_than_the_inputs_of_a_step():
+  params, meta_params, model_state, batch = problem()
+  state = types.InnerState(params, sgd().init(params), model_state)
+
+  def kept(mode):
+    step = bilevel.make_inner_step(inner_loss, sgd(), mode=mode)
+    end = lambda meta_params: step(state, meta_params, batch)[0].params
+    _, pullback = jax.vjp(end, meta_params)
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(pullback))
+
+  inputs = sum(
+    np.size(x)
+    for x in jax.tree.leaves((params, meta_params, model_state, batch))
+  )
+  assert kept("mixed") <= 2 * inputs < kept("reverse")

@@ -1,0 +1,180 @@
+"""The auxiliary losses against values computed by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2t_jax import errors, types
+from l2t_jax.method import (
+  loss_functions,
+  objectives,
+  pair_sets,
+  training,
+  transfer,
+)
+
+
+def logits_of(probabilities, temperature=1.0):
+  """Logits whose softmax at a temperature is given."""
+  return temperature * jnp.log(jnp.array(probabilities))
+
+
+def test_there_are_the_methods_of_the_paper_and_two_more():
+  assert set(objectives.METHODS) == {
+    "scratch", "lwf", "at", "lwf_at", "fm_single", "fm_one_to_one",
+    "fm_all_to_all", "l2t_w_single", "l2t_w_one_to_one", "l2t_ww",
+    "finetune", "kd",
+  }  # fmt: skip
+
+
+def test_unknown_method():
+  with pytest.raises(errors.InputError, match="'l2t'; the methods are scratch"):
+    objectives.get_method("l2t")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_softened_cross_entropy(temperature, x64):
+  source = logits_of([[0.75, 0.25], [0.5, 0.5]], temperature)
+  logits = logits_of([[0.9, 0.1], [0.2, 0.8]], temperature)
+  loss = loss_functions.softened_cross_entropy(
+    logits, source, temperature=temperature
+  )
+  first = -(0.75 * np.log(0.9) + 0.25 * np.log(0.1))
+  second = -(0.5 * np.log(0.2) + 0.5 * np.log(0.8))
+  np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_loss(temperature, x64):
+  source = logits_of([[0.75, 0.25]], temperature)
+  logits = logits_of([[0.9, 0.1]], temperature)
+  loss = loss_functions.distillation_loss(
+    logits, source, temperature=temperature
+  )
+  divergence = 0.75 * np.log(0.75 / 0.9) + 0.25 * np.log(0.25 / 0.1)
+  np.testing.assert_allclose(loss, temperature**2 * divergence, rtol=1e-12)
+  same = loss_functions.distillation_loss(
+    source, source, temperature=temperature
+  )
+  assert same == 0
+
+
+def test_hot_distillation_matches_logits(x64):
+  """The limit of section 2.1: (z - z_s) / K where logits have mean zero."""
+  rng = np.random.default_rng(0)
+  logits, source = rng.standard_normal((2, 1, 5))
+  logits -= logits.mean()
+  source -= source.mean()
+  grads = jax.grad(loss_functions.distillation_loss)(
+    jnp.array(logits), jnp.array(source), temperature=1e4
+  )
+  np.testing.assert_allclose(grads, (logits - source) / 5, rtol=1e-3)
+
+
+def test_attention(x64):
+  # Two positions; energies 1 and 2 against 3 and 4.
+  source = jnp.array([[[[1.0, 1.0], [2.0, 0.0]]]])
+  target = jnp.sqrt(jnp.array([[[[3.0], [4.0]]]]))
+  ours = loss_functions.attention_map(source)
+  np.testing.assert_allclose(ours, [[1 / 5**0.5, 2 / 5**0.5]], rtol=1e-12)
+  by_hand = ((1 / 5**0.5 - 0.6) ** 2 + (2 / 5**0.5 - 0.8) ** 2) / 2
+  loss = loss_functions.attention_loss(source, target)
+  np.testing.assert_allclose(loss, by_hand, rtol=1e-12)
+  # What is attended to does not depend on the scale of the features.
+  scaled = loss_functions.attention_loss(3 * source, 0.1 * target)
+  np.testing.assert_allclose(scaled, by_hand, rtol=1e-12)
+
+
+def test_attention_to_a_map_of_zeros_is_differentiable():
+  source = jnp.ones((1, 2, 2, 3))
+  loss, grads = jax.value_and_grad(loss_functions.attention_loss, argnums=1)(
+    source, jnp.zeros((1, 2, 2, 5))
+  )
+  np.testing.assert_allclose(loss, 0.25, rtol=1e-6)  # (1/2 - 0)² of each.
+  np.testing.assert_array_equal(grads, 0)
+
+
+def outputs(num_images=2):
+  """Return (target outputs, source outputs, pairs) of random features."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.array(rng.standard_normal((num_images, *shape)))
+  pairs = (pair_sets.Pair("s", "t1"), pair_sets.Pair("s", "t2"))
+  target = objectives.TargetOutputs(
+    draw(3), {"t1": draw(4, 4, 5), "t2": draw(2, 2, 6)}
+  )
+  maps = transfer.prepare_source(
+    {"s": draw(4, 4, 7)}, pairs, {"t1": (4, 4, 5), "t2": (2, 2, 6)}
+  )
+  source = objectives.SourceOutputs({"a": draw(3), "b": draw(2)}, maps)
+  return target, source, pairs
+
+
+def test_attention_is_summed_over_pairs_at_the_targets_size(x64):
+  target, source, pairs = outputs()
+  loss_fn = objectives.attention(pairs, beta=10.0)
+  loss, _ = loss_fn({}, None, target, source)
+  by_hand = sum(
+    10
+    * loss_functions.attention_loss(
+      source.matching.maps[tap], target.features[tap]
+    )
+    for tap in ("t1", "t2")
+  )
+  np.testing.assert_allclose(loss, by_hand, rtol=1e-12)
+
+
+def test_lwf_has_a_head_for_each_source(x64):
+  target, source, _ = outputs()
+  heads = objectives.init_heads(jax.random.key(0), 6, {"a": 3, "b": 2})
+  assert heads["a"]["kernel"].shape == (6, 3)
+  loss_fn = objectives.lwf("t2", temperature=2.0, weight=0.5)
+  loss, _ = loss_fn({"heads": heads}, None, target, source)
+  pooled = np.asarray(target.features["t2"]).mean((1, 2))
+  by_hand = 0.0
+  for name in "ab":
+    logits = pooled @ heads[name]["kernel"] + heads[name]["bias"]
+    by_hand += loss_functions.softened_cross_entropy(
+      logits, source.logits[name], temperature=2.0
+    )
+  np.testing.assert_allclose(loss, 0.5 * by_hand, rtol=1e-12)
+
+
+def test_kd_reads_the_targets_own_logits(x64):
+  target, source, _ = outputs()
+  source = source._replace(logits={"a": source.logits["a"]})
+  loss, _ = objectives.kd(temperature=3.0, weight=2.0)({}, None, target, source)
+  by_hand = loss_functions.distillation_loss(
+    target.logits, source.logits["a"], temperature=3.0
+  )
+  np.testing.assert_allclose(loss, 2 * by_hand, rtol=1e-12)
+
+
+def test_bfloat16_outputs_are_compared_in_float32():
+  """Whatever the task, in the losses and where the target is evaluated."""
+  narrow = lambda shape, seed: jnp.asarray(
+    np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16
+  )
+  task = types.Task(
+    lambda outputs, labels: jnp.mean((outputs - labels) ** 2),
+    lambda outputs, labels: -((outputs[:, 0] - labels[:, 0]) ** 2),
+  )
+  labels = jnp.ones((8, 3))
+
+  def values(logits, source_logits):
+    apply_fn = lambda params, state, images, train: (logits, {}, state)
+    kd = objectives.kd(temperature=4.0, weight=1.0)
+    losses = objectives.make_losses(apply_fn, {"kd": kd}, task)
+    source = objectives.SourceOutputs({"": source_logits}, None)
+    batch = objectives.TransferBatch(labels, labels, source=source)
+    _, (_, metrics) = losses.total({"target": {}}, None, {}, batch)
+    evaluated = training.make_eval_step(apply_fn, task)(
+      types.InnerState({"target": {}}, {}, {}),
+      types.EvalBatch(labels, labels, jnp.ones(8)),
+    )
+    return metrics, evaluated
+
+  logits, source_logits = narrow((8, 3), 0), narrow((8, 3), 1)
+  wide = values(*(x.astype(jnp.float32) for x in (logits, source_logits)))
+  chex.assert_trees_all_equal(values(logits, source_logits), wide)

@@ -1,0 +1,458 @@
+"""Networks that are not ours: their taps, and that they train all the same."""
+
+import functools
+
+import chex
+from flax import linen as nn
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from examples import networks as examples
+from l2t_jax import errors, models
+from l2t_jax.method import pair_sets, training
+from l2t_jax.models import weight_files
+from tests.support import small_setup
+
+IMAGES = (8, 8, 3)
+
+
+class LinenNet(nn.Module):
+  """Batch norm, dropout, and a submodule that is called twice."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3), name="stem")(x)
+    x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+    shared = nn.Conv(4, (3, 3), name="shared")
+    x = shared(nn.relu(shared(x)))
+    x = nn.Dropout(0.5, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
+    return nn.Dense(5, name="head")(x)
+
+
+class NnxNet(nnx.Module):
+  def __init__(self, rngs):
+    self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.head = nnx.Linear(4, 5, rngs=rngs)
+
+  def __call__(self, x):
+    x = jnp.mean(self.norm(self.stem(x)), axis=(1, 2))
+    return self.head(self.dropout(x))
+
+
+def init_by_hand(key):
+  kernel = jax.random.normal(key, (3, 4))
+  return {"kernel": kernel, "head": jnp.ones((4, 5))}, {}
+
+
+def apply_by_hand(params, model_state, images, *, train):
+  x = images @ params["kernel"]
+  features = {"late": x[:, ::2, ::2], "early": x, "mean": x.mean((1, 2))}
+  return features["mean"] @ params["head"], features, model_state
+
+
+BY_HAND = models.Functions(init_by_hand, apply_by_hand)
+
+
+@pytest.mark.parametrize("network", [LinenNet(), NnxNet], ids=["linen", "nnx"])
+def test_training_and_evaluation(network):
+  key, images = (
+    jax.random.key(0),
+    jax.random.normal(jax.random.key(1), (4, *IMAGES)),
+  )
+  params, state = models.init(network, key, IMAGES)
+  assert set(params) >= {"stem", "norm", "head"}
+  apply_fn = models.as_apply_fn(network, ("stem",))
+  logits, features, same = apply_fn(params, state, images, train=False)
+  assert logits.shape == (4, 5)
+  assert {name: x.shape for name, x in features.items()} == {
+    "stem": (4, 8, 8, 4)
+  }
+  chex.assert_trees_all_equal(same, state)
+  first, _, after = apply_fn(params, state, images, train=True)
+  chex.assert_trees_all_equal_structs(after, state)
+  # Statistics and the dropout's key move, so that the next step drops others.
+  for new, old in zip(*map(jax.tree.leaves, (after, state)), strict=True):
+    if new.size > 2 or new.dtype != jnp.uint32:
+      assert bool((new != old).any())
+  statistics = lambda tree: {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(tree).items()
+    if leaf.dtype != jnp.uint32
+  }
+  keys_only = traverse_util.unflatten_dict(
+    traverse_util.flatten_dict(after) | statistics(state)
+  )
+  second, *_ = apply_fn(params, keys_only, images, train=True)
+  assert float(jnp.abs(first - second).max()) > 1e-3
+
+
+class Wrapped(nn.Module):
+  """Hands on what it is called with, and names none of it."""
+
+  @nn.compact
+  def __call__(self, x, **options):
+    return LinenNet(name="net")(x, **{"train": False} | options)
+
+
+class WithAttribute(nn.Module):
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    return LinenNet(name="net")(x, train=self.train)
+
+
+class NnxFrozen(NnxNet):
+  def __call__(self, x):
+    x = self.norm(self.stem(x), use_running_average=True)
+    return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("network", [Wrapped(), WithAttribute(), NnxFrozen])
+def test_networks_that_do_not_know_when_they_train_say_so(network):
+  (note,) = models.training_notes(network, models.trace(network, IMAGES), 4)
+  assert "does not move the target's batch statistics" in note
+
+
+@pytest.mark.parametrize("network", [LinenNet(), NnxNet, BY_HAND])
+def test_networks_that_know_it_say_nothing(network):
+  assert not models.training_notes(network, models.trace(network, IMAGES), 4)
+
+
+def test_networks_that_always_train():
+  with pytest.raises(
+    errors.InputError, match=r"in eval mode.*arguments train,"
+  ):
+    models.trace(WithAttribute(train=True), IMAGES)
+
+
+def test_taps_are_listed_in_the_order_of_computation():
+  assert models.trace(LinenNet(), IMAGES).taps == {
+    name: (8, 8, 4) for name in ("stem", "norm", "shared", "shared#1")
+  }
+  assert models.trace(NnxNet, IMAGES).taps == {
+    name: (8, 8, 4) for name in ("stem", "norm")
+  }
+  assert models.trace(BY_HAND, IMAGES).taps == {
+    "early": (8, 8, 4),
+    "late": (4, 4, 4),
+  }
+
+
+def test_nnx_modules_that_exist_keep_their_values():
+  module = NnxNet(nnx.Rngs(7))
+  params, state = models.init(module, jax.random.key(0), IMAGES)
+  np.testing.assert_array_equal(
+    params["stem"]["kernel"], module.stem.kernel[...]
+  )
+  images = jax.random.normal(jax.random.key(1), (4, *IMAGES))
+  logits, *_ = models.as_apply_fn(module)(params, state, images, train=False)
+  module.eval()
+  np.testing.assert_allclose(logits, module(images), rtol=1e-5, atol=1e-6)
+
+
+class WithConstants(nnx.Module):
+  """Arrays that are no variables: of JAX, of NumPy, drawn, and in a list."""
+
+  def __init__(self, rngs):
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+    self.scale = jnp.full(3, 2.0)
+    self.shift = np.ones(3, np.float32)
+    self.drawn = nnx.List([jax.random.normal(rngs.params(), (3,))])
+
+  def __call__(self, x):
+    x = x * self.scale + self.shift
+    return self.head(self.drawn[0] * jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_arrays_of_nnx_modules_are_constants(exists):
+  module = WithConstants(nnx.Rngs(0))
+  network = module if exists else WithConstants
+  layout = models.trace(network, IMAGES)
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  chex.assert_trees_all_equal_shapes(
+    layout.variables, {"params": params, **state}
+  )
+  assert set(params) == {"head"}
+  assert set(state) == {"scale", "shift", "drawn"}
+  images = jax.random.normal(jax.random.key(1), (4, *IMAGES))
+  apply_fn = models.as_apply_fn(network)
+  logits, _, after = apply_fn(params, state, images, train=True)
+  chex.assert_trees_all_equal(after, state)
+  if exists:
+    np.testing.assert_allclose(logits, module(images), rtol=1e-5)
+  changed, *_ = apply_fn(
+    params, state | {"scale": jnp.zeros(3)}, images, train=True
+  )
+  assert (changed != logits).any()
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_tokens_become_maps(class_token):
+  tokens = jnp.arange(16.0).reshape(1, 16, 1)
+
+  def apply(params, state, images, *, train):
+    first = jnp.full((1, int(class_token), 1), -1.0)
+    features = {"tokens": jnp.concatenate([first, tokens], axis=1)}
+    return jnp.zeros((1, 5)), features, state
+
+  network = models.Functions(lambda key: ({}, {}), apply)
+  assert models.trace(network, IMAGES).taps == {"tokens": (4, 4, 1)}
+  images = jnp.zeros((1, *IMAGES))
+  _, features, _ = models.as_apply_fn(network)({}, {}, images, train=False)
+  np.testing.assert_array_equal(
+    features["tokens"][0, :, :, 0], tokens.reshape(4, 4)
+  )
+
+
+@pytest.mark.parametrize(
+  ("network", "patterns", "expected"),
+  [
+    (examples.ConvNeXt(5), (), ("stage0_0", "stage1_0")),
+    (examples.ConvNeXt(5), ("stage*",), ("stage0_0", "stage1_0", "stage2_0")),
+    (
+      examples.ConvNeXt(5),
+      ("*/Conv_?",),
+      tuple(f"stage{i}_0/Conv_0" for i in range(3)),
+    ),
+    (examples.ConvNeXt(5), ("**1_0**", "down0"), None),
+    (examples.ViT(5, patch_size=2), (), tuple(f"block_{i}" for i in range(4))),
+    (
+      examples.ViT(5, patch_size=2, depth=6),
+      (),
+      tuple(f"block_{i}" for i in (0, 2, 3, 5)),
+    ),
+    (LinenNet(), (), ("shared#1",)),
+    (small_setup.TARGET, (), small_setup.TARGET.default_taps),
+  ],
+)
+def test_taps_by_glob_and_by_default(network, patterns, expected):
+  chosen = tuple(models.select_taps(models.trace(network, IMAGES), patterns))
+  if expected is None:
+    assert chosen[0] == "down0" and chosen[-1] == "stage1_0" and len(chosen) > 3
+  else:
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+  ("network", "pattern", "message"),
+  [
+    (examples.ConvNeXt(5), "stag_*", "unknown tap 'stag_.'.*stage0_0"),
+    (
+      examples.ConvNeXt(5),
+      "head",
+      r"'head' has the shape \['B', 5\]; taps are",
+    ),
+    (BY_HAND, "mean", r"'mean' has the shape \['B', 4\]"),
+  ],
+)
+def test_taps_that_cannot_be(network, pattern, message):
+  with pytest.raises(errors.InputError, match=message):
+    models.select_taps(models.trace(network, IMAGES), (pattern,))
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype", "message"),
+  [
+    ("no_such.module:make", None, "cannot import.*no_such"),
+    ("examples.networks:convnet", None, "cannot import.*convnet"),
+    ("examples.networks:vit", jnp.bfloat16, "no argument dtype.*precision f32"),
+  ],
+)
+def test_models_of_ones_own_that_cannot_be(name, dtype, message):
+  with pytest.raises(errors.InputError, match=message):
+    models.create(name, 5, dtype)
+
+
+def test_what_is_no_network():
+  with pytest.raises(errors.InputError, match="is no network"):
+    models.trace("resnet32", IMAGES)
+  with pytest.raises(errors.InputError, match="returns a dict; it must return"):
+    models.trace(nn.Sequential([lambda x: {"x": x}]), IMAGES)
+  with pytest.raises(errors.InputError, match="no layer that could be tapped"):
+    network = nn.Sequential([lambda x: x.mean((1, 2))])
+    models.select_taps(models.trace(network, IMAGES))
+
+
+def with_variables(params, model_state):
+  """A network by hand that reads none of its variables."""
+  return models.Functions(
+    lambda key: (params, model_state),
+    lambda params, model_state, images, *, train: (
+      images.mean((1, 2)), {}, model_state
+    ),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("params", "model_state", "name"),
+  [
+    ((np.ones(3), np.ones(2)), {}, r"params\[0\]"),
+    ([np.ones(3), np.ones(3)], {}, r"params\[0\]"),
+    (np.ones(3), {}, "params"),
+    ({"head": {1: np.ones(3)}}, {}, r"params\['head'\]\[1\]"),
+    ({"head/bias": np.ones(3)}, {}, r"params\['head/bias'\]"),
+    ({"kind": "linear"}, {}, r"params\['kind'\]"),
+    ({}, {"key": jax.random.key(0)}, r"model_state\['key'\]"),
+  ],
+)
+def test_variables_that_cannot_be_saved(params, model_state, name):
+  network = with_variables(params, model_state)
+  with pytest.raises(errors.InputError, match=f"{name} cannot be saved"):
+    models.trace(network, IMAGES)
+
+
+@pytest.mark.parametrize("nothing", [None, ()])
+def test_a_network_without_a_state(nothing):
+  network = with_variables({"scale": 1.0}, nothing)
+  assert set(models.trace(network, IMAGES).variables) == {"params"}
+  params, model_state = models.init(network, jax.random.key(0), IMAGES)
+  assert model_state == {}
+  *_, model_state = models.as_apply_fn(network)(
+    params, nothing, jnp.zeros((2, *IMAGES)), train=True
+  )
+  assert model_state == {}
+
+
+def test_linen_modules_may_name_axes(tmp_path):
+  kernel_init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+  network = nn.Sequential(
+    [lambda x: x.mean((1, 2)), nn.Dense(5, kernel_init=kernel_init)]
+  )
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  images = jnp.ones((2, *IMAGES))
+  logits, *_ = models.as_apply_fn(network)(params, state, images, train=True)
+  np.testing.assert_allclose(logits, 3)
+  weight_files.save(tmp_path / "weights.safetensors", {"params": params}, {})
+  layout = models.trace(network, IMAGES)
+  chex.assert_trees_all_equal_shapes(layout.variables, {"params": params})
+
+
+def as_nnx(params):
+  """Names of ConvNeXt's parameters in Linen -> those in NNX."""
+  parts = {"Conv_0": "conv", "LayerNorm_0": "norm", "Dense_0": "widen"}
+  renamed = {}
+  for (module, *rest), leaf in traverse_util.flatten_dict(params).items():
+    if module.startswith("down"):
+      path = ("downs", module[-1], *rest)
+    elif module.startswith("stage"):
+      stage, block = module.removeprefix("stage").split("_")
+      part = parts.get(rest[0], "narrow")
+      path = ("stages", stage, "layers", block, part, *rest[1:])
+    else:
+      path = (module, *rest)
+    renamed[path] = leaf
+  return traverse_util.unflatten_dict(renamed)
+
+
+@pytest.mark.long
+def test_linen_and_nnx_train_alike(x64):
+  linen = examples.ConvNeXt(small_setup.NUM_CLASSES)
+  make_nnx = functools.partial(
+    examples.NnxConvNeXt, small_setup.NUM_CLASSES, IMAGES[-1]
+  )
+  nnx_network = lambda rngs: make_nnx(rngs=rngs)
+  params, _ = models.init(linen, jax.random.key(0), IMAGES)
+  rename = lambda name: name.replace("stage0_0", "stages/0").replace(
+    "stage1_0", "stages/1"
+  )
+  state, sources, pairs, target_taps = small_setup.create(target=linen)
+  results = []
+  for network, change, to_params in (
+    (linen, lambda name: name, lambda params: params),
+    (nnx_network, rename, as_nnx),
+  ):
+    taps = {change(name): shape for name, shape in target_taps.items()}
+    assert taps == models.select_taps(models.trace(network, IMAGES))
+    renamed = lambda by_pair, change=change: {
+      change(name): value for name, value in by_pair.items()
+    }
+    inner_params = {
+      "target": to_params(params),
+      "regressors": renamed(state.inner.params["regressors"]),
+    }
+    start = training.create_state(
+      inner_params,
+      {},
+      {kind: renamed(layers) for kind, layers in state.meta_params.items()},
+      optimizer_fn=small_setup.OPTIMIZER_FN,
+      meta_optimizer=small_setup.META_OPTIMIZER,
+    )
+    step = small_setup.make_train_step(
+      "l2t_ww",
+      tuple(pair_sets.Pair(p.source, change(p.target)) for p in pairs),
+      taps,
+      target=network,
+    )
+    after, metrics = jax.jit(step)(start, sources, small_setup.batch(4))
+    results.append((after, metrics))
+  (linen_state, linen_metrics), (nnx_state, nnx_metrics) = results
+  scalars = lambda metrics: {
+    k: v for k, v in metrics.items() if k != "transfer"
+  }
+  chex.assert_trees_all_close(
+    scalars(linen_metrics), scalars(nnx_metrics), rtol=1e-9
+  )
+  chex.assert_trees_all_close(
+    as_nnx(linen_state.inner.params["target"]),
+    nnx_state.inner.params["target"],
+    rtol=1e-9,
+    atol=1e-12,
+  )
+  moments = lambda state: [
+    leaf
+    for _, leaf in sorted(
+      (rename(jax.tree_util.keystr(path)), leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(
+        state.meta_opt_state
+      )
+    )
+  ]
+  # Adam's first moment is the hypergradient, but for a factor.
+  chex.assert_trees_all_close(
+    moments(linen_state), moments(nnx_state), rtol=1e-9, atol=1e-15
+  )
+
+
+class Unusual(nn.Module):
+  """A scalar parameter, draws of its own, and a loss that is sown."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3), name="stem")(x)
+    x *= self.param("temperature", nn.initializers.ones, ())
+    self.sow("losses", "square", jnp.mean(x**2))
+    if train:
+      keep = jax.random.bernoulli(self.make_rng("drop_path"), 0.5, x.shape[:1])
+      x *= keep[:, None, None, None]
+    return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+def test_unusual_modules_train_and_are_read_again(tmp_path):
+  network = Unusual()
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  assert set(state) == {"rng"}
+  apply_fn = models.as_apply_fn(network)
+  images = jax.random.normal(jax.random.key(1), (8, *IMAGES))
+  for _ in range(3):
+    _, _, state = apply_fn(params, state, images, train=True)
+  path = tmp_path / "weights.safetensors"
+  weight_files.save(path, {"params": params, **state}, {})
+  variables = traverse_util.unflatten_dict(
+    safetensors.numpy.load_file(path), sep="/"
+  )
+  layout = models.trace(network, IMAGES)
+  weight_files.check_shapes(layout, variables, "it")
+  chex.assert_trees_all_equal(variables, {"params": params, **state})
+  del variables["params"]["temperature"]
+  with pytest.raises(
+    errors.InputError, match=r"it on .*temperature is missing, expected \[\]"
+  ):
+    weight_files.check_shapes(layout, variables, "it")

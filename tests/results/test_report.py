@@ -1,0 +1,331 @@
+"""The page of runs: its content, and the page itself in a real browser."""
+
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2t_jax import cli, errors
+from l2t_jax.method import saliency
+from l2t_jax.results import (
+  html_report,
+  plotly_figures,
+  run_reader,
+  run_warnings,
+)
+from l2t_jax.run import saliency_images
+from tests.support import small_runs
+
+pytestmark = pytest.mark.xdist_group("experiment")
+CHROMIUM = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def edit(path, change):
+  content = json.loads(path.read_text())
+  change(content)
+  path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+  """A real run, and two others that are made of its files."""
+  folder = tmp_path_factory.mktemp("runs")
+  for name in ("l2t_ww/seed0", "l2t_ww/seed1", "scratch/seed0"):
+    shutil.copytree(
+      finished, folder / name, ignore=shutil.ignore_patterns("tensorboard")
+    )
+  edit(folder / "l2t_ww/seed1/config.json", lambda c: c.update(seed=1))
+  edit(
+    folder / "l2t_ww/seed1/transfer_map.json",
+    lambda content: [
+      pair.update(pair_weight=weight, history=[1.0, 1.0, weight])
+      for pair, weight in zip(content["pairs"], (0.01, 5.95), strict=True)
+    ],
+  )
+  scratch = folder / "scratch/seed0"
+  edit(scratch / "config.json", lambda c: c.update(method="scratch"))
+  edit(scratch / "summary.json", lambda s: s.update(val_accuracy=0.99))
+  (scratch / "transfer_map.json").unlink()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+  path = folder / "page" / "report.html"
+  result = small_runs.run_python(
+    "-m", "l2t_jax.report", folder, f"--output={path}", "--images=3"
+  )
+  assert result.returncode == 0, result.stderr
+  return path
+
+
+def test_curves_of_other_data_have_another_colour(folder):
+  runs = run_reader.find_runs([folder])
+  names = lambda: [
+    (line.name, line.line.color)
+    for line in plotly_figures.draw_curves(runs, "val_loss", "loss").data
+  ]
+  learned, same, scratch = names()
+  assert learned == same and scratch[0] == "scratch"
+  runs[1].config["data"] |= {"name": "", "path": "data/birds"}
+  learned, other, scratch = names()
+  assert other[0] == "l2t_ww, birds" and other[1] != learned[1]
+
+
+def test_results_and_means_over_seeds(folder):
+  runs = run_reader.find_runs([folder])
+  assert [r.name for r in runs] == [
+    "l2t_ww/seed0",
+    "l2t_ww/seed1",
+    "scratch/seed0",
+  ]
+  *rows, mean, _ = run_reader.results(runs)
+  summary = runs[0].summary
+  assert rows[0]["test"] == f"{100 * summary['test_accuracy']:.1f} %"
+  assert rows[0]["best epoch"] == str(summary["best_epoch"])
+  assert rows[0]["epochs"] == "3 of 3"
+  assert mean["run"] == "l2t_ww: mean ± std"
+  assert mean["seed"] == "2 seeds"
+  assert mean["test"] == f"{100 * summary['test_accuracy']:.1f} ± 0.0 %"
+
+
+def test_warnings(folder, tmp_path):
+  found = run_warnings.find_warnings(run_reader.find_runs([folder]))
+  assert len(found) == 3
+  assert found[0].startswith("negative transfer: l2t_ww reaches")
+  assert found[0].endswith("scratch/seed0 99.0 % on validation (mean of 1)")
+  assert "seed1: 1 of 2 pairs are dead" in found[1]
+  assert "seed1: 1 of 2 pair weights are at relu6's ceiling" in found[2]
+  shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "cut_off")
+  for name in ("summary.json", "transfer_map.json"):
+    (tmp_path / "cut_off" / name).unlink()
+  lines = (tmp_path / "cut_off/metrics.jsonl").read_text().splitlines()
+  one = next(i for i, line in enumerate(lines) if '"kind": "epoch"' in line)
+  (tmp_path / "cut_off/metrics.jsonl").write_text("\n".join(lines[: one + 1]))
+  (run,) = run_reader.find_runs([tmp_path / "cut_off"])
+  assert run_warnings.find_warnings([run]) == [
+    "cut_off: not finished, 1 of 3 epochs"
+  ]
+  assert "drawn when the run is finished" in html_report.make_page([run], 0)
+
+
+def test_folders_without_runs_and_damaged_ones(folder, tmp_path):
+  with pytest.raises(errors.InputError, match=r"no run in .*of one; name the"):
+    run_reader.find_runs([tmp_path])
+  shutil.copytree(folder / "scratch/seed0", tmp_path / "damaged")
+  (tmp_path / "damaged/summary.json").write_text('{"method"')
+  with pytest.raises(errors.InputError, match=r"summary\.json is damaged"):
+    run_reader.find_runs([tmp_path])
+
+
+def test_a_run_can_be_repeated_from_its_config(folder):
+  path = folder / "l2t_ww/seed0/config.json"
+  config = cli.load_config(str(path), ["--config.log_every=7"])
+  assert config.log_every == 7
+  config.log_every = 20
+  assert json.loads(config.to_json()) == json.loads(path.read_text())
+  result = small_runs.run_python(
+    "train.py", f"--config={path}", f"--workdir={path.parent}"
+  )
+  assert "complete run; nothing to do" in result.stdout
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (None, "there is no file"),
+    ("[1]", "is no config of a run"),
+    ('{"epochs"', "is not JSON"),
+    ('{"epochs": "many"}', "is no config of a run.*epochs"),
+    ('{"epoch": 1}', "unknown field config.epoch"),
+  ],
+)
+def test_configs_of_runs_that_are_none(text, message, tmp_path):
+  path = tmp_path / "config.json"
+  if text:
+    path.write_text(text)
+  with pytest.raises(errors.InputError, match=message):
+    cli.load_config(str(path))
+
+
+def test_saliency_by_hand(x64):
+  images = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+  kernel = jnp.array([[1.0, 2.0, 0.0], [0.0, -3.0, 1.0]])
+  weights = jnp.array([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
+  seen = saliency.saliency(lambda x: x @ kernel, images, weights)
+  energy = 2 / 12 * (images @ kernel) * weights[:, None, None]
+  wanted = np.abs(np.einsum("bhwc,ic->bhwi", energy, kernel)).max(axis=-1)
+  np.testing.assert_allclose(seen, wanted, rtol=1e-12)
+
+
+def test_saliency_of_a_run(folder):
+  runs = run_reader.find_runs([folder / "l2t_ww"])
+  seen = saliency_images.compute_saliency(runs[0], 3)
+  assert len(seen.images) == 3
+  assert len(set(seen.images)) == 3
+  assert [len(pair.learned) for pair in seen.pairs] == [3, 3]
+  # Weights of a few steps differ little from uniform ones, and do differ.
+  assert seen.pairs[0].uniform != seen.pairs[0].learned
+
+
+def test_what_saliency_needs_may_be_gone(folder, tmp_path):
+  shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "run")
+  edit(
+    tmp_path / "run/config.json",
+    lambda config: config["source"].update(weights="gone.safetensors"),
+  )
+  content = html_report.make_page(run_reader.find_runs([tmp_path]), 2)
+  assert "No saliency: no source weights at gone.safetensors" in content
+
+
+def test_names_are_text_and_no_markup(folder, tmp_path):
+  name = "<b onload=alert(1)>"
+  shutil.copytree(folder / "l2t_ww/seed0", tmp_path / name)
+  shutil.copytree(folder / "l2t_ww/seed1", tmp_path / "other")
+  content = html_report.make_page(run_reader.find_runs([tmp_path]), 0)
+  assert name not in content
+
+
+@pytest.fixture(scope="module")
+def browser():
+  if not all(CHROMIUM):
+    pytest.skip("needs chromium and chromium-driver")
+  webdriver = pytest.importorskip("selenium.webdriver")
+  options = webdriver.ChromeOptions()
+  options.binary_location = CHROMIUM[0]
+  for argument in (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+  ):
+    options.add_argument(argument)
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  driver = webdriver.Chrome(
+    options=options, service=webdriver.ChromeService(CHROMIUM[1])
+  )
+  yield driver
+  driver.quit()
+
+
+def show(browser, page, width=1200, scheme="light"):
+  browser.execute_cdp_cmd(
+    "Emulation.setEmulatedMedia",
+    {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+  )
+  browser.execute_cdp_cmd(
+    "Emulation.setDeviceMetricsOverride",
+    {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+  )
+  browser.get(page.as_uri())
+  wait_for(browser, "return document.querySelectorAll('.main-svg').length > 0")
+
+
+def wait_for(browser, condition):
+  """Wait until a script is true; return what it returns."""
+  until = time.time() + 20
+  while time.time() < until:
+    if value := browser.execute_script(condition):
+      return value
+    time.sleep(0.1)
+  pytest.fail(f"never true: {condition}")
+
+
+def test_the_page_in_a_browser(browser, page):
+  show(browser, page)
+  wait_for(
+    browser,
+    "return [...document.querySelectorAll('.plot')].filter("
+    "x => x.offsetWidth).every(x => x.querySelector('.main-svg'))",
+  )
+  text = browser.find_element("tag name", "body").text
+  assert "negative transfer" in text
+  assert "mean ± std" in text
+  assert "stage3_block1 → conv3, learned" in text
+  loaded = "return [...document.images].every(x => x.naturalWidth > 0)"
+  assert browser.execute_script(loaded)
+  assert len(browser.find_elements("css selector", ".saliency img")) == 3 * 5
+  assert browser.get_log("browser") == []
+
+
+def test_hover_and_slider_and_choice(browser, page):
+  from selenium.webdriver.common.action_chains import ActionChains
+
+  show(browser, page)
+  place = browser.find_element("css selector", "[id^=map-]")
+  script = "arguments[0].scrollIntoView({block: 'center'})"
+  browser.execute_script(script, place)
+  wait_for(browser, "return document.querySelector('[id^=map-] .hm')")
+  cells = place.find_element("css selector", ".hm")
+  ActionChains(browser).move_to_element_with_offset(cells, -150, 0).perform()
+  hovered = wait_for(
+    browser,
+    "return document.querySelector('[id^=map-] .hoverlayer').textContent",
+  )
+  assert "→" in hovered
+  shown = (
+    "return document.querySelector('[id^=map-]').data[0].text.flat().join()"
+  )
+  last = browser.execute_script(shown)
+  rail = place.find_element("css selector", ".slider-rail-touch-rect")
+  start = 8 - rail.rect["width"] / 2
+  ActionChains(browser).move_to_element_with_offset(
+    rail, start, 0
+  ).click().perform()
+  assert wait_for(browser, f"{shown} != {last!r} && {shown[7:]}") != last
+  menu = browser.find_element(
+    "css selector", "[id^=channels-] .updatemenu-header"
+  )
+  browser.execute_script(script, menu)
+  ActionChains(browser).click(menu).perform()
+  choices = ".updatemenu-dropdown-button"
+  wait_for(browser, f"return document.querySelector('{choices}')")
+  buttons = browser.find_elements("css selector", choices)
+  ActionChains(browser).click(buttons[1]).perform()
+  wait_for(
+    browser,
+    "return document.querySelector('[id^=channels-]').data[1].visible",
+  )
+  closed = browser.find_element("css selector", "details.run:not([open])")
+  browser.execute_script(script, closed)
+  closed.find_element("tag name", "summary").click()
+  wait_for(
+    browser,
+    "return document.querySelectorAll('[id^=map-] .main-svg').length > 3",
+  )
+  assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_wide_and_narrow(browser, page, width, scheme):
+  show(browser, page, width, scheme)
+  overflow = "return document.documentElement.scrollWidth - innerWidth"
+  assert browser.execute_script(overflow) <= 0
+  colors = browser.execute_script(
+    "const css = getComputedStyle(document.body);"
+    "const text = document.querySelector('.xtick text');"
+    "return [css.backgroundColor, css.color, getComputedStyle(text).fill]"
+  )
+  brightness = [
+    sum(map(int, color.strip("rgba()").split(",")[:3])) for color in colors
+  ]
+  dark = scheme == "dark"
+  assert (brightness[0] < 150) == dark
+  assert (brightness[1] > 400) == dark
+  assert (brightness[2] > 400) == dark
+
+
+def test_the_page_needs_no_network(page):
+  text = pathlib.Path(page).read_text()
+  own = text.partition("<script>")[0] + text.rpartition("<script>")[2]
+  assert "http://" not in own
+  assert "https://" not in own

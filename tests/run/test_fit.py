@@ -1,0 +1,278 @@
+"""The interface for notebooks: arrays and networks in, a trained target out."""
+
+import functools
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import matplotlib.figure
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from examples import networks, tasks
+from l2t_jax import errors, models, types
+from l2t_jax.run import fit
+
+SHAPE = (8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  digits = datasets.load_digits()
+  images = np.uint8(digits.images * 15)
+  return {
+    "x_train": images[:500],
+    "y_train": digits.target[:500],
+    "x_val": images[500:600],
+    "y_val": digits.target[500:600],
+    "x_test": images[600:1000],
+    "y_test": digits.target[600:1000],
+  }
+
+
+def small_config(method, epochs):
+  config = fit.default_config()
+  config.method = method
+  config.epochs = epochs
+  config.batch_size = 50
+  config.optimizer.learning_rate = 0.05
+  config.bilevel.num_inner_steps = 1
+  config.data.augment = "none"
+  return config
+
+
+def test_a_target_learns_from_a_source(arrays, tmp_path):
+  network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
+  trained = fit.fit(network, arrays, config=small_config("scratch", 10))
+  assert trained.summary["test_accuracy"] > 0.6
+  with pytest.raises(errors.InputError, match="'scratch' matches no features"):
+    trained.figure()
+  source = fit.Source(network, trained.predictor.params, taps="stages/*")
+  result = fit.fit(
+    networks.ConvNeXt(10),
+    arrays,
+    source=source,
+    config=small_config("l2t_ww", 5),
+    workdir=tmp_path,
+  )
+  assert result.summary["test_accuracy"] > 0.4
+  assert isinstance(result.figure(), matplotlib.figure.Figure)
+  pairs = {(p["source"], p["target"]) for p in result.transfer_map["pairs"]}
+  assert pairs == {
+    (f"stages/{m}", f"stage{n}_0") for m in range(3) for n in range(2)
+  }
+  logits = result.predict(arrays["x_test"], batch_size=150)
+  assert logits.shape == (400, 10)
+  accuracy = np.mean(logits.argmax(axis=-1) == arrays["y_test"])
+  assert accuracy == pytest.approx(result.summary["test_accuracy"], abs=1e-6)
+  assert result.predict(arrays["x_test"][:0]).shape == (0, 10)
+  with pytest.raises(errors.InputError, match=r"must be uint8 \[N, 8, 8, 1\]"):
+    result.predict(arrays["x_test"] / 255)
+  # The same folder with another source is another run.
+  other = source._replace(
+    params=jax.tree.map(lambda x: x + 1, trained.predictor.params)
+  )
+  with pytest.raises(errors.InputError, match=r"source.weights was"):
+    fit.fit(
+      networks.ConvNeXt(10),
+      arrays,
+      source=other,
+      config=small_config("l2t_ww", 5),
+      workdir=tmp_path,
+    )
+
+
+def test_what_predicts_is_compiled_once(arrays):
+  network = models.create("vgg_tiny", 10)
+  traced = []
+  result = fit.fit(network, arrays, config=small_config("scratch", 1))
+  as_apply_fn = models.as_apply_fn
+
+  def counting(*args):
+    apply_fn = as_apply_fn(*args)
+
+    def count(params, model_state, images, **options):
+      traced.append(images.shape)
+      return apply_fn(params, model_state, images, **options)
+
+    return count
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(models, "as_apply_fn", counting)
+    for _ in range(2):  # Of 400 images, 100 are left for the last batch.
+      result.predict(arrays["x_test"], batch_size=150)
+  assert traced == [(150, 8, 8, 1)]
+
+
+def test_mean_and_std_are_those_of_the_images():
+  rng = np.random.default_rng(0)
+  images = np.uint8(rng.integers(0, 256, (300, 8, 8, 3)) // [1, 2, 4])
+  arrays = {"x_train": images, "y_train": list(range(10)) * 30}
+  seen = {}
+  for std in ((), (0.5,)):
+    config = small_config("scratch", 1)
+    config.data.std = std
+    result = fit.fit(models.create("vgg_tiny", 10), arrays, config=config)
+    seen[std] = result.predictor.image_format
+  values = images / 255
+  for image_format in seen.values():
+    expected = values.mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(image_format.mean, expected, atol=1e-4)
+  expected = values.std(axis=(0, 1, 2))
+  np.testing.assert_allclose(seen[()].std, expected, atol=1e-4)
+  assert seen[(0.5,)].std == (0.5,)
+
+
+def test_what_differs_is_another_run(arrays, tmp_path):
+  config = small_config("scratch", 1)
+  fit.fit(
+    models.create("vgg_tiny", 10), arrays, config=config, workdir=tmp_path
+  )
+  other = models.create("vgg_tiny", 11)
+  with pytest.raises(errors.InputError, match=r"target.model was 'VGG"):
+    fit.fit(other, arrays, config=config, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("source", "message"),
+  [
+    (fit.Source(networks.ConvNeXt(10)), "source ConvNeXt has no params"),
+    (
+      fit.Source(networks.ConvNeXt(10), {"head": {"bias": np.zeros(10)}}),
+      r"source on images of 8x8x1 does not fit.*missing, expected \[16\]",
+    ),
+  ],
+)
+def test_sources_that_cannot_be(arrays, source, message):
+  with pytest.raises(errors.InputError, match=message):
+    fit.fit(
+      networks.ConvNeXt(10),
+      arrays,
+      source=source,
+      config=small_config("fm_single", 1),
+    )
+
+
+def test_a_network_without_maps_learns(arrays):
+  class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1))))
+
+  result = fit.fit(MLP(), arrays, config=small_config("scratch", 10))
+  assert result.summary["test_accuracy"] > 0.6
+
+
+def test_distillation_reads_no_features(arrays):
+  """A source of which none can be tapped will do."""
+
+  class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+  params = Linear().init(jax.random.key(0), np.zeros((1, *SHAPE)))["params"]
+  result = fit.fit(
+    models.create("vgg_tiny", 10),
+    arrays,
+    source=fit.Source(Linear(), params),
+    config=small_config("kd", 1),
+  )
+  assert np.isfinite(result.summary["val_accuracy"])
+
+
+def test_a_run_where_float64_is_on(arrays, x64):
+  network = nn.Sequential([lambda x: x.mean((1, 2)), nn.Dense(10)])
+  result = fit.fit(network, arrays, config=small_config("scratch", 1))
+  assert result.summary["epochs"] == 1
+
+
+def test_a_run_says_that_batch_statistics_stay(arrays, capsys):
+  network = nn.Sequential(
+    [lambda x: x.mean((1, 2)), nn.BatchNorm(True), nn.Dense(10)]
+  )
+  fit.fit(network, arrays, config=small_config("scratch", 1))
+  assert "does not move the target's batch stat" in capsys.readouterr().out
+
+
+def test_too_few_outputs(arrays):
+  with pytest.raises(errors.InputError, match=r"\['B', 2\].*have 10 classes"):
+    fit.fit(
+      models.create("vgg_tiny", 2), arrays, config=small_config("scratch", 1)
+    )
+
+
+def test_tasks_of_ones_own(arrays, capsys):
+  ink = {
+    "x_train": arrays["x_train"],
+    "t_train": np.int32(arrays["x_train"] > 120),
+  }
+  task = tasks.INK._replace(loss=functools.partial(tasks.INK.loss))
+  result = fit.fit(
+    tasks.Segmenter(), ink, task=task, config=small_config("scratch", 4)
+  )
+  accuracy = result.summary["test_accuracy"]
+  assert accuracy > 0.6
+  said = capsys.readouterr().out
+  assert f"test {accuracy:.4g})" in said and "%" not in said
+  assert result.predict(ink["x_train"]).shape == (500, 8, 8)
+
+
+@pytest.mark.parametrize(
+  ("loss", "accuracy", "message"),
+  [
+    (
+      lambda o, t: (o - t) ** 2,
+      tasks.INK.accuracy,
+      r"shape \[50, 8, 8\] for 50",
+    ),
+    (tasks.INK.loss, lambda o, t: (o > 0) == t, "one value an image"),
+  ],
+)
+def test_tasks_that_cannot_be(arrays, loss, accuracy, message):
+  ink = {"x_train": arrays["x_train"], "t_train": arrays["x_train"] / 255}
+  with pytest.raises(errors.InputError, match=message):
+    fit.fit(
+      tasks.Segmenter(),
+      ink,
+      task=types.Task(loss, accuracy),
+      config=small_config("scratch", 1),
+    )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"x_train": np.zeros((500, 8, 6), np.uint8)}
+      | dict.fromkeys(("x_val", "y_val", "x_test", "y_test")),
+      "8x6; they must be square",
+    ),
+    ({"x_train": np.zeros((500, 8, 8))}, r"x_train is float64 \[500, 8, 8\]"),
+    ({"y_val": None}, "lacks 'y_val'"),
+    ({"t_train": np.zeros((500, 3))}, "differ in shape"),
+  ],
+)
+def test_arrays_that_cannot_be(arrays, changes, message):
+  changed = {k: v for k, v in (arrays | changes).items() if v is not None}
+  with pytest.raises(errors.InputError, match=message):
+    fit.fit(models.create("vgg_tiny", 10), changed)
+
+
+def test_targets_need_a_task(arrays):
+  changed = {"x_train": arrays["x_train"], "t_train": np.zeros((500, 3))}
+  with pytest.raises(
+    errors.InputError, match=r"float32 \['N', 3\].*target.task"
+  ):
+    fit.fit(
+      models.create("vgg_tiny", 3), changed, config=small_config("scratch", 1)
+    )
+
+
+def test_maps_and_augmentation(arrays):
+  changed = {"x_train": arrays["x_train"], "t_train": arrays["x_train"]}
+  config = small_config("scratch", 1)
+  config.data.augment = "crop"
+  with pytest.raises(errors.InputError, match="not their targets"):
+    fit.fit(tasks.Segmenter(), changed, task=tasks.INK, config=config)

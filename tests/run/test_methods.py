@@ -1,0 +1,385 @@
+"""What a config can choose: methods, sources, data, frozen maps, seeds."""
+
+import json
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from l2t_jax import errors, models, types
+import l2t_jax.config
+from l2t_jax.method import objectives
+from l2t_jax.models import weight_files
+from l2t_jax.run import setup, train, trainer
+from l2t_jax.runtime import sharding
+from tests.support import small_runs
+
+# Runs and their compiled steps are shared by the tests of one process.
+pytestmark = pytest.mark.xdist_group("methods")
+LOSSES = ("matching", "attention", "lwf", "kd")
+
+
+def test_lists_of_methods_agree():
+  """What the default config says are the methods that there are."""
+  text = (small_runs.ROOT / "l2t_jax" / "config.py").read_text()
+  comment, _, _ = text.partition("config.method =")
+  for method in objectives.METHODS:
+    assert re.search(rf"\b{method}\b", comment), method
+
+
+@pytest.mark.parametrize("method", ["lwf", "at", "lwf_at", "kd", "finetune"])
+def test_a_method_is_switched_by_its_name_alone(source, tmp_path, method):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = method
+  config.transfer.pairs = ""
+  if method == "finetune":  # Needs the source's architecture.
+    config.target.model = "resnet_tiny"
+  summary = train.train_and_evaluate(config, tmp_path)
+  assert summary["method"] == method
+  (record,) = small_runs.records(tmp_path, "epoch")
+  losses = {
+    "lwf": {"lwf"},
+    "at": {"attention"},
+    "lwf_at": {"lwf", "attention"},
+    "kd": {"kd"},
+    "finetune": set(),
+  }[method]
+  assert {n for n in LOSSES if f"train_{n}_loss" in record} == losses
+  total = sum(record[f"train_{name}_loss"] for name in ("target", *losses))
+  np.testing.assert_allclose(record["train_loss"], total, rtol=1e-4)
+  # Nothing is matched: there is no map.
+  assert not (tmp_path / "transfer_map.json").exists()
+
+
+def test_fine_tuning_starts_from_the_source(source):
+  config = small_runs.small_config(source)
+  config.method = "finetune"
+  config.target.model = "resnet_tiny"
+  config.data.image_size = 16
+  run = setup.build(config)
+  state = run.create_state(0)
+  variables, _ = weight_files.load(source)
+  chex.assert_trees_all_equal(state.inner.params["target"], variables["params"])
+  chex.assert_trees_all_equal(
+    state.inner.model_state["batch_stats"], variables["batch_stats"]
+  )
+  # Of other classes: the classifier alone starts afresh.
+  config.data.classes = (1, 2, 3)
+  config.batch_size = 15
+  config.data.mean = (0.5,)
+  run = setup.build(config)
+  state = run.create_state(0)
+  start, mean = run.notes[1:]
+  assert start.endswith("afresh: params/fc/bias, params/fc/kernel")
+  assert "mean of the images is (0.5,), but the source was trained wi" in mean
+  params = state.inner.params["target"]
+  chex.assert_trees_all_equal(params["block1"], variables["params"]["block1"])
+  assert params["fc"]["kernel"].shape == (64, 3)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("method", ["l2t_ww", "lwf_at", "finetune"])
+def test_shapes_are_those_of_the_first_state(source, method, split):
+  """Programs are compiled for the shapes, and called with the state."""
+  config = small_runs.small_config(source)
+  config.method = method
+  config.shard_params = split
+  if method == "finetune":
+    config.transfer.pairs = ""
+    config.target.model = "resnet_tiny"
+  run = setup.build(config)
+  one = run.create_state(2**63 - 1)
+  state, shapes = one, run.state_shapes
+  for _ in range(2):
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
+    for name in ("weak_type", "sharding"):
+      named = lambda leaf, name=name: getattr(leaf, name)
+      assert jax.tree.map(named, state) == jax.tree.map(named, shapes)
+    # And of several seeds.
+    shapes = sharding.stacked(run.state_shapes, 2)
+    state = trainer.stack([one, one], like=shapes)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"lwf.temperature": 0.0}, "config.lwf.temperature is 0.0; it must be"),
+    ({"meta.update_every": 0}, "config.meta.update_every is 0"),
+    ({"transfer.pair_activation": "gelu"}, "one of relu6, relu, softplus"),
+    ({"bilevel.look_ahead_loss": "sum"}, "one of auxiliary, total"),
+    ({"optimizer.schedule": "linear"}, "one of cosine, step"),
+    ({"method": "at", "transfer.map": "x.json"}, "'at' matches no features"),
+    (
+      {"transfer.map": "x.json", "transfer.pair_weights": "constant"},
+      "decides what config.transfer.pairs would; leave that at ''",
+    ),
+    ({"source.image_size": -3}, "config.source.image_size is -3"),
+    ({"data.unlabeled_path": "images"}, "unlabeled"),
+  ],
+)
+def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
+  config = small_runs.small_config(source)
+  with config.ignore_type():
+    config.update_from_flattened_dict(fields)
+  with pytest.raises(errors.InputError, match=re.escape(message)) as error:
+    train.train_and_evaluate(config, tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("shape", "num_classes", "num_outputs", "outputs"),
+  [
+    ((), 0, 0, 1),
+    ((1,), 0, 0, 1),
+    ((4,), 4, 0, 4),
+    ((4,), 0, 4, 4),
+    ((4,), 0, 1, 1),  # What one output is compared with is the task's affair.
+    ((4,), 0, 0, None),
+    ((4,), 3, 0, None),
+  ],
+)
+def test_outputs_of_a_task(shape, num_classes, num_outputs, outputs, tmp_path):
+  """They are never fewer or more than the targets without being asked for."""
+  arrays = {
+    "x_train": np.random.default_rng(0).integers(0, 256, (64, 8, 8), np.uint8),
+    "t_train": np.zeros((64, *shape), np.float32),
+  }
+  if num_classes:
+    arrays["y_train"] = np.arange(64) % num_classes
+  np.savez(tmp_path / "data.npz", **arrays)
+  config = small_runs.small_config("")
+  config.method = "scratch"
+  config.data.source, config.data.path = "npz", str(tmp_path / "data.npz")
+  config.data.per_class = 0
+  config.data.val_fraction = config.data.test_fraction = 0.25
+  config.target.num_outputs = num_outputs
+  task = types.Task(lambda o, t: jnp.mean(o), lambda o, t: jnp.zeros(len(t)))
+  make = lambda: setup.build(config, setup.Given(task=task))
+  if outputs:
+    assert make().num_outputs == outputs
+  else:
+    with pytest.raises(errors.InputError, match=r"4 targets .*target\.num_out"):
+      make()
+
+
+def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
+  """Two architectures, sizes and normalisations; RGB images, grey sources."""
+  config = small_runs.small_config(source, epochs=1)
+  config.source.weights = ""
+  config.sources.digits = default.source()
+  config.sources.digits.weights = str(source)
+  config.sources.digits.image_size = 16
+  config.sources.mnist = default.source()
+  config.sources.mnist.weights = str(finished / "target.safetensors")
+  config.sources.mnist.mean = (0.25,)
+  config.data.channels = 3
+  config.data.mean, config.data.std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+  config.transfer.pairs = "single"
+  run = setup.build(config)
+  assert [pair.name for pair in run.pairs] == [
+    "digits/stage3_block1->conv3",
+    "mnist/conv3->conv3",
+  ]
+  assert run.source_taps["digits/stage3_block1"] == (4, 4, 64)
+  assert run.source_taps["mnist/conv3"] == (2, 2, 64)
+  # A source sees what it was trained on.
+  batch = next(run.dataset.train_batches(0))
+  network = setup._load_source(
+    config.sources.mnist, run.image_format, None, "mnist", None
+  )
+  seen, *_ = network.make_apply_fn(())(
+    *network.variables, batch.images, train=False
+  )
+  # Its own mean as configured, its own deviation as its training recorded it.
+  pixels = batch.images * jnp.array(config.data.std)
+  pixels += jnp.array(config.data.mean)
+  red_green_blue = jnp.array([0.299, 0.587, 0.114])
+  grey = jnp.sum(pixels * red_green_blue, axis=-1, keepdims=True)
+  grey = (grey - 0.25) / 0.3081
+  module, _, *variables = weight_files.load_network(
+    finished / "target.safetensors", (8, 8, 1)
+  )
+  alone, *_ = models.as_apply_fn(module)(*variables, grey, train=False)
+  np.testing.assert_allclose(seen, alone, rtol=1e-3, atol=1e-4)
+  train.train_and_evaluate(config, tmp_path)
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  assert set(content["source_shares"]) == {"digits", "mnist"}
+  np.testing.assert_allclose(sum(content["source_shares"].values()), 1)
+
+
+def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = "fm_single"
+  config.transfer.pairs = ""
+  config.log_every = 1
+  train.train_and_evaluate(config, tmp_path / "fixed")
+  config.method = "l2t_ww"
+  config.transfer.map = str(tmp_path / "fixed" / "transfer_map.json")
+  train.train_and_evaluate(config, tmp_path / "reused")
+  fixed, reused = (
+    small_runs.records(tmp_path / name, "train") for name in ("fixed", "reused")
+  )
+  # The same weights, seed and pairs: the same loss, from step 0 on.
+  for ours, theirs in zip(reused, fixed, strict=True):
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+  assert "outer_loss" not in reused[0]
+  read = lambda name: json.loads(
+    (tmp_path / name / "transfer_map.json").read_text()
+  )
+  assert [read(name)["frozen"] for name in ("fixed", "reused")] == [False, True]
+  # A map's weights are what the loss is weighted with.
+  content = read("fixed")
+  content["pairs"][0]["pair_weight"] = 3.0
+  edited = tmp_path / "edited.json"
+  edited.write_text(json.dumps(content))
+  config.transfer.map = str(edited)
+  train.train_and_evaluate(config, tmp_path / "edited")
+  first = small_runs.records(tmp_path / "edited", "train")[0]
+  np.testing.assert_allclose(
+    first["matching_loss"], 3 * fixed[0]["matching_loss"], rtol=1e-4
+  )
+
+
+def test_meta_updates_now_and_then(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.log_every = 1
+  config.meta.update_every = 2
+  config.transfer.pair_activation = "softplus"
+  train.train_and_evaluate(config, tmp_path)
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  assert content["start"] == pytest.approx(1.31, abs=0.01)
+  assert content["maximum"] is None
+  steps = small_runs.records(tmp_path, "train")
+  assert ["outer_loss" in record for record in steps] == [
+    step % 2 == 0 for step in range(len(steps))
+  ]
+  assert len(steps) == 3
+  # The target itself trains in every iteration.
+  assert "train_outer_loss" in small_runs.records(tmp_path, "epoch")[0]
+
+
+@pytest.mark.parametrize(
+  ("fields", "learned"),
+  [
+    ({}, {"channel", "pair"}),
+    ({"transfer.pair_weights": "constant"}, {"channel"}),
+    ({"transfer.channel_weights": "uniform"}, {"pair"}),
+  ],
+)
+def test_ablations_switch_off_what_is_learned(source, fields, learned):
+  config = small_runs.small_config(source)
+  config.update_from_flattened_dict(fields)
+  run = setup.build(config)
+  assert set(run.create_state(0).meta_params) == learned
+  assert run.learns == bool(learned)
+
+
+def test_a_source_as_a_plain_dict_is_told_what_it_lacks(source):
+  config = small_runs.small_config(source)
+  config.source.weights = ""
+  config.sources.mine = {"weights": str(source)}
+  message = "config.sources.mine has other fields than config.source:"
+  with pytest.raises(errors.InputError, match=message):
+    l2t_jax.config.check(config)
+
+
+def test_one_source_without_a_common_resolution_is_no_error(source):
+  config = small_runs.small_config(source)
+  config.source.weights = ""
+  for name, size in (("small", 4), ("same", 16)):
+    config.sources[name] = default.source()
+    config.sources[name].weights = str(source)
+    config.sources[name].image_size = size
+  config.data.image_size = 16
+  config.target.taps = ("conv1",)  # 16x16.
+  config.transfer.pairs = "one_to_one"
+  assert [pair.name for pair in setup.build(config).pairs] == [
+    "same/stage1_block1->conv1"
+  ]
+
+
+def test_images_without_labels(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.method = "fm_single"
+  config.transfer.pairs = ""
+  train.train_and_evaluate(config, tmp_path / "without")
+  config.data.unlabeled = True
+  config.data.unlabeled_batch_size = 24
+  summary = train.train_and_evaluate(config, tmp_path / "with")
+  assert summary["num_unlabeled"] == 5000 - 2 * 100 - 50
+  assert summary["num_train"] == 50
+  ours, theirs = (
+    small_runs.records(tmp_path / name, "train")[0]
+    for name in ("with", "without")
+  )
+  assert ours["matching_loss"] != theirs["matching_loss"]
+  # A method that transfers nothing never opens them.
+  config.method = "scratch"
+  summary = train.train_and_evaluate(config, tmp_path / "scratch")
+  assert summary["num_unlabeled"] == 0
+
+
+def together_config(source):
+  config = small_runs.small_config(source, epochs=2)
+  config.transfer.pairs = "stage3_block1->conv3"
+  config.meta.update_every = 2
+  config.log_every = 1
+  return config
+
+
+@pytest.mark.long
+def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
+  """Killed and resumed together, too."""
+  config = together_config(source)
+  for seed in (0, 1):
+    config.seed = seed
+    train.train_and_evaluate(config, tmp_path / f"alone{seed}")
+  workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+  train_once = lambda: train.train_together(config, workdirs)
+  small_runs.kill_in_epoch(2, train_once, monkeypatch)
+  summaries = train_once()
+  for seed, summary in zip((0, 1), summaries, strict=True):
+    assert summary["seed"] == seed
+    assert summary["seeds_together"] == 2
+    ours = small_runs.records(workdirs[seed], "train")
+    alone = small_runs.records(tmp_path / f"alone{seed}", "train")
+    assert [r["step"] for r in ours] == [r["step"] for r in alone]
+    # float32 drifts apart; test_training.py compares in float64.
+    for one, other in zip(ours, alone, strict=True):
+      assert one.keys() == other.keys()
+      np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-2)
+    np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=1e-5)
+    assert (workdirs[seed] / "target.safetensors").exists()
+
+
+def test_nothing_is_lost_where_seeds_cannot_train_together(
+  source, tmp_path, monkeypatch
+):
+  """One is ahead; they do not fit; then they do, each from where it is."""
+  config = together_config(source)
+  config.method = "fm_single"
+  workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+  train_one = lambda: train.train_and_evaluate(config, workdirs[0])
+  small_runs.kill_in_epoch(2, train_one, monkeypatch)
+  before = small_runs.records(workdirs[0], "epoch")
+  assert [record["epoch"] for record in before] == [1]
+
+  def does_not_fit(*_):
+    raise trainer.DoesNotFit
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "_compile", does_not_fit)
+    with pytest.raises(trainer.DoesNotFit):
+      train.train_together(config, workdirs)
+  assert small_runs.records(workdirs[0], "epoch") == before
+  train.train_together(config, workdirs)
+  after = small_runs.records(workdirs[0], "epoch")
+  assert after[0] == before[0]
+  for workdir in workdirs.values():
+    epochs = small_runs.records(workdir, "epoch")
+    assert [record["epoch"] for record in epochs] == [1, 2]

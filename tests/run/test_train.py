@@ -1,0 +1,190 @@
+"""From the command line to a trained network, on real digits."""
+
+import importlib
+import json
+import os
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+from configs import default
+from l2t_jax import errors, types
+import l2t_jax.config
+from l2t_jax.data import memory
+from l2t_jax.run import loop, train
+from l2t_jax.runtime import checkpoint
+from tests.support import small_runs
+
+# Runs and their compiled steps are shared by the tests of one process.
+pytestmark = pytest.mark.xdist_group("experiment")
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  summary = json.loads((finished / "summary.json").read_text())
+  assert summary["method"] == "l2t_ww"
+  assert summary["seed"] == 0
+  assert summary["epochs"] == 3
+  assert summary["seconds"] > 0
+  assert summary["versions"]["jax"] == jax.__version__
+  epochs = small_runs.records(finished, "epoch")
+  assert [r["epoch"] for r in epochs] == [1, 2, 3]
+  best = max(epochs, key=lambda r: r["val_accuracy"])
+  assert summary["val_accuracy"] == best["val_accuracy"]
+  assert summary["test_accuracy"] == best["test_accuracy"]
+  assert summary["best_epoch"] == best["epoch"]
+  config = json.loads((finished / "config.json").read_text())
+  assert config["bilevel"]["num_inner_steps"] == 1
+  content = json.loads((finished / "transfer_map.json").read_text())
+  pairs = [(p["source"], p["target"]) for p in content["pairs"]]
+  assert pairs == [("stage3_block1", "conv3"), ("stage1_block1", "conv1")]
+  assert [len(p["history"]) for p in content["pairs"]] == [3, 3]
+  assert (finished / "transfer_map.png").stat().st_size > 10_000
+  assert list((finished / "tensorboard").iterdir())
+  assert list((finished / "checkpoints").iterdir())
+
+
+def test_it_learns(source, tmp_path):
+  config = small_runs.small_config(source, epochs=30)
+  config.method = "scratch"
+  config.data.per_class = 20
+  summary = train.train_and_evaluate(config, tmp_path)
+  losses = [r["train_loss"] for r in small_runs.records(tmp_path, "epoch")]
+  assert losses[-1] < 0.5 * losses[0]
+  assert summary["test_accuracy"] > 0.5  # Chance is 0.1.
+
+
+def test_the_same_command_again_says_that_it_is_complete(
+  source, finished, capsys
+):
+  before = (finished / "metrics.jsonl").read_bytes()
+  train.train_and_evaluate(small_runs.small_config(source), finished)
+  assert "nothing to do" in capsys.readouterr().out
+  assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_command_without_a_config(tmp_path):
+  result = small_runs.run_python("train.py", f"--workdir={tmp_path / 'run'}")
+  assert result.returncode == 2
+  assert result.stderr.startswith("error: flag --config")
+  assert result.stderr.count("\n") == 1
+
+
+def test_a_target_becomes_a_source(source, finished, tmp_path):
+  """Of another architecture than the first source, and for another target."""
+  config = small_runs.small_config(finished / "target.safetensors", epochs=1)
+  config.method = "fm_single"
+  config.target.model = "resnet_tiny"
+  config.transfer.pairs = ""
+  train.train_and_evaluate(config, tmp_path)
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  pair = content["pairs"][0]
+  assert (pair["source"], pair["target"]) == ("conv3", "stage3_block1")
+  assert content["fixed"]
+
+
+def test_a_checkpoint_holds_what_it_was_given(tmp_path):
+  """It is written in the background, while the loop goes on."""
+  state = types.TrainState(jnp.zeros(()), jnp.ones(3), {}, {})
+  for trial in range(5):
+    progress = {"epoch": 1, "weights": list(range(10_000))}
+    with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
+      checkpoints.save(1, state, progress)
+      progress["epoch"] = 2
+    with checkpoint.Checkpoints(tmp_path / str(trial)) as checkpoints:
+      assert checkpoints.restore(1, like=state)[1]["epoch"] == 1
+
+
+def test_a_folder_of_large_images(tmp_path):
+  """Decoded in worker processes; the run ends, and they with it."""
+  rng = np.random.default_rng(0)
+  for label, brightness in (("dark", 60), ("light", 190)):
+    for i in range(24):
+      folder = tmp_path / "images" / label
+      folder.mkdir(parents=True, exist_ok=True)
+      noise = rng.integers(-50, 50, (120, 150, 3))
+      image = PIL.Image.fromarray((brightness + noise).astype(np.uint8))
+      image.save(folder / f"{i}.jpg")
+  workdir = tmp_path / "run"
+  result = small_runs.run_python(
+    "train.py",
+    "--config=configs/cub200.py",
+    "--config.method=scratch",
+    "--config.target.model=vgg_tiny",
+    "--config.epochs=3",
+    "--config.batch_size=8",
+    "--config.data.source=folder",
+    f"--config.data.path={tmp_path / 'images'}",
+    "--config.data.image_size=112",
+    "--config.data.eval_resize=128",
+    "--config.data.num_workers=2",
+    f"--workdir={workdir}",
+  )
+  assert result.returncode == 0, result.stderr
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["num_train"] + summary["num_val"] + summary["num_test"] == 48
+  assert summary["test_accuracy"] == 1.0
+
+
+def test_configs_are_complete():
+  """Each experiment has the default's fields, no more and no fewer."""
+  names = [path.stem for path in (small_runs.ROOT / "configs").glob("[!_]*.py")]
+  assert len(names) > 10
+  fields = set(l2t_jax.config._flatten(default.get_config().to_dict()))
+  for name in names:
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert set(l2t_jax.config._flatten(config.to_dict())) == fields
+    if name != "default":
+      l2t_jax.config.check(config)
+
+
+@pytest.mark.parametrize(
+  ("workers", "advice"),
+  [(8, "raise config.data.num_workers .8."), (20, "keep")],
+)
+def test_training_that_waits_for_images_says_so(
+  source, tmp_path, monkeypatch, capsys, workers, advice
+):
+  config = small_runs.small_config(source, epochs=1)
+  config.data.num_workers = workers
+  monkeypatch.setattr(os, "cpu_count", lambda: 16)
+  config.method = "scratch"
+  train.train_and_evaluate(config, tmp_path / "fast")
+  assert "waited" not in capsys.readouterr().out
+  read = memory.InMemoryDataset.train_batches
+
+  def read_slowly(*args, **kwargs):
+    for batch in read(*args, **kwargs):
+      time.sleep(0.3)
+      yield batch
+
+  monkeypatch.setattr(memory.InMemoryDataset, "train_batches", read_slowly)
+  monkeypatch.setattr(loop, "_WAITING_SECONDS", 0.0)
+  monkeypatch.setattr(loop, "_WAITING_SHARE", 0.0)
+  train.train_and_evaluate(config, tmp_path / "slow")
+  printed = capsys.readouterr().out
+  assert re.search(r"waited \d+ of \d+ s for images; " + advice, printed)
+
+
+@pytest.mark.parametrize(
+  ("size", "before", "is_same"),
+  [(32, 256, True), (224, 256, True), (224, 224, False), (112, 256, False)],
+)
+def test_a_run_that_evaluated_alike_is_the_same(
+  tmp_path, size, before, is_same
+):
+  """`eval_resize` was 256 by default, also where nothing read it."""
+  config = default.get_config()
+  config.data.image_size = size
+  old = json.loads(config.to_json())
+  old["data"]["eval_resize"] = before
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  if is_same:
+    train.check_same_config(tmp_path, config)
+    return
+  with pytest.raises(errors.InputError, match=f"eval_resize was {before}, is"):
+    train.check_same_config(tmp_path, config)

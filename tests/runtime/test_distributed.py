@@ -1,0 +1,284 @@
+"""Several devices and several processes compute what one does."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from l2t_jax import errors
+from l2t_jax.runtime import sharding, signals
+from tests.support import small_runs
+
+pytestmark = pytest.mark.xdist_group("processes")
+# A process notices the end of another after 30 seconds at most; leave it time
+# to say so on a busy machine.
+_BOUND = 60
+
+_ON_DEVICES = """
+import sys, jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)
+from l2t_jax import sharding
+from tests import processes
+for count in (1, 2, 4, 8):
+  mesh = sharding.make_mesh(jax.devices()[:count])
+  processes.save(f"{sys.argv[1]}/{count}.npz", processes.run(mesh))
+mesh = sharding.make_mesh(jax.devices()[:2])
+processes.save(f"{sys.argv[1]}/split.npz", processes.run(mesh, split=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory):
+  """Numbers after some steps on 1, 2, 4 and 8 devices, and split over 2."""
+  folder = tmp_path_factory.mktemp("on_devices")
+  result = small_runs.run_python("-c", _ON_DEVICES, folder)
+  assert result.returncode == 0, result.stderr
+  return folder
+
+
+def test_devices_compute_what_one_does(on_devices):
+  for name in ("2", "4", "8", "split"):
+    _assert_close(on_devices / f"{name}.npz", on_devices / "1.npz")
+
+
+_SPLIT = """
+import sys, jax
+from l2t_jax import build, commands
+config = commands.load_config(sys.argv[1], ["--config.shard_params=true"])
+run = build.build(config)
+state = run.create_state(config.seed)
+for arrays in (state.inner.params, state.inner.opt_state, run.sources):
+  leaves = jax.tree.leaves(arrays)
+  part = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+  print(part / sum(leaf.size for leaf in leaves))
+"""
+
+
+def test_a_network_that_does_not_fit_is_split(source, tmp_path):
+  path = small_runs.write_config(
+    tmp_path, source, epochs=1, log_every=1, checkpoint_steps=5
+  )
+  result = small_runs.run_python(
+    "-c", _SPLIT, path, environment={"JAX_NUM_CPU_DEVICES": "4"}
+  )
+  parts = [float(part) for part in result.stdout.split()]
+  assert len(parts) == 3, result.stderr
+  assert max(parts) < 0.5, parts
+
+
+def test_splitting_needs_the_cpu(monkeypatch):
+  """As where JAX_PLATFORMS=cuda leaves it out."""
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "local_devices", lambda backend: jax.devices("nope"))
+    with pytest.raises(errors.InputError, match="add cpu to JAX_PLATFORMS"):
+      sharding.on_host()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_compute_what_one_does(on_devices, tmp_path, count):
+  path = tmp_path / "numbers.npz"
+  place = f"localhost:{_free_port()}"
+  group = [
+    small_runs.start_python(
+      "-m", "tests.support.processes", path, place, count, i
+    )
+    for i in range(count)
+  ]
+  for process in group:
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+  _assert_close(path, on_devices / "1.npz")
+
+
+def _assert_close(ours, theirs):
+  ours, theirs = np.load(ours), np.load(theirs)
+  assert set(ours) == set(theirs)
+  for name in ours:
+    np.testing.assert_allclose(
+      ours[name], theirs[name], rtol=1e-9, atol=1e-12, err_msg=name
+    )
+
+
+@pytest.fixture
+def train(source, tmp_path):
+  """Start train.py in so many processes, of some devices each.
+
+  Where there are several of either, parameters are split over them.
+  """
+  path = small_runs.write_config(
+    tmp_path, source, epochs=4, log_every=1, checkpoint_steps=5
+  )
+
+  def start(workdir, num_processes, num_devices=1):
+    command = ["train.py", f"--config={path}", f"--workdir={workdir}"]
+    flags = lambda process_id: (
+      f"--coordinator=localhost:{port}",
+      f"--num_processes={num_processes}",
+      f"--process_id={process_id}",
+    )
+    if num_processes * num_devices > 1:
+      command.append("--config.shard_params=true")
+    port = _free_port()
+    return [
+      small_runs.start_python(
+        *command,
+        *(flags(process_id) if num_processes > 1 else ()),
+        environment={"JAX_NUM_CPU_DEVICES": str(num_devices)},
+      )
+      for process_id in range(num_processes)
+    ]
+
+  return start
+
+
+@pytest.mark.long
+def test_a_run_of_several_processes_survives(train, tmp_path):
+  """It loses processes, is asked to stop, and ends with other ones."""
+  lost, workdir = errors.LostProcessError.exit_code, tmp_path / "several"
+  losses = ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP))
+  losses += ((1, signal.SIGINT),)  # Ctrl-C for one alone: it does not save.
+  for victim, loss in losses:
+    group = train(workdir, 2)
+    _wait_for_records(workdir, group, 6)
+    group[victim].send_signal(loss)
+    other = group[1 - victim]
+    _, stderr = other.communicate(timeout=_BOUND)
+    assert other.returncode == lost, stderr
+    assert re.search("^error: another process of the run ended", stderr, re.M)
+    group[victim].kill()
+    group[victim].wait()
+  group = train(workdir, 2)
+  _wait_for_records(workdir, group, 6)
+  group[1].send_signal(signal.SIGTERM)
+  steps = set()
+  for process in group:
+    _, stderr = process.communicate(timeout=_BOUND)
+    assert process.returncode == errors.Interrupted.exit_code, stderr
+    steps.add(re.search(r"saved after iteration (\d+) of", stderr)[1])
+  (step,) = map(int, steps)
+  same, alone = tmp_path / "same", tmp_path / "alone"
+  shutil.copytree(workdir, same)
+  for group in (train(workdir, 1, num_devices=4), train(same, 2)):
+    stdout = ""
+    for process in group:
+      output, stderr = process.communicate()
+      assert process.returncode == 0, stderr
+      stdout += output
+    assert f"resuming after iteration {step}" in stdout
+  (process,) = train(alone, 1)
+  process.communicate()
+  runs = [small_runs.records(w, "train") for w in (workdir, same, alone)]
+  steps = [[record["step"] for record in run] for run in runs]
+  assert steps == [steps[0]] * 3
+  other, same, one = (
+    np.array([record["loss"] for record in run]) for run in runs
+  )
+  # In float32 rounding grows from iteration to iteration.
+  np.testing.assert_array_equal(other[:step], same[:step])
+  np.testing.assert_allclose(other[step:][:5], same[step:][:5], rtol=1e-4)
+  np.testing.assert_allclose(other[:5], one[:5], rtol=1e-4)
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["device"].startswith("4 x")
+
+
+def _wait_for_records(workdir, group, count):
+  """Wait until a run has recorded so many iterations more."""
+  path = workdir / "metrics.jsonl"
+  num = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
+  wanted = num() + count
+  while num() < wanted:
+    assert all(process.poll() is None for process in group)
+    time.sleep(0.02)
+
+
+def _free_port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--coordinator=here"], "--coordinator=here must be HOST:PORT"),
+    (["--distributed"], "give --coordinator=HOST:PORT, --num_processes and"),
+    (
+      ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+      "process_id=2, num_processes=2",
+    ),
+  ],
+)
+def test_a_start_that_cannot_work(flags, message):
+  result = subprocess.run(
+    [sys.executable, "train.py", "--config=none", "--plan", *flags],
+    capture_output=True,
+    text=True,
+    cwd=small_runs.ROOT,
+  )
+  assert result.returncode == errors.InputError.exit_code
+  assert message in result.stderr
+  assert result.stderr.count("\n") == 1
+
+
+def test_a_stop_request_is_seen_and_forgotten():
+  usual = signal.getsignal(signal.SIGTERM)
+  # Else what came would be handed on to this process's own.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  with signals.StopRequests() as requests:
+    assert not requests.after(1)
+    signal.raise_signal(signal.SIGTERM)
+    assert requests.after(2)
+  assert signal.signal(signal.SIGTERM, usual) == signal.SIG_IGN
+  assert signal.getsignal(signal.SIGTERM) == usual
+
+
+def test_control_c_for_the_second_time_is_what_it_was():
+  with pytest.raises(errors.Interrupted), signals.StopRequests() as requests:
+    signal.raise_signal(signal.SIGINT)
+    assert requests.were_made()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    raise errors.Interrupted("asked to stop")  # And that is what is told.
+
+
+def test_control_c_asks_all_and_then_is_what_it_was(capfd):
+  with (
+    pytest.raises(errors.Interrupted),
+    signals.StopRequests() as outer,
+    signals.StopRequests(),
+  ):
+    signal.raise_signal(signal.SIGINT)
+    assert outer.were_made()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    raise errors.Interrupted("asked to stop")
+  assert capfd.readouterr().err.count("Ctrl-C again: at once") == 1
+
+
+def test_control_c_that_is_ignored_stays_so():
+  """As in a shell's background."""
+  usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with signals.StopRequests() as requests:
+      signal.raise_signal(signal.SIGINT)
+      assert not requests.were_made()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, usual)
+
+
+def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
+  with signals.StopRequests() as outer:
+    with signals.StopRequests():
+      signal.raise_signal(signal.SIGTERM)
+    assert outer.were_made()

@@ -1,0 +1,1250 @@
+"""What goes wrong, and what is said: bad inputs as data.
+
+    python -m tests.support.bad_input > docs/guides/bad_input.md
+
+writes the page of them; tests/commands/test_bad_input.py runs every case and
+compares what is printed with what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+import json
+import pathlib
+import pickle
+import shutil
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+import jax
+import numpy as np
+import PIL.Image
+import safetensors.numpy
+
+from configs import default
+from l2t_jax import errors, models
+from l2t_jax.models import torch_weights, weight_files
+
+CANNOT = errors.StorageError.exit_code
+SIZE = 8  # Of all images, in pixels.
+EVIDENCE = "it_ran"  # A file that only a pickle's code would make.
+TRAIN, TABLE = "train.py", "l2t_jax.table"
+CONVERT, PREDICT = "l2t_jax.pretrained", "l2t_jax.predict"
+REPORT = "l2t_jax.report"
+_CONVERTED = "in.safetensors out.safetensors --model=resnet_tiny"
+_FOLDER = "--config.data.source=folder --config.data.path=images"
+_SPLIT = "--config.data.split_file=split.npz --config.data.split_prefix=a"
+_SCRATCH = "--config.method=scratch"
+_RGB = f"{_FOLDER} {_SCRATCH} --config.data.channels=3"
+_MINE = "--config.target.model=mine:Net"
+
+Prepare = Callable[[pathlib.Path], object]
+
+
+class Case(NamedTuple):
+  """A command in the folder that `set_up` makes and `prepare` changes."""
+
+  wrong: str  # For readers.
+  arguments: str  # Of the command, between blanks, beside --config, --workdir.
+  said: str  # On stderr, after "error: "; for readers where nothing is wrong.
+  prepare: Prepare = lambda folder: None
+  command: str = TRAIN
+  code: int = errors.InputError.exit_code
+  needs: str = ""  # A package that may be absent.
+
+
+def get_config():
+  """A small run on the files of `set_up`."""
+  config = default.get_config()
+  config.epochs = 1
+  config.batch_size = 8
+  config.data.source = "npz"
+  config.data.path = "data.npz"
+  config.data.image_size = SIZE
+  config.data.channels = 1
+  config.data.mean = config.data.std = (0.5,)
+  config.data.augment = "none"
+  config.data.val_fraction = config.data.test_fraction = 0.25
+  config.source.weights = "source.safetensors"
+  config.target.model = "vgg_tiny"
+  config.trackers = ()
+  return config
+
+
+def set_up(folder: pathlib.Path) -> None:
+  """Write what a run needs: small.py, data.npz and source.safetensors."""
+  _write(
+    "small.py", "from tests.support.bad_input import get_config as get_config"
+  )(folder)
+  _data()(folder)
+  _source()(folder)
+
+
+def page() -> str:
+  """Return the page of all cases."""
+  lines = [_INTRODUCTION]
+  for group, cases in CASES.items():
+    accepted = not any(case.code for case in cases)
+    lines += [
+      f"\n## {group}\n",
+      f"| {'What is given' if accepted else 'What is wrong'} |"
+      f" {'What happens' if accepted else 'What is said'} | Exit code |",
+      "|---|---|---|",
+    ]
+    for case in cases:
+      said = case.said if accepted else f"`{case.said}`"
+      assert "|" not in said and "`" not in case.said
+      lines.append(f"| {case.wrong} | {said} | {case.code} |")
+  return "\n".join(lines) + "\n"
+
+
+def _write(name: str, *lines: str) -> Prepare:
+  def write(folder):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines))
+
+  return write
+
+
+def _images(num_images: int = 64, seed: int = 0):
+  """Draw images of two classes, with their labels."""
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (num_images, SIZE, SIZE), np.uint8)
+  return images, np.arange(num_images) % 2
+
+
+_X, _Y = _images()
+
+
+def _data(**changes: Any) -> Prepare:
+  """Write data.npz with other arrays; None leaves one out."""
+  arrays = {"x_train": _X, "y_train": _Y} | changes
+  arrays = {name: array for name, array in arrays.items() if array is not None}
+  return lambda folder: np.savez(folder / "data.npz", **arrays)
+
+
+def _split(**changes: Any) -> Prepare:
+  """Write split.npz with other indices; None leaves one out."""
+  indices = {
+    "a_train": np.arange(40),
+    "a_val": np.arange(40, 52),
+    "a_test": np.arange(52, 64),
+  } | changes
+  indices = {name: part for name, part in indices.items() if part is not None}
+  return lambda folder: np.savez(folder / "split.npz", **indices)
+
+
+def _pictures(
+  spoil: Prepare = lambda images: None,
+  parts: tuple[str, ...] = ("",),
+  names: tuple[str, ...] = ("cat", "dog"),
+  mode: str = "RGB",
+) -> Prepare:
+  """Write images/PART/CLASS/*.png, and spoil the folder."""
+
+  def prepare(folder):
+    rng = np.random.default_rng(0)
+    for part in parts:
+      for name in names:
+        place = folder / "images" / part / name
+        place.mkdir(parents=True)
+        for number in range(16):
+          pixels = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+          image = PIL.Image.fromarray(pixels).convert(mode)
+          image.save(place / f"{number}.png")
+    spoil(folder / "images")
+
+  return prepare
+
+
+def _cut(path: pathlib.Path, size: int = 60) -> None:
+  path.write_bytes(path.read_bytes()[:size])
+
+
+def _link(path: pathlib.Path, other: pathlib.Path) -> None:
+  path.unlink()
+  path.symlink_to(other)
+
+
+@functools.cache
+def _variables() -> dict[str, np.ndarray]:
+  """Draw weights of a ResNet for 5 classes of grey images."""
+  network = models.create("resnet_tiny", 5)
+  layout = models.trace(network, (SIZE, SIZE, 1))
+  rng = np.random.default_rng(0)
+  draw = lambda x: 0.01 + 0.1 * rng.random(x.shape, np.float32)
+  drawn = jax.tree.map(draw, layout.variables)
+  return traverse_util.flatten_dict(drawn, sep="/")
+
+
+def _replace(changes: Mapping[str, Any], tensors):
+  """Change some tensors; None leaves one out."""
+  tensors = {**tensors, **changes}
+  return {name: x for name, x in tensors.items() if x is not None}
+
+
+def _source(changes: Mapping[str, Any] = {}, **metadata: str) -> Prepare:
+  """Write source.safetensors with other tensors, or told otherwise."""
+  usual = {"model": "resnet_tiny", "num_classes": "5", "channels": "1"}
+
+  def prepare(folder):
+    tensors = traverse_util.unflatten_dict(
+      _replace(changes, _variables()), sep="/"
+    )
+    path = folder / "source.safetensors"
+    weight_files.save(path, tensors, usual | metadata)
+
+  return prepare
+
+
+def _checkpoint(changes: Mapping[str, Any] = {}) -> Prepare:
+  """Write in.safetensors, the source in PyTorch's layout, changed."""
+
+  def prepare(folder):
+    tensors = {
+      torch_weights.torch_name(tuple(name.split("/"))): np.ascontiguousarray(
+        torch_weights.to_torch_layout(x)
+      )
+      for name, x in _variables().items()
+    }
+    path = folder / "in.safetensors"
+    safetensors.numpy.save_file(_replace(changes, tensors), path)
+
+  return prepare
+
+
+def _both(*steps: Prepare) -> Prepare:
+  return lambda folder: [step(folder) for step in steps]
+
+
+class RunsCode:
+  """What would run code where its pickle is loaded."""
+
+  def __reduce__(self):
+    return exec, (f"open({EVIDENCE!r}, 'w').close()",)
+
+
+def _pickle(folder):
+  content = {"state_dict": RunsCode()}
+  data = pickle.dumps(content, protocol=2, fix_imports=False)
+  (folder / "in.pth").write_bytes(data)
+
+
+def _run_of(**fields: Any) -> Prepare:
+  """Write run/config.json of a run with other fields."""
+
+  def prepare(folder):
+    config = get_config()
+    config.update(fields)
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(config.to_json())
+
+  return prepare
+
+
+def _map(**fields: Any) -> Prepare:
+  """Write map.json, of one pair."""
+  pair = {
+    "source": "stage1_block1",
+    "target": "conv1",
+    "pair_weight": 1.0,
+    "num_channels": 1,
+    "channel_weights": [1.0],
+  } | fields
+  return _write("map.json", json.dumps({"pairs": [pair]}))
+
+
+def _with_nan(array: np.ndarray) -> np.ndarray:
+  array = array.astype(np.float32)
+  array.flat[0] = np.nan
+  return array
+
+
+# A network with a layer [B, H, W, 0] and one [B, C].
+_NETWORK = _write(
+  "mine.py",
+  "from flax import linen as nn",
+  "class Empty(nn.Module):",
+  "  def __call__(self, x):",
+  "    return x[..., :0]",
+  "class Net(nn.Module):",
+  "  num_classes: int",
+  "  @nn.compact",
+  "  def __call__(self, x):",
+  "    x = nn.Conv(8, (3, 3), name='conv')(x)",
+  "    Empty(name='empty')(x)",
+  "    x = nn.Dense(16, name='hidden')(x.mean((1, 2)))",
+  "    return nn.Dense(self.num_classes, name='head')(x)",
+)
+
+_INTRODUCTION = """\
+# What goes wrong, and what is said
+
+Commands answer bad input with one line on stderr, `error: ` and what stands
+below, before anything is compiled or overwritten. The tests run every line of
+these tables, and this page is made of them; what stands in a folder called
+`run`, `images` or the like there is your own here.
+
+| Exit code | Meaning | The same command again |
+|---|---|---|
+| 0 | done | says that there is nothing to do |
+| 2 | wrong input: a value, a file, a folder | fails again |
+| 3 | a loss, gradient or weight is NaN or infinite | fails again |
+| 4 | something could not be written | goes on, once it can |
+| 5 | another process of the run, or one that reads images, was lost | goes on |
+| 75 | interrupted by a signal | goes on |
+| 137, 143 | killed; 143: by a SIGTERM while packages are imported | goes on |
+
+The table of several runs (`python -m l2t_jax.table`) checks fields and files of
+all its cells before it trains the first, and exits with 1 where one of them
+fails later, such as when a network does not fit the data."""
+
+# Heading -> what is wrong there.
+CASES: Mapping[str, tuple[Case, ...]] = {
+  "Config": (
+    Case(
+      "A field is misspelt",
+      "--config.source.wieghts=x",
+      "unknown field config.source.wieghts; did you mean "
+      "config.source.weights? l2t_jax/config.py lists all fields",
+    ),
+    Case(
+      "Text where a whole number belongs",
+      "--config.epochs=ten",
+      "flag --config.epochs=ten: invalid literal for int() with base 10: 'ten'",
+    ),
+    Case(
+      "A fraction where a whole number belongs",
+      "--config.epochs=1.5",
+      "flag --config.epochs=1.5: invalid literal for int() with base 10: '1.5'",
+    ),
+    Case(
+      "A number out of range",
+      "--config.epochs=0",
+      "config.epochs is 0; it must be at least 1",
+    ),
+    Case(
+      "T = 0, no step to look ahead",
+      "--config.bilevel.num_inner_steps=0",
+      "config.bilevel.num_inner_steps is 0; it must be at least 1",
+    ),
+    Case(
+      "A seed below 0",
+      "--config.seed=-1",
+      "config.seed is -1; it must be 0 or more, below 2**63",
+    ),
+    Case(
+      "A learning rate of infinity",
+      "--config.optimizer.learning_rate=inf",
+      "config.optimizer.learning_rate is inf; it must be finite and more "
+      "than 0",
+    ),
+    Case(
+      "A momentum of 1",
+      "--config.optimizer.momentum=1",
+      "config.optimizer.momentum is 1.0; it must be at least 0 and less than 1",
+    ),
+    Case(
+      "An unknown method",
+      "--config.method=l2t",
+      "config.method is 'l2t'; it must be one of scratch, finetune, lwf, "
+      "at, lwf_at, kd, fm_single, fm_one_to_one, fm_all_to_all, "
+      "l2t_w_single, l2t_w_one_to_one, l2t_ww",
+    ),
+    Case(
+      "An unknown precision",
+      "--config.precision=f16",
+      "config.precision is 'f16'; it must be one of f32, tf32, bf16",
+    ),
+    Case(
+      "An unknown tracker",
+      "--config.trackers=('tensorbord',)",
+      "config.trackers has 'tensorbord'; there are tensorboard, wandb, mlflow",
+    ),
+    Case(
+      "A target that is no bundled network",
+      "--config.target.model=vgg",
+      "unknown model 'vgg'; it must be one of resnet_tiny, resnet20, "
+      "resnet32, resnet18, resnet34, resnet50, vgg9, vgg_tiny, or a "
+      "function of your own as 'package.module:function'",
+    ),
+    Case(
+      "A target that cannot be imported",
+      "--config.target.model=no_such.module:make",
+      "cannot import the model 'no_such.module:make': ModuleNotFoundError: "
+      "No module named 'no_such'",
+    ),
+    Case(
+      "A target whose file is no Python",
+      "--config.target.model=mine:Net",
+      "cannot import the model 'mine:Net': SyntaxError: invalid syntax "
+      "(mine.py, line 1)",
+      _write("mine.py", "def make(:"),
+    ),
+    Case(
+      "A function that makes no network of classes",
+      "--config.target.model=mine:Net",
+      "the model 'mine:Net' cannot be called with num_classes: got an "
+      "unexpected keyword argument 'num_classes'",
+      _write("mine.py", "def Net(): pass"),
+    ),
+    Case(
+      "A task of one's own that is none",
+      "--config.target.task=mine:TASK",
+      "the task 'mine:TASK' is a int; it must be a l2t_jax.types.Task",
+      _write("mine.py", "TASK = 3"),
+    ),
+    Case(
+      "Fewer outputs than classes",
+      "--config.target.num_outputs=1",
+      "the target's outputs are ['B', 1], but the data have 2 classes; it "
+      "needs a logit for each",
+    ),
+    Case(
+      "Several targets an image, and no number of outputs",
+      f"{_SCRATCH} --config.target.task=examples.tasks:PRESENCE",
+      "the data have 10 targets for each image, but the target's outputs are "
+      "['B', 1]; set config.target.num_outputs: 10 is one for each target, 1 "
+      "leaves it as it is",
+      _data(y_train=None, t_train=np.zeros((64, 10), np.int32)),
+    ),
+    Case(
+      "No source weights for a method that needs them",
+      "--config.source.weights=",
+      "method 'l2t_ww' needs config.source.weights: a file made by python "
+      "-m l2t_jax.pretrained, or target.safetensors of another run",
+    ),
+    Case(
+      "A source that the config file has not",
+      "--config.sources.big.weights=x",
+      "--config.sources.big.weights=x: small.py has no such source; sources"
+      " are added in a config file, config.sources.NAME = default.source()",
+    ),
+    Case(
+      "A config file that does not exist",
+      "--config=nope.py",
+      "--config=nope.py: there is no file 'nope.py'; name a config file, "
+      "such as configs/stl10.py, or config.json of a run",
+    ),
+    Case(
+      "A config file without `get_config`",
+      "--config=mine.py",
+      "--config=mine.py: AttributeError: the file has no attribute "
+      "'get_config'",
+      _write("mine.py", "x = 1"),
+    ),
+    Case(
+      "A config file that sets a wrong type",
+      "--config=mine.py",
+      "--config=mine.py: TypeError: Could not override field 'epochs' "
+      "(reference). ten is of original type <class 'str'> and cannot be "
+      "casted to type <class 'int'>",
+      _write(
+        "mine.py",
+        "from tests import bad_input",
+        "def get_config():",
+        "  config = bad_input.get_config()",
+        "  config.epochs = 'ten'",
+        "  return config",
+      ),
+    ),
+    Case(
+      "A config file that needs an absent package",
+      "--config=mine.py",
+      "--config=mine.py: ModuleNotFoundError: No module named "
+      "'no_such_package'",
+      _write("mine.py", "import no_such_package"),
+    ),
+    Case(
+      "A config.json with a field of another version",
+      "--config=config.json",
+      "unknown field config.epoch; did you mean config.epochs? "
+      "l2t_jax/config.py lists all fields",
+      _write("config.json", '{"epoch": 3}'),
+    ),
+    Case(
+      "A config.json that was cut off",
+      "--config=config.json",
+      "--config=config.json is not JSON: Expecting value: line 1 column 12 "
+      "(char 11)",
+      _write("config.json", '{"epochs": '),
+    ),
+    Case(
+      "A config file with a field of its own",
+      "--config=mine.py",
+      "unknown field config.data.per_clas; did you mean "
+      "config.data.per_class? l2t_jax/config.py lists all fields",
+      _write(
+        "mine.py",
+        "from tests import bad_input",
+        "def get_config():",
+        "  config = bad_input.get_config()",
+        "  with config.unlocked():",
+        "    config.data.per_clas = 5",
+        "  return config",
+      ),
+    ),
+    Case(
+      "An argument without dashes",
+      "epochs=3",
+      "unexpected argument 'epochs=3'; set a field as --config.field=value",
+    ),
+    Case(
+      "A table of no seeds",
+      "--methods=scratch --seeds=0",
+      "flag --seeds=0: 0 is not a positive integer",
+      command=TABLE,
+    ),
+    Case(
+      "A table with a number out of range",
+      "--methods=scratch --config.epochs=0",
+      "config.epochs is 0; it must be at least 1",
+      command=TABLE,
+    ),
+    Case(
+      "A table with an unknown method",
+      "--methods=scratch,l2t",
+      "unknown method 'l2t'; the methods are scratch, finetune, lwf, at, "
+      "lwf_at, kd, fm_single, fm_one_to_one, fm_all_to_all, l2t_w_single, "
+      "l2t_w_one_to_one, l2t_ww",
+      command=TABLE,
+    ),
+    Case(
+      "A table with a column twice",
+      "--methods=scratch --config=small.py,small.py",
+      "there are two columns named 'small'",
+      command=TABLE,
+    ),
+    Case(
+      "A table with two columns in one folder",
+      "--methods=scratch --sweep=transfer.map=a/map.npz,a_map.npz",
+      "the columns 'map=a/map.npz' and 'map=a_map.npz' would share the folder "
+      "map=a_map.npz; rename what one of them names, or give each a --workdir "
+      "of its own",
+      command=TABLE,
+    ),
+    Case(
+      "A table of no share",
+      "--methods=scratch --shard=5/4",
+      "--shard=5/4 must be I/N with I from 1 to N, such as 2/4",
+      command=TABLE,
+    ),
+  ),
+  "Pairs, taps and maps": (
+    Case(
+      "An unknown tap",
+      "--config.source.taps=('stage9',)",
+      "unknown tap 'stage9'; the network's taps are stage1_block1, "
+      "stage2_block1, stage3_block1, penultimate",
+    ),
+    Case(
+      "A tap [B, C] instead of [B, H, W, C]",
+      f"{_MINE} --config.target.taps=('hidden',)",
+      "tap 'hidden' has the shape ['B', 16]; taps are maps [B, H, W, C], or"
+      " tokens [B, N, C] where N is a square number, or one more with a "
+      "class token; none of these is 0",
+      _NETWORK,
+    ),
+    Case(
+      "A pair with a layer [B, C]",
+      f"{_MINE} --config.transfer.pairs=stage1_block1->hidden",
+      "pair 'stage1_block1->hidden': tap 'hidden' has the shape ['B', 16]; "
+      "taps are maps [B, H, W, C], or tokens [B, N, C] where N is a square "
+      "number, or one more with a class token; none of these is 0",
+      _NETWORK,
+    ),
+    Case(
+      "A tap without channels",
+      f"{_MINE} --config.target.taps=('empty',)",
+      "tap 'empty' has the shape ['B', 8, 8, 0]; taps are maps [B, H, W, "
+      "C], or tokens [B, N, C] where N is a square number, or one more with"
+      " a class token; none of these is 0",
+      _NETWORK,
+    ),
+    Case(
+      "A pair of an unknown source tap",
+      "--config.transfer.pairs=stage9->conv1",
+      "pair 'stage9->conv1': unknown source tap 'stage9'; the source's taps"
+      " are stage1_block1, stage2_block1, stage3_block1, penultimate",
+    ),
+    Case(
+      "No pairs of equal resolution",
+      "--config.transfer.pairs=one_to_one --config.source.image_size=24",
+      "pairs 'one_to_one': no source tap has the resolution of a target tap"
+      " (stage1_block1 24x24, stage2_block1 12x12, stage3_block1 6x6; conv1"
+      " 8x8, conv2 4x4, conv3 2x2); use 'nearest', 'all_to_all' or list the"
+      " pairs",
+    ),
+    Case(
+      "No pairs in the list",
+      "--config.transfer.pairs=,",
+      "unknown pair set ','; use one of single, one_to_one, nearest, "
+      "all_to_all, or a list such as 'stage1_block5->conv2, "
+      "stage3_block5->conv8'",
+    ),
+    Case(
+      "A pair twice",
+      "--config.transfer.pairs=stage1_block1->conv1,stage1_block1->conv1",
+      "pair 'stage1_block1->conv1' is listed twice",
+    ),
+    Case(
+      "A pair without an arrow",
+      "--config.transfer.pairs=stage1_block1>conv1",
+      "unknown pair set 'stage1_block1>conv1'; use one of single, "
+      "one_to_one, nearest, all_to_all, or a list such as "
+      "'stage1_block5->conv2, stage3_block5->conv8'",
+    ),
+    Case(
+      "A chain instead of a pair",
+      "--config.transfer.pairs=stage1_block1->conv1->conv2",
+      "pair 'stage1_block1->conv1->conv2' is not of the form 'source->target'",
+    ),
+    Case(
+      "A map that does not exist",
+      "--config.transfer.map=map.json",
+      "map.json cannot be read (No such file or directory); name the "
+      "transfer_map.json of a finished run.",
+    ),
+    Case(
+      "A map that is no JSON",
+      "--config.transfer.map=map.json",
+      "map.json is not JSON (Expecting property name enclosed in double "
+      "quotes: line 1 column 2 (char 1)).",
+      _write("map.json", "{"),
+    ),
+    Case(
+      "A map of other networks",
+      "--config.transfer.map=map.json",
+      "pair 'layer1->conv1': unknown source tap 'layer1'; the source's taps"
+      " are stage1_block1, stage2_block1, stage3_block1, penultimate",
+      _map(source="layer1"),
+    ),
+    Case(
+      "A map of other widths",
+      "--config.transfer.map=map.json",
+      "map.json: pair stage1_block1->conv1 has 1 channel weights, but the "
+      "source tap has 16 channels",
+      _map(),
+    ),
+    Case(
+      "A map and a list of pairs",
+      "--config.transfer.map=map.json --config.transfer.pairs=nearest",
+      "config.transfer.map is 'map.json' and decides what "
+      "config.transfer.pairs would; leave that at ''",
+    ),
+  ),
+  "Data": (
+    Case(
+      "An npz file that does not exist",
+      "--config.data.path=nope.npz",
+      "there is no file 'nope.npz'; an .npz file is needed",
+    ),
+    Case(
+      "A file that is no npz",
+      "",
+      "'data.npz' is no npz file of plain arrays",
+      _write("data.npz", "no arrays"),
+    ),
+    Case(
+      "An npz without labels",
+      "",
+      "'data.npz' lacks 'y_train'; its keys are x_train",
+      _data(y_train=None),
+    ),
+    Case(
+      "An npz without images",
+      "",
+      "'data.npz': x_train is empty, [0, 8, 8, 1]; give it images",
+      _data(x_train=_X[:0], y_train=_Y[:0]),
+    ),
+    Case(
+      "NaN among the pixels",
+      "",
+      "'data.npz': x_train is float32 [64, 8, 8], but must be uint8 [N, H, "
+      "W] or [N, H, W, 1 or 3]",
+      _data(x_train=_with_nan(_X)),
+    ),
+    Case(
+      "NaN among the targets of a task",
+      "--config.target.task=examples.tasks:ANGLE",
+      "'data.npz': t_train has 1 values that are NaN or infinite; leave "
+      "these images out",
+      _data(y_train=None, t_train=_with_nan(_X[:, 0, 0])),
+    ),
+    Case(
+      "A label for every image but one",
+      "",
+      "'data.npz': y_train is int64 [63], but must be integer [64], one "
+      "label per image of x_train",
+      _data(y_train=_Y[:-1]),
+    ),
+    Case(
+      "A label below 0",
+      "",
+      "'data.npz': y_train has label -1, but labels start at 0",
+      _data(y_train=_Y - 1),
+    ),
+    Case(
+      "A label beyond the class names",
+      "",
+      "'data.npz' has label 1, but class_names has only 1 entries",
+      _data(class_names=["cat"]),
+    ),
+    Case(
+      "A label that leaves classes without images",
+      "",
+      "253 of 256 classes have no training images: 2, 3, 4, 5, 6 and 248 "
+      "more; number the labels from 0 without gaps, or name the classes to "
+      "keep in data.classes",
+      _data(y_train=np.where(np.arange(64) == 5, 255, _Y)),
+    ),
+    Case(
+      "One class only",
+      "",
+      "the data have 1 class, '0'; to classify, at least 2 are needed",
+      _data(y_train=0 * _Y),
+    ),
+    Case(
+      "Test images that are training images",
+      "",
+      "'data.npz': 20 of 20 images of x_test are in x_train, too; each "
+      "image belongs into one of them",
+      _data(x_test=_X[:20], y_test=_Y[:20]),
+    ),
+    Case(
+      "A split that overlaps",
+      _SPLIT,
+      "the split file has 2 images in both val and test, the first of them 50",
+      _split(a_test=np.arange(50, 64)),
+    ),
+    Case(
+      "A split whose test images train",
+      _SPLIT,
+      "the split file has 10 images in both train and test, the first of "
+      "them 30",
+      _split(a_test=np.arange(30, 40)),
+    ),
+    Case(
+      "A split with an index twice",
+      _SPLIT,
+      "'split.npz': a_val has index 40 more than once",
+      _split(a_val=np.array([40, 41, 40])),
+    ),
+    Case(
+      "A split with an index beyond the images",
+      _SPLIT,
+      "'split.npz': a_test goes from 63 to 64, but the data set has the "
+      "indices 0 to 63",
+      _split(a_test=np.array([63, 64])),
+    ),
+    Case(
+      "A split without a part",
+      _SPLIT,
+      "'split.npz' lacks 'a_val'; its keys are a_test, a_train",
+      _split(a_val=None),
+    ),
+    Case(
+      "A split with an empty part",
+      _SPLIT,
+      "'split.npz': a_val has no images of the classes that are kept; give "
+      "it some",
+      _split(a_val=np.arange(0)),
+    ),
+    Case(
+      "No share for validation",
+      "--config.data.val_fraction=0",
+      "there are no validation images to choose the best epoch by; set "
+      "config.data.val_fraction above 0",
+    ),
+    Case(
+      "A share that is NaN",
+      "--config.data.val_fraction=nan",
+      "val_fraction nan and test_fraction 0.25 must not be negative, and "
+      "their sum must be below 1",
+    ),
+    Case(
+      "Shares that leave nothing to train on",
+      "--config.data.val_fraction=0.5 --config.data.test_fraction=0.5",
+      "val_fraction 0.5 and test_fraction 0.5 must not be negative, and "
+      "their sum must be below 1",
+    ),
+    Case(
+      "A batch larger than the data",
+      "--config.batch_size=64",
+      "batch_size is 64, but there are only 32 training images",
+    ),
+    Case(
+      "More images of a class than there are",
+      "--config.data.per_class=40",
+      "per_class is 40, but class '0' has only 16 training images",
+    ),
+    Case(
+      "Images without labels, but none are left over",
+      "--config.data.unlabeled=True",
+      "unlabeled is True, but per_class is 0 and leaves no images over; set"
+      " it or give an unlabeled_path",
+    ),
+    Case(
+      "A class that the data have not",
+      "--config.data.classes=(0,7)",
+      "classes has 7, but the classes are 0: 0, 1: 1",
+    ),
+    Case(
+      "Images too small for the network",
+      "--config.data.image_size=2",
+      "maps of 1x1 are too small for a max-pool of 2x2; use larger images "
+      "or a network with fewer pools",
+    ),
+    Case(
+      "An unknown augmentation",
+      "--config.data.augment=flip",
+      "augment 'flip' is not possible when images are in memory; possible: "
+      "none, crop, crop_flip",
+    ),
+    Case(
+      "Four channels",
+      "--config.data.channels=4",
+      "channels is 4, but must be 1 (grey) or 3 (RGB)",
+    ),
+    Case(
+      "A mean that is text",
+      "--config.data.mean=('a',)",
+      "mean is ('a',); its values must be finite numbers",
+    ),
+    Case(
+      "A deviation of 0",
+      "--config.data.std=(0.0,)",
+      "std is (0.0,); its values must be finite numbers above 0",
+    ),
+    Case(
+      "Three means for one channel",
+      "--config.data.mean=(0.4,0.5,0.6)",
+      "mean (0.4, 0.5, 0.6) must have 1 or channels=1 values",
+    ),
+    Case(
+      "An unknown kind of data",
+      "--config.data.source=zip",
+      "source 'zip' is unknown; possible: bundled, npz, folder, tfds",
+    ),
+    Case(
+      "An unknown bundled data set",
+      "--config.data.source=bundled --config.data.name=letters",
+      "bundled data set 'letters' is unknown; possible: mnist, digits",
+    ),
+    Case(
+      "No bundled data set named",
+      "--config.data.source=bundled",
+      "source 'bundled' needs data.name",
+    ),
+    Case(
+      "A folder that does not exist",
+      _FOLDER,
+      "there is no folder 'images'",
+    ),
+    Case(
+      "An empty folder",
+      _FOLDER,
+      "folder 'images' has no subfolders; one per class is needed",
+      lambda folder: (folder / "images").mkdir(),
+    ),
+    Case(
+      "A class without images",
+      _FOLDER,
+      "folder 'images/cow' has no images; their names end in .bmp, .gif, "
+      ".jfif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp",
+      _pictures(lambda images: (images / "cow").mkdir()),
+    ),
+    Case(
+      "A class that only validation has",
+      _FOLDER,
+      "folder 'images/val' must have the same classes as train; only one of"
+      " the two has cow, dog",
+      _pictures(
+        lambda images: (images / "val" / "dog").rename(images / "val" / "cow"),
+        parts=("train", "val"),
+      ),
+    ),
+    Case(
+      "Validation images under another name",
+      _FOLDER,
+      "folder 'images/valid' would be left out: beside train, validation images"
+      " are those of val; call it so, or move it elsewhere",
+      _pictures(parts=("train", "valid")),
+    ),
+    Case(
+      "A folder of one class",
+      _FOLDER,
+      "the data have 1 class, 'cat'; to classify, at least 2 are needed",
+      _pictures(names=("cat",)),
+    ),
+    Case(
+      "An image that was cut off",
+      _FOLDER,
+      "image images/dog/3.png cannot be read (OSError); replace or remove it",
+      _pictures(lambda images: _cut(images / "dog" / "3.png")),
+    ),
+    Case(
+      "Text that is called an image",
+      _FOLDER,
+      "image images/dog/3.png cannot be read (UnidentifiedImageError); "
+      "replace or remove it",
+      _pictures(lambda images: (images / "dog" / "3.png").write_text("hello")),
+    ),
+    Case(
+      "Test images that link to training images",
+      _FOLDER,
+      "5 of 32 images of test are images of train, too, such as "
+      "images/test/dog/0.png; each image belongs into one of them",
+      _pictures(
+        lambda images: [
+          _link(
+            images / "test" / "dog" / f"{number}.png",
+            images / "train" / "dog" / f"{number + 3}.png",
+          )
+          for number in range(5)
+        ],
+        parts=("train", "test"),
+      ),
+    ),
+    Case(
+      "A copy of the training images as test images",
+      _FOLDER,
+      "32 of 32 images of test are images of train, too, such as "
+      "images/test/cat/0.png; each image belongs into one of them",
+      _pictures(
+        lambda images: shutil.copytree(images / "train", images / "test"),
+        parts=("train",),
+      ),
+    ),
+    Case(
+      "An image with pixels of 32 bits",
+      _FOLDER,
+      "image images/dog/3.tif has pixels of 32 bits (floats), of which nothing "
+      "says what is black and what is white; save it with 8 bits, or with 16",
+      _pictures(
+        lambda images: PIL.Image.new("F", (SIZE, SIZE)).save(
+          images / "dog" / "3.tif"
+        )
+      ),
+    ),
+    Case(
+      "A link that leads nowhere",
+      _FOLDER,
+      "image images/test/dog/3.png cannot be read (FileNotFoundError); "
+      "replace or remove it",
+      _pictures(
+        lambda images: _link(
+          images / "test" / "dog" / "3.png", images / "nowhere"
+        ),
+        parts=("train", "test"),
+      ),
+    ),
+    Case(
+      "An image to classify that does not exist",
+      "run nope.png",
+      "there is no image or folder nope.png",
+      _run_of(),
+      command=PREDICT,
+    ),
+  ),
+  "Weights": (
+    Case(
+      "Weights that do not exist",
+      "--config.source.weights=nope.safetensors",
+      "no source weights at nope.safetensors; convert a checkpoint (python "
+      "-m l2t_jax.pretrained) or take target.safetensors of another run",
+    ),
+    Case(
+      "A file that was not converted",
+      "",
+      "source.safetensors was not written by l2t_jax; convert it first: "
+      "python -m l2t_jax.pretrained source.safetensors OUT.safetensors "
+      "--model=...",
+      _both(
+        _checkpoint(),
+        lambda folder: (folder / "in.safetensors").rename(
+          folder / "source.safetensors"
+        ),
+      ),
+    ),
+    Case(
+      "A file that was cut off",
+      "",
+      "source.safetensors is not a whole safetensors file: Error while "
+      "deserializing header: incomplete metadata, file not fully covered",
+      _both(
+        _source(), lambda folder: _cut(folder / "source.safetensors", 9000)
+      ),
+    ),
+    Case(
+      "An empty file",
+      "",
+      "source.safetensors is not a whole safetensors file: Error while "
+      "deserializing header: header too small",
+      _write("source.safetensors", ""),
+    ),
+    Case(
+      "A tensor is missing",
+      "",
+      "source.safetensors: resnet_tiny on images of 8x8x1 does not fit its "
+      "weights: params/fc/bias is missing, expected [5]",
+      _source({"params/fc/bias": None}),
+    ),
+    Case(
+      "A tensor has another shape",
+      "",
+      "source.safetensors: resnet_tiny on images of 8x8x1 does not fit its "
+      "weights: params/fc/bias is [7], expected [5]",
+      _source({"params/fc/bias": np.zeros(7, np.float32)}),
+    ),
+    Case(
+      "A tensor has NaN",
+      "",
+      "source.safetensors: 1 of 5 values of params/fc/bias are NaN or "
+      "infinite; take weights of a run that did not diverge",
+      _source({"params/fc/bias": _with_nan(np.zeros(5))}),
+    ),
+    Case(
+      "Weights of another network than the file says",
+      "",
+      "source.safetensors: vgg_tiny on images of 8x8x1 does not fit its "
+      "weights: batch_stats/block1/bn1/mean is [16], expected missing",
+      _source(model="vgg_tiny"),
+    ),
+    Case(
+      "Weights of an unknown network",
+      "",
+      "source.safetensors: unknown model 'vgg_large'; it must be one of "
+      "resnet_tiny, resnet20, resnet32, resnet18, resnet34, resnet50, vgg9,"
+      " vgg_tiny, or a function of your own as 'package.module:function'",
+      _source(model="vgg_large"),
+    ),
+    Case(
+      "A number of classes that is none",
+      "",
+      "source.safetensors says that its num_classes is 'ten', which no run "
+      "writes; convert or train it again",
+      _source(num_classes="ten"),
+    ),
+    Case(
+      "Weights for grey images, but said to be for RGB",
+      "",
+      "source.safetensors: resnet_tiny on images of 8x8x3 does not fit its "
+      "weights: params/conv1/kernel is [3, 3, 1, 16], expected [3, 3, 3, "
+      "16]",
+      _source(channels="3"),
+    ),
+    Case(
+      "A source deviation of infinity",
+      "--config.source.std=(1e999,)",
+      "config.source.std is (inf,); its values must be finite numbers above 0",
+    ),
+    Case(
+      "Two source means for one channel",
+      "--config.source.mean=(0.1,0.2)",
+      "mean of the source source.safetensors is (0.1, 0.2), but it sees "
+      "images of 1 channels; set its field mean to 1 values",
+    ),
+    Case(
+      "Fine-tuning from another architecture",
+      "--config.method=finetune",
+      "fine-tuning needs a source of the target's architecture, but only 0 "
+      "of 20 arrays of the target have a namesake of their shape in the "
+      "source; use a transfer method",
+    ),
+    Case(
+      "Distillation from a source of other classes",
+      "--config.method=kd",
+      "method 'kd' needs the source's classes to be the target's: the "
+      "source has 5, the data have 2; use 'lwf'",
+    ),
+    Case(
+      "Distillation from a source of as many other classes",
+      f"--config.method=kd {_FOLDER}",
+      "method 'kd' needs the source's classes to be the target's: the source"
+      " has 'bird' as class 0, the data have 'cat'; use 'lwf'",
+      _both(
+        _pictures(names=("cat", "dog", "eel", "fox", "gnu")),
+        _source(class_names='["bird", "cat", "dog", "eel", "fox"]'),
+      ),
+    ),
+    Case(
+      "A converted file where a run belongs",
+      "source.safetensors data.npz",
+      "source.safetensors was converted and not trained by l2t_jax: it says"
+      " nothing of its images and classes",
+      command=PREDICT,
+    ),
+    Case(
+      "A checkpoint that does not exist",
+      _CONVERTED,
+      "no checkpoint at in.safetensors",
+      command=CONVERT,
+    ),
+    Case(
+      "No network named for a checkpoint",
+      "in.pth out.safetensors",
+      "the following arguments are required: --model; see --help",
+      command=CONVERT,
+    ),
+    Case(
+      "A checkpoint without a tensor",
+      _CONVERTED,
+      "the checkpoint does not fit the network: fc.bias [5] is missing; "
+      "choose the network that it was trained with",
+      _checkpoint({"fc.bias": None}),
+      command=CONVERT,
+    ),
+    Case(
+      "A checkpoint with another shape",
+      _CONVERTED,
+      "the checkpoint does not fit the network: fc.bias has shape [7], not "
+      "[5]; choose the network that it was trained with",
+      _checkpoint({"fc.bias": np.zeros(7, np.float32)}),
+      command=CONVERT,
+    ),
+    Case(
+      "A checkpoint without a classifier",
+      _CONVERTED,
+      "in.safetensors has 0 linear layers, expected 1: the classifier",
+      _checkpoint({"fc.weight": None}),
+      command=CONVERT,
+    ),
+    Case(
+      "A checkpoint with infinity",
+      _CONVERTED,
+      "in.safetensors: 5 of 5 values of params/fc/bias are NaN or infinite; "
+      "take weights of a run that did not diverge",
+      _checkpoint({"fc.bias": np.full(5, np.inf, np.float32)}),
+      command=CONVERT,
+    ),
+    Case(
+      "A checkpoint that was cut off",
+      _CONVERTED,
+      "in.safetensors is not a whole safetensors file: Error while "
+      "deserializing header: incomplete metadata, file not fully covered",
+      _both(
+        _checkpoint(), lambda folder: _cut(folder / "in.safetensors", 9000)
+      ),
+      command=CONVERT,
+    ),
+    Case(
+      "A pickle that tries to run code",
+      "in.pth out.safetensors --model=resnet_tiny",
+      "in.pth cannot be read safely (weights_only): it asks to run exec, "
+      "and its code is never run; save a state_dict() of tensors alone",
+      _pickle,
+      command=CONVERT,
+      needs="torch",
+    ),
+    Case(
+      "Text that is called a checkpoint",
+      "in.pth out.safetensors --model=resnet_tiny",
+      "in.pth cannot be read safely (weights_only): it is no checkpoint of "
+      "PyTorch, or not a whole one; save a state_dict() of tensors alone",
+      _write("in.pth", "weights"),
+      command=CONVERT,
+      needs="torch",
+    ),
+  ),
+  "Workdir": (
+    Case(
+      "A file in its place",
+      "",
+      "cannot use --workdir=run: File exists; give a folder that can be "
+      "written",
+      _write("run", ""),
+    ),
+    Case(
+      "A folder within a file",
+      "--workdir=run/first",
+      "cannot use --workdir=run/first: Not a directory; give a folder that "
+      "can be written",
+      _write("run", ""),
+    ),
+    Case(
+      "Another run's folder",
+      "",
+      "run holds a run of another config: epochs was 3, is 1; use another "
+      "--workdir",
+      _run_of(epochs=3),
+    ),
+    Case(
+      "A config.json that a disk damaged",
+      "",
+      "run/config.json is damaged (Expecting value: line 1 column 12 (char "
+      "11)); mend or delete it, or use another --workdir",
+      _write("run/config.json", '{"epochs": '),
+    ),
+    Case(
+      "A folder that is read-only",
+      "",
+      "cannot use --workdir=run: Permission denied; give a folder that can "
+      "be written",
+      lambda folder: (folder / "run").mkdir(mode=0o555),
+      code=CANNOT,
+    ),
+    Case(
+      "A new folder in one that is read-only",
+      "--workdir=runs/first",
+      "cannot use --workdir=runs/first: Permission denied; give a folder "
+      "that can be written",
+      lambda folder: (folder / "runs").mkdir(mode=0o555),
+      code=CANNOT,
+    ),
+    Case(
+      "No folder named",
+      "--workdir=",
+      "flags workdir=, plan=False: --workdir must name a folder",
+    ),
+    Case(
+      "A folder without a run",
+      "run data.npz",
+      "there is no target.safetensors in run; a run leaves it with its "
+      "first epoch",
+      command=PREDICT,
+    ),
+    Case(
+      "A report of a folder without a run",
+      "run",
+      "there is no run in run: no config.json of one; name the --workdir of"
+      " train.py or of a table",
+      command=REPORT,
+    ),
+  ),
+  "Accepted": (
+    Case(
+      "Grey images for a network of RGB",
+      _RGB,
+      "converted: three equal channels",
+      _pictures(mode="L"),
+      code=0,
+    ),
+    Case(
+      "Images with transparency (RGBA)",
+      _RGB,
+      "converted to RGB: transparency is dropped",
+      _pictures(mode="RGBA"),
+      code=0,
+    ),
+    Case(
+      "Images of 16 bits",
+      _RGB,
+      "converted: the upper 8 bits",
+      _pictures(mode="I;16"),
+      code=0,
+    ),
+    Case(
+      "Colour images for a network of grey ones",
+      f"{_FOLDER} {_SCRATCH}",
+      "converted to luminance",
+      _pictures(),
+      code=0,
+    ),
+  ),
+}
+
+if __name__ == "__main__":
+  print(page(), end="")
