@@ -37,7 +37,7 @@ def images_of(predictor, count):
 
 def test_pytorch_computes_the_same(tmp_path):
   torch = pytest.importorskip("torch")
-  from tests import torch_resnet
+  from tests.support import torch_resnet
 
   predictor = make_predictor(models.create("resnet18", 6), (32, 32, 3))
   export.write(predictor, tmp_path / "target.pt")

@@ -899,7 +899,7 @@ def test_workers_end_with_a_killed_process(tmp_path):
 
 _READ_AND_WAIT = """
 import multiprocessing, sys
-from tests import test_data
+from tests.data import test_data
 if __name__ == "__main__":
   batches = test_data.streamed(sys.argv[1], num_workers=2).train_batches(0)
   next(batches)

@@ -68,7 +68,7 @@ def test_torchvision_layout_computes_the_same(
   name, stage_sizes, num_convs, x64
 ):
   torch = pytest.importorskip("torch")
-  from tests import torch_resnet
+  from tests.support import torch_resnet
 
   tensors = torchvision_tensors(stage_sizes, num_convs)
   module = models.create(name, 10)
