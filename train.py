@@ -11,7 +11,7 @@ one, each process gets the same command and --distributed.
 from absl import flags
 
 from l2t_jax import cli
-from l2t_jax.run import plan, train
+from l2t_jax.run import from_config, plan
 from l2t_jax.runtime import distributed
 
 flags.declare_key_flag("workdir")
@@ -51,9 +51,10 @@ def main(overrides: list[str]) -> None:
   with distributed.ending_together():
     config = cli.load_config(_CONFIG.value, overrides)
     if _PLAN.value:
-      plan.show(plan.make(config))
+      from_config.check(config)
+      plan.show(plan.make(from_config.resolve(config)))
     else:
-      train.train_and_evaluate(config, flags.FLAGS.workdir)
+      from_config.train_and_evaluate(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import models, types
+from l2t_jax import data, models, types
 import l2t_jax.config
 from l2t_jax.data import from_arrays
-from l2t_jax.method import objectives
-from l2t_jax.run import setup
+from l2t_jax.run import experiments, from_config
+from l2t_jax.run import setup as setups
 from l2t_jax.runtime import compilation, cpu_lowering, sharding
 
 LEARNING_RATE = 0.01
@@ -37,9 +37,9 @@ class Setting(NamedTuple):
 
 
 class Iteration(NamedTuple):
-  """A run with what its training step starts from."""
+  """A setup with what its training step starts from."""
 
-  run: setup.Run
+  setup: setups.Setup
   state: types.TrainState
   batch: types.Batch
 
@@ -51,7 +51,6 @@ def create(setting: Setting) -> Iteration:
   config.method, config.precision = setting.method, setting.precision
   config.batch_size = setting.batch_size
   config.data.image_size, config.data.augment = setting.image_size, "none"
-  config.target.model = setting.target
   config.transfer.pairs = setting.pairs
   config.optimizer.learning_rate = LEARNING_RATE
   config.bilevel.num_inner_steps = setting.num_inner_steps
@@ -59,33 +58,34 @@ def create(setting: Setting) -> Iteration:
   names = [f"source{i}" for i in range(setting.num_sources)]
   if setting.num_sources == 1:
     names = [""]
-  else:
-    config.sources = {name: l2t_jax.config.source() for name in names}
-  given = setup.Given(data=_random_images(setting))
-  if objectives.get_method(setting.method).needs_source:
-    given = given._replace(
-      sources={
+  dtype, _ = compilation.PRECISIONS[setting.precision]
+  setup = setups.build(
+    experiments.Experiment(
+      models.create(setting.target, _NUM_CLASSES, dtype),
+      _random_images(setting),
+      data.DataFields(**config.data.to_dict()),
+      from_config.settings(config),
+      {
         name: _random_source(setting, jax.random.key(i))
         for i, name in enumerate(names, start=1)
-      }
+      },
     )
-  run = setup.build(config, given)
+  )
   leading = (setting.num_seeds,) if setting.num_seeds > 1 else ()
-  states = [run.create_state(seed) for seed in range(setting.num_seeds)]
+  states = [setup.create_state(seed) for seed in range(setting.num_seeds)]
   state = states[0]
   if leading:
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-  return Iteration(run, state, _random_batch(run, leading))
+  return Iteration(setup, state, _random_batch(setup, leading))
 
 
 def compile_iteration(
   setting: Setting, iteration: Iteration
 ) -> compilation.Program:
   """Compile a step as `train.py` does; its state is donated."""
-  with jax.default_matmul_precision(
-    l2t_jax.config.PRECISIONS[setting.precision][1]
-  ):
-    return setup.compile_step(
+  _, precision = compilation.PRECISIONS[setting.precision]
+  with jax.default_matmul_precision(precision):
+    return setups.compile_step(
       *iteration, num_seeds=setting.num_seeds, mode=setting.mode
     ).result()
 
@@ -102,17 +102,17 @@ def _random_images(setting):
 
 
 def _random_source(setting, key):
-  dtype = l2t_jax.config.PRECISIONS[setting.precision][0]
+  dtype, _ = compilation.PRECISIONS[setting.precision]
   network = models.create(setting.source, _NUM_SOURCE_CLASSES, dtype)
   shape = (setting.image_size, setting.image_size, 3)
-  return setup.SourceNetwork(network, *models.init(network, key, shape))
+  return experiments.Source(network, *models.init(network, key, shape))
 
 
-def _random_batch(run, leading):
+def _random_batch(setup, leading):
   rng = np.random.default_rng(0)
-  images, labels, _ = run.blank_batch
+  images, labels, _ = setup.blank_batch
   batch = types.Batch(
     rng.standard_normal((*leading, *images.shape)).astype(np.float32),
     rng.integers(0, _NUM_CLASSES, (*leading, *labels.shape), np.int32),
   )
-  return sharding.shard(batch, run.mesh, axis=len(leading))
+  return sharding.shard(batch, setup.mesh, axis=len(leading))

@@ -322,7 +322,7 @@ class Start(NamedTuple):
 
 def from_jax(
   state: types.TrainState,
-  source: training.Source,
+  source: training.Variables,
   pairs: Sequence[pair_sets.Pair],
   place: Callable[[torch.Tensor], torch.Tensor],
 ) -> Start:

@@ -43,7 +43,6 @@ import numpy as np
 from rich import console, table
 
 from benchmarks import cases
-import l2t_jax.config
 from l2t_jax.method import bilevel
 from l2t_jax.runtime import compilation
 
@@ -129,7 +128,7 @@ def _our_timer(setting):
 
   def run():
     latest["state"], _ = program.call(
-      latest["state"], iteration.run.sources, iteration.batch
+      latest["state"], iteration.setup.sources, iteration.batch
     )
 
   case = Case(
@@ -163,8 +162,8 @@ def peer_timers(setting: cases.Setting, peer: Peer) -> list[Timer]:
   iteration = cases.create(setting)
   start = peer_torch.from_jax(
     iteration.state,
-    iteration.run.sources[""],
-    iteration.run.pairs,
+    iteration.setup.sources[""],
+    iteration.setup.problem.pairs,
     place,
   )
   images = place(
@@ -273,7 +272,7 @@ def main() -> None:
       if case.what != "plain" or case.setting not in known
     ]
   ceilings = {
-    name: ceiling(*l2t_jax.config.PRECISIONS[name])
+    name: ceiling(*compilation.PRECISIONS[name])
     for name in dict.fromkeys(case.setting.precision for case in everything)
   }
   _print_table(everything, ceilings)

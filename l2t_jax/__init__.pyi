@@ -10,6 +10,8 @@ from .method.objectives import METHODS as METHODS
 from .method.objectives import make_losses as make_losses
 from .method.pair_sets import Pair as Pair
 from .method.pair_sets import make_pairs as make_pairs
+from .method.training import Problem as Problem
+from .method.training import Recipe as Recipe
 from .method.training import make_eval_step as make_eval_step
 from .method.training import make_train_step as make_train_step
 from .method.transfer import TransferWeights as TransferWeights
@@ -20,10 +22,13 @@ from .method.transfer import matching_loss as matching_loss
 from .method.transfer import prepare_source as prepare_source
 from .method.transfer import transfer_weights as transfer_weights
 from .predict import load as load
+from .run.experiments import Experiment as Experiment
+from .run.experiments import Settings as Settings
+from .run.experiments import Source as Source
 from .run.fit import Result as Result
-from .run.fit import Source as Source
 from .run.fit import default_config as default_config
 from .run.fit import fit as fit
+from .run.train import train as train
 from .types import Batch as Batch
 from .types import InnerLossFn as InnerLossFn
 from .types import InnerState as InnerState

@@ -8,24 +8,14 @@ import math
 from typing import Any
 
 import flax
-import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
 from l2t_jax import data, errors, models
 from l2t_jax.data import formats
 from l2t_jax.method import bilevel, objectives, optimizers, training, transfer
+from l2t_jax.runtime import compilation
 
-# config.precision -> (dtype of the activations, precision of products).
-PRECISIONS = {
-  "f32": (None, "float32"),
-  "tf32": (None, "tensorfloat32"),
-  "bf16": (jnp.bfloat16, "default"),
-}
-SCHEDULES = {
-  "cosine": optimizers.cosine_by_epoch,
-  "step": optimizers.steps_by_epoch,
-}
 _LOOPS = ("scan", "unroll")
 _BAD_NUMBERS = ("stop", "skip")
 
@@ -33,15 +23,14 @@ _BAD_NUMBERS = ("stop", "skip")
 def check(
   config: ml_collections.ConfigDict,
   *,
-  names_target: bool = True,
-  names_task: bool = True,
+  names_objects: bool = True,
 ) -> None:
   """Refuse values that no run can have; see l2t_jax/config.py.
 
   Args:
     config: the fields.
-    names_target: whether config.target.model has to name a network.
-    names_task: whether config.target.task has to name a task.
+    names_objects: whether the target, its task and the sources are what the
+      config names, and not objects that are there already.
 
   Raises:
     errors.InputError: naming the field, its value and what would be right.
@@ -79,12 +68,12 @@ def check(
       raise errors.InputError(f"config.{field} is {value}; it must be {right}")
   for field, choices in (
     ("method", objectives.METHODS),
-    ("precision", PRECISIONS),
+    ("precision", compilation.PRECISIONS),
     ("bad_numbers", _BAD_NUMBERS),
     ("transfer.channel_weights", ("learned", "uniform")),
     ("transfer.pair_weights", ("learned", "constant")),
     ("transfer.pair_activation", transfer.PAIR_ACTIVATIONS),
-    ("optimizer.schedule", SCHEDULES),
+    ("optimizer.schedule", optimizers.SCHEDULES),
     ("bilevel.look_ahead_loss", training.LOOK_AHEAD_LOSSES),
     ("bilevel.mode", ("auto", *bilevel.MODES)),
     ("bilevel.loop", _LOOPS),
@@ -94,9 +83,8 @@ def check(
         f"config.{field} is {get(config, field)!r}; it must be one of"
         f" {', '.join(choices)}"
       )
-  if names_target:
+  if names_objects:
     models.find(config.target.model)
-  if names_task:
     objectives.get_task(config.target.task)
   if config.sources and config.source.weights:
     raise errors.InputError(
@@ -107,7 +95,7 @@ def check(
   for name, source in source_configs(config).items():
     field = f"config.sources.{name}" if name else "config.source"
     _check_source(source, field, config.source)
-    if method.needs_source and not source.weights:
+    if names_objects and method.needs_source and not source.weights:
       raise errors.InputError(
         f"method {config.method!r} needs {field}.weights: a file made by"
         " python -m l2t_jax.pretrained, or target.safetensors of another run"

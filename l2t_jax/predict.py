@@ -131,8 +131,11 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     tuple(json.loads(metadata["std"])),
   )
   if network is None:
-    network, _, params, model_state = weight_files.load_network(
-      path, image_format.shape
+    network, params, model_state, _ = weight_files.load_network(path)
+    weight_files.check_shapes(
+      models.trace(network, image_format.shape),
+      {"params": params, **model_state},
+      str(path),
     )
   else:
     model_state, _ = weight_files.load(path)

@@ -32,7 +32,7 @@ from l2t_jax import cli, errors
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import paper, run_reader, table_picture, tables
-from l2t_jax.run import train
+from l2t_jax.run import from_config
 from l2t_jax.runtime import run_folder, signals
 
 flags.declare_key_flag("workdir")
@@ -83,7 +83,7 @@ def main(overrides: list[str]) -> int:
   methods = _METHODS.value or paper.METHODS
   cells = make_cells(columns, methods, _SEEDS.value, workdir)
   for cell in cells:  # Before anything is trained.
-    train.check(cell.config, cell.workdirs)
+    from_config.check(cell.config, cell.workdirs)
   run_folder.make(workdir)
   jobs = make_jobs(cells, _TOGETHER.value or _default_together())[share]
   runs = sum(len(job.workdirs) for job in jobs)
@@ -284,7 +284,7 @@ def _train_logged(
       (folder / "train.log").open("a") as log,
       contextlib.redirect_stdout(log),
     ):
-      return train.train_together(job.config, job.workdirs), ""
+      return from_config.train_together(job.config, job.workdirs), ""
   except (errors.Interrupted, errors.StorageError):
     raise  # The others would meet it, too.
   except Exception as error:
@@ -317,7 +317,7 @@ def _result(cell: Cell) -> tables.Cell:
 def _departures(cell, summaries):
   """Say in what a cell is not what the paper reports; see `paper.departures`.
 
-  `train.check` has seen that the config is that of the runs.
+  `from_config.check` has seen that the config is that of the runs.
   """
   config, source, num_images = cell.config, "", None
   if objectives.METHODS[cell.method].needs_source and config.source.weights:

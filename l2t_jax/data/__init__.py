@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,13 +25,47 @@ from l2t_jax.data import (
 )
 from l2t_jax.data.datasets import Dataset
 
-__all__ = ["Dataset", "load", "make_eval_resize", "resized_for_evaluation"]
+ImageSet = records.ImageSet
+
+
+class DataFields(NamedTuple):
+  source: str
+  name: str
+  path: str
+  classes: tuple
+  image_size: int
+  channels: int
+  mean: tuple
+  std: tuple
+  augment: str
+  crop_padding: int
+  eval_resize: int
+  split_file: str
+  split_prefix: str
+  val_fraction: float
+  test_fraction: float
+  split_seed: int
+  per_class: int
+  unlabeled: bool
+  unlabeled_path: str
+  unlabeled_batch_size: int
+  num_workers: int
+
+
+def open_images(fields):
+  return open_source(fields.source, name=fields.name, path=fields.path)
+
+
+def load(fields, *, images=None, **options):
+  values = fields._asdict()
+  return load_(values.pop("source"), **values, **options, opened=images)
+
 
 # Larger images are streamed unless the caller says otherwise.
 MAX_IN_MEMORY_SIZE = 96
 
 
-def load(
+def load_(
   source: str,
   *,
   name: str,

@@ -3,7 +3,7 @@
 A method's loss is L_org, the cross-entropy, plus auxiliary losses that pull
 the target towards its sources. Each of those is a short function here, with
 its paper; `make_losses` puts them together into losses with one signature,
-`types.InnerLossFn`. They read `params = {"target": ..., and what the auxiliary
+`LossFn`. They read `params = {"target": ..., and what the auxiliary
 losses train along}`, the transfer weights of the batch in the place of the
 meta-parameters, the target's batch statistics, and a `TransferBatch`.
 """
@@ -96,12 +96,32 @@ class AuxiliaryLoss(Protocol):
     """Return (loss [], metrics); differentiable in params, weights, target."""
 
 
+class Aux(NamedTuple):
+  """What a loss returns beside its value."""
+
+  model_state: types.PyTree  # The target's batch statistics after the batch.
+  metrics: dict[str, Any]  # Name -> scalar, or pair -> scalar.
+
+
+class LossFn(Protocol):
+  """A loss of the target; all three of a method have this signature."""
+
+  def __call__(
+    self,
+    params: types.PyTree,
+    weights: transfer.TransferWeights | None,
+    model_state: types.PyTree,
+    batch: TransferBatch,
+  ) -> tuple[chex.Array, Aux]:
+    """Return (loss [], Aux); differentiable in params and weights."""
+
+
 class Losses(NamedTuple):
   """The three losses of a method."""
 
-  target: types.InnerLossFn  # L_org.
-  auxiliary: types.InnerLossFn  # Their sum; L_wfm in the paper's method.
-  total: Any  # L_org + auxiliary, with metrics; see `make_losses`.
+  target: LossFn  # L_org.
+  auxiliary: LossFn  # The sum of what is added; L_wfm in the paper's method.
+  total: LossFn  # L_org + auxiliary.
 
 
 def get_method(name: str) -> Method:
@@ -280,10 +300,9 @@ def make_losses(
     task: L_org, and what is recorded as "accuracy".
 
   Returns:
-    The losses. What `total` returns beside the loss is
-    (model_state, metrics), metrics being the scalars "loss", "target_loss",
-    "accuracy" and, for each auxiliary loss, "NAME_loss"; and what the
-    auxiliary losses report.
+    The losses. Their metrics are the scalars "target_loss" and "accuracy" (of
+    `target`), "NAME_loss" for each auxiliary loss and what that one reports
+    (of `auxiliary`); `total` has all of them, and "loss".
   """
 
   def forward(params, model_state, images):
@@ -309,26 +328,27 @@ def make_losses(
       metrics |= {f"{name}_loss": one, **more}
     return loss, metrics
 
+  def on_labels(logits, batch):
+    loss = task_loss(task, logits, batch.labels)
+    accuracy = jnp.mean(task_accuracy(task, logits, batch.labels))
+    return loss, {"target_loss": loss, "accuracy": accuracy}
+
   def target(params, weights, model_state, batch):
     del weights
     logits, _, model_state = forward(params, model_state, batch.images)
-    return task_loss(task, logits, batch.labels), model_state
+    loss, metrics = on_labels(logits, batch)
+    return loss, Aux(model_state, metrics)
 
   def auxiliary_loss(params, weights, model_state, batch):
     _, outputs, model_state = on_all_images(params, model_state, batch)
-    loss, _ = sum_of_auxiliary(params, weights, outputs, batch)
-    return loss, model_state
+    loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
+    return loss, Aux(model_state, metrics)
 
   def total(params, weights, model_state, batch):
     logits, outputs, model_state = on_all_images(params, model_state, batch)
-    target_loss = task_loss(task, logits, batch.labels)
+    target_loss, target_metrics = on_labels(logits, batch)
     loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
     loss += target_loss
-    metrics |= {
-      "loss": loss,
-      "target_loss": target_loss,
-      "accuracy": jnp.mean(task_accuracy(task, logits, batch.labels)),
-    }
-    return loss, (model_state, metrics)
+    return loss, Aux(model_state, {**metrics, **target_metrics, "loss": loss})
 
   return Losses(target, auxiliary_loss, total)

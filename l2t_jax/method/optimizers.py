@@ -102,3 +102,7 @@ def steps_by_epoch(
     learning_rate, dict.fromkeys(boundaries, 0.1)
   )
   return lambda step: schedule(step // steps_per_epoch)
+
+
+# config.optimizer.schedule -> what makes it.
+SCHEDULES = {"cosine": cosine_by_epoch, "step": steps_by_epoch}

@@ -11,7 +11,7 @@ One iteration, all of it on one mini-batch (paper, algorithm 1):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import chex
@@ -32,20 +32,47 @@ WeightsFn = Callable[
 LOOK_AHEAD_LOSSES = ("auxiliary", "total")
 
 
-class Source(NamedTuple):
-  """A source network's variables; always in eval mode."""
+class Variables(NamedTuple):
+  """What a network computes with: its weights, and its batch statistics."""
 
   params: types.PyTree
   model_state: types.PyTree
+
+
+class Problem(NamedTuple):
+  """What is learned, and from which sources."""
+
+  losses: objectives.Losses  # Of the target.
+  # Name -> source network. The names stand in those of the taps ("NAME/tap"),
+  # except for a single source named "".
+  source_fns: Mapping[str, types.ApplyFn] = {}
+  pairs: tuple[pair_sets.Pair, ...] = ()  # The set C.
+  target_taps: pair_sets.TapShapes = {}  # noqa: RUF012
+  # (meta_params, pooled features) -> w and λ; None where no loss reads them.
+  weights_fn: WeightsFn | None = None
+
+
+class Recipe(NamedTuple):
+  """How a problem is trained."""
+
+  optimizer_fn: optimizers.OptimizerFn  # Of the real update and look-ahead.
+  learning_rate_fn: Callable[[chex.Numeric], chex.Numeric]  # Iteration -> rate.
+  meta_optimizer: optax.GradientTransformation
+  num_inner_steps: int = 2  # T.
+  look_ahead_loss: str = "auxiliary"  # One of `LOOK_AHEAD_LOSSES`.
+  mode: str = "linearized"  # Of the hypergradient, one of `bilevel.MODES`.
+  rolled: bool = True  # Whether the T steps are a rolled loop.
+  # Whether an iteration whose loss or gradient is NaN or infinite leaves
+  # everything except the count of iterations unchanged. A meta update that is
+  # not finite never takes place.
+  skip_bad_numbers: bool = False
 
 
 def create_state(
   params: types.PyTree,
   model_state: types.PyTree,
   meta_params: types.PyTree,
-  *,
-  optimizer_fn: optimizers.OptimizerFn,
-  meta_optimizer: optax.GradientTransformation,
+  recipe: Recipe,
 ) -> types.TrainState:
   """Put initial values and both optimizers' first states together.
 
@@ -54,35 +81,21 @@ def create_state(
       "regressors"}.
     model_state: of the target network.
     meta_params: of f and g; empty where none is learned.
-    optimizer_fn: of the real update and the look-ahead.
-    meta_optimizer: of the meta update.
+    recipe: its two optimizers are initialised.
   """
+  optimizer = recipe.optimizer_fn(0.0)
   return types.TrainState(
     step=jnp.zeros((), jnp.int32),
-    inner=types.InnerState(params, optimizer_fn(0.0).init(params), model_state),
+    inner=types.InnerState(params, optimizer.init(params), model_state),
     meta_params=meta_params,
-    meta_opt_state=meta_optimizer.init(meta_params),
+    meta_opt_state=recipe.meta_optimizer.init(meta_params),
   )
 
 
 def make_train_step(
-  losses: objectives.Losses,
-  source_fns: Mapping[str, types.ApplyFn],
-  *,
-  pairs: Sequence[pair_sets.Pair],
-  target_taps: pair_sets.TapShapes,
-  weights_fn: WeightsFn | None,
-  look_ahead_loss: str,
-  num_inner_steps: int,
-  learning_rate_fn: Callable[[chex.Numeric], chex.Numeric],
-  optimizer_fn: optimizers.OptimizerFn,
-  meta_optimizer: optax.GradientTransformation,
-  mode: str,
-  rolled: bool,
-  update_meta: bool = True,
-  skip_bad_numbers: bool = False,
+  problem: Problem, recipe: Recipe, *, update_meta: bool = True
 ) -> Callable[
-  [types.TrainState, Mapping[str, Source], types.Batch],
+  [types.TrainState, Mapping[str, Variables], types.Batch],
   tuple[types.TrainState, dict[str, types.PyTree]],
 ]:
   """Build one iteration of the method; the caller jits it.
@@ -90,156 +103,174 @@ def make_train_step(
   A state without meta-parameters takes the real update alone.
 
   Args:
-    losses: of the target, from `objectives.make_losses`.
-    source_fns: name -> source network; empty for no transfer. The names stand
-      in those of the taps ("NAME/tap"), but for a single source named "".
-    pairs: the set C; empty where none are compared.
-    target_taps: shapes of the target's taps.
-    weights_fn: (meta_params, pooled) -> `transfer.TransferWeights`; None where
-      the losses read no such weights.
-    look_ahead_loss: what the T steps of the look-ahead minimise, one of
-      `LOOK_AHEAD_LOSSES`.
-    num_inner_steps: T.
-    learning_rate_fn: iteration -> learning rate of the inner optimizer.
-    optimizer_fn: the inner optimizer, from its learning rate.
-    meta_optimizer: of the meta update.
-    mode: how the hypergradient is computed, one of `bilevel.MODES`.
-    rolled: whether the T steps are a rolled loop.
-    update_meta: whether there is a look-ahead and a meta update at all.
-    skip_bad_numbers: whether an iteration whose loss or gradient is NaN or
-      infinite leaves everything but the count of iterations as it was. A meta
-      update that is not finite never takes place.
+    problem: what is learned.
+    recipe: how.
+    update_meta: whether there are a look-ahead and a meta update at all.
 
   Returns:
-    `train_step(state, sources, batch) -> (state, metrics)`. Metrics are the
-    scalars of `objectives.make_losses` before the real update and "grad_norm"
-    of their gradient; "outer_loss" after the look-ahead, "meta_grad_norm",
+    `train_step(state, sources, batch) -> (state, metrics)`, where `sources` are
+    the variables of each source network. Metrics are the scalars of
+    `objectives.make_losses` before the real update and "grad_norm" of their
+    gradient; "outer_loss" after the look-ahead, "meta_grad_norm",
     "meta_grad_norms" of each pair's part of it, [P] in the order of the pairs,
-    and "meta_update_norm" of what the meta optimizer makes of it;
-    with `skip_bad_numbers` "skipped", 1 or 0; and, where there are weights,
+    and "meta_update_norm" of what the meta optimizer makes of it; with
+    `skip_bad_numbers` "skipped", 1 or 0; and, where there are weights,
     "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P], and
     "channel_weights", pair -> [C_m], all of them means over the batch, and
     "regressor_grad_norms", [P].
+
+  Raises:
+    errors.InputError: for an unknown look-ahead loss or mode, and an optimizer
+      that `bilevel.check_differentiable` refuses.
   """
-  if look_ahead_loss not in LOOK_AHEAD_LOSSES:
+  if recipe.look_ahead_loss not in LOOK_AHEAD_LOSSES:
     raise errors.InputError(
-      f"unknown look-ahead loss {look_ahead_loss!r}; use one of"
+      f"unknown look-ahead loss {recipe.look_ahead_loss!r}; use one of"
       f" {', '.join(LOOK_AHEAD_LOSSES)}"
     )
 
   def train_step(state, sources, batch):
-    optimizer = optimizer_fn(learning_rate_fn(state.step))
-    data = with_sources(sources, batch)
-    weights = weights_of(state.meta_params, data)
-    inner, metrics = real_update(optimizer, state.inner, weights, data)
+    optimizer = recipe.optimizer_fn(recipe.learning_rate_fn(state.step))
+    data = _with_sources(problem, sources, batch)
+    weights = _weights_of(problem, state.meta_params, data)
+    inner, metrics = _real_update(
+      problem, optimizer, state.inner, weights, data
+    )
     is_good = jnp.bool_(True)
-    if skip_bad_numbers:
+    if recipe.skip_bad_numbers:
       is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
       inner = _choose(is_good, inner, state.inner)
       metrics["skipped"] = 1.0 - is_good
-    meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
-    if update_meta and jax.tree.leaves(meta_params):
+    meta = (state.meta_params, state.meta_opt_state)
+    if update_meta and jax.tree.leaves(state.meta_params):
       # With a rate that is no tracer, so that it can be probed.
-      bilevel.check_differentiable(optimizer_fn(1.0), inner.params)
-      outer_loss, grads = bilevel.hypergradient(
-        look_ahead(optimizer), losses.target, inner, meta_params, data
+      bilevel.check_differentiable(recipe.optimizer_fn(1.0), inner.params)
+      updated, meta_metrics = _meta_update(
+        problem, recipe, optimizer, inner, meta, data
       )
-      by_pair = jnp.stack(
-        [
-          optax.tree.norm([part[pair.name] for part in grads.values()])
-          for pair in pairs
-        ]
+      metrics |= meta_metrics
+      is_finite = jnp.isfinite(
+        metrics["meta_grad_norm"] + metrics["meta_update_norm"]
       )
-      metrics |= {
-        "outer_loss": outer_loss,
-        "meta_grad_norm": jnp.sqrt(jnp.sum(jnp.square(by_pair))),
-        "meta_grad_norms": by_pair,
-      }
-      updates, new_opt_state = meta_optimizer.update(
-        grads, meta_opt_state, meta_params
-      )
-      metrics["meta_update_norm"] = optax.tree.norm(updates)
-      meta_params, meta_opt_state = _choose(
-        is_good
-        & jnp.isfinite(metrics["meta_grad_norm"] + metrics["meta_update_norm"]),
-        (optax.apply_updates(meta_params, updates), new_opt_state),
-        (meta_params, meta_opt_state),
-      )
-    state = types.TrainState(state.step + 1, inner, meta_params, meta_opt_state)
-    return state, metrics
-
-  def with_sources(sources, batch):
-    """Run the sources: once a batch, outside of all that is differentiated."""
-    if not source_fns:
-      return objectives.TransferBatch(*batch)
-    images = batch.images
-    if batch.unlabeled is not None:
-      images = jnp.concatenate([images, batch.unlabeled])
-    logits, features = run_sources(source_fns, sources, images)
-    maps = transfer.prepare_source(features, pairs, target_taps)
-    outputs = objectives.SourceOutputs(jax.lax.stop_gradient(logits), maps)
-    return objectives.TransferBatch(*batch)._replace(source=outputs)
-
-  def weights_of(meta_params, data):
-    if weights_fn is None:
-      return None
-    return weights_fn(meta_params, data.source.matching.pooled)
-
-  def real_update(optimizer, inner, weights, data):
-    grads, (model_state, metrics) = jax.grad(losses.total, has_aux=True)(
-      inner.params, weights, inner.model_state, data
-    )
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    inner = bilevel.apply_gradients(optimizer, inner, grads, model_state)
-    if weights is not None:
-      stack = lambda values: jnp.stack([values[p.name] for p in pairs])
-      mean = lambda x: jnp.mean(x, axis=0)
-      metrics["transfer"] = {
-        "pair_weights": stack(jax.tree.map(mean, weights.pair)),
-        "distances": stack(metrics.pop("distances")),
-        "regressor_grad_norms": stack(
-          {name: optax.tree.norm(g) for name, g in grads["regressors"].items()}
-        ),
-        "channel_weights": jax.tree.map(mean, weights.channel),
-      }
-    return inner, metrics
-
-  def total(params, weights, model_state, data):
-    loss, (model_state, _) = losses.total(params, weights, model_state, data)
-    return loss, model_state
-
-  def look_ahead(optimizer):
-    # Jitted, so that T steps are traced and lowered as one.
-    make_step = lambda loss_fn: jax.jit(
-      bilevel.make_inner_step(loss_fn, optimizer, mode=mode)
-    )
-    staged = look_ahead_loss == "auxiliary"
-    inner_step = make_step(losses.auxiliary if staged else total)
-    target_step = make_step(losses.target)
-
-    def run(inner, meta_params, data):
-      # w and λ do not depend on the target: once for all steps.
-      weights = weights_of(meta_params, data)
-      inner, _ = bilevel.unroll(
-        inner_step,
-        inner,
-        weights,
-        data,
-        num_steps=num_inner_steps,
-        rolled=rolled,
-      )
-      if staged:
-        inner, _ = target_step(inner, weights, data)
-      return inner
-
-    return run
+      meta = _choose(is_good & is_finite, updated, meta)
+    return types.TrainState(state.step + 1, inner, *meta), metrics
 
   return train_step
 
 
+def _with_sources(problem, sources, batch):
+  """Run the sources: once per batch, outside of all that is differentiated."""
+  if not problem.source_fns:
+    return objectives.TransferBatch(*batch)
+  images = batch.images
+  if batch.unlabeled is not None:
+    images = jnp.concatenate([images, batch.unlabeled])
+  logits, features = run_sources(problem.source_fns, sources, images)
+  maps = transfer.prepare_source(features, problem.pairs, problem.target_taps)
+  outputs = objectives.SourceOutputs(jax.lax.stop_gradient(logits), maps)
+  return objectives.TransferBatch(*batch)._replace(source=outputs)
+
+
+def _weights_of(problem, meta_params, data):
+  if problem.weights_fn is None:
+    return None
+  return problem.weights_fn(meta_params, data.source.matching.pooled)
+
+
+def _real_update(problem, optimizer, inner, weights, data):
+  """Step 1: one step with the total loss; return (inner state, metrics)."""
+  pairs = problem.pairs
+  grads, (model_state, metrics) = jax.grad(problem.losses.total, has_aux=True)(
+    inner.params, weights, inner.model_state, data
+  )
+  metrics["grad_norm"] = optax.tree.norm(grads)
+  inner = bilevel.apply_gradients(optimizer, inner, grads, model_state)
+  if weights is not None:
+    stack = lambda values: jnp.stack([values[p.name] for p in pairs])
+    mean = lambda x: jnp.mean(x, axis=0)
+    metrics["transfer"] = {
+      "pair_weights": stack(jax.tree.map(mean, weights.pair)),
+      "distances": stack(metrics.pop("distances")),
+      "regressor_grad_norms": stack(
+        {name: optax.tree.norm(g) for name, g in grads["regressors"].items()}
+      ),
+      "channel_weights": jax.tree.map(mean, weights.channel),
+    }
+  return inner, metrics
+
+
+def _meta_update(problem, recipe, optimizer, inner, meta, data):
+  """Steps 2 and 3; return ((meta_params, meta_opt_state), metrics)."""
+  meta_params, meta_opt_state = meta
+  outer_loss, grads = bilevel.hypergradient(
+    _make_look_ahead(problem, recipe, optimizer),
+    _without_metrics(problem.losses.target),
+    inner,
+    meta_params,
+    data,
+  )
+  by_pair = jnp.stack(
+    [
+      optax.tree.norm([part[pair.name] for part in grads.values()])
+      for pair in problem.pairs
+    ]
+  )
+  updates, meta_opt_state = recipe.meta_optimizer.update(
+    grads, meta_opt_state, meta_params
+  )
+  metrics = {
+    "outer_loss": outer_loss,
+    "meta_grad_norm": jnp.sqrt(jnp.sum(jnp.square(by_pair))),
+    "meta_grad_norms": by_pair,
+    "meta_update_norm": optax.tree.norm(updates),
+  }
+  return (optax.apply_updates(meta_params, updates), meta_opt_state), metrics
+
+
+def _make_look_ahead(problem, recipe, optimizer):
+  """Build step 2: (inner state, meta_params, data) -> inner state."""
+  # Jitted, so that T steps are traced and lowered as one.
+  make_step = lambda loss_fn: jax.jit(
+    bilevel.make_inner_step(
+      _without_metrics(loss_fn), optimizer, mode=recipe.mode
+    )
+  )
+  staged = recipe.look_ahead_loss == "auxiliary"
+  losses = problem.losses
+  inner_step = make_step(losses.auxiliary if staged else losses.total)
+  target_step = make_step(losses.target)
+
+  def look_ahead(inner, meta_params, data):
+    # w and λ do not depend on the target: they are the same in all steps.
+    weights = _weights_of(problem, meta_params, data)
+    inner, _ = bilevel.unroll(
+      inner_step,
+      inner,
+      weights,
+      data,
+      num_steps=recipe.num_inner_steps,
+      rolled=recipe.rolled,
+    )
+    if staged:
+      inner, _ = target_step(inner, weights, data)
+    return inner
+
+  return look_ahead
+
+
+def _without_metrics(loss_fn: objectives.LossFn) -> types.InnerLossFn:
+  """Adapt a loss to `bilevel`, which carries nothing but the model state."""
+
+  def inner_loss(params, weights, model_state, batch):
+    loss, aux = loss_fn(params, weights, model_state, batch)
+    return loss, aux.model_state
+
+  return inner_loss
+
+
 def run_sources(
   source_fns: Mapping[str, types.ApplyFn],
-  sources: Mapping[str, Source],
+  sources: Mapping[str, Variables],
   images: chex.Array,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Run the sources in eval mode.

@@ -63,24 +63,23 @@ class Loaded(NamedTuple):
   """A network with its weights."""
 
   network: models.Network
-  layout: models.Layout
   params: types.PyTree
   model_state: types.PyTree
+  metadata: dict[str, str]
 
 
-def load_network(
-  path: pathlib.Path, image_shape: tuple[int, int, int], dtype: Any = None
-) -> Loaded:
+def load_network(path: pathlib.Path, dtype: Any = None) -> Loaded:
   """Read a file that `save` wrote and make the network that it names.
+
+  Whether the weights fit the network is for `check_shapes` to say, which needs
+  the size of the images.
 
   Args:
     path: of the weights.
-    image_shape: (H, W, C) of the images that the network will see.
-    dtype: of its activations; None for that of the parameters.
+    dtype: of the activations; None for that of the parameters.
 
   Raises:
-    errors.InputError: as `load` does, and where the weights do not fit the
-      network or the images.
+    errors.InputError: as `load` does, and where there is no such network.
   """
   variables, metadata = load(path)
   name, num_classes = metadata["model"], int(metadata["num_classes"])
@@ -88,9 +87,7 @@ def load_network(
     network = bundled.create(name, num_classes, dtype)
   except errors.InputError as error:
     raise errors.InputError(f"{path}: {error}") from error
-  layout = models.trace(network, image_shape)
-  check_shapes(layout, variables, f"{path}: {name}")
-  return Loaded(network, layout, variables.pop("params"), variables)
+  return Loaded(network, variables.pop("params"), variables, metadata)
 
 
 def check_shapes(

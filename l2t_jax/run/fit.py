@@ -1,13 +1,13 @@
 """Transfer in a notebook: from arrays and networks to a trained target.
 
-    from l2t_jax import learn
+    import l2t_jax as l2t
 
-    config = fit.default_config()
+    config = l2t.default_config()
     config.epochs = 30
-    result = fit.fit(
+    result = l2t.fit(
       MyTarget(num_classes=10),
       {"x_train": images, "y_train": labels},
-      source=fit.Source(my_source, my_params, {"batch_stats": my_stats}),
+      source=l2t.Source(my_source, my_params, {"batch_stats": my_stats}),
       config=config,
     )
     result.summary["test_accuracy"]
@@ -20,26 +20,22 @@ It is what `train.py` does, with objects in the place of files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-import hashlib
 import json
 import os
 import pathlib
-import re
 import tempfile
 from typing import Any, NamedTuple
 
-from flax import linen as nn
-from flax import nnx
-import jax
 from matplotlib import figure
 import ml_collections
 import numpy as np
 
-from l2t_jax import errors, models, predict, types
+from l2t_jax import data, errors, models, predict, types
 import l2t_jax.config
 from l2t_jax.data import from_arrays
+from l2t_jax.method import objectives
 from l2t_jax.results import map_picture, transfer_map
-from l2t_jax.run import setup, train
+from l2t_jax.run import experiments, from_config, train
 from l2t_jax.runtime import cpu_lowering
 
 
@@ -54,24 +50,6 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 _FEW_IMAGES = 256  # Looked at together.
-
-
-class Source(NamedTuple):
-  """A trained network whose features are transferred."""
-
-  network: models.Network
-  # None where an NNX module holds them.
-  params: types.PyTree | None = None
-  # Its other collections, such as {"batch_stats": ...}.
-  model_state: types.PyTree | None = None
-  # A name or glob of its layers, or several; () for the last one of each
-  # resolution.
-  taps: str | tuple[str, ...] = ()
-  # What it was trained on; 0 and () for what the target sees.
-  image_size: int = 0
-  channels: int = 0
-  mean: tuple[float, ...] = ()
-  std: tuple[float, ...] = ()
 
 
 class Result(NamedTuple):
@@ -115,7 +93,7 @@ def fit(
   target: models.Network,
   arrays: Mapping[str, np.ndarray],
   *,
-  source: Source | Mapping[str, Source] | None = None,
+  source: experiments.Source | Mapping[str, experiments.Source] | None = None,
   config: ml_collections.ConfigDict | None = None,
   task: types.Task | None = None,
   workdir: str | os.PathLike[str] | None = None,
@@ -149,18 +127,30 @@ def fit(
     (config or default_config()).to_dict(), type_safe=False
   )
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
-  sources = {"": source} if isinstance(source, Source) else dict(source or {})
-  opened = from_arrays.image_set(arrays, "arrays")
-  _describe_data(config, arrays)
-  _describe_networks(config, target, sources, task)
-  given = setup.Given(
-    opened,
-    {name: _with_variables(one) for name, one in sources.items()},
+  images = from_arrays.image_set(arrays, "arrays")
+  _fit_to_images(config, arrays)
+  l2t_jax.config.check(config, names_objects=False)
+  if source is None:
+    source = {}
+  elif isinstance(source, experiments.Source):
+    source = {"": source}
+  if not source and objectives.METHODS[config.method].needs_source:
+    raise errors.InputError(
+      f"method {config.method!r} needs a source; give fit one, or set"
+      " config.method to scratch"
+    )
+  experiment = experiments.Experiment(
     target,
-    task,
+    images,
+    data.DataFields(**config.data.to_dict()),
+    from_config.settings(config),
+    source,
+    task or objectives.CLASSIFICATION,
+    tuple(config.target.taps),
+    from_config.load_map(config),
   )
   workdir = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
-  summary = train.train_and_evaluate(config, workdir, given)
+  summary = train.train(experiment, workdir)
   map_file = workdir / transfer_map.FILE
   return Result(
     predict.load(workdir, network=target),
@@ -170,8 +160,8 @@ def fit(
   )
 
 
-def _describe_data(config, arrays):
-  """Say in the config what the arrays are, so that another run is refused."""
+def _fit_to_images(config, arrays):
+  """Set the fields that say what the images are."""
   images = _with_channels(arrays["x_train"])
   height, width, channels = images.shape[1:]
   if height != width:
@@ -182,7 +172,6 @@ def _describe_data(config, arrays):
     mean, std = _statistics(images)
     config.data.mean = config.data.mean or mean
     config.data.std = config.data.std or std
-  config.data.source, config.data.name = "arrays", _digest(arrays)
   config.data.image_size, config.data.channels = height, channels
   config.data.eval_resize = height  # Large ones are evaluated as they are.
 
@@ -190,7 +179,8 @@ def _describe_data(config, arrays):
 def _statistics(images):
   """Return mean and standard deviation of each channel, on a scale of 0 to 1.
 
-  They come of how often each value is there: floats would take much memory.
+  Computed from histograms of the uint8 values, to avoid a float copy of the
+  images.
   """
   counts = np.zeros((images.shape[-1], 256), np.int64)
   for start in range(0, len(images), _FEW_IMAGES):
@@ -205,76 +195,5 @@ def _statistics(images):
   )
 
 
-def _describe_networks(config, target, sources, task):
-  config.target.model = _describe(target)
-  config.target.task = "classification"
-  if task:
-    config.target.task = " ".join(map(_name_of_function, task))
-  config.sources = {}
-  for name, one in sources.items():
-    fields = l2t_jax.config.source()
-    values = _digest((_with_variables(one)[1:3], one.channels))
-    fields.weights = f"{_describe(one.network)} {values}"
-    fields.taps = (one.taps,) if isinstance(one.taps, str) else one.taps
-    for field in ("image_size", "mean", "std"):
-      fields[field] = getattr(one, field)
-    if name:
-      config.sources[name] = fields
-    else:
-      config.source = fields
-
-
-def _with_variables(source):
-  params, model_state = source.params, dict(source.model_state or {})
-  if params is None:
-    if not isinstance(source.network, nnx.Module):
-      raise errors.InputError(
-        f"source {_name(source.network)} has no params; give those that it was"
-        " trained to"
-      )
-    # The module's own: key and shape do not matter.
-    params, model_state = models.init(
-      source.network, jax.random.key(0), (1, 1, 1)
-    )
-  metadata = {"channels": str(source.channels)} if source.channels else {}
-  return setup.SourceNetwork(source.network, params, model_state, metadata)
-
-
 def _with_channels(images):
   return images[..., None] if images.ndim == 3 else images
-
-
-def _name(network):
-  return getattr(network, "__name__", type(network).__name__)
-
-
-def _name_of_function(function):
-  if hasattr(function, "__qualname__"):
-    return f"{function.__module__}.{function.__qualname__}"
-  return _without_addresses(repr(function))  # A partial, say.
-
-
-def _describe(network):
-  """Name a network so that another one has another name, in any process."""
-  what: Any = repr(network)
-  if isinstance(network, nnx.Module):
-    what = models.init(network, jax.random.key(0), (1, 1, 1))
-  elif not isinstance(network, nn.Module):
-    what = ""  # Functions: their names have to do.
-  else:
-    what = _without_addresses(what)
-  return f"{_name(network)} {_digest(what)}"
-
-
-def _without_addresses(text):
-  return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _digest(tree):
-  """16 hex digits that tell arrays apart."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = np.asarray(leaf)
-    what = (jax.tree_util.keystr(path), array.shape, str(array.dtype))
-    digest.update(repr(what).encode() + array.tobytes())
-  return digest.hexdigest()[:16]

@@ -13,15 +13,13 @@ import pathlib
 import time
 from typing import Any
 
-import jax
-import ml_collections
-import numpy as np
-
 from l2t_jax import data, errors, types
 from l2t_jax.method import pair_sets
 from l2t_jax.models import weight_files
 from l2t_jax.results import run_reader
-from l2t_jax.run import setup, trainer
+from l2t_jax.run import experiments
+from l2t_jax.run import setup as setups
+from l2t_jax.run import trainer as trainers
 from l2t_jax.runtime import (
   checkpoint,
   distributed,
@@ -41,7 +39,7 @@ _MAX_SKIPS = 20  # In a row: a run that only skips has come to an end.
 class Seed:
   """One seed's run among those that train together."""
 
-  config: ml_collections.ConfigDict
+  experiment: experiments.Experiment
   workdir: pathlib.Path
   dataset: data.Dataset
   checkpoints: checkpoint.Checkpoints
@@ -79,8 +77,7 @@ class Seed:
     """
     inputs = self.progress["inputs"]
     state, self.progress = self.checkpoints.restore(step, like)
-    # Earlier checkpoints do not say.
-    before = self.progress.setdefault("inputs", inputs)
+    before = self.progress["inputs"]
     if changed := [name for name in inputs if before.get(name) != inputs[name]]:
       raise errors.InputError(
         f"{self.workdir} holds a run that is not done, but"
@@ -90,7 +87,7 @@ class Seed:
     unfinished = self.progress.pop("unfinished")
     self.epoch = metrics.Averages.from_json(unfinished["epoch"])
     self.interval = metrics.Averages.from_json(unfinished["interval"])
-    self.skips = unfinished.get("skips", 0)  # Earlier checkpoints do not say.
+    self.skips = unfinished["skips"]
     return state
 
   def average(
@@ -169,7 +166,9 @@ class Seed:
       "The same command with --config.bad_numbers=skip goes on without such"
       " iterations; in"
     )
-    start = "In" if self.config.bad_numbers == "skip" else same_command
+    start = (
+      "In" if self.experiment.settings.bad_numbers == "skip" else same_command
+    )
     return (
       f"the last good checkpoint {last}. {start} another --workdir, lower"
       " config.optimizer.learning_rate, config.transfer.beta or"
@@ -183,8 +182,8 @@ class Loop:
 
   def __init__(
     self,
-    run: setup.Run,
-    programs: trainer.Programs,
+    setup: setups.Setup,
+    trainer: trainers.Trainer,
     seeds: Sequence[Seed],
     display: logs.Progress,
     requests: signals.StopRequests,
@@ -192,23 +191,23 @@ class Loop:
     """Put together what the loop needs.
 
     Args:
-      run: from `setup.build`.
-      programs: compiled for it.
-      seeds: that train together.
+      setup: what is trained.
+      trainer: holds the state and changes it.
+      seeds: those that train together, in the trainer's order.
       display: for the user.
       requests: to leave.
     """
-    self._run, self._programs, self._seeds = run, programs, seeds
+    self._setup, self._trainer, self._seeds = setup, trainer, seeds
     self._display, self._requests = display, requests
-    self._config = seeds[0].config  # The seeds' differ in the seed alone.
+    # Those of the seeds differ in the seed alone.
+    self._settings = seeds[0].experiment.settings
+    self._steps_per_epoch = setup.dataset.steps_per_epoch
     self._since = time.time()
 
-  def train(self, state: types.TrainState, step: int) -> None:
+  def train(self, step: int) -> None:
     """Train the iterations that are left.
 
     Args:
-      state: after `step` iterations; of several seeds, along a leading axis.
-        It is donated.
       step: iterations done.
 
     Raises:
@@ -216,34 +215,29 @@ class Loop:
       errors.BadNumbersError: a loss, a gradient or a parameter is not finite.
       errors.StorageError: a checkpoint cannot be written.
     """
-    steps = self._run.dataset.steps_per_epoch
-    while step < self._config.epochs * steps:
-      state, step = self._train_epoch(state, step)
-      self._end_epoch(state, step)
+    while step < self._settings.epochs * self._steps_per_epoch:
+      step = self._train_epoch(step)
+      self._end_epoch(step)
 
-  def _train_epoch(self, state, step):
-    """Train the rest of an epoch; return (state, iterations done)."""
-    run, config, seeds = self._run, self._config, self._seeds
-    epoch, start = divmod(step, run.dataset.steps_per_epoch)
-    last_step = step - start + run.dataset.steps_per_epoch
+  def _train_epoch(self, step):
+    """Train the rest of an epoch; return the iterations done."""
+    settings, seeds = self._settings, self._seeds
+    epoch, start = divmod(step, self._steps_per_epoch)
+    last_step = step - start + self._steps_per_epoch
     pending = []
     streams = [seed.dataset.train_batches(epoch, start) for seed in seeds]
     begin = since = time.time()
     waited = 0.0
     for batches in zip(*streams, strict=True):
       waited += time.time() - since
-      batch = sharding.shard(
-        trainer.stack(batches), run.mesh, axis=int(len(seeds) > 1)
-      )
-      state, values = self._program(step).call(state, run.sources, batch)
-      pending.append(metrics.pack(values))
+      pending.append(self._trainer.step(step, batches))
       step += 1
       is_last = step == last_step
       # At the end of an epoch, evaluation comes first.
       leaves = not is_last and self._requests.after(step)
-      every = config.checkpoint_steps
+      every = settings.checkpoint_steps
       saves = leaves or (every and step % every == 0 and not is_last)
-      ends_interval = is_last or step % config.log_every == 0
+      ends_interval = is_last or step % settings.log_every == 0
       if ends_interval or saves:
         self._average(pending, step)
         pending = []
@@ -251,45 +245,38 @@ class Loop:
         for seed in seeds:
           seed.end_interval(step, epoch + 1)
       if saves:
-        self._save(state, step)
+        self._save(step)
       if leaves:
         self._interrupt(step)
       since = time.time()
     self._advise(waited, time.time() - begin)
-    return state, step
-
-  def _program(self, step):
-    """Choose the program of the iteration after `step`."""
-    without = self._programs.train_step_without_meta
-    if without and step % self._config.meta.update_every:
-      return without
-    return self._programs.train_step
+    return step
 
   def _average(self, pending, step):
     """Fetch the metrics of iterations up to `step`, and add them."""
-    fetched = metrics.fetch(pending)
-    for index, seed in enumerate(self._seeds):
-      mine = [self._take(values, index) for values in fetched]
-      seed.average(mine, step, self._run.pairs, self._display)
-    epoch = 1 + (step - 1) // self._run.dataset.steps_per_epoch
+    fetched = self._trainer.fetch(pending)
+    for seed, mine in zip(self._seeds, fetched, strict=True):
+      seed.average(mine, step, self._setup.problem.pairs, self._display)
+    epoch = 1 + (step - 1) // self._steps_per_epoch
     means = self._seeds[0].interval.means()
-    self._display.update(epoch, len(fetched), means)
+    self._display.update(epoch, len(pending), means)
 
   def _advise(self, waited, trained):
     """Say so where training waited for images."""
     if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
-      workers, cores = self._config.data.num_workers, os.cpu_count() or 1
+      workers = self._seeds[0].experiment.reading.num_workers
+      cores = os.cpu_count() or 1
       more = f"raise config.data.num_workers ({workers}) up to the {cores} CPU"
       self._display.say(
         f"training waited {waited:.0f} of {trained:.0f} s for images;"
         f" {f'{more} cores, or ' if workers < cores else ''}keep smaller images"
       )
 
-  def _end_epoch(self, state, step):
+  def _end_epoch(self, step):
     """Evaluate, record, save."""
-    config = self._config
-    epoch = step // self._run.dataset.steps_per_epoch
-    validation = self._evaluate(state.inner, "val")
+    settings = self._settings
+    epoch = step // self._steps_per_epoch
+    validation = self._trainer.evaluate("val")
     is_best = []
     for seed, result in zip(self._seeds, validation, strict=True):
       named = {f"val_{name}": value for name, value in result.items()}
@@ -297,9 +284,9 @@ class Loop:
       is_best.append(result["accuracy"] > seed.progress["val_accuracy"])
     test = validation
     if any(is_best):
-      test = self._evaluate(state.inner, "test")
+      test = self._trainer.evaluate("test")
     for index, seed in enumerate(self._seeds):
-      record = _epoch_record(self._run, seed, epoch, validation[index])
+      record = _epoch_record(self._setup, seed, epoch, validation[index])
       if is_best[index]:
         record["test_accuracy"] = test[index]["accuracy"]
         seed.progress |= {
@@ -307,68 +294,44 @@ class Loop:
           "val_accuracy": validation[index]["accuracy"],
           "test_accuracy": record["test_accuracy"],
         }
-        _save_target(self._run, seed, self._take(state.inner, index), epoch)
+        inner = self._trainer.state_of(index).inner
+        _save_target(self._setup, seed, inner, epoch)
       seed.record("epoch", step, record)
-      self._display.say(seed.label + _epoch_line(record, config))
+      self._display.say(seed.label + _epoch_line(record, seed.experiment))
     leaves = self._requests.after(step)
-    is_end = epoch == config.epochs
-    if leaves or is_end or epoch % config.checkpoint_every == 0:
-      self._save(state, step)
+    is_end = epoch == settings.epochs
+    if leaves or is_end or epoch % settings.checkpoint_every == 0:
+      self._save(step)
     if leaves and not is_end:
       self._interrupt(step)
 
-  def _evaluate(self, inner, split):
-    """Return {"loss", "accuracy"} of each seed."""
-    totals = [
-      self._programs.eval_step(inner, sharding.shard(batch, self._run.mesh))
-      for batch in self._run.dataset.eval_batches(split)
-    ]
-    totals = jax.device_get(totals)
-    results = []
-    for index in range(len(self._seeds)):
-      mine = [self._take(sums, index) for sums in totals]
-      sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *mine)
-      results.append(
-        {
-          "loss": sums["loss"] / sums["count"],
-          "accuracy": sums["accuracy"] / sums["count"],
-        }
-      )
-    return results
-
-  def _save(self, state, step):
+  def _save(self, step):
     """Save all seeds, with the time that was spent on them so far."""
     now = time.time()
     for index, seed in enumerate(self._seeds):
       seed.progress["seconds"] += (now - self._since) / len(self._seeds)
-      seed.save(step, self._take(state, index))
+      seed.save(step, self._trainer.state_of(index))
     self._since = now
 
   def _interrupt(self, step):
-    total = self._config.epochs * self._run.dataset.steps_per_epoch
+    total = self._settings.epochs * self._steps_per_epoch
     raise errors.Interrupted(
       f"asked to stop; saved after iteration {step} of {total}, and the same"
       " command goes on from there"
     )
 
-  def _take(self, tree, index):
-    """Undo `stack` for one of the seeds."""
-    if len(self._seeds) == 1:
-      return tree
-    return jax.tree.map(lambda leaf: leaf[index], tree)
 
-
-def _epoch_record(run, seed, epoch, validation):
+def _epoch_record(setup, seed, epoch, validation):
   """Return an epoch's record, and begin the next one's averages."""
   means = seed.end_epoch(epoch)
   record: dict[str, Any] = {
     "epoch": epoch,
     "learning_rate": float(
-      run.learning_rate_fn((epoch - 1) * run.dataset.steps_per_epoch)
+      setup.recipe.learning_rate_fn((epoch - 1) * setup.dataset.steps_per_epoch)
     ),
   }
   record |= {f"train_{name}": v for name, v in metrics.scalars(means).items()}
-  transferred = _transfer_record(run.pairs, means)
+  transferred = _transfer_record(setup.problem.pairs, means)
   seed.progress["channel_weights"] = transferred.pop("channel_weights", None)
   record |= transferred
   return record | {f"val_{name}": v for name, v in validation.items()}
@@ -393,8 +356,8 @@ def _transfer_record(pairs, means):
   return record
 
 
-def _save_target(run, seed, inner, epoch):
-  config, image_format = seed.config, run.image_format
+def _save_target(setup, seed, inner, epoch):
+  description, image_format = seed.experiment.description, setup.image_format
   variables = sharding.gather(
     {"params": inner.params["target"], **inner.model_state}
   )
@@ -404,26 +367,27 @@ def _save_target(run, seed, inner, epoch):
     seed.workdir / "target.safetensors",
     variables,
     {
-      "model": config.target.model,
-      "num_classes": str(run.num_outputs),
-      "class_names": json.dumps(list(run.dataset.class_names)),
+      "model": description["target"]["model"],
+      "num_classes": str(setup.num_outputs),
+      "class_names": json.dumps(list(setup.dataset.class_names)),
       "channels": str(image_format.channels),
       "mean": json.dumps(image_format.mean),
       "std": json.dumps(image_format.std),
-      "config": config.to_json(),
+      "config": json.dumps(description),
       "epoch": str(epoch),
       "val_accuracy": str(seed.progress["val_accuracy"]),
     },
   )
 
 
-def _epoch_line(record, config):
+def _epoch_line(record, experiment):
+  target = experiment.description["target"]
   show = lambda name: run_reader.accuracy_text(
-    record[f"{name}_accuracy"], config.target, digits=2
+    record[f"{name}_accuracy"], target, digits=2
   )
   line = (
-    f"epoch {record['epoch']}/{config.epochs}  loss {record['train_loss']:.4f}"
-    f"  val {show('val')}"
+    f"epoch {record['epoch']}/{experiment.settings.epochs}"
+    f"  loss {record['train_loss']:.4f}  val {show('val')}"
   )
   if "test_accuracy" in record:
     line += f"  (best so far; test {show('test')})"

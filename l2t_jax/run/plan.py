@@ -6,12 +6,11 @@ import time
 from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from rich import console, table
 
-import l2t_jax.config
-from l2t_jax.run import setup
+from l2t_jax.run import experiments
+from l2t_jax.run import setup as setups
 from l2t_jax.runtime import compilation, sharding
 
 _NUM_TIMED = 3
@@ -23,46 +22,44 @@ class Plan(NamedTuple):
   num_parameters: dict[str, int]  # By part: target, regressors, f and g.
   programs: dict[str, compilation.Program]  # By mode; "" without meta update.
   chosen: str  # The mode that training would use.
-  seconds: float  # An iteration in that mode takes.
+  seconds: float  # Per iteration in that mode.
   steps_per_epoch: int
   epochs: int
 
 
-def make(config: ml_collections.ConfigDict) -> Plan:
+def make(experiment: experiments.Experiment) -> Plan:
   """Compile an iteration in the modes that training may use; time the chosen.
 
   Args:
-    config: the fields of l2t_jax/config.py.
+    experiment: what would be trained.
 
   Raises:
-    errors.InputError: for a config, data or weights that cannot work.
+    errors.InputError: for data or networks that cannot work together.
   """
-  l2t_jax.config.check(config)
-  setup.check_source_files(config)
-  run = setup.build(config)
-  batch = sharding.shard(run.blank_batch, run.mesh)
-  with jax.default_matmul_precision(
-    l2t_jax.config.PRECISIONS[config.precision][1]
-  ):
+  settings = experiment.settings
+  _, precision = compilation.PRECISIONS[settings.precision]
+  with jax.default_matmul_precision(precision):
+    setup = setups.build(experiment)
+    batch = sharding.shard(setup.blank_batch, setup.mesh)
     compiling = {
-      mode: setup.compile_step(run, run.state_shapes, batch, mode=mode)
-      for mode in (run.modes if run.learns else run.modes[:1])
+      mode: setups.compile_step(setup, setup.state_shapes, batch, mode=mode)
+      for mode in (setup.modes if setup.learns else setup.modes[:1])
     }
-  state = run.create_state(config.seed)
+  state = setup.create_state(settings.seed)
   programs = {mode: program.result() for mode, program in compiling.items()}
   chosen = next(
-    (mode for mode in run.modes if compilation.fits(programs[mode])),
-    run.modes[-1] if run.learns else run.modes[0],
+    (mode for mode in programs if compilation.fits(programs[mode])),
+    list(programs)[-1],
   )
   sizes = {**state.inner.params, "f and g": state.meta_params}
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   return Plan(
     num_parameters={name: count(tree) for name, tree in sizes.items()},
-    programs=programs if run.learns else {"": programs[chosen]},
-    chosen=chosen if run.learns else "",
-    seconds=_time(programs[chosen], state, run.sources, batch),
-    steps_per_epoch=run.dataset.steps_per_epoch,
-    epochs=config.epochs,
+    programs=programs if setup.learns else {"": programs[chosen]},
+    chosen=chosen if setup.learns else "",
+    seconds=_time(programs[chosen], state, setup.sources, batch),
+    steps_per_epoch=setup.dataset.steps_per_epoch,
+    epochs=settings.epochs,
   )
 
 
@@ -85,8 +82,8 @@ def show(plan: Plan) -> None:
   console.Console().print(rows)
   epoch = plan.seconds * plan.steps_per_epoch
   print(
-    f"{plan.seconds:.3g} s an iteration on {jax.device_count()} x"
-    f" {jax.devices()[0].device_kind}; {plan.steps_per_epoch} iterations an"
+    f"{plan.seconds:.3g} s per iteration on {jax.device_count()} x"
+    f" {jax.devices()[0].device_kind}; {plan.steps_per_epoch} iterations per"
     f" epoch: {_duration(epoch)}; {plan.epochs} epochs:"
     f" {_duration(epoch * plan.epochs)}, evaluation not included"
   )

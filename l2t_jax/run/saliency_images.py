@@ -13,7 +13,8 @@ from PIL import Image
 from l2t_jax import cli, errors
 from l2t_jax.method import saliency, training, transfer
 from l2t_jax.results import run_reader, transfer_map
-from l2t_jax.run import setup, train
+from l2t_jax.run import from_config, train
+from l2t_jax.run import setup as setups
 from l2t_jax.runtime import checkpoint
 
 _PICTURE_SIZE = 208  # Pixels at most; twice of what is shown.
@@ -52,20 +53,23 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
   if run.config["data"]["source"] == "arrays":
     raise errors.InputError("the run was made from arrays, which are not kept")
   config = cli.load_config(str(run.workdir / "config.json"))
-  built = setup.build(config)
-  meta_params = _restore(run, built.create_state(config.seed)).meta_params
-  images = _spread_images(built.dataset, num_images)
+  setup = setups.build(from_config.resolve(config))
+  problem = setup.problem
+  meta_params = _restore(run, setup.create_state(config.seed)).meta_params
+  images = _spread_images(setup.dataset, num_images)
 
   @jax.jit
   def features_fn(images):
-    _, features = training.run_sources(built.source_fns, built.sources, images)
+    _, features = training.run_sources(
+      problem.source_fns, setup.sources, images
+    )
     return features
 
   source = transfer.prepare_source(
-    features_fn(images), built.pairs, built.target_taps
+    features_fn(images), problem.pairs, problem.target_taps
   )
-  assert built.weights_fn is not None  # The run has a transfer map.
-  weights = built.weights_fn(meta_params, source.pooled)
+  assert problem.weights_fn is not None  # The run has a transfer map.
+  weights = problem.weights_fn(meta_params, source.pooled)
 
   def look(tap, channel_weights):
     seen = saliency.saliency(
@@ -84,7 +88,7 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
         look(strong["source"], learned),
       )
     )
-  mean, std = built.image_format.mean, built.image_format.std
+  mean, std = setup.image_format.mean, setup.image_format.std
   pixels = np.asarray(images) * np.array(std) + np.array(mean)
   return Saliency(tuple(_picture(image) for image in pixels), tuple(pairs))
 

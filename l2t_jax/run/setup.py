@@ -1,7 +1,7 @@
-"""From a config to data, networks, initial states and iterations.
+"""From an experiment to batches, losses, first states and programs.
 
-This module and `experiment` are the ones that know configs; everything below
-takes plain values.
+Everything that training needs is put together here, once, from plain objects;
+`trainer` and `loop` only use it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 import contextlib
 import functools
-import hashlib
-import json
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
 
-from l2t_jax import data, errors, models, types
-import l2t_jax.config
-from l2t_jax.data import formats, records
+from l2t_jax import data, errors, fingerprints, models, types
+from l2t_jax.data import formats
 from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
 from l2t_jax.models import weight_files
-from l2t_jax.results import transfer_map
+from l2t_jax.run import experiments
 from l2t_jax.runtime import compilation, sharding
 
 # The fastest mode, and the one that keeps least between the passes.
@@ -34,80 +28,76 @@ _AUTO_MODES = ("linearized", "mixed")
 _INIT = 2**32 - 1
 
 
-class SourceNetwork(NamedTuple):
-  """A source network with its weights, in the place of a file of them."""
-
-  network: models.Network
-  params: types.PyTree
-  model_state: types.PyTree
-  metadata: Mapping[str, str] = {}
-
-
-class Given(NamedTuple):
-  """Objects in the place of what a config names; None for the config's."""
-
-  data: records.ImageSet | None = None
-  # Name -> network; a single source has the name "".
-  sources: Mapping[str, SourceNetwork] | None = None
-  target: models.Network | None = None
-  task: types.Task | None = None
-
-
-NOTHING = Given()
-
-
-class Run(NamedTuple):
-  """All that the loop needs, made from a config."""
+class Setup(NamedTuple):
+  """All that the training of an experiment needs."""
 
   dataset: data.Dataset
-  image_format: formats.ImageFormat
+  image_format: formats.ImageFormat  # Of the images that the target sees.
   num_outputs: int  # Of the target.
-  sources: dict[str, training.Source]
-  source_fns: dict[str, types.ApplyFn]  # On images of the data.
-  source_taps: pair_sets.TapShapes
-  target_taps: pair_sets.TapShapes
-  pairs: tuple[pair_sets.Pair, ...]
-  weights_fn: training.WeightsFn | None  # None where no features are matched.
+  problem: training.Problem
+  recipe: training.Recipe  # In the first of the modes.
+  modes: tuple[str, ...]  # Of the hypergradient; the first that fits is used.
+  sources: dict[str, training.Variables]  # On the mesh.
+  source_taps: pair_sets.TapShapes  # Of the taps in pairs.
+  learns: bool  # Whether there is a meta update.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
-  inputs: dict[str, str]  # What training reads -> digits of its contents.
-  learns: bool  # Whether there is a meta update.
-  # (mode=, update_meta=True) -> `training.make_train_step`.
-  make_train_step: Callable[..., Any]
-  modes: tuple[str, ...]  # Of the hypergradient; the first that fits is used.
   # Zeros, of the shapes of this process's rows of a batch.
   blank_batch: types.Batch
   eval_step: Any  # `training.make_eval_step`.
-  learning_rate_fn: Callable[[int], Any]  # iteration -> learning rate.
   mesh: jax.sharding.Mesh
-  notes: tuple[str, ...]  # What the user should be told, a line each.
+  inputs: dict[str, str]  # What training reads -> its fingerprint.
+  notes: tuple[str, ...]  # What the user should be told, one line each.
 
 
-class _SourceNetwork(NamedTuple):
-  """A source network that was loaded."""
+class _Source(NamedTuple):
+  """A source network that has been traced."""
 
-  # Taps, named as in pairs -> what computes them from images in the format of
-  # the data.
-  make_apply_fn: Callable[[Collection[str]], types.ApplyFn]
-  variables: training.Source
+  name: str  # "" for a single one.
+  network: models.Network
+  layout: models.Layout
+  variables: training.Variables
   image_format: formats.ImageFormat  # Of the images that it sees.
   num_classes: int
   class_names: tuple[str, ...]  # () where they are not known.
-  select_taps: Callable[[], pair_sets.TapShapes]  # As configured; see all_taps.
-  # Named as in pairs.
-  all_taps: dict[str, tuple[int, int, int]]
-  no_taps: dict[str, str]  # Other layers, likewise, and why they are none.
+  patterns: tuple[str, ...]  # Names or globs of its taps.
+
+  @property
+  def label(self) -> str:
+    """Its name in a sentence."""
+    return f"source{self.name and ' '}{self.name}"
+
+  def named(self, taps: Mapping[str, Any]) -> dict[str, Any]:
+    """Name taps as in pairs."""
+    return {pair_sets.tap_name(self.name, t): x for t, x in taps.items()}
+
+  def make_apply_fn(
+    self, taps: Collection[str], images_from: formats.ImageFormat
+  ) -> types.ApplyFn:
+    """Make the function that computes some taps, named as in pairs.
+
+    Its images are in the format of the target's.
+    """
+    name = lambda tap: pair_sets.tap_name(self.name, tap)
+    apply_fn = models.as_apply_fn(
+      self.network, {tap for tap in self.layout.taps if name(tap) in taps}
+    )
+
+    def on_target_images(params, model_state, images, *, train):
+      images = formats.convert(images, images_from, self.image_format)
+      return apply_fn(params, model_state, images, train=train)
+
+    return on_target_images
 
 
-class _TargetNetwork(NamedTuple):
-  """The network that is trained."""
+class _Target(NamedTuple):
+  """The network that is trained, traced."""
 
   network: models.Network
   layout: models.Layout
-  init: Callable[[Any], tuple[types.PyTree, types.PyTree]]  # Of a key; jitted.
-  start: Callable[[types.PyTree], types.PyTree]  # Fresh variables -> first.
-  head_tap: str  # What second heads read, and its channels; "" for no heads.
-  num_features: int
+  # key -> (params, model_state) that training starts from; jitted in part.
+  init: Callable[[Any], tuple[types.PyTree, types.PyTree]]
+  head_tap: str  # What second heads read; "" for no heads.
   notes: tuple[str, ...]  # On how it trains, and what it starts from.
 
 
@@ -117,176 +107,102 @@ class _Plan(NamedTuple):
   pairs: tuple[pair_sets.Pair, ...] = ()
   source_taps: pair_sets.TapShapes = {}  # noqa: RUF012
   target_taps: pair_sets.TapShapes = {}  # noqa: RUF012
-  frozen: transfer.TransferMap | None = None  # Weights that are not learned.
   learn_channels: bool = False
   learn_pairs: bool = False
 
 
-def check_source_files(
-  config: ml_collections.ConfigDict, given: Given = NOTHING
-) -> None:
-  """Raise `errors.InputError` where a file of weights is missing."""
-  needs_source = objectives.METHODS[config.method].needs_source
-  if needs_source and given.sources is None:
-    for source in l2t_jax.config.source_configs(config).values():
-      weight_files.check_exists(pathlib.Path(source.weights))
-
-
 @compilation.garbage_collection_paused()
-def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
-  """Load data and sources, make networks and iterations.
+def build(experiment: experiments.Experiment) -> Setup:
+  """Split and read images, trace networks and put losses together.
 
   Args:
-    config: the fields of l2t_jax/config.py, which `check` has seen.
-    given: what is there already.
+    experiment: what is to be trained.
 
   Raises:
     errors.InputError: for data, weights or values that cannot work together.
   """
-  method = objectives.get_method(config.method)
+  settings, method = experiment.settings, experiment.method
   mesh = sharding.make_mesh()
-  _check_devices(config, mesh)
-  dataset = _load_data(config, method, given.data)
+  _check_devices(experiment, mesh)
+  dataset = _load_data(experiment)
   image_format = formats.ImageFormat(
     dataset.image_shape[0],
     dataset.image_shape[-1],
-    tuple(config.data.mean),
-    tuple(config.data.std),
+    tuple(experiment.reading.mean),
+    tuple(experiment.reading.std),
   )
-  dtype = l2t_jax.config.PRECISIONS[config.precision][0]
-  task = given.task or objectives.get_task(config.target.task)
-  networks = {}
-  if method.needs_source:
-    networks = {
-      name: _load_source(
-        source, image_format, dtype, name, (given.sources or {}).get(name)
-      )
-      for name, source in l2t_jax.config.source_configs(config).items()
-    }
-  network = given.target
-  if network is None:
-    network = models.create(
-      config.target.model,
-      config.target.num_outputs or dataset.num_classes,
-      dtype,
-    )
-  target = _make_target(
-    network, method, networks, image_format, config.batch_size
-  )
-  if task is objectives.CLASSIFICATION:
-    _check_classification(dataset, target.layout.output_shape)
-  elif given.target is None and not config.target.num_outputs:
-    _check_num_outputs(dataset, target.layout.output_shape)
+  sources = [
+    _trace_source(name, source, image_format)
+    for name, source in experiment.sources.items()
+    if method.needs_source
+  ]
+  target = _make_target(experiment, sources, image_format)
   num_outputs = _num_outputs(target.layout)
+  if experiment.task is objectives.CLASSIFICATION:
+    _check_classification(dataset, target.layout.output_shape)
+  if "kd" in method.losses:
+    _check_same_classes(sources, num_outputs, dataset.class_names)
   plan = _Plan()
   if method.pair_set:
-    plan = _plan_transfer(config, method, networks, target.layout)
-  optimizer_fn = optimizers.sgd(
-    momentum=config.optimizer.momentum,
-    weight_decay=config.optimizer.weight_decay,
-    clip_norm=config.optimizer.clip_norm,
-  )
-  meta_optimizer = optimizers.adam_l2(
-    config.meta.learning_rate, config.meta.weight_decay, config.meta.clip_norm
-  )
-  learning_rate_fn = l2t_jax.config.SCHEDULES[config.optimizer.schedule](
-    config.optimizer.learning_rate,
-    epochs=config.epochs,
-    steps_per_epoch=dataset.steps_per_epoch,
-  )
+    plan = _plan_transfer(experiment, sources, target.layout)
   target_fn = models.as_apply_fn(
     target.network, {*plan.target_taps, target.head_tap} - {""}
   )
-  if "kd" in method.losses:
-    _check_same_classes(networks, num_outputs, dataset.class_names)
-  auxiliary = _auxiliary_losses(
-    config, method, plan.pairs, networks, target.head_tap, num_outputs
+  auxiliary = _auxiliary_losses(settings, method, plan.pairs, target.head_tap)
+  mode = settings.bilevel.mode
+  modes = _AUTO_MODES if mode == "auto" else (mode,)
+  problem = training.Problem(
+    objectives.make_losses(target_fn, auxiliary, experiment.task),
+    {s.name: s.make_apply_fn(plan.source_taps, image_format) for s in sources},
+    plan.pairs,
+    plan.target_taps,
+    _weights_fn(experiment, plan.pairs)
+    if "matching" in method.losses
+    else None,
   )
-
-  add_optimizers = jax.jit(
-    functools.partial(
-      training.create_state,
-      optimizer_fn=optimizer_fn,
-      meta_optimizer=meta_optimizer,
-    )
-  )
-
-  def first_state(seed):
-    values = _initial_values(seed, method, plan, networks, target)
-    return add_optimizers(*values)
-
+  recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
   shardings = functools.partial(
-    sharding.split if config.shard_params else sharding.copied, mesh=mesh
+    sharding.split if settings.shard_params else sharding.copied, mesh=mesh
   )
+  first_state = _make_first_state(method, plan, sources, target, recipe)
+  shapes = jax.eval_shape(functools.partial(first_state, settings.seed))
   place = lambda tree: jax.device_put(tree, shardings(tree))
-
-  # What is split over the devices need not fit on one of them before.
-  making = sharding.on_host if config.shard_params else contextlib.nullcontext
 
   @compilation.garbage_collection_paused()
   def create_state(seed):
-    with making():
+    # What is split over the devices need not fit on one of them before.
+    with (
+      sharding.on_host() if settings.shard_params else contextlib.nullcontext()
+    ):
       state = first_state(seed)
     return place(state)
 
-  shapes = jax.eval_shape(functools.partial(first_state, config.seed))
-
-  source_fns = {
-    name: network.make_apply_fn(plan.source_taps)
-    for name, network in networks.items()
-  }
-  weights_fn = (
-    _weights_fn(config, plan) if "matching" in method.losses else None
-  )
-  make_train_step = functools.partial(
-    training.make_train_step,
-    objectives.make_losses(target_fn, auxiliary, task),
-    source_fns,
-    pairs=plan.pairs,
-    target_taps=plan.target_taps,
-    weights_fn=weights_fn,
-    look_ahead_loss=config.bilevel.look_ahead_loss,
-    num_inner_steps=config.bilevel.num_inner_steps,
-    learning_rate_fn=learning_rate_fn,
-    optimizer_fn=optimizer_fn,
-    meta_optimizer=meta_optimizer,
-    rolled=config.bilevel.loop == "scan",
-    skip_bad_numbers=config.bad_numbers == "skip",
-  )
-  return Run(
+  return Setup(
     dataset=dataset,
     image_format=image_format,
     num_outputs=num_outputs,
-    sources={
-      name: place(network.variables) for name, network in networks.items()
-    },
-    source_fns=source_fns,
+    problem=problem,
+    recipe=recipe,
+    modes=modes,
+    sources={source.name: place(source.variables) for source in sources},
     source_taps=plan.source_taps,
-    target_taps=plan.target_taps,
-    pairs=plan.pairs,
-    weights_fn=weights_fn,
+    learns=plan.learn_channels or plan.learn_pairs,
     create_state=create_state,
     state_shapes=sharding.with_shardings(shapes, shardings(shapes)),
+    blank_batch=_blank_batch(experiment, dataset),
+    eval_step=training.make_eval_step(target_fn, experiment.task),
+    mesh=mesh,
     inputs={
       "the images and labels": dataset.fingerprint,
       **{
-        f"the weights of the source{name and ' '}{name}": _digits_of(
-          network.variables
+        f"the weights of the {source.label}": fingerprints.fingerprint(
+          jax.device_get(source.variables)
         )
-        for name, network in networks.items()
+        for source in sources
       },
     },
-    learns=plan.learn_channels or plan.learn_pairs,
-    make_train_step=make_train_step,
-    modes=_AUTO_MODES
-    if config.bilevel.mode == "auto"
-    else (config.bilevel.mode,),
-    blank_batch=_blank_batch(config, dataset, image_format),
-    eval_step=training.make_eval_step(target_fn, task),
-    learning_rate_fn=learning_rate_fn,
-    mesh=mesh,
     notes=(
-      *_source_notes(config, networks, plan.pairs),
+      *_source_notes(experiment, sources, plan.pairs),
       *target.notes,
       *dataset.notes,
     ),
@@ -294,71 +210,47 @@ def build(config: ml_collections.ConfigDict, given: Given = NOTHING) -> Run:
 
 
 def compile_step(
-  run: Run,
+  setup: Setup,
   state: types.TrainState,
   batch: types.Batch,
   *,
+  mode: str,
   num_seeds: int = 1,
-  **options: Any,
+  update_meta: bool = True,
 ) -> futures.Future[compilation.Program]:
-  """Compile an iteration of a run; its state is donated.
+  """Compile an iteration; its state is donated.
 
   Args:
-    run: from `build`.
+    setup: from `build`.
     state: of one seed, or of several along a leading axis; or its shapes.
-    batch: on the run's mesh; likewise.
-    num_seeds: how many train together.
-    **options: of `run.make_train_step`.
+    batch: on the mesh; with the same leading axis.
+    mode: how the hypergradient is computed.
+    num_seeds: how many seeds train together.
+    update_meta: whether the iteration has a meta update.
   """
-  step = run.make_train_step(**options)
+  step = training.make_train_step(
+    setup.problem, setup.recipe._replace(mode=mode), update_meta=update_meta
+  )
   if num_seeds > 1:
     step = jax.vmap(step, in_axes=(0, None, 0))
   return compilation.compile_ahead(
     step,
     state,
-    run.sources,
+    setup.sources,
     batch,
     donate_argnums=0,
     out_shardings=(
       jax.tree.map(lambda leaf: leaf.sharding, state),
-      sharding.replicated(run.mesh),
+      sharding.replicated(setup.mesh),
     ),
   )
 
 
-def _digits_of(variables):
-  """16 hex digits that tell the weights of networks apart."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(jax.device_get(variables)):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()[:16]
-
-
-def _blank_batch(config, dataset, image_format):
-  rows = lambda size: size // jax.process_count()
-  images = lambda size: jnp.zeros(
-    (rows(size), *image_format.shape), jnp.float32
-  )
-  unlabeled = None
-  if dataset.num_unlabeled:
-    unlabeled = images(config.data.unlabeled_batch_size or config.batch_size)
-  labels = jnp.zeros(
-    (rows(config.batch_size), *dataset.label_shape), dataset.label_dtype
-  )
-  return types.Batch(images(config.batch_size), labels, unlabeled)
-
-
-def _source_notes(config, networks, pairs):
-  sources = l2t_jax.config.source_configs(config)
-  for name, network in networks.items():
-    note = f"source {sources[name].weights}, {network.num_classes} classes"
-    count = sum(pair.source in network.all_taps for pair in pairs)
-    yield f"{note}, {count} pairs" if pairs else note
-
-
-def _check_devices(config, mesh):
-  for field in ("batch_size", "data.unlabeled_batch_size"):
-    value = l2t_jax.config.get(config, field)
+def _check_devices(experiment, mesh):
+  for field, value in (
+    ("batch_size", experiment.settings.batch_size),
+    ("data.unlabeled_batch_size", experiment.reading.unlabeled_batch_size),
+  ):
     if value % mesh.size:
       raise errors.InputError(
         f"config.{field} is {value}; it must be a multiple of the number of"
@@ -366,18 +258,14 @@ def _check_devices(config, mesh):
       )
 
 
-def _load_data(config, method, opened):
-  fields = config.data.to_dict()
-  if not method.losses:  # Nothing reads them.
-    fields |= {"unlabeled": False, "unlabeled_path": ""}
+def _load_data(experiment):
   dataset = data.load(
-    fields.pop("source"),
-    **fields,
-    batch_size=config.batch_size,
-    seed=config.seed,
+    experiment.reading,
+    batch_size=experiment.settings.batch_size,
+    seed=experiment.settings.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    opened=opened,
+    images=experiment.images,
   )
   if not dataset.num_val:
     raise errors.InputError(
@@ -385,6 +273,68 @@ def _load_data(config, method, opened):
       " config.data.val_fraction above 0"
     )
   return dataset
+
+
+def _blank_batch(experiment, dataset):
+  rows = lambda size: size // jax.process_count()
+  images = lambda size: jnp.zeros(
+    (rows(size), *dataset.image_shape), jnp.float32
+  )
+  batch_size = experiment.settings.batch_size
+  unlabeled = None
+  if dataset.num_unlabeled:
+    unlabeled = images(experiment.reading.unlabeled_batch_size or batch_size)
+  labels = jnp.zeros(
+    (rows(batch_size), *dataset.label_shape), dataset.label_dtype
+  )
+  return types.Batch(images(batch_size), labels, unlabeled)
+
+
+def _trace_source(name, source, image_format):
+  """Find out what a source network consists of, on its own images."""
+  own_format = formats.ImageFormat(
+    source.image_size or image_format.size,
+    source.channels or image_format.channels,
+    tuple(source.mean) or image_format.mean,
+    tuple(source.std) or image_format.std,
+  )
+  for what, values in (("mean", own_format.mean), ("std", own_format.std)):
+    if len(values) not in (1, own_format.channels):
+      numbers = sorted({1, own_format.channels})
+      raise errors.InputError(
+        f"{what} of the source {source.origin or name} is {values}, but it sees"
+        f" images of {own_format.channels} channels; set its field {what} to"
+        f" {' or '.join(map(str, numbers))} values"
+      )
+  layout = models.trace(source.network, own_format.shape)
+  params, model_state = experiments.variables_of(source)
+  traced = _Source(
+    name,
+    source.network,
+    layout,
+    training.Variables(params, model_state),
+    own_format,
+    _num_outputs(layout),
+    source.class_names,
+    experiments.as_patterns(source.taps),
+  )
+  weight_files.check_shapes(
+    layout, {"params": params, **model_state}, source.origin or traced.label
+  )
+  return traced
+
+
+def _source_notes(experiment, sources, pairs):
+  for source in sources:
+    origin = experiment.sources[source.name].origin or source.name
+    note = f"source {origin}, {source.num_classes} classes"
+    taps = source.named(source.layout.taps)
+    count = sum(pair.source in taps for pair in pairs)
+    yield f"{note}, {count} pairs" if pairs else note
+
+
+def _num_outputs(layout):
+  return (1, *layout.output_shape)[-1]  # [B, K], or [B].
 
 
 def _check_classification(dataset, outputs):
@@ -407,184 +357,20 @@ def _check_classification(dataset, outputs):
     )
 
 
-def _check_num_outputs(dataset, outputs):
-  """Refuse an output for each class where there are several targets an image.
-
-  A single output would be compared with all of them, by broadcasting. How many
-  are right, the user knows: a target may be a class among many.
-  """
-  if outputs != (dataset.num_classes,) or len(dataset.label_shape) != 1:
-    return
-  (num_targets,) = dataset.label_shape
-  if num_targets not in (1, *outputs):
-    raise errors.InputError(
-      f"the data have {num_targets} targets for each image, but the target's"
-      f" outputs are {['B', *outputs]}; set config.target.num_outputs:"
-      f" {num_targets} is one for each target, {outputs[0]} leaves it as it is"
-    )
-
-
-def _load_source(config, image_format, dtype, name, given):
-  path = pathlib.Path(config.weights)
-  metadata = given.metadata if given else weight_files.read_metadata(path)
-  own_format = _source_format(config, metadata, image_format)
-  if given:
-    network, *variables, _ = given
-    layout = models.trace(network, own_format.shape)
-    weight_files.check_shapes(
-      layout,
-      {"params": given.params, **given.model_state},
-      f"source{name and ' '}{name}",
-    )
-  else:
-    network, layout, *variables = weight_files.load_network(
-      path, own_format.shape, dtype
-    )
-  named = lambda taps: {pair_sets.tap_name(name, t): taps[t] for t in taps}
-
-  def make_apply_fn(taps):
-    wanted = {t for t in layout.taps if pair_sets.tap_name(name, t) in taps}
-    apply_fn = models.as_apply_fn(network, wanted)
-
-    def on_images_of_the_data(params, model_state, images, *, train):
-      images = formats.convert(images, image_format, own_format)
-      return apply_fn(params, model_state, images, train=train)
-
-    return on_images_of_the_data
-
-  return _SourceNetwork(
-    make_apply_fn=make_apply_fn,
-    variables=training.Source(*variables),
-    image_format=own_format,
-    num_classes=_num_outputs(layout),
-    class_names=tuple(json.loads(metadata.get("class_names", "[]"))),
-    select_taps=lambda: named(models.select_taps(layout, config.taps)),
-    all_taps=named(layout.taps),
-    no_taps=named(models.no_taps(layout)),
-  )
-
-
-def _num_outputs(layout):
-  return (1, *layout.output_shape)[-1]  # [B, K], or [B].
-
-
-def _source_format(config, metadata, image_format):
-  """What the source wants: as configured, as recorded, or as the data are."""
-  channels = int(metadata.get("channels", image_format.channels))
-  recorded = lambda what: tuple(json.loads(metadata.get(what, "[]")))
-  source = formats.ImageFormat(
-    config.image_size or image_format.size,
-    channels,
-    tuple(config.mean) or recorded("mean") or image_format.mean,
-    tuple(config.std) or recorded("std") or image_format.std,
-  )
-  for what, values in (("mean", source.mean), ("std", source.std)):
-    if len(values) not in (1, channels):
-      raise errors.InputError(
-        f"{what} of the source {config.weights} is {values}, but it sees images"
-        f" of {channels} channels; set its field {what} to"
-        f" {' or '.join(map(str, sorted({1, channels})))} values"
-      )
-  return source
-
-
-def _plan_transfer(config, method, networks, target_layout):
-  """Choose the pairs, and what of their weights is learned."""
-  frozen = None
-  wanted = config.transfer.pairs or method.pair_set
-  if config.transfer.map:
-    frozen = transfer.TransferMap(
-      *transfer_map.read_weights(config.transfer.map)
-    )
-    wanted = list(frozen.pair)
-  if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
-    target_taps = target_layout.taps
-    source_taps = _merged(n.all_taps for n in networks.values())
-    pairs = pair_sets.make_pairs(
-      wanted,
-      source_taps,
-      target_taps,
-      no_taps=(
-        _merged(n.no_taps for n in networks.values()),
-        models.no_taps(target_layout),
-      ),
-    )
-  else:
-    target_taps = models.select_taps(target_layout, config.target.taps)
-    groups = [network.select_taps() for network in networks.values()]
-    source_taps = _merged(groups)
-    # The last tap is each source's own; resolutions compare over all sources.
-    if wanted != "single":
-      groups = [source_taps]
-    pairs = tuple(
-      pair
-      for taps in groups
-      for pair in pair_sets.make_pairs(wanted, taps, target_taps)
-    )
-  if frozen:
-    _check_map(config, frozen, pairs, source_taps)
-  used = lambda taps, names: {n: taps[n] for n in taps if n in names}
-  learned = lambda value: value == "learned" and not frozen
-  return _Plan(
-    pairs,
-    used(source_taps, {pair.source for pair in pairs}),
-    used(target_taps, {pair.target for pair in pairs}),
-    frozen,
-    method.learn_channels and learned(config.transfer.channel_weights),
-    method.learn_pairs and learned(config.transfer.pair_weights),
-  )
-
-
-def _merged(dicts):
-  return {name: value for one in dicts for name, value in one.items()}
-
-
-def _check_map(config, frozen, pairs, source_taps):
-  for pair in pairs:
-    given = len(frozen.channel[pair.name])
-    expected = source_taps[pair.source][-1]
-    if given != expected:
-      raise errors.InputError(
-        f"{config.transfer.map}: pair {pair.name} has {given} channel weights,"
-        f" but the source tap has {expected} channels"
-      )
-
-
-def _weights_fn(config, plan):
-  if plan.frozen:
-    return lambda _, pooled: transfer.repeat_map(plan.frozen, pooled)
-  return functools.partial(
-    transfer.transfer_weights,
-    pairs=plan.pairs,
-    activation=config.transfer.pair_activation,
-  )
-
-
-def _auxiliary_losses(config, method, pairs, networks, head_tap, num_outputs):
-  """Make the losses that the method adds to L_org; name -> loss."""
-  makers = {
-    "matching": lambda: objectives.matching(pairs, beta=config.transfer.beta),
-    "attention": lambda: objectives.attention(pairs, beta=config.at.beta),
-    "lwf": lambda: objectives.lwf(head_tap, **config.lwf),
-    "kd": lambda: objectives.kd(**config.kd),
-  }
-  return {name: makers[name]() for name in method.losses}
-
-
-def _check_same_classes(networks, num_outputs, class_names):
+def _check_same_classes(sources, num_outputs, class_names):
   """Make sure that outputs of sources can be compared with the target's."""
   numbers = tuple(str(number) for number in range(num_outputs))
-  for name, network in networks.items():
+  for source in sources:
     needs = (
       "method 'kd' needs the source's classes to be the target's: the"
-      f" source{name and ' '}{name}"
+      f" {source.label}"
     )
-    if network.num_classes != num_outputs:
+    if source.num_classes != num_outputs:
       raise errors.InputError(
-        f"{needs} has {network.num_classes}, the data have {num_outputs}; use"
+        f"{needs} has {source.num_classes}, the data have {num_outputs}; use"
         " 'lwf'"
       )
-    named = (network.class_names, class_names)
+    named = (source.class_names, class_names)
     if not all(names and names != numbers for names in named):
       continue
     for number, (theirs, ours) in enumerate(zip(*named, strict=False)):
@@ -595,35 +381,147 @@ def _check_same_classes(networks, num_outputs, class_names):
         )
 
 
-def _make_target(network, method, networks, image_format, batch_size):
-  layout = models.trace(network, image_format.shape)
-  head_tap, num_features = "", 0
-  if "lwf" in method.losses:
-    head_tap = models.last_tap(layout.taps)
-    num_features = layout.taps[head_tap][-1]
-  start, notes = lambda variables: variables, ()
-  if method.starts_from_source:
-    start, notes = _start_from_source(layout, networks, image_format)
-  init = jax.jit(lambda key: models.init(network, key, image_format.shape))
-  return _TargetNetwork(
-    network,
-    layout,
-    init,
-    start,
-    head_tap,
-    num_features,
-    (*models.training_notes(network, layout, batch_size), *notes),
+def _plan_transfer(experiment, sources, target_layout):
+  """Choose the pairs, and what of their weights is learned."""
+  method, fields = experiment.method, experiment.settings.transfer
+  frozen = experiment.frozen
+  wanted = fields.pairs or method.pair_set
+  if frozen:
+    wanted = list(frozen.pair)
+  if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
+    target_taps = target_layout.taps
+    source_taps = _merged(s.named(s.layout.taps) for s in sources)
+    pairs = pair_sets.make_pairs(
+      wanted,
+      source_taps,
+      target_taps,
+      no_taps=(
+        _merged(s.named(models.no_taps(s.layout)) for s in sources),
+        models.no_taps(target_layout),
+      ),
+    )
+  else:
+    target_taps = models.select_taps(target_layout, experiment.target_taps)
+    groups = [
+      s.named(models.select_taps(s.layout, s.patterns)) for s in sources
+    ]
+    source_taps = _merged(groups)
+    # The last tap is each source's own; resolutions compare over all sources.
+    if wanted != "single":
+      groups = [source_taps]
+    pairs = tuple(
+      pair
+      for taps in groups
+      for pair in pair_sets.make_pairs(wanted, taps, target_taps)
+    )
+  if frozen:
+    _check_frozen(fields.map, frozen, pairs, source_taps)
+  used = lambda taps, names: {n: taps[n] for n in taps if n in names}
+  learned = lambda value: value == "learned" and not frozen
+  return _Plan(
+    pairs,
+    used(source_taps, {pair.source for pair in pairs}),
+    used(target_taps, {pair.target for pair in pairs}),
+    method.learn_channels and learned(fields.channel_weights),
+    method.learn_pairs and learned(fields.pair_weights),
   )
 
 
-def _start_from_source(layout, networks, image_format):
-  """Return (fresh variables -> those that training starts from, notes)."""
-  if len(networks) > 1:
+def _merged(dicts):
+  return {name: value for one in dicts for name, value in one.items()}
+
+
+def _check_frozen(file, frozen, pairs, source_taps):
+  for pair in pairs:
+    given = len(frozen.channel[pair.name])
+    expected = source_taps[pair.source][-1]
+    if given != expected:
+      raise errors.InputError(
+        f"{file}: pair {pair.name} has {given} channel weights, but the source"
+        f" tap has {expected} channels"
+      )
+
+
+def _weights_fn(experiment, pairs):
+  if experiment.frozen:
+    return lambda _, pooled: transfer.repeat_map(experiment.frozen, pooled)
+  return functools.partial(
+    transfer.transfer_weights,
+    pairs=pairs,
+    activation=experiment.settings.transfer.pair_activation,
+  )
+
+
+def _auxiliary_losses(settings, method, pairs, head_tap):
+  """Make the losses that the method adds to L_org; name -> loss."""
+  makers = {
+    "matching": lambda: objectives.matching(pairs, beta=settings.transfer.beta),
+    "attention": lambda: objectives.attention(pairs, beta=settings.at.beta),
+    "lwf": lambda: objectives.lwf(head_tap, **settings.lwf._asdict()),
+    "kd": lambda: objectives.kd(**settings.kd._asdict()),
+  }
+  return {name: makers[name]() for name in method.losses}
+
+
+def _make_recipe(settings, steps_per_epoch, mode):
+  sgd, meta, bilevel = settings.optimizer, settings.meta, settings.bilevel
+  return training.Recipe(
+    optimizers.sgd(
+      momentum=sgd.momentum,
+      weight_decay=sgd.weight_decay,
+      clip_norm=sgd.clip_norm,
+    ),
+    optimizers.SCHEDULES[sgd.schedule](
+      sgd.learning_rate,
+      epochs=settings.epochs,
+      steps_per_epoch=steps_per_epoch,
+    ),
+    optimizers.adam_l2(meta.learning_rate, meta.weight_decay, meta.clip_norm),
+    bilevel.num_inner_steps,
+    bilevel.look_ahead_loss,
+    mode,
+    bilevel.loop == "scan",
+    settings.bad_numbers == "skip",
+  )
+
+
+def _make_target(experiment, sources, image_format):
+  network, method = experiment.target, experiment.method
+  layout = models.trace(network, image_format.shape)
+  fresh = jax.jit(lambda key: models.init(network, key, image_format.shape))
+  others, notes = {}, ()
+  if method.starts_from_source:
+    others, notes = _source_to_start_from(layout, sources, image_format)
+
+  def init(key):
+    params, model_state = fresh(key)
+    if not others:
+      return params, model_state
+    variables, *_ = weight_files.adopt(
+      {"params": params, **model_state}, others
+    )
+    return variables.pop("params"), variables
+
+  return _Target(
+    network,
+    layout,
+    init,
+    models.last_tap(layout.taps) if "lwf" in method.losses else "",
+    (
+      *models.training_notes(network, layout, experiment.settings.batch_size),
+      *notes,
+    ),
+  )
+
+
+def _source_to_start_from(layout, sources, image_format):
+  """Return (the source's variables, notes) of a fine-tuning."""
+  if len(sources) > 1:
     raise errors.InputError(
       "fine-tuning starts from one source, but config.sources has"
-      f" {len(networks)}: {', '.join(networks)}"
+      f" {len(sources)}: {', '.join(source.name for source in sources)}"
     )
-  (source,) = networks.values()
+  (source,) = sources
   params, model_state = source.variables
   others = {"params": params, **model_state}
   _, copied, fresh = weight_files.adopt(layout.variables, others)
@@ -643,33 +541,37 @@ def _start_from_source(layout, networks, image_format):
     if (ours := getattr(image_format, what))
     != (theirs := getattr(source.image_format, what))
   ]
-  return lambda variables: weight_files.adopt(variables, others)[0], tuple(
-    notes
-  )
+  return others, tuple(notes)
 
 
-def _initial_values(seed, method, plan, networks, target):
-  """Return (params, model_state, meta_params)."""
-  key = jax.random.fold_in(jax.random.key(seed), _INIT)
-  target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
-  params, model_state = target.init(target_key)
-  variables = dict(target.start({"params": params, **model_state}))
-  params = {"target": variables.pop("params")}
-  if "matching" in method.losses:
-    params["regressors"] = transfer.init_regressors(
-      regressor_key, plan.pairs, plan.source_taps, plan.target_taps
-    )
-  if "lwf" in method.losses:
-    params["heads"] = objectives.init_heads(
-      head_key,
-      target.num_features,
-      {name: network.num_classes for name, network in networks.items()},
-    )
-  meta_params = transfer.init_meta_params(
-    meta_key,
-    plan.pairs,
-    plan.source_taps,
-    learn_channels=plan.learn_channels,
-    learn_pairs=plan.learn_pairs,
+def _make_first_state(method, plan, sources, target, recipe):
+  """Return seed -> the state before the first iteration."""
+  add_optimizers = jax.jit(
+    functools.partial(training.create_state, recipe=recipe)
   )
-  return params, variables, meta_params
+
+  def first_state(seed):
+    key = jax.random.fold_in(jax.random.key(seed), _INIT)
+    target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
+    target_params, model_state = target.init(target_key)
+    params = {"target": target_params}
+    if "matching" in method.losses:
+      params["regressors"] = transfer.init_regressors(
+        regressor_key, plan.pairs, plan.source_taps, plan.target_taps
+      )
+    if "lwf" in method.losses:
+      params["heads"] = objectives.init_heads(
+        head_key,
+        target.layout.taps[target.head_tap][-1],
+        {source.name: source.num_classes for source in sources},
+      )
+    meta_params = transfer.init_meta_params(
+      meta_key,
+      plan.pairs,
+      plan.source_taps,
+      learn_channels=plan.learn_channels,
+      learn_pairs=plan.learn_pairs,
+    )
+    return add_optimizers(params, model_state, meta_params)
+
+  return first_state

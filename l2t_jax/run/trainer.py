@@ -1,98 +1,186 @@
+"""The trainer: state, compiled programs, and seeds that train side by side."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2t_jax import errors, types
-from l2t_jax.run import setup
-from l2t_jax.runtime import compilation, sharding
+from l2t_jax.run import setup as setups
+from l2t_jax.runtime import compilation, metrics, sharding
 
 
 class DoesNotFit(Exception):
   """Seeds that should train together need more memory than there is."""
 
 
-def step_compiler(run, shapes, num_seeds):
-  """Return `setup.compile_step`, for a state of these shapes."""
-  batch = stack([run.blank_batch] * num_seeds)
-  batch = sharding.shard(batch, run.mesh, axis=int(num_seeds > 1))
-  return functools.partial(
-    setup.compile_step, run, shapes, batch, num_seeds=num_seeds
-  )
+class Trainer:
+  """Owns the state of a training and the programs that change it.
 
-
-def compile(run, compile_step, compiling, config, num_seeds):
-  """Compile training ahead, to know its time and memory.
-
-  Takes the first of the run's modes that fits into memory; `compiling` is the
-  program of the very first.
-
-  Raises:
-    DoesNotFit: seeds together need more memory than is good.
-    errors.InputError: a single one needs more than there is.
+  Several seeds may train together, vectorised by `jax.vmap`. Their arrays then
+  share a leading axis, of which nothing outside this class knows: it takes and
+  returns one value per seed, in the order of the seeds.
   """
-  eval_step = run.eval_step
-  if num_seeds > 1:
-    eval_step = jax.vmap(eval_step, in_axes=(0, None))
-  eval_step = jax.jit(
-    eval_step,
-    out_shardings=sharding.replicated(run.mesh),
-    compiler_options=compilation.options(),
-  )
-  for mode in run.modes:
-    if mode != run.modes[0]:
-      compiling = compile_step(mode=mode)
-    program = compiling.result()
-    if compilation.fits(program):
-      break
-  else:
-    if num_seeds > 1:
+
+  def __init__(
+    self, setup: setups.Setup, seeds: Sequence[int], *, update_every: int = 1
+  ):
+    """Begin to compile, and make first states meanwhile; see `compile`.
+
+    Args:
+      setup: what is trained.
+      seeds: those that train together.
+      update_every: iterations per meta update.
+    """
+    self._setup, self._num_seeds = setup, len(seeds)
+    self._update_every = update_every if setup.learns else 1
+    self._shapes = setup.state_shapes
+    if self._num_seeds > 1:
+      self._shapes = sharding.stacked(self._shapes, self._num_seeds)
+    self._compile_step = functools.partial(
+      setups.compile_step,
+      setup,
+      self._shapes,
+      self._shard([setup.blank_batch] * self._num_seeds),
+      num_seeds=self._num_seeds,
+    )
+    self._compiling = self._compile_step(mode=setup.modes[0])
+    self.first_states = [setup.create_state(seed) for seed in seeds]
+    self._eval_step = self._jit_eval_step()
+    self._state: types.TrainState | None = None
+
+  def compile(self) -> None:
+    """Wait for the training step, in the first mode that fits into memory.
+
+    Raises:
+      DoesNotFit: seeds together need more memory than is good.
+      errors.InputError: a single one needs more than there is.
+    """
+    for mode in self._setup.modes:
+      if mode != self._setup.modes[0]:
+        self._compiling = self._compile_step(mode=mode)
+      program = self._compiling.result()
+      if compilation.fits(program):
+        break
+    else:
+      self._check_memory(program, mode)
+    self.mode = mode if self._setup.learns else None  # Of the hypergradient.
+    self.program = program
+    self._without_meta = program
+    if self._update_every > 1:
+      self._without_meta = self._compile_step(
+        mode=mode, update_meta=False
+      ).result()
+
+  def start(self, states: Sequence[types.TrainState]) -> None:
+    """Take over the states to train from, one per seed; they are donated."""
+    self.first_states = []  # They would stay in the accelerator's memory.
+    self._state = states[0]
+    if self._num_seeds > 1:
+      self._state = jax.device_put(
+        self._stack(states),
+        jax.tree.map(lambda leaf: leaf.sharding, self._shapes),
+      )
+
+  def step(self, number: int, batches: Sequence[types.Batch]) -> metrics.Packed:
+    """Train one iteration.
+
+    Args:
+      number: iterations done before it.
+      batches: one per seed, this process's rows.
+
+    Returns:
+      Metrics, for `fetch`.
+    """
+    updates_meta = number % self._update_every == 0
+    program = self.program if updates_meta else self._without_meta
+    self._state, values = program.call(
+      self._state, self._setup.sources, self._shard(batches)
+    )
+    return metrics.pack(values)
+
+  def fetch(
+    self, iterations: Sequence[metrics.Packed]
+  ) -> list[list[dict[str, Any]]]:
+    """Wait for metrics; return those of each seed, iteration by iteration."""
+    fetched = metrics.fetch(iterations)
+    return [
+      [self._take(values, index) for values in fetched]
+      for index in range(self._num_seeds)
+    ]
+
+  def evaluate(self, split: str) -> list[dict[str, float]]:
+    """Return {"loss", "accuracy"} of each seed, means over a split's images.
+
+    Args:
+      split: "val" or "test".
+    """
+    assert self._state is not None
+    totals = jax.device_get(
+      [
+        self._eval_step(
+          self._state.inner, sharding.shard(batch, self._setup.mesh)
+        )
+        for batch in self._setup.dataset.eval_batches(split)
+      ]
+    )
+    results = []
+    for index in range(self._num_seeds):
+      mine = [self._take(sums, index) for sums in totals]
+      sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *mine)
+      results.append(
+        {name: sums[name] / sums["count"] for name in ("loss", "accuracy")}
+      )
+    return results
+
+  def state_of(self, index: int) -> types.TrainState:
+    """Return the state of one seed."""
+    return self._take(self._state, index)
+
+  def _check_memory(self, program, mode):
+    if self._num_seeds > 1:
       raise DoesNotFit(
-        f"{num_seeds} seeds together need {program.memory_bytes} bytes"
+        f"{self._num_seeds} seeds together need {program.memory_bytes} bytes"
       )
     if program.memory_bytes > compilation.memory_limit():
       mib = lambda size: f"{size / 2**20:,.0f} MiB"
-      slim = "set config.bilevel.mode=mixed, or " if mode != "mixed" else ""
+      slimmer = ""
+      if self._setup.learns and mode != "mixed":
+        slimmer = "set config.bilevel.mode=mixed, or "
       raise errors.InputError(
         f"an iteration needs {mib(program.memory_bytes)}, and there are"
-        f" {mib(compilation.memory_limit())}: {slim if run.learns else ''}lower"
-        " config.batch_size or config.data.image_size"
+        f" {mib(compilation.memory_limit())}: {slimmer}lower config.batch_size"
+        " or config.data.image_size"
       )
-  sparse = run.learns and config.meta.update_every > 1
-  return Programs(
-    program,
-    compile_step(mode=mode, update_meta=False).result() if sparse else None,
-    eval_step,
-    mode,
-  )
 
+  def _jit_eval_step(self):
+    eval_step = self._setup.eval_step
+    if self._num_seeds > 1:
+      eval_step = jax.vmap(eval_step, in_axes=(0, None))
+    return jax.jit(
+      eval_step,
+      out_shardings=sharding.replicated(self._setup.mesh),
+      compiler_options=compilation.options(),
+    )
 
-class Programs(NamedTuple):
-  """What was compiled for a run."""
+  def _shard(self, batches):
+    """Stack the batches of all seeds and split their rows over the devices."""
+    return sharding.shard(
+      self._stack(batches), self._setup.mesh, axis=int(self._num_seeds > 1)
+    )
 
-  train_step: compilation.Program
-  # None where every iteration has a meta update.
-  train_step_without_meta: compilation.Program | None
-  eval_step: Any  # Jitted; compiled where it is first used.
-  mode: str  # How the hypergradient is computed.
+  def _stack(self, trees):
+    if self._num_seeds == 1:
+      return trees[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
-
-def stack(
-  trees: Sequence[types.PyTree], like: types.PyTree | None = None
-) -> types.PyTree:
-  """Give the arrays of several seeds a leading axis; one seed has none.
-
-  Args:
-    trees: of each seed.
-    like: arrays or shapes, spread over the devices as the result is to be.
-  """
-  if len(trees) == 1:
-    return trees[0]
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-  if like is None:
-    return stacked
-  return jax.device_put(stacked, jax.tree.map(lambda leaf: leaf.sharding, like))
+  def _take(self, tree, index):
+    """Undo `_stack` for one of the seeds."""
+    if self._num_seeds == 1:
+      return tree
+    return jax.tree.map(lambda leaf: leaf[index], tree)

@@ -18,6 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+# config.precision -> (dtype of the activations, precision of products).
+PRECISIONS = {
+  "f32": (None, "float32"),
+  "tf32": (None, "tensorfloat32"),
+  "bf16": (jnp.bfloat16, "default"),
+}
 # By backend. XLA:CPU (jaxlib 0.10.1) hands convolutions to YNNPACK, which
 # takes two to three times as long as its own for the gradient by the kernel;
 # and it orders a program for concurrency, which keeps twice as much in memory

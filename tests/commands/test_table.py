@@ -13,7 +13,7 @@ import pytest
 from rich import console
 
 from l2t_jax import errors, table
-from l2t_jax.run import train, trainer
+from l2t_jax.run import from_config, trainer
 from tests.support import small_runs
 
 pytestmark = pytest.mark.xdist_group("methods")
@@ -103,7 +103,7 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
       raise errors.InputError("no")
     return [{"val_accuracy": 0.5, "test_accuracy": 0.5}]
 
-  monkeypatch.setattr(train, "train_together", train_together)
+  monkeypatch.setattr(from_config, "train_together", train_together)
   table.run_job(job)
   assert asked == [[0, 1], [0], [1]]
   failed = [(w / "error.txt").exists() for w in job.workdirs.values()]
@@ -115,7 +115,7 @@ def test_accuracies_of_a_task_are_shown_as_they_are(
 ):
   monkeypatch.setattr(table, "_OUT", console.Console(soft_wrap=True))
   monkeypatch.setattr(
-    train,
+    from_config,
     "train_together",
     lambda *_: [{"val_accuracy": -4.2, "test_accuracy": 0.5}],
   )
@@ -295,4 +295,4 @@ def test_a_folder_of_another_table_is_refused(tmp_path):
   folder.mkdir(parents=True)
   (folder / "config.json").write_text('{"epochs": 3}')
   with pytest.raises(errors.InputError, match="epochs was 3, is 100"):
-    train.check(cell.config, cell.workdirs)
+    from_config.check(cell.config, cell.workdirs)

@@ -247,21 +247,21 @@ def test_two_sources_are_the_sum_of_their_pairs(x64):
   def first_step(pairs, sources):
     matching = objectives.matching(pairs, beta=0.5)
     target_fn = models.as_apply_fn(small_setup.TARGET)
-    train_step = training.make_train_step(
+    problem = training.Problem(
       objectives.make_losses(target_fn, {"matching": matching}),
       dict.fromkeys(sources, source_fn),
-      pairs=pairs,
-      target_taps=target_taps,
-      weights_fn=functools.partial(transfer.transfer_weights, pairs=pairs),
-      look_ahead_loss="auxiliary",
-      num_inner_steps=1,
-      learning_rate_fn=lambda step: 0.05,
-      # No momentum, no decay: the update is the gradient.
-      optimizer_fn=optax.sgd,
-      meta_optimizer=small_setup.META_OPTIMIZER,
-      mode="mixed",
-      rolled=False,
+      pairs,
+      target_taps,
+      functools.partial(transfer.transfer_weights, pairs=pairs),
     )
+    recipe = training.Recipe(
+      # No momentum, no decay: the update is the gradient.
+      optax.sgd,
+      lambda step: 0.05,
+      small_setup.META_OPTIMIZER,
+      num_inner_steps=1,
+    )
+    train_step = training.make_train_step(problem, recipe)
     params = {"target": state.inner.params["target"], "regressors": regressors}
     inner = types.InnerState(
       params, optax.sgd(0.0).init(params), state.inner.model_state
@@ -367,9 +367,8 @@ def test_look_ahead_by_hand(look_ahead_loss, x64):
     grads, aux = jax.grad(loss_fn, has_aux=True)(
       inner.params, weights, inner.model_state, batch
     )
-    model_state = aux[0] if loss_fn is losses.total else aux
     return bilevel.apply_gradients(
-      small_setup.OPTIMIZER_FN(0.05), inner, grads, model_state
+      small_setup.OPTIMIZER_FN(0.05), inner, grads, aux.model_state
     )
 
   @jax.jit

@@ -382,8 +382,7 @@ def test_linen_and_nnx_train_alike(x64):
       inner_params,
       {},
       {kind: renamed(layers) for kind, layers in state.meta_params.items()},
-      optimizer_fn=small_setup.OPTIMIZER_FN,
-      meta_optimizer=small_setup.META_OPTIMIZER,
+      small_setup.RECIPE,
     )
     step = small_setup.make_train_step(
       "l2t_ww",

@@ -18,9 +18,9 @@ import pytest
 import safetensors.numpy
 
 from l2t_jax import errors, types
-from l2t_jax.data import from_arrays, memory
+from l2t_jax.data import memory
 from l2t_jax.method import optimizers, pair_sets
-from l2t_jax.run import loop, setup, train
+from l2t_jax.run import from_config, loop, train
 from l2t_jax.runtime import checkpoint, metrics, run_folder
 from tests.support import small_runs, small_setup
 
@@ -74,7 +74,7 @@ def test_a_run_that_is_cut_off_ends_bit_equal(
 ):
   config = small_runs.small_config(source)
   config.checkpoint_steps = 2  # Of the 3 that epoch and interval have.
-  train_once = lambda: train.train_and_evaluate(config, tmp_path)
+  train_once = lambda: from_config.train_and_evaluate(config, tmp_path)
   small_runs.kill_in_epoch(3, train_once, monkeypatch)
   assert _checkpoints(tmp_path) == {6, 8}
   if is_damaged:
@@ -92,7 +92,7 @@ def test_the_best_so_far_is_remembered(source, tmp_path, monkeypatch):
   config = small_runs.small_config(source, epochs=2)
   config.method, config.seed = "scratch", 1
   config.optimizer.learning_rate = 1e-12  # Epochs differ by chance alone.
-  train_once = lambda: train.train_and_evaluate(config, tmp_path)
+  train_once = lambda: from_config.train_and_evaluate(config, tmp_path)
   small_runs.kill_in_epoch(2, train_once, monkeypatch)
   summary = train_once()
   first, second = small_runs.records(tmp_path, "epoch")
@@ -354,7 +354,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
 def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
-  train.train_and_evaluate(config, tmp_path)
+  from_config.train_and_evaluate(config, tmp_path)
   (tmp_path / "summary.json").unlink()
   (step,) = _checkpoints(tmp_path)
   _flip_a_bit(tmp_path, random.Random(0))
@@ -362,7 +362,7 @@ def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
   with pytest.raises(
     errors.StorageError, match="only checkpoint, of iteration"
   ):
-    train.train_and_evaluate(config, tmp_path)
+    from_config.train_and_evaluate(config, tmp_path)
   assert _checkpoints(tmp_path) == {step}
   assert (tmp_path / "metrics.jsonl").read_bytes() == written
 
@@ -438,7 +438,7 @@ def test_two_runs_in_one_folder_are_refused(source, tmp_path):
   with run_folder.lock(tmp_path):
     message = "another process is training in"
     with pytest.raises(errors.InputError, match=message):
-      train.train_and_evaluate(small_runs.small_config(source), tmp_path)
+      from_config.train_and_evaluate(small_runs.small_config(source), tmp_path)
   assert not (tmp_path / "config.json").exists()
 
 
@@ -447,6 +447,9 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
   weights = tmp_path / "source.safetensors"
   shutil.copy(source, weights)
   config = small_runs.small_config(weights, epochs=2)
+  config.data.source = "npz"
+  config.data.path = str(tmp_path / "data.npz")
+  config.data.per_class = 0
   rng = np.random.default_rng(0)
   arrays = {}
   for part, count in (("train", 64), ("val", 16), ("test", 16)):
@@ -454,8 +457,8 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
     arrays[f"y_{part}"] = np.arange(count) % 4
 
   def train_once(arrays):
-    given = setup.Given(data=from_arrays.image_set(arrays, "arrays"))
-    return train.train_and_evaluate(config, tmp_path / "run", given)
+    np.savez(config.data.path, **arrays)
+    return from_config.train_and_evaluate(config, tmp_path / "run")
 
   small_runs.kill_in_epoch(2, lambda: train_once(arrays), monkeypatch)
   changed = "{} changed since iteration 1; bring"
@@ -483,7 +486,7 @@ def test_checkpoints_of_an_unknown_config_are_refused(source, tmp_path):
     checkpoints.save(3, _STATE, {})
   message = "holds a checkpoint of iteration 3, but no config.json"
   with pytest.raises(errors.InputError, match=message):
-    train.train_and_evaluate(small_runs.small_config(source), tmp_path)
+    from_config.train_and_evaluate(small_runs.small_config(source), tmp_path)
 
 
 @pytest.fixture
@@ -510,7 +513,7 @@ def test_bad_numbers_are_named(source, tmp_path, bad_batch):
   config = small_runs.small_config(source)
   config.checkpoint_steps = 1
   with pytest.raises(errors.BadNumbersError) as error:
-    train.train_and_evaluate(config, tmp_path)
+    from_config.train_and_evaluate(config, tmp_path)
   message = str(error.value)
   assert message.startswith("iteration 2: not finite: distances of all 2 pairs")
   for what in ("grad_norm (nan)", "loss (nan)"):
@@ -523,7 +526,7 @@ def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
   config = small_runs.small_config(source)
   config.bad_numbers = "skip"
   config.log_every = 1  # An interval of nothing else is no reason to stop.
-  summary = train.train_and_evaluate(config, tmp_path)
+  summary = from_config.train_and_evaluate(config, tmp_path)
   assert np.isfinite(summary["val_accuracy"])
   printed = capsys.readouterr().out
   assert "iteration 2 is skipped: not finite: distances of" in printed
@@ -545,7 +548,7 @@ def test_a_run_that_only_skips_stops(
   config.bad_numbers = "skip"
   _spoil(monkeypatch, lambda epoch, number: epoch == 1)
   with pytest.raises(errors.BadNumbersError, match=message) as error:
-    train.train_and_evaluate(config, tmp_path)
+    from_config.train_and_evaluate(config, tmp_path)
   assert "bad_numbers" not in str(error.value)  # It skips already.
 
 
@@ -583,9 +586,9 @@ def test_a_meta_update_that_overflows_never_takes_place(source, tmp_path):
   config.checkpoint_steps = 1
   message = r"iteration 1: not finite: meta_update_norm \(nan|inf\);"
   with pytest.raises(errors.BadNumbersError, match=message):
-    train.train_and_evaluate(config, tmp_path / "stop")
+    from_config.train_and_evaluate(config, tmp_path / "stop")
   config.bad_numbers = "skip"
-  train.train_and_evaluate(config, tmp_path / "skip")
+  from_config.train_and_evaluate(config, tmp_path / "skip")
   (*_, last) = small_runs.records(tmp_path / "skip", "epoch")
   assert "train_loss" in last and "train_meta_update_norm" not in last
   # f stays at zero, and w uniform.

@@ -12,7 +12,7 @@ from sklearn import datasets
 
 from examples import networks, tasks
 from l2t_jax import errors, models, types
-from l2t_jax.run import fit
+from l2t_jax.run import experiments, fit
 
 SHAPE = (8, 8, 1)
 
@@ -48,7 +48,9 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
   assert trained.summary["test_accuracy"] > 0.6
   with pytest.raises(errors.InputError, match="'scratch' matches no features"):
     trained.figure()
-  source = fit.Source(network, trained.predictor.params, taps="stages/*")
+  source = experiments.Source(
+    network, trained.predictor.params, taps="stages/*"
+  )
   result = fit.fit(
     networks.ConvNeXt(10),
     arrays,
@@ -137,9 +139,14 @@ def test_what_differs_is_another_run(arrays, tmp_path):
 @pytest.mark.parametrize(
   ("source", "message"),
   [
-    (fit.Source(networks.ConvNeXt(10)), "source ConvNeXt has no params"),
     (
-      fit.Source(networks.ConvNeXt(10), {"head": {"bias": np.zeros(10)}}),
+      experiments.Source(networks.ConvNeXt(10)),
+      "source ConvNeXt has no params",
+    ),
+    (
+      experiments.Source(
+        networks.ConvNeXt(10), {"head": {"bias": np.zeros(10)}}
+      ),
       r"source on images of 8x8x1 does not fit.*missing, expected \[16\]",
     ),
   ],
@@ -176,7 +183,7 @@ def test_distillation_reads_no_features(arrays):
   result = fit.fit(
     models.create("vgg_tiny", 10),
     arrays,
-    source=fit.Source(Linear(), params),
+    source=experiments.Source(Linear(), params),
     config=small_config("kd", 1),
   )
   assert np.isfinite(result.summary["val_accuracy"])

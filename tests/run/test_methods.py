@@ -14,7 +14,8 @@ from l2t_jax import errors, models, types
 import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
-from l2t_jax.run import setup, train, trainer
+from l2t_jax.run import from_config, trainer
+from l2t_jax.run import setup as setups
 from l2t_jax.runtime import sharding
 from tests.support import small_runs
 
@@ -38,7 +39,7 @@ def test_a_method_is_switched_by_its_name_alone(source, tmp_path, method):
   config.transfer.pairs = ""
   if method == "finetune":  # Needs the source's architecture.
     config.target.model = "resnet_tiny"
-  summary = train.train_and_evaluate(config, tmp_path)
+  summary = from_config.train_and_evaluate(config, tmp_path)
   assert summary["method"] == method
   (record,) = small_runs.records(tmp_path, "epoch")
   losses = {
@@ -60,7 +61,7 @@ def test_fine_tuning_starts_from_the_source(source):
   config.method = "finetune"
   config.target.model = "resnet_tiny"
   config.data.image_size = 16
-  run = setup.build(config)
+  run = setups.build(from_config.resolve(config))
   state = run.create_state(0)
   variables, _ = weight_files.load(source)
   chex.assert_trees_all_equal(state.inner.params["target"], variables["params"])
@@ -71,7 +72,7 @@ def test_fine_tuning_starts_from_the_source(source):
   config.data.classes = (1, 2, 3)
   config.batch_size = 15
   config.data.mean = (0.5,)
-  run = setup.build(config)
+  run = setups.build(from_config.resolve(config))
   state = run.create_state(0)
   start, mean = run.notes[1:]
   assert start.endswith("afresh: params/fc/bias, params/fc/kernel")
@@ -91,7 +92,7 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
   if method == "finetune":
     config.transfer.pairs = ""
     config.target.model = "resnet_tiny"
-  run = setup.build(config)
+  run = setups.build(from_config.resolve(config))
   one = run.create_state(2**63 - 1)
   state, shapes = one, run.state_shapes
   for _ in range(2):
@@ -101,7 +102,9 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
       assert jax.tree.map(named, state) == jax.tree.map(named, shapes)
     # And of several seeds.
     shapes = sharding.stacked(run.state_shapes, 2)
-    state = trainer.stack([one, one], like=shapes)
+    together = trainer.Trainer(run, [2**63 - 1, 2**63 - 1])
+    together.start([one, one])
+    state = together._state
 
 
 @pytest.mark.parametrize(
@@ -126,9 +129,15 @@ def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
   with config.ignore_type():
     config.update_from_flattened_dict(fields)
   with pytest.raises(errors.InputError, match=re.escape(message)) as error:
-    train.train_and_evaluate(config, tmp_path / "run")
+    from_config.train_and_evaluate(config, tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+ANY_TARGETS = types.Task(
+  lambda outputs, targets: jnp.mean(outputs),
+  lambda outputs, targets: jnp.zeros(len(targets)),
+)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +167,8 @@ def test_outputs_of_a_task(shape, num_classes, num_outputs, outputs, tmp_path):
   config.data.per_class = 0
   config.data.val_fraction = config.data.test_fraction = 0.25
   config.target.num_outputs = num_outputs
-  task = types.Task(lambda o, t: jnp.mean(o), lambda o, t: jnp.zeros(len(t)))
-  make = lambda: setup.build(config, setup.Given(task=task))
+  config.target.task = f"{__name__}:ANY_TARGETS"
+  make = lambda: setups.build(from_config.resolve(config))
   if outputs:
     assert make().num_outputs == outputs
   else:
@@ -180,8 +189,8 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   config.data.channels = 3
   config.data.mean, config.data.std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
   config.transfer.pairs = "single"
-  run = setup.build(config)
-  assert [pair.name for pair in run.pairs] == [
+  run = setups.build(from_config.resolve(config))
+  assert [pair.name for pair in run.problem.pairs] == [
     "digits/stage3_block1->conv3",
     "mnist/conv3->conv3",
   ]
@@ -189,11 +198,8 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   assert run.source_taps["mnist/conv3"] == (2, 2, 64)
   # A source sees what it was trained on.
   batch = next(run.dataset.train_batches(0))
-  network = setup._load_source(
-    config.sources.mnist, run.image_format, None, "mnist", None
-  )
-  seen, *_ = network.make_apply_fn(())(
-    *network.variables, batch.images, train=False
+  seen, *_ = run.problem.source_fns["mnist"](
+    *run.sources["mnist"], batch.images, train=False
   )
   # Its own mean as configured, its own deviation as its training recorded it.
   pixels = batch.images * jnp.array(config.data.std)
@@ -201,12 +207,12 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   red_green_blue = jnp.array([0.299, 0.587, 0.114])
   grey = jnp.sum(pixels * red_green_blue, axis=-1, keepdims=True)
   grey = (grey - 0.25) / 0.3081
-  module, _, *variables = weight_files.load_network(
-    finished / "target.safetensors", (8, 8, 1)
+  module, *variables, _ = weight_files.load_network(
+    finished / "target.safetensors"
   )
   alone, *_ = models.as_apply_fn(module)(*variables, grey, train=False)
   np.testing.assert_allclose(seen, alone, rtol=1e-3, atol=1e-4)
-  train.train_and_evaluate(config, tmp_path)
+  from_config.train_and_evaluate(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
   assert set(content["source_shares"]) == {"digits", "mnist"}
   np.testing.assert_allclose(sum(content["source_shares"].values()), 1)
@@ -217,10 +223,10 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   config.method = "fm_single"
   config.transfer.pairs = ""
   config.log_every = 1
-  train.train_and_evaluate(config, tmp_path / "fixed")
+  from_config.train_and_evaluate(config, tmp_path / "fixed")
   config.method = "l2t_ww"
   config.transfer.map = str(tmp_path / "fixed" / "transfer_map.json")
-  train.train_and_evaluate(config, tmp_path / "reused")
+  from_config.train_and_evaluate(config, tmp_path / "reused")
   fixed, reused = (
     small_runs.records(tmp_path / name, "train") for name in ("fixed", "reused")
   )
@@ -238,7 +244,7 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   edited = tmp_path / "edited.json"
   edited.write_text(json.dumps(content))
   config.transfer.map = str(edited)
-  train.train_and_evaluate(config, tmp_path / "edited")
+  from_config.train_and_evaluate(config, tmp_path / "edited")
   first = small_runs.records(tmp_path / "edited", "train")[0]
   np.testing.assert_allclose(
     first["matching_loss"], 3 * fixed[0]["matching_loss"], rtol=1e-4
@@ -250,7 +256,7 @@ def test_meta_updates_now_and_then(source, tmp_path):
   config.log_every = 1
   config.meta.update_every = 2
   config.transfer.pair_activation = "softplus"
-  train.train_and_evaluate(config, tmp_path)
+  from_config.train_and_evaluate(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
   assert content["start"] == pytest.approx(1.31, abs=0.01)
   assert content["maximum"] is None
@@ -274,7 +280,7 @@ def test_meta_updates_now_and_then(source, tmp_path):
 def test_ablations_switch_off_what_is_learned(source, fields, learned):
   config = small_runs.small_config(source)
   config.update_from_flattened_dict(fields)
-  run = setup.build(config)
+  run = setups.build(from_config.resolve(config))
   assert set(run.create_state(0).meta_params) == learned
   assert run.learns == bool(learned)
 
@@ -298,7 +304,8 @@ def test_one_source_without_a_common_resolution_is_no_error(source):
   config.data.image_size = 16
   config.target.taps = ("conv1",)  # 16x16.
   config.transfer.pairs = "one_to_one"
-  assert [pair.name for pair in setup.build(config).pairs] == [
+  run = setups.build(from_config.resolve(config))
+  assert [pair.name for pair in run.problem.pairs] == [
     "same/stage1_block1->conv1"
   ]
 
@@ -307,10 +314,10 @@ def test_images_without_labels(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   config.method = "fm_single"
   config.transfer.pairs = ""
-  train.train_and_evaluate(config, tmp_path / "without")
+  from_config.train_and_evaluate(config, tmp_path / "without")
   config.data.unlabeled = True
   config.data.unlabeled_batch_size = 24
-  summary = train.train_and_evaluate(config, tmp_path / "with")
+  summary = from_config.train_and_evaluate(config, tmp_path / "with")
   assert summary["num_unlabeled"] == 5000 - 2 * 100 - 50
   assert summary["num_train"] == 50
   ours, theirs = (
@@ -320,7 +327,7 @@ def test_images_without_labels(source, tmp_path):
   assert ours["matching_loss"] != theirs["matching_loss"]
   # A method that transfers nothing never opens them.
   config.method = "scratch"
-  summary = train.train_and_evaluate(config, tmp_path / "scratch")
+  summary = from_config.train_and_evaluate(config, tmp_path / "scratch")
   assert summary["num_unlabeled"] == 0
 
 
@@ -338,9 +345,9 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
   config = together_config(source)
   for seed in (0, 1):
     config.seed = seed
-    train.train_and_evaluate(config, tmp_path / f"alone{seed}")
+    from_config.train_and_evaluate(config, tmp_path / f"alone{seed}")
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-  train_once = lambda: train.train_together(config, workdirs)
+  train_once = lambda: from_config.train_together(config, workdirs)
   small_runs.kill_in_epoch(2, train_once, monkeypatch)
   summaries = train_once()
   for seed, summary in zip((0, 1), summaries, strict=True):
@@ -364,7 +371,7 @@ def test_nothing_is_lost_where_seeds_cannot_train_together(
   config = together_config(source)
   config.method = "fm_single"
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-  train_one = lambda: train.train_and_evaluate(config, workdirs[0])
+  train_one = lambda: from_config.train_and_evaluate(config, workdirs[0])
   small_runs.kill_in_epoch(2, train_one, monkeypatch)
   before = small_runs.records(workdirs[0], "epoch")
   assert [record["epoch"] for record in before] == [1]
@@ -373,11 +380,11 @@ def test_nothing_is_lost_where_seeds_cannot_train_together(
     raise trainer.DoesNotFit
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "_compile", does_not_fit)
+    patch.setattr(trainer.Trainer, "compile", does_not_fit)
     with pytest.raises(trainer.DoesNotFit):
-      train.train_together(config, workdirs)
+      from_config.train_together(config, workdirs)
   assert small_runs.records(workdirs[0], "epoch") == before
-  train.train_together(config, workdirs)
+  from_config.train_together(config, workdirs)
   after = small_runs.records(workdirs[0], "epoch")
   assert after[0] == before[0]
   for workdir in workdirs.values():

@@ -6,6 +6,7 @@ import os
 import re
 import time
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from configs import default
 from l2t_jax import errors, types
 import l2t_jax.config
 from l2t_jax.data import memory
-from l2t_jax.run import loop, train
+from l2t_jax.run import from_config, loop, train
 from l2t_jax.runtime import checkpoint
 from tests.support import small_runs
 
@@ -52,7 +53,7 @@ def test_it_learns(source, tmp_path):
   config = small_runs.small_config(source, epochs=30)
   config.method = "scratch"
   config.data.per_class = 20
-  summary = train.train_and_evaluate(config, tmp_path)
+  summary = from_config.train_and_evaluate(config, tmp_path)
   losses = [r["train_loss"] for r in small_runs.records(tmp_path, "epoch")]
   assert losses[-1] < 0.5 * losses[0]
   assert summary["test_accuracy"] > 0.5  # Chance is 0.1.
@@ -62,7 +63,7 @@ def test_the_same_command_again_says_that_it_is_complete(
   source, finished, capsys
 ):
   before = (finished / "metrics.jsonl").read_bytes()
-  train.train_and_evaluate(small_runs.small_config(source), finished)
+  from_config.train_and_evaluate(small_runs.small_config(source), finished)
   assert "nothing to do" in capsys.readouterr().out
   assert (finished / "metrics.jsonl").read_bytes() == before
 
@@ -80,7 +81,7 @@ def test_a_target_becomes_a_source(source, finished, tmp_path):
   config.method = "fm_single"
   config.target.model = "resnet_tiny"
   config.transfer.pairs = ""
-  train.train_and_evaluate(config, tmp_path)
+  from_config.train_and_evaluate(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
   pair = content["pairs"][0]
   assert (pair["source"], pair["target"]) == ("conv3", "stage3_block1")
@@ -134,10 +135,12 @@ def test_configs_are_complete():
   """Each experiment has the default's fields, no more and no fewer."""
   names = [path.stem for path in (small_runs.ROOT / "configs").glob("[!_]*.py")]
   assert len(names) > 10
-  fields = set(l2t_jax.config._flatten(default.get_config().to_dict()))
+  fields = set(
+    traverse_util.flatten_dict(default.get_config().to_dict(), sep=".")
+  )
   for name in names:
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert set(l2t_jax.config._flatten(config.to_dict())) == fields
+    assert set(traverse_util.flatten_dict(config.to_dict(), sep=".")) == fields
     if name != "default":
       l2t_jax.config.check(config)
 
@@ -153,7 +156,7 @@ def test_training_that_waits_for_images_says_so(
   config.data.num_workers = workers
   monkeypatch.setattr(os, "cpu_count", lambda: 16)
   config.method = "scratch"
-  train.train_and_evaluate(config, tmp_path / "fast")
+  from_config.train_and_evaluate(config, tmp_path / "fast")
   assert "waited" not in capsys.readouterr().out
   read = memory.InMemoryDataset.train_batches
 
@@ -165,26 +168,27 @@ def test_training_that_waits_for_images_says_so(
   monkeypatch.setattr(memory.InMemoryDataset, "train_batches", read_slowly)
   monkeypatch.setattr(loop, "_WAITING_SECONDS", 0.0)
   monkeypatch.setattr(loop, "_WAITING_SHARE", 0.0)
-  train.train_and_evaluate(config, tmp_path / "slow")
+  from_config.train_and_evaluate(config, tmp_path / "slow")
   printed = capsys.readouterr().out
   assert re.search(r"waited \d+ of \d+ s for images; " + advice, printed)
 
 
 @pytest.mark.parametrize(
   ("size", "before", "is_same"),
-  [(32, 256, True), (224, 256, True), (224, 224, False), (112, 256, False)],
+  [(32, 37, True), (224, 256, True), (224, 224, False), (112, 256, False)],
 )
-def test_a_run_that_evaluated_alike_is_the_same(
+def test_a_run_that_evaluates_alike_is_the_same(
   tmp_path, size, before, is_same
 ):
-  """`eval_resize` was 256 by default, also where nothing read it."""
+  """`eval_resize` is not read for images in memory; 0 is 8/7 of the size."""
   config = default.get_config()
   config.data.image_size = size
+  description = from_config.describe(config)
   old = json.loads(config.to_json())
   old["data"]["eval_resize"] = before
   (tmp_path / "config.json").write_text(json.dumps(old))
   if is_same:
-    train.check_same_config(tmp_path, config)
+    train.check_folders(description, {0: tmp_path})
     return
   with pytest.raises(errors.InputError, match=f"eval_resize was {before}, is"):
-    train.check_same_config(tmp_path, config)
+    train.check_folders(description, {0: tmp_path})

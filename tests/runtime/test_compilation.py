@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.run import plan, train
+from l2t_jax.run import from_config, plan
 from l2t_jax.runtime import compilation
 from tests.support import small_runs
 
@@ -20,7 +20,7 @@ def test_plan_names_the_cost_of_the_modes_that_training_takes(
   source, tmp_path, capsys
 ):
   config = small_runs.small_config(source)
-  made = plan.make(config)
+  made = plan.make(from_config.resolve(config))
   assert tuple(made.programs) == ("linearized", "mixed")
   assert made.chosen == "linearized"
   assert made.steps_per_epoch == 3 and made.epochs == 3
@@ -32,7 +32,7 @@ def test_plan_names_the_cost_of_the_modes_that_training_takes(
   plan.show(made)
   printed = capsys.readouterr().out
   assert f"{made.num_parameters['target']:,}" in printed
-  assert "chosen" in printed and "3 iterations an epoch" in printed
+  assert "chosen" in printed and "3 iterations per epoch" in printed
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_computed_with_less_memory(
   answers = iter([False, True])
   monkeypatch.setattr(compilation, "fits", lambda program: next(answers))
   config = small_runs.small_config(source, epochs=1)
-  summary = train.train_and_evaluate(config, tmp_path)
+  summary = from_config.train_and_evaluate(config, tmp_path)
   assert summary["hypergradient_mode"] == "mixed"
 
 
@@ -84,7 +84,7 @@ def test_what_fits_in_no_way_is_refused(
   config = small_runs.small_config(source, epochs=1)
   config.bilevel.mode = mode
   with pytest.raises(errors.InputError, match=advice) as error:
-    train.train_and_evaluate(config, tmp_path)
+    from_config.train_and_evaluate(config, tmp_path)
   assert "and there are 1 MiB" in str(error.value)
 
 

@@ -26,8 +26,8 @@ _ON_DEVICES = """
 import sys, jax
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
-from l2t_jax import sharding
-from tests import processes
+from l2t_jax.runtime import sharding
+from tests.support import processes
 for count in (1, 2, 4, 8):
   mesh = sharding.make_mesh(jax.devices()[:count])
   processes.save(f"{sys.argv[1]}/{count}.npz", processes.run(mesh))
@@ -52,9 +52,10 @@ def test_devices_compute_what_one_does(on_devices):
 
 _SPLIT = """
 import sys, jax
-from l2t_jax import build, commands
-config = commands.load_config(sys.argv[1], ["--config.shard_params=true"])
-run = build.build(config)
+from l2t_jax import cli
+from l2t_jax.run import from_config, setup
+config = cli.load_config(sys.argv[1], ["--config.shard_params=true"])
+run = setup.build(from_config.resolve(config))
 state = run.create_state(config.seed)
 for arrays in (state.inner.params, state.inner.opt_state, run.sources):
   leaves = jax.tree.leaves(arrays)

@@ -97,7 +97,7 @@ class Problem:
         keys[:2], (drawn.source_widths, drawn.target_widths), strict=True
       )
     )
-    self.sources = {"": training.Source(*source)}
+    self.sources = {"": training.Variables(*source)}
     self._keys = keys[2:]
     rng = np.random.default_rng(drawn.seed)
     self.batch = types.Batch(
@@ -129,28 +129,33 @@ class Problem:
       params,
       model_state,
       _widen(meta_params),
-      optimizer_fn=OPTIMIZERS[self.drawn.optimizer],
-      meta_optimizer=META_OPTIMIZER,
+      self._recipe(),
     )
 
   def train_step(self, method="l2t_ww", mode="linearized", update_meta=True):
     needs_source = objectives.get_method(method).needs_source
     losses = {"matching": objectives.matching(self.pairs, beta=0.5)}
     weights_fn = functools.partial(transfer.transfer_weights, pairs=self.pairs)
-    return training.make_train_step(
+    problem = training.Problem(
       objectives.make_losses(_apply, losses if needs_source else {}),
       {"": _apply} if needs_source else {},
-      pairs=self.pairs if needs_source else (),
-      target_taps=self.target_taps,
-      weights_fn=weights_fn if needs_source else None,
-      look_ahead_loss=self.drawn.look_ahead_loss,
-      num_inner_steps=self.drawn.num_inner_steps,
-      learning_rate_fn=lambda step: 0.05,
-      optimizer_fn=OPTIMIZERS[self.drawn.optimizer],
-      meta_optimizer=META_OPTIMIZER,
-      mode=mode,
-      rolled=self.drawn.rolled,
-      update_meta=update_meta,
+      self.pairs if needs_source else (),
+      self.target_taps,
+      weights_fn if needs_source else None,
+    )
+    return training.make_train_step(
+      problem, self._recipe(mode), update_meta=update_meta
+    )
+
+  def _recipe(self, mode="linearized"):
+    return training.Recipe(
+      OPTIMIZERS[self.drawn.optimizer],
+      lambda step: 0.05,
+      META_OPTIMIZER,
+      self.drawn.num_inner_steps,
+      self.drawn.look_ahead_loss,
+      mode,
+      self.drawn.rolled,
     )
 
 

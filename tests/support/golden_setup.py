@@ -106,7 +106,7 @@ class Setup:
       params, self.optimizer_fn(0.0).init(params), model_state
     )
     meta_opt_state = self.meta_optimizer.init(meta_params)
-    sources = {"": training.Source(*self.variables("source", self.source))}
+    sources = {"": training.Variables(*self.variables("source", self.source))}
     step = jnp.zeros((), jnp.int32)
     return types.TrainState(step, inner, meta_params, meta_opt_state), sources
 
@@ -137,22 +137,24 @@ class Setup:
 
   def make_train_step(self, mode, rolled=True):
     matching = objectives.matching(self.pairs, beta=self.settings["beta"])
-    return training.make_train_step(
+    problem = training.Problem(
       objectives.make_losses(
         models.as_apply_fn(self.target), {"matching": matching}
       ),
       {"": self.source_fn},
-      pairs=self.pairs,
-      target_taps=self.target_taps,
-      weights_fn=functools.partial(transfer.transfer_weights, pairs=self.pairs),
-      look_ahead_loss="auxiliary",
+      self.pairs,
+      self.target_taps,
+      functools.partial(transfer.transfer_weights, pairs=self.pairs),
+    )
+    recipe = training.Recipe(
+      self.optimizer_fn,
+      lambda step: self.settings["lr"],
+      self.meta_optimizer,
       num_inner_steps=self.settings["T"],
-      learning_rate_fn=lambda step: self.settings["lr"],
-      optimizer_fn=self.optimizer_fn,
-      meta_optimizer=self.meta_optimizer,
       mode=mode,
       rolled=rolled,
     )
+    return training.make_train_step(problem, recipe)
 
   def first_meta_gradient(self, before, after):
     """Read the gradient off Adam, whose first moment starts at zero."""

@@ -18,6 +18,7 @@ DEEPER_TARGET = vgg.VGG(plan=(6, "M", 8, "M"), num_classes=NUM_CLASSES)
 HEAD_TAP = "penultimate"
 OPTIMIZER_FN = optimizers.sgd(momentum=0.9, weight_decay=1e-4)
 META_OPTIMIZER = optimizers.adam_l2(1e-3, 1e-4)
+RECIPE = training.Recipe(OPTIMIZER_FN, lambda step: 0.05, META_OPTIMIZER)
 
 
 def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
@@ -54,10 +55,9 @@ def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
     params,
     model_state,
     meta_params,
-    optimizer_fn=OPTIMIZER_FN,
-    meta_optimizer=META_OPTIMIZER,
+    RECIPE,
   )
-  sources = {"": training.Source(*_variables(SOURCE, seed + 1))}
+  sources = {"": training.Variables(*_variables(SOURCE, seed + 1))}
   return state, sources if method.needs_source else {}, pairs, target_taps
 
 
@@ -94,25 +94,25 @@ def make_train_step(
     "kd": objectives.kd(temperature=4.0, weight=1.0),
   }
   weights_fn = functools.partial(transfer.transfer_weights, pairs=pairs)
-  return training.make_train_step(
+  problem = training.Problem(
     objectives.make_losses(
       models.as_apply_fn(target),
       {name: auxiliary[name] for name in method.losses},
     ),
     {"": models.as_apply_fn(SOURCE)} if method.needs_source else {},
-    pairs=pairs,
-    target_taps=target_taps,
-    weights_fn=weights_fn if "matching" in method.losses else None,
-    look_ahead_loss=look_ahead_loss,
-    num_inner_steps=num_inner_steps,
-    learning_rate_fn=lambda step: 0.05,
+    pairs,
+    target_taps,
+    weights_fn if "matching" in method.losses else None,
+  )
+  recipe = RECIPE._replace(
     optimizer_fn=optimizer_fn,
-    meta_optimizer=META_OPTIMIZER,
+    num_inner_steps=num_inner_steps,
+    look_ahead_loss=look_ahead_loss,
     mode=mode,
     rolled=rolled,
-    update_meta=update_meta,
     skip_bad_numbers=skip_bad_numbers,
   )
+  return training.make_train_step(problem, recipe, update_meta=update_meta)
 
 
 def batch(size, seed=0, num_unlabeled=0):

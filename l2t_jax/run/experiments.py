@@ -1,0 +1,296 @@
+"""An experiment: what is trained, as objects and numbers.
+
+`from_config.resolve` makes one from a config, `fit.fit` from the objects of a
+notebook, and `train.train` trains it. Nothing in it is a name that has to be
+looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import json
+import re
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import nnx, traverse_util
+import jax
+
+from l2t_jax import data, errors, fingerprints, models, types
+from l2t_jax.method import objectives, transfer
+
+# Fields of a description that may differ between a run and its resumption.
+_FREE_FIELDS = (
+  "bad_numbers",
+  "shard_params",
+  "log_every",
+  "checkpoint_every",
+  "checkpoint_steps",
+  "trackers",
+  "data.num_workers",
+)
+
+
+class Source(NamedTuple):
+  """A trained network whose features are transferred."""
+
+  network: models.Network
+  # None where an NNX module holds them.
+  params: types.PyTree | None = None
+  # Its other collections, such as {"batch_stats": ...}.
+  model_state: types.PyTree | None = None
+  # A name or glob of its layers, or several; () for the last one of each
+  # resolution.
+  taps: str | tuple[str, ...] = ()
+  # The images that it was trained on; 0 and () for those of the target.
+  image_size: int = 0  # Height and width in pixels.
+  channels: int = 0  # 1 (grey) or 3 (RGB).
+  mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
+  std: tuple[float, ...] = ()
+  class_names: tuple[str, ...] = ()  # () where they are not known.
+  # For messages: the file that it was read from.
+  origin: str = ""
+
+
+class Transfer(NamedTuple):
+  """What is compared with what; the fields of config.transfer."""
+
+  pairs: str | tuple[str, ...]
+  beta: float
+  channel_weights: str
+  pair_weights: str
+  pair_activation: str
+  map: str
+
+
+class Lwf(NamedTuple):
+  """Learning without Forgetting; the fields of config.lwf."""
+
+  temperature: float
+  weight: float
+
+
+class At(NamedTuple):
+  """Attention transfer; the field of config.at."""
+
+  beta: float
+
+
+class Kd(NamedTuple):
+  """Knowledge distillation; the fields of config.kd."""
+
+  temperature: float
+  weight: float
+
+
+class Optimizer(NamedTuple):
+  """SGD of the real update and the look-ahead; config.optimizer."""
+
+  learning_rate: float
+  schedule: str
+  momentum: float
+  weight_decay: float
+  clip_norm: float
+
+
+class Meta(NamedTuple):
+  """Adam of the meta update; config.meta."""
+
+  learning_rate: float
+  weight_decay: float
+  clip_norm: float
+  update_every: int
+
+
+class Bilevel(NamedTuple):
+  """The look-ahead and its derivative; config.bilevel."""
+
+  num_inner_steps: int
+  look_ahead_loss: str
+  mode: str
+  loop: str
+
+
+class Settings(NamedTuple):
+  """The numbers of an experiment: fields of a config, by the same names.
+
+  Their meanings and rules stand in l2t_jax/config.py. None has a default here:
+  what the paper fixes is decided in a config.
+  """
+
+  method: str
+  seed: int
+  epochs: int
+  batch_size: int
+  precision: str
+  shard_params: bool
+  bad_numbers: str
+  transfer: Transfer
+  lwf: Lwf
+  at: At
+  kd: Kd
+  optimizer: Optimizer
+  meta: Meta
+  bilevel: Bilevel
+  trackers: tuple[str, ...]
+  log_every: int
+  checkpoint_every: int
+  checkpoint_steps: int
+
+
+class Experiment(NamedTuple):
+  """What is trained."""
+
+  target: models.Network
+  images: data.ImageSet
+  reading: data.DataFields  # How images become batches.
+  settings: Settings
+  sources: Mapping[str, Source] = {}
+  task: types.Task = objectives.CLASSIFICATION
+  target_taps: tuple[str, ...] = ()  # Names or globs; () for the default ones.
+  # Weights to use in place of learned ones, which also say the pairs.
+  frozen: transfer.TransferMap | None = None
+  # Content of config.json; None to derive it, by `describe`.
+  description: Mapping[str, Any] | None = None
+
+  @property
+  def method(self) -> objectives.Method:
+    """What is added to L_org."""
+    return objectives.get_method(self.settings.method)
+
+
+def settings_from(fields: Mapping[str, Any]) -> Settings:
+  """Take the numbers out of nested fields, such as those of a config."""
+  groups = {
+    "transfer": Transfer,
+    "lwf": Lwf,
+    "at": At,
+    "kd": Kd,
+    "optimizer": Optimizer,
+    "meta": Meta,
+    "bilevel": Bilevel,
+  }
+  values = {name: fields[name] for name in Settings._fields}
+  return Settings(
+    **{
+      name: groups[name](**value) if name in groups else value
+      for name, value in values.items()
+    }
+  )
+
+
+def identity(description: Mapping[str, Any]) -> dict[str, Any]:
+  """Return what must be equal when a run is resumed, by dotted names.
+
+  Args:
+    description: of an experiment, or the content of a run's config.json.
+  """
+  fields = traverse_util.flatten_dict(dict(description), sep=".")
+  reading = description["data"]
+  fields["data.eval_resize"] = data.resized_for_evaluation(
+    reading["image_size"], reading["eval_resize"]
+  )
+  return {n: value for n, value in fields.items() if n not in _FREE_FIELDS}
+
+
+def describe(experiment: Experiment) -> dict[str, Any]:
+  """Describe an experiment of objects as the config of a file would.
+
+  Arrays, weights and networks are replaced by names with digests, so that a
+  folder which holds a run of other ones is told apart.
+  """
+  sources = {
+    name: {
+      "weights": _describe(source.network, (source[1:3], source.channels)),
+      "taps": as_patterns(source.taps),
+      "image_size": source.image_size,
+      "mean": source.mean,
+      "std": source.std,
+    }
+    for name, source in experiment.sources.items()
+  }
+  nothing = {"weights": "", "taps": (), "image_size": 0, "mean": (), "std": ()}
+  task = "classification"
+  if experiment.task is not objectives.CLASSIFICATION:
+    task = " ".join(map(_name_of_function, experiment.task))
+  target = experiment.target
+  variables = None
+  if isinstance(target, nnx.Module):
+    variables = models.init(target, jax.random.key(0), (1, 1, 1))
+  described = {
+    **_as_dict(experiment.settings),
+    "data": experiment.reading._asdict()
+    | {
+      "source": "arrays",
+      "name": fingerprints.fingerprint(_arrays_of(experiment.images)),
+    },
+    "source": sources.pop("", nothing),
+    "sources": sources,
+    "target": {
+      "model": _describe(target, variables),
+      "task": task,
+      "num_outputs": 0,
+      "taps": experiment.target_taps,
+    },
+  }
+  return json.loads(json.dumps(described))  # As a file would give it back.
+
+
+def as_patterns(taps: str | tuple[str, ...]) -> tuple[str, ...]:
+  """Return a single name or glob as a tuple, several as they are."""
+  return (taps,) if isinstance(taps, str) else tuple(taps)
+
+
+def variables_of(source: Source) -> tuple[types.PyTree, types.PyTree]:
+  """Return (params, model_state) of a source network.
+
+  Raises:
+    errors.InputError: it has no params, and is no NNX module that holds them.
+  """
+  if source.params is not None:
+    return source.params, dict(source.model_state or {})
+  if not isinstance(source.network, nnx.Module):
+    raise errors.InputError(
+      f"source {_name(source.network)} has no params; give those that it was"
+      " trained to"
+    )
+  # The module's own: key and shape do not matter.
+  return models.init(source.network, jax.random.key(0), (1, 1, 1))
+
+
+def _as_dict(settings):
+  return {
+    name: _as_dict(value) if hasattr(value, "_asdict") else value
+    for name, value in settings._asdict().items()
+  }
+
+
+def _arrays_of(images):
+  parts = {"train": images.train, "test": images.test}
+  return {
+    name: (records.pixels, records.labels, records.targets)
+    for name, records in parts.items()
+    if records is not None
+  }
+
+
+def _name(network):
+  return getattr(network, "__name__", type(network).__name__)
+
+
+def _describe(network, variables):
+  """Name a network so that another one has another name, in any process."""
+  # Functions have no representation that lasts: their names have to do.
+  what = _without_addresses(repr(network)) * isinstance(network, nn.Module)
+  digest = fingerprints.fingerprint((what, variables))
+  return f"{_name(network)} {digest}"
+
+
+def _name_of_function(function):
+  if hasattr(function, "__qualname__"):
+    return f"{function.__module__}.{function.__qualname__}"
+  return _without_addresses(repr(function))  # A partial, say.
+
+
+def _without_addresses(text):
+  return re.sub(r" at 0x[0-9a-f]+", "", text)

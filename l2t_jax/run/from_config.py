@@ -1,0 +1,182 @@
+"""From a config to an experiment, and on to what it trains.
+
+The modules beside this one take objects and numbers; this one, and `fit` for
+its numbers, read configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import copy
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from l2t_jax import data, errors, models
+import l2t_jax.config
+from l2t_jax.method import objectives, transfer
+from l2t_jax.models import weight_files
+from l2t_jax.results import transfer_map
+from l2t_jax.run import experiments, train
+from l2t_jax.runtime import compilation, tracking
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+  """Train what a config says, resuming where an earlier call was cut off.
+
+  Args:
+    config: the fields of l2t_jax/config.py.
+    workdir: folder of the run; see `train.train`.
+
+  Returns:
+    The content of summary.json.
+
+  Raises:
+    errors.Stop: as `train.train`, and for a config that cannot work.
+  """
+  (summary,) = train_together(config, {config.seed: workdir})
+  return summary
+
+
+def train_together(
+  config: ml_collections.ConfigDict,
+  workdirs: Mapping[int, str | os.PathLike[str]],
+) -> list[dict[str, Any]]:
+  """Train several seeds of a config side by side; see `train.train_together`.
+
+  Args:
+    config: the fields of l2t_jax/config.py, except `seed`.
+    workdirs: seed -> folder of its run.
+  """
+  check(config, workdirs)
+  summaries = train.completed(workdirs)
+  left = {s: path for s, path in workdirs.items() if s not in summaries}
+  if left:
+    trained = train.train_together(resolve(config), left)
+    summaries |= zip(left, trained, strict=True)
+  return [summaries[seed] for seed in workdirs]
+
+
+def check(
+  config: ml_collections.ConfigDict,
+  workdirs: Mapping[int, str | os.PathLike[str]] | None = None,
+) -> None:
+  """Refuse what cannot run, before anything is loaded or written.
+
+  Args:
+    config: the fields of l2t_jax/config.py, except `seed`.
+    workdirs: seed -> folder of its run; None for a single run without a folder.
+
+  Raises:
+    errors.InputError: for a wrong value, source weights that are missing, and a
+      folder that holds a run of another config.
+  """
+  for seed in workdirs or (config.seed,):
+    one = copy.deepcopy(config)
+    one.seed = seed
+    l2t_jax.config.check(one)
+  if workdirs:
+    train.check_folders(describe(config), workdirs)
+  tracking.check_trackers(config.trackers)
+  if objectives.METHODS[config.method].needs_source:
+    for fields in l2t_jax.config.source_configs(config).values():
+      weight_files.check_exists(pathlib.Path(fields.weights))
+
+
+def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Return a config as config.json holds it."""
+  return json.loads(config.to_json())
+
+
+def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
+  """Look up and load all that a config names.
+
+  Args:
+    config: the fields of l2t_jax/config.py, which `check` has seen.
+
+  Raises:
+    errors.InputError: images, weights or a network cannot be had.
+  """
+  method = objectives.get_method(config.method)
+  dtype, _ = compilation.PRECISIONS[config.precision]
+  reading = data.DataFields(**config.data.to_dict())
+  if not method.losses:  # Nothing reads images without labels.
+    reading = reading._replace(unlabeled=False, unlabeled_path="")
+  images = data.open_images(reading)
+  sources = {}
+  if method.needs_source:
+    sources = {
+      name: _load_source(fields, dtype)
+      for name, fields in l2t_jax.config.source_configs(config).items()
+    }
+  num_classes = len(reading.classes or images.class_names)
+  num_outputs = config.target.num_outputs
+  target = models.create(config.target.model, num_outputs or num_classes, dtype)
+  task = objectives.get_task(config.target.task)
+  if task is not objectives.CLASSIFICATION and not num_outputs:
+    _check_num_outputs(target, images, reading, num_classes)
+  return experiments.Experiment(
+    target,
+    images,
+    reading,
+    settings(config),
+    sources,
+    task,
+    tuple(config.target.taps),
+    load_map(config),
+    describe(config),
+  )
+
+
+def settings(config: ml_collections.ConfigDict) -> experiments.Settings:
+  """Take the numbers out of a config."""
+  return experiments.settings_from(config.to_dict())
+
+
+def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:
+  """Read the weights that config.transfer.map names; None for no such file."""
+  if not config.transfer.map:
+    return None
+  return transfer.TransferMap(*transfer_map.read_weights(config.transfer.map))
+
+
+def _load_source(fields, dtype):
+  loaded = weight_files.load_network(pathlib.Path(fields.weights), dtype)
+  recorded = lambda what: tuple(json.loads(loaded.metadata.get(what, "[]")))
+  return experiments.Source(
+    loaded.network,
+    loaded.params,
+    loaded.model_state,
+    tuple(fields.taps),
+    fields.image_size,
+    int(loaded.metadata.get("channels", 0)),
+    tuple(fields.mean) or recorded("mean"),
+    tuple(fields.std) or recorded("std"),
+    recorded("class_names"),
+    fields.weights,
+  )
+
+
+def _check_num_outputs(target, images, reading, num_classes):
+  """Require config.target.num_outputs where an image has several targets.
+
+  A single output would be compared with all of them, by broadcasting. Which
+  number is right only the user knows: a target may be one class among many.
+  """
+  targets = images.train.targets
+  shape = (reading.image_size, reading.image_size, reading.channels)
+  outputs = models.trace(target, shape).output_shape
+  if targets is None or targets.ndim != 2 or outputs != (num_classes,):
+    return
+  num_targets = targets.shape[1]
+  if num_targets not in (1, num_classes):
+    raise errors.InputError(
+      f"the data have {num_targets} targets for each image, but the target's"
+      f" outputs are {['B', *outputs]}; set config.target.num_outputs:"
+      f" {num_targets} is one for each target, {num_classes} leaves it as it is"
+    )
