@@ -79,8 +79,7 @@ class Seed:
     """
     inputs = self.progress["inputs"]
     state, self.progress = self.checkpoints.restore(step, like)
-    # Earlier checkpoints do not say.
-    before = self.progress.setdefault("inputs", inputs)
+    before = self.progress["inputs"]
     if changed := [name for name in inputs if before.get(name) != inputs[name]]:
       raise errors.InputError(
         f"{self.workdir} holds a run that is not done, but"
@@ -90,7 +89,7 @@ class Seed:
     unfinished = self.progress.pop("unfinished")
     self.epoch = metrics.Averages.from_json(unfinished["epoch"])
     self.interval = metrics.Averages.from_json(unfinished["interval"])
-    self.skips = unfinished.get("skips", 0)  # Earlier checkpoints do not say.
+    self.skips = unfinished["skips"]
     return state
 
   def average(
@@ -112,7 +111,7 @@ class Seed:
       self.skips = self.skips + 1 if values.get("skipped") else 0
       if "skipped" not in values:
         self.check_finite(values, number, pairs)
-      elif bad := metrics.bad_numbers(values, pairs):
+      elif bad := metrics.bad_numbers(values, [pair.name for pair in pairs]):
         what = "iteration" if values["skipped"] else "meta update of iteration"
         display.say(
           f"{self.label}{what} {number} is skipped: not finite:"
@@ -155,7 +154,7 @@ class Seed:
     pairs: Sequence[pair_sets.Pair] = (),
   ) -> None:
     """Raise a `errors.BadNumbersError` that names what is not finite."""
-    bad = metrics.bad_numbers(values, pairs)
+    bad = metrics.bad_numbers(values, [pair.name for pair in pairs])
     if bad:
       raise errors.BadNumbersError(
         f"{self.label}iteration {step}: not finite: {', '.join(bad)};"
