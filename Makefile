@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
-# make test: lint, types, documentation and tests (about 12 minutes).
+# make test: lint, types, arrows, documentation and tests (about 12 minutes).
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,6 +17,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(MAKE) docs
 	$(BIN)/pytest
 

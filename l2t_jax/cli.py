@@ -59,7 +59,7 @@ def run(main: Callable[[list[str]], object]) -> None:
     cpu_lowering.install()
     return main(overrides)
 
-  with errors.errors_in_one_line(), signals.leaving_when_asked():
+  with errors.errors_in_one_line(), signals.StopRequests(for_command=True):
     app.run(quietly, flags_parser=parse)
 
 

@@ -1,4 +1,4 @@
-"""The authors' numbers, in float64, to a relative 1e-9."""
+"""The authors' numbers in float64, to 1e-9 of each array's norm."""
 
 import os
 import pathlib
@@ -48,18 +48,37 @@ def test_iterations_equal_the_authors(file, mode, x64):
       for name, value in _numbers(setup, start, state, metrics).items()
     }
   computed |= _source_numbers(setup, sources[""], settings["iterations"] - 1)
+  _assert_equal(computed, recorded)
+
+
+@pytest.mark.parametrize(
+  ("computed", "message"),
+  [
+    ({"a": np.array([1.0, 1e-6])}, r"not compared: \['b'\]"),
+    ({"a": np.array([1.0, 1e-6]), "b": 2 + 3e-9}, r"b: off by 1\.5e-09"),
+    ({"a": np.array([1.0, 3e-9 + 1e-6]), "b": 2.0}, "a: off by 3e-09"),
+    ({"a": np.array([np.nan, 1e-6]), "b": 2.0}, "a: off by nan"),
+    ({"a": np.array([[1.0, 1e-6]]), "b": 2.0}, r"a: \(1, 2\) is not \(2,\)"),
+  ],
+)
+def test_a_difference_is_noticed(computed, message):
+  recorded = {"a": np.array([1.0, 1e-6]), "b": np.array(2.0)}
+  # An error of 5e-10 of the norm is rounding, however small the element.
+  rounded = {"a": np.array([1.0, 5e-10 + 1e-6]), "b": 2.0, "more": 3.0}
+  _assert_equal(rounded, recorded)
+  with pytest.raises(AssertionError, match=message):
+    _assert_equal(computed, recorded)
+
+
+def _assert_equal(computed, recorded):
   missing = set(recorded) - set(computed)
-  assert not missing, f"recorded but not computed: {sorted(missing)}"
-  for name, value in recorded.items():
-    # Exact zeros (dead channels) carry the rounding of their neighbours.
-    zero = 1e-12 * np.abs(value).max()
-    np.testing.assert_allclose(
-      computed[name], value, rtol=1e-9, atol=zero, err_msg=name
-    )
+  assert not missing, f"recorded but not compared: {sorted(missing)}"
+  for name, expected in recorded.items():
+    golden_setup.assert_equal(computed[name], expected, name)
 
 
 def _numbers(setup, before, after, metrics):
-  """What a golden file records of one iteration."""
+  """Return what a golden file may record of one iteration."""
   numbers = {
     "ce": metrics["target_loss"],
     "match": metrics["matching_loss"],
@@ -76,9 +95,10 @@ def _numbers(setup, before, after, metrics):
     layer, name = params["regressors"][pair.name], f"regressor.{k}"
     numbers[f"target_param_norm/{name}.weight"] = _norm(layer["kernel"])
     numbers[f"target_param_norm/{name}.bias"] = _norm(layer["bias"])
-  if before.step > 0:
-    return numbers
-  grads = setup.first_meta_gradient(before, after)
+  grads = setup.meta_gradient(before, after)
+  golden_setup.assert_equal(
+    _norm(grads), metrics["meta_grad_norm"], "the norm of meta_grad"
+  )
   nets = (("channel_net", "channel"), ("pair_net", "pair"))
   for k, pair in enumerate(setup.pairs):
     for theirs, ours in nets:

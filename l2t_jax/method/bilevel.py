@@ -9,14 +9,14 @@ is dL_outer/dφ through all T steps, the state of the optimizer included.
 
 Nothing here knows a network, a data set or Flax: parameters are pytrees, the
 losses are functions that the caller hands in (`types.InnerLossFn`), the inner
-optimizer is any differentiable optax transformation. What a step reads comes
-in as an argument, so that nothing is differentiated behind the caller's back:
+optimizer is any differentiable optax transformation. A step reads nothing but
+its arguments:
 
   * `params` and `opt_state` are differentiated through;
-  * `meta_params` is what the hypergradient is taken of;
-  * `model_state` (batch statistics) and `batch` are constants: they carry a
-    `stop_gradient` in every mode. An array to be learned, images say, belongs
-    into `meta_params`.
+  * `meta_params` is what the hypergradient is taken with respect to;
+  * `model_state` (batch statistics) and `batch` are constants, with a
+    `stop_gradient` in every mode. An array that is to be learned, such as
+    images, belongs in `meta_params`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,16 @@ import optax
 
 from l2t_jax import errors, types
 
-# How the hypergradient is computed. All agree to rounding.
+# How the hypergradient is computed. All modes agree to rounding.
 #   reverse:    plain reverse over reverse; the graphs of all steps are kept.
-#   remat:      the same, each step recomputed on the way back
+#   remat:      the same, with each step recomputed in the backward pass
 #               (jax.checkpoint).
-#   mixed:      forward over reverse: on the way back, one jvp of the joint
-#               gradient stands for the Hessian-vector and the mixed product.
-#               Between the passes a step keeps its inputs alone.
+#   mixed:      forward over reverse: in the backward pass one jvp of the joint
+#               gradient gives the Hessian-vector and the mixed product. Between
+#               the passes a step keeps its inputs only.
 #   linearized: the same products, from a linearization that each step keeps:
 #               nothing is computed twice, and memory grows with T.
 MODES = ("reverse", "remat", "mixed", "linearized")
-# Optimizers may treat their first updates in another way than the later ones.
-_NUM_PROBED = 8
 
 StepFn = Callable[
   [types.InnerState, types.PyTree, types.PyTree],
@@ -66,12 +64,11 @@ def make_inner_step(
 
   Returns:
     `step(state, meta_params, batch) -> (state, loss [])`. The loss is a
-    metric: it carries a `stop_gradient`.
+    metric, with a `stop_gradient`.
 
   Raises:
-    errors.InputError: for an unknown mode, and when the step is traced for an
-      optimizer whose update has no finite derivative
-      (see `check_differentiable`).
+    errors.InputError: for an unknown mode, and when the step is traced with an
+      optimizer that `check_differentiable` refuses.
   """
   if mode not in MODES:
     raise errors.InputError(
@@ -101,7 +98,7 @@ def apply_gradients(
   grads: types.PyTree,
   model_state: types.PyTree,
 ) -> types.InnerState:
-  """Update params by the optimizer and put the new model_state in place."""
+  """Update params with the optimizer and replace model_state."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   return types.InnerState(params, opt_state, jax.lax.stop_gradient(model_state))
@@ -120,16 +117,16 @@ def unroll(
 
   Args:
     step: from `make_inner_step`.
-    state: where to start.
+    state: the state before the first step.
     meta_params: the same in every step.
-    batches: leaves with a leading axis, one entry a step; or, where
-      `num_steps` is given, one batch that every step sees.
-    num_steps: T, for one batch that every step sees.
-    rolled: whether the steps behind the first, where they are several, are a
-      `lax.scan`, which compiles once for any T. The first step stands before
-      the loop, because nothing that it starts from depends on the
-      meta-parameters: its way back needs no Hessian-vector product, which a
-      loop would compute all the same.
+    batches: leaves with a leading axis, one entry per step; or, if `num_steps`
+      is given, one batch that every step uses.
+    num_steps: T, if every step uses the same batch.
+    rolled: whether the steps after the first, if there are several, are a
+      `lax.scan`, which compiles once for any T. The first step stays outside
+      the loop, because its start does not depend on the meta-parameters: its
+      backward pass needs no Hessian-vector product, and a loop would compute
+      one.
 
   Returns:
     The state after the last step and the losses [T] before each step.
@@ -165,18 +162,18 @@ def hypergradient(
   meta_params: types.PyTree,
   batch: types.PyTree,
 ) -> tuple[chex.Array, types.PyTree]:
-  """Differentiate the outer loss after a look-ahead by the meta-parameters.
+  """Differentiate the outer loss after a look-ahead, by meta-parameters.
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`, made of inner steps.
-    outer_loss_fn: judges the state that the look-ahead ends in; its new
-      model_state is dropped.
-    state: where the look-ahead starts; a constant.
-    meta_params: what is differentiated.
-    batch: handed to `look_ahead` and to `outer_loss_fn`.
+    outer_loss_fn: loss of the state after the look-ahead; its new model_state
+      is dropped.
+    state: start of the look-ahead; a constant.
+    meta_params: what the gradient is taken with respect to.
+    batch: argument of `look_ahead` and `outer_loss_fn`.
 
   Returns:
-    (outer loss [], its gradient, a pytree like `meta_params`).
+    (outer loss [], its gradient), the gradient a pytree like `meta_params`.
   """
 
   def outer(meta_params):
@@ -188,7 +185,7 @@ def hypergradient(
 
 
 def _gradient(loss_fn):
-  """Return the gradient by params: (...) -> (grads, loss [], model_state)."""
+  """Return the gradient in params, (...) -> (grads, loss [], model_state)."""
 
   def gradient(params, meta_params, model_state, batch):
     (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -202,7 +199,7 @@ def _gradient(loss_fn):
 def _mixed_gradient(loss_fn):
   """Return `_gradient` with a backward pass that is one forward tangent.
 
-  With g = ∇_θ L and a cotangent v, the way back needs vᵀ ∂g/∂θ and vᵀ ∂g/∂φ.
+  With g = ∇_θ L and a cotangent v, this pass needs vᵀ ∂g/∂θ and vᵀ ∂g/∂φ.
   The Hessian is symmetric and ∂²L/∂φ∂θ is the transpose of ∂²L/∂θ∂φ, so both
   are the derivative of the joint gradient along v in θ:
 
@@ -218,7 +215,8 @@ def _mixed_gradient(loss_fn):
     return plain_gradient(*args), args
 
   def backward(args, cotangents):
-    # XLA would find what the way there has computed, and keep all of it.
+    # Without this barrier XLA's CSE reuses the forward activations and keeps
+    # all of them alive.
     args, along = jax.lax.optimization_barrier((args, cotangents[0]))
     params, *rest = args
     _, products = jax.jvp(
@@ -233,10 +231,10 @@ def _mixed_gradient(loss_fn):
 
 
 def _linearized_gradient(loss_fn):
-  """Return `_gradient` with a backward pass prepared on the way there.
+  """Return `_gradient` with a backward pass prepared in the forward pass.
 
-  The products are those of `_mixed_gradient`; the joint gradient is
-  linearized when it is computed, so that nothing is computed twice.
+  The products are those of `_mixed_gradient`. The joint gradient is linearized
+  when it is computed, so that nothing is computed twice.
   """
   gradient = jax.custom_vjp(_gradient(loss_fn))
 
@@ -270,81 +268,49 @@ def _joint_gradient(loss_fn):
 def check_differentiable(
   optimizer: optax.GradientTransformation, params: types.PyTree
 ) -> None:
-  """Refuse an optimizer whose updates have no finite slope at zero gradients.
+  """Refuse an optimizer whose updates have no finite derivative at 0.
 
-  Exactly zero gradients are common (a parameter that a loss does not reach),
-  and there sqrt has an infinite slope: optax's Adam with eps_root=0 turns the
-  whole hypergradient into NaN. Some updates of small arrays are probed, each
-  with one gradient that is 0; an optimizer with traced hyper-parameters, or one
-  that does not run on small arrays, cannot be probed and passes.
+  Gradients that are exactly zero are common (a parameter that a loss does not
+  reach), and there sqrt has an infinite derivative: optax's Adam with
+  eps_root=0 turns the whole hypergradient into NaN.
 
-  So does one that has no slope only where all gradients of an array, or of all
-  arrays, are 0, such as `optax.clip_by_global_norm`;
-  `optimizers.clip_by_global_norm` has one there, too.
+  One update is probed, on parameters of shape [2, ..., 2] whose gradient is 0
+  in one element. What is infinite only where all gradients are 0, as in
+  `optax.clip_by_global_norm`, passes (`optimizers.clip_by_global_norm` is
+  finite there), and so does what cannot be probed: traced hyper-parameters, and
+  optimizers that do not run on small arrays.
 
   Args:
     optimizer: the inner optimizer.
-    params: what it updates.
+    params: the parameters that it updates.
 
   Raises:
     errors.InputError: for an optimizer that is not differentiable.
   """
   try:
     with jax.ensure_compile_time_eval():
-      slopes = _slopes_at_zero(optimizer, params)
-  except Exception:  # Whatever it is that small arrays are not enough for.
+      is_finite = _has_finite_slopes(optimizer, params)
+  except Exception:  # Traced hyper-parameters, or arrays that are too small.
     return
-  if any(isinstance(slope, jax.core.Tracer) for slope in slopes):
-    return  # A traced hyper-parameter: nothing to look at before the run.
-  if not all(np.isfinite(slope).all() for slope in slopes):
+  if not is_finite:
     raise errors.InputError(
       "the inner optimizer's updates have no finite derivative at a zero"
       " gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)"
     )
 
 
-def _slopes_at_zero(optimizer, params):
-  """Differentiate some updates by their gradients, one in each array being 0.
-
-  Params are arrays of their ranks; of those that the optimizer keeps the same
-  for, one is enough.
-  """
-  params = jax.tree.map(
+def _has_finite_slopes(optimizer, params):
+  """Differentiate the sum of one update by gradients of which some are 0."""
+  # Optimizers may depend on the names, ranks and types of parameters.
+  ones = jax.tree.map(
     lambda x: np.ones(np.minimum(np.shape(x), 2), jnp.result_type(x)), params
   )
-  kept = _paths(jax.eval_shape(optimizer.init, params))
-  alike = {}
-  for path, leaf in zip(_paths(params), jax.tree.leaves(params), strict=True):
-    what = (name.removesuffix(path) for name in kept if name.endswith(path))
-    alike[leaf.ndim, leaf.dtype, *what] = path
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, x: (
-      x if jax.tree_util.keystr(path) in alike.values() else optax.MaskedNode()
-    ),
-    params,
-  )
-
-  grads = jax.tree.map(np.ones_like, params)
+  grads = jax.tree.map(np.ones_like, ones)
   for leaf in jax.tree.leaves(grads):
     leaf.flat[:1] = 0
-
-  @jax.jit
-  def update(grads, params, state):
-    updates, pullback, state = jax.vjp(
-      lambda grads: optimizer.update(grads, state, params), grads, has_aux=True
-    )
-    ones = jax.tree.map(jnp.ones_like, updates)
-    return pullback(ones), optax.apply_updates(params, updates), state
-
-  state, slopes = optimizer.init(params), []
-  for _ in range(_NUM_PROBED):
-    slope, params, state = update(grads, params, state)
-    slopes += jax.tree.leaves(slope)
-  return slopes
-
-
-def _paths(tree):
-  return [
-    jax.tree_util.keystr(path)
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+  state = optimizer.init(ones)
+  updates, pullback = jax.vjp(
+    lambda grads: optimizer.update(grads, state, ones)[0], grads
+  )
+  slopes = pullback(jax.tree.map(jnp.ones_like, updates))
+  return all(np.isfinite(slope).all() for slope in jax.tree.leaves(slopes))

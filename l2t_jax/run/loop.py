@@ -109,7 +109,7 @@ class Seed:
       self.skips = self.skips + 1 if values.get("skipped") else 0
       if "skipped" not in values:
         self.check_finite(values, number, pairs)
-      elif bad := metrics.bad_numbers(values, pairs):
+      elif bad := metrics.bad_numbers(values, [pair.name for pair in pairs]):
         what = "iteration" if values["skipped"] else "meta update of iteration"
         display.say(
           f"{self.label}{what} {number} is skipped: not finite:"
@@ -152,7 +152,7 @@ class Seed:
     pairs: Sequence[pair_sets.Pair] = (),
   ) -> None:
     """Raise a `errors.BadNumbersError` that names what is not finite."""
-    bad = metrics.bad_numbers(values, pairs)
+    bad = metrics.bad_numbers(values, [pair.name for pair in pairs])
     if bad:
       raise errors.BadNumbersError(
         f"{self.label}iteration {step}: not finite: {', '.join(bad)};"

@@ -1,7 +1,7 @@
 """Save and restore the whole state of a run, with Orbax.
 
-A checkpoint appears under its iteration when all of it is written; one that a
-kill cut short is never seen. A checksum tells what a disk has changed since.
+A checkpoint appears under its iteration once it is complete, so that one that a
+kill cut short is never read. A checksum reveals later changes on disk.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from l2t_jax.runtime import distributed
 
 
 class DamagedError(Exception):
-  """A checkpoint cannot be read, or is not what was written."""
+  """A checkpoint cannot be read, or its checksum is wrong."""
 
 
 class Checkpoints:
-  """The checkpoints of one run; a context manager that waits for writes."""
+  """Context manager: the checkpoints of one run; it waits for writes."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder.absolute()
@@ -47,7 +47,7 @@ class Checkpoints:
 
   def __exit__(self, _, error: BaseException | None, traceback) -> None:
     if error and not distributed.is_found_by_all(error):
-      return  # The others are elsewhere: closing would wait for them.
+      return  # Closing would wait for the other processes.
     try:
       self._manager.close()
     except Exception as error:
@@ -55,7 +55,7 @@ class Checkpoints:
       raise
 
   def steps(self) -> list[int]:
-    """Return the iterations that there are checkpoints of, in order."""
+    """Return the iterations that have a checkpoint, in order."""
     return sorted(self._manager.all_steps())
 
   def save(
@@ -65,8 +65,8 @@ class Checkpoints:
 
     Args:
       step: iterations done.
-      state: what the iterations work on.
-      progress: what the loop around them has to remember, JSON-able.
+      state: parameters, optimizer states and batch statistics.
+      progress: what the training loop has to remember, as JSON.
 
     Raises:
       errors.BadNumbersError: the state is not finite; nothing is saved.
@@ -75,7 +75,7 @@ class Checkpoints:
     """
     _check_finite(step, state)
     content = {
-      # A copy: it is written in the background.
+      # A copy, because it is written in the background.
       "progress": copy.deepcopy(dict(progress)),
       "checksum": _checksum(state, progress),
     }
@@ -98,16 +98,16 @@ class Checkpoints:
 
     Args:
       step: one of `steps`.
-      like: a state of the same shapes; what is restored has its shardings,
-        whatever those of the checkpoint were.
+      like: a state with the shapes of the checkpoint, and with the shardings
+        that the restored state gets.
 
     Returns:
       (state, progress).
 
     Raises:
       DamagedError: it cannot be read, or its checksum is wrong.
-      errors.InputError: it is one of another network.
-      errors.StorageError: the disk fails, which says nothing of the checkpoint.
+      errors.InputError: it belongs to another network.
+      errors.StorageError: the disk fails; the checkpoint may be good.
     """
     self._manager.wait_until_finished()
     reason = ""
@@ -139,7 +139,7 @@ class Checkpoints:
     return state, progress
 
   def set_aside(self, step: int) -> pathlib.Path:
-    """Move a damaged checkpoint out of the way, and return where it went."""
+    """Move a damaged checkpoint out of the way, and return its new path."""
     place = self._folder.with_name(f"damaged_checkpoint_{step}")
     if distributed.is_first():
       number = 1
@@ -152,14 +152,14 @@ class Checkpoints:
     return place
 
   def drop_after(self, step: int) -> None:
-    """Delete later checkpoints: what they hold will be computed again."""
+    """Delete checkpoints of later iterations, which will be repeated."""
     self._manager.wait_until_finished()
     for later in self.steps():
       if later > step:
         self._manager.delete(later)
 
   def _check_shapes(self, step, like):
-    """Raise an InputError that names an array that differs."""
+    """Raise an InputError that names the first array that differs."""
     stored = self._manager.item_metadata(step)["state"].tree
     shapes = lambda tree: {
       "/".join(path): leaf.shape
@@ -179,7 +179,7 @@ class Checkpoints:
     return self._folder / str(step)
 
   def _check_storage(self, error):
-    """Raise a StorageError where that is what a failed write comes from."""
+    """Raise a StorageError if the disk is why a write failed."""
     if _is_of_storage(error):
       kept = self.steps()
       where = f"from iteration {kept[-1]}" if kept else "from the start"
@@ -190,7 +190,7 @@ class Checkpoints:
 
 
 def steps_in(folder: pathlib.Path) -> set[int]:
-  """Return the iterations that a run has checkpoints of; it may have none."""
+  """Return the iterations that have a checkpoint in a folder."""
   if not folder.exists():
     return set()
   with Checkpoints(folder) as checkpoints:
@@ -218,7 +218,7 @@ def _are_finite(tree):
 
 
 def _checksum(state, progress):
-  """32 bits of the state's bits, wherever they lie, and of the progress."""
+  """CRC-32 of the state and progress, independent of how arrays are sharded."""
   words = [int(word) for word in jax.device_get(_sums_of_bits(state))]
   text = json.dumps([words, progress], sort_keys=True)
   return zlib.crc32(text.encode())
@@ -226,7 +226,7 @@ def _checksum(state, progress):
 
 @jax.jit
 def _sums_of_bits(tree):
-  """Sum each array's bits, as unsigned integers that wrap around."""
+  """Sum the bits of each array as unsigned integers that wrap around."""
   return [_sum_of_bits(leaf) for leaf in jax.tree.leaves(tree)]
 
 
@@ -241,14 +241,14 @@ def _sum_of_bits(leaf):
 
 
 def _is_of_storage(error):
-  """Return whether it is the disk that failed."""
+  """Return whether an error comes from the disk."""
   if isinstance(error, OSError):
     return not isinstance(error, FileNotFoundError)
   return _error_number(error) not in (None, errno.ENOENT)
 
 
 def _error_number(error):
-  """The operating system's, which tensorstore tells in its text."""
+  """Return the system's error number, also from tensorstore's text."""
   if isinstance(error, OSError):
     return error.errno
   code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -256,12 +256,12 @@ def _error_number(error):
 
 
 def _reason(error):
-  """The part that tells, of what a library says, which may be a page."""
+  """Extract the reason from a library's error, which may be a page long."""
   while error.__cause__:
     error = error.__cause__
   if _is_of_storage(error) and (number := _error_number(error)):
     return os.strerror(number)
-  # Tensorstore says the reason, and then [everything='that it was told'].
+  # Tensorstore appends [key='value', ...] to the reason.
   said, *_ = re.split(r" \[\w+=", str(error))
   lines = [line.strip() for line in said.splitlines() if line.strip()]
   return lines[-1][-200:] if lines else type(error).__name__

@@ -1,6 +1,14 @@
-"""Programs: compiled ahead of their first call, with what they cost.
+"""Compile programs ahead of their first call, and report what they cost.
 
-Compiled programs are kept on disk, so that a second start does not compile.
+What each trick buys:
+
+  * `compile_ahead` compiles in a thread, while the caller reads images and
+    draws initial values; and time and memory are known before training starts.
+  * `garbage_collection_paused` makes tracing a quarter faster.
+  * `_OPTIONS` make XLA:CPU's convolution gradients two to three times faster
+    and halve the memory of a step. They are probed, because a jaxlib that does
+    not know an option refuses to compile.
+  * `use_cache` keeps programs on disk, so that a second start does not compile.
 """
 
 from __future__ import annotations
@@ -24,10 +32,10 @@ PRECISIONS = {
   "tf32": (None, "tensorfloat32"),
   "bf16": (jnp.bfloat16, "default"),
 }
-# By backend. XLA:CPU (jaxlib 0.10.1) hands convolutions to YNNPACK, which
-# takes two to three times as long as its own for the gradient by the kernel;
-# and it orders a program for concurrency, which keeps twice as much in memory
-# and is slower on few cores. Measured in benchmarks/RESULTS.md.
+# Per backend. XLA:CPU (jaxlib 0.10.1) hands convolutions to YNNPACK, which
+# takes two to three times as long as XLA's own code for the gradient with
+# respect to the kernel; and it schedules for concurrency, which needs twice the
+# memory and is slower on few cores. Measured in benchmarks/RESULTS.md.
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -35,7 +43,7 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
   },
 }
 
-# XLA needs no Python while it compiles, or loads what it has compiled before.
+# A thread is enough: XLA releases the GIL while it compiles or reads its cache.
 _COMPILER = futures.ThreadPoolExecutor(1, "compiler")
 
 
@@ -43,19 +51,20 @@ class Program(NamedTuple):
   """A compiled function."""
 
   call: Any  # Takes arguments of the shapes that it was compiled for.
-  seconds: float  # That tracing and compiling took.
-  # By XLA's count, which takes a loop's body once: None where there is a loop,
-  # or no count.
+  seconds: float  # Time of tracing and compiling.
+  # XLA's count; None if unknown or if there is a loop, whose body XLA counts
+  # once.
   flops: float | None
-  memory_bytes: int | None  # Arguments, results, temporaries; None: unknown.
+  # Arguments, results and temporaries; None if unknown.
+  memory_bytes: int | None
 
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-  """Let tracing be a quarter faster; as a decorator, too.
+  """Context manager and decorator: trace without Python's garbage collector.
 
-  It makes so many small objects that Python's cyclic garbage collector keeps
-  coming around, and hardly any of them is garbage.
+  Tracing allocates so many small objects that the cyclic collector runs again
+  and again, and hardly any of them is garbage.
   """
   was_enabled = gc.isenabled()
   gc.disable()
@@ -70,14 +79,12 @@ def garbage_collection_paused() -> Iterator[None]:
 def compile_ahead(
   function: Callable[..., Any], *args: Any, **jit_options: Any
 ) -> futures.Future[Program]:
-  """Compile a function for arguments, or for shapes like theirs.
-
-  It is traced here, and compiled while the caller goes on.
+  """Trace a function now, and compile it in the background.
 
   Args:
-    function: pure; it is jitted here.
-    *args: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
-    **jit_options: of `jax.jit`, such as `donate_argnums`.
+    function: a pure function, not jitted.
+    *args: pytrees of arrays or of `jax.ShapeDtypeStruct`s.
+    **jit_options: arguments of `jax.jit`, such as `donate_argnums`.
   """
   start = time.perf_counter()
   lowered = jax.jit(function, **jit_options).lower(*args)
@@ -103,9 +110,9 @@ def options() -> dict[str, str | bool]:
 
 
 def memory_limit() -> int:
-  """Return the bytes of memory of the first local device.
+  """Return the memory of the first local device, in bytes.
 
-  Of a CPU they are what containers and job schedulers leave of it.
+  On CPU, limits of containers and job schedulers count.
   """
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
@@ -122,10 +129,10 @@ def fits(program: Program) -> bool:
 
 
 def use_cache() -> None:
-  """Keep compiled programs in ~/.cache/l2t_jax, small ones too.
+  """Keep compiled programs, including small ones, in ~/.cache/l2t_jax.
 
-  A folder of one's own goes into JAX_COMPILATION_CACHE_DIR, and
-  JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+  JAX_COMPILATION_CACHE_DIR chooses another folder, and
+  JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
   """
   wanted: dict[str, Any] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -140,7 +147,7 @@ def use_cache() -> None:
 
 
 def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
-  """Return limits of this process's control groups, in bytes (Linux)."""
+  """Return the memory limits of this process's control groups, in bytes."""
   limits = []
   groups = root / "proc/self/cgroup"
   for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -150,14 +157,14 @@ def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
       place, name = place / "memory", "memory.limit_in_bytes"
     folder = place / group.lstrip("/")
     for file in (parent / name for parent in (folder, *folder.parents)):
-      with contextlib.suppress(OSError, ValueError):  # None there, or "max".
+      with contextlib.suppress(OSError, ValueError):  # No file, or "max".
         limits.append(int(file.read_text()))
   return limits
 
 
 @functools.cache
 def _accepted_options(backend):
-  """Leave out what this jaxlib does not know: such options come and go."""
+  """Return the backend's options, or none if this jaxlib refuses them."""
   wanted = _OPTIONS.get(backend, {})
   try:
     jax.jit(lambda x: x).lower(jnp.zeros(())).compile(dict(wanted))

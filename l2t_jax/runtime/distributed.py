@@ -1,7 +1,6 @@
-"""The processes of a run: their start, their signals, the loss of one.
+"""The processes of a run: their start, their agreement, the loss of one.
 
-In most runs there is one process, and nothing here does anything but
-`leaving_when_asked` and `StopRequests`.
+With a single process, as in most runs, the functions do nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from l2t_jax import errors
 _HEARTBEAT_TIMEOUT = 30
 # Seconds that the processes have to find one another.
 _START_TIMEOUT = 300
-# Seconds that process 0 waits before it leaves with an error: the others may
-# have met the same.
+# Seconds that process 0 waits before it leaves with an error, so that others
+# can report theirs.
 _GRACE = 3
-# What JAX's errors say where another process is the reason.
+# Words in JAX's errors that tell that another process is the reason.
 _OF_ANOTHER = re.compile(
   r"gloo|nccl|collective|coordination|barrier|heartbeat|UNAVAILABLE"
   r"|DEADLINE_EXCEEDED|Connection (reset|closed|refused)|Socket closed",
@@ -43,26 +42,27 @@ def start(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Join the other processes of the run; before anything computes.
+  """Join the other processes of the run, before anything is computed.
+
+  All arguments are None where Slurm, Open MPI, Kubernetes or a TPU pod tells.
 
   Args:
-    coordinator: HOST:PORT of process 0, a free port there. None, as for the
-      other two, where Slurm, Open MPI, Kubernetes or a TPU pod tell.
-    num_processes: how many there are.
-    process_id: of this one, from 0.
+    coordinator: HOST:PORT of process 0, with a free port.
+    num_processes: how many processes there are.
+    process_id: index of this process, from 0.
 
   Raises:
-    errors.InputError: something is missing or wrong.
-    errors.LostProcessError: the others did not come.
+    errors.InputError: an argument is missing or wrong.
+    errors.LostProcessError: the others did not join in time.
   """
   if coordinator and not re.fullmatch(r"\S+:\d+", coordinator):
     raise errors.InputError(
       f"--coordinator={coordinator} must be HOST:PORT, such as node0:1234"
     )
   is_told = None not in (coordinator, num_processes, process_id)
-  # While JAX waits for the others, no handler of Python's would run.
+  # While JAX waits for the others, no Python handler would run.
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  # The others would wait for a process that leaves politely of its own.
+  # The others would wait for a process that saves and leaves alone.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     jax.distributed.initialize(
@@ -86,7 +86,7 @@ def start(
 
 
 def are_several() -> bool:
-  """Return whether the run was started as one of several processes."""
+  """Return whether this is one of several processes of a run."""
   return jax.distributed.is_initialized()
 
 
@@ -96,41 +96,42 @@ def is_first() -> bool:
 
 
 def is_found_by_all(error: BaseException) -> bool:
-  """Return whether an error meets every process of the run at once."""
+  """Return whether every process raises an error at the same iteration."""
   return not are_several() or getattr(error, "meets_all_processes", False)
 
 
 def is_of_another(error: BaseException) -> bool:
-  """Return whether what went wrong is that another process was lost."""
+  """Return whether an error says that another process was lost."""
   return are_several() and bool(_OF_ANOTHER.search(str(error)))
 
 
 def agree(number: int) -> int:
-  """Return what process 0 says: file systems may show others less."""
+  """Return process 0's number: file systems may show other processes less."""
   if not are_several():
     return number
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def is_true_for_all(condition: bool) -> bool:
-  """Return whether a condition holds in each process; all have to ask."""
+  """Return whether a condition holds in every process; all must call this."""
   if not are_several():
     return condition
   return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
 
 
 def wait_for_all(where: str) -> None:
-  """Wait until every process has come as far; `where` tells places apart."""
+  """Wait until every process calls this with the same `where`."""
   if are_several():
     multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-  """Let no process wait for others that are lost, or leave before they did.
+  """Exit all processes together.
 
-  Wraps all of a command. A process that fails alone ends at once, without the
-  usual farewell, for which it would wait; that ends the others, too.
+  Wraps a whole command. A process that fails alone ends at once, without JAX's
+  shutdown, which would wait for the others; its end ends them too, so that they
+  do not hang in a collective.
   """
   try:
     yield
@@ -139,7 +140,7 @@ def ending_together() -> Iterator[None]:
       wait_for_all("the end")
       raise
     if is_first():
-      time.sleep(_GRACE)  # Its end ends the others: let them speak first.
+      time.sleep(_GRACE)  # Its end ends the others.
     if isinstance(error, errors.Stop):
       _leave(str(error), error.exit_code)
     traceback.print_exc()
@@ -169,9 +170,9 @@ def _leave(message: str, exit_code: int) -> NoReturn:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _leave_on_abort(_):
-  """What JAX's abort() becomes when it hears that a process is lost.
+  """Handle the abort() by which JAX ends when a process is lost.
 
-  It is called in a thread of JAX's own, of whose signals Python never hears.
+  JAX calls it in a thread of its own, where no Python handler runs.
   """
   _leave(_LOST, errors.LostProcessError.exit_code)
 

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, trackers, a progress bar."""
+"""Output of a running training: metrics.jsonl, trackers, a progress bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich import console, progress
 from l2t_jax import files
 from l2t_jax.runtime import run_folder, tracking
 
-# What a progress line shows, and the metric behind it.
+# Name in the progress line -> metric.
 _SHOWN = {
   "loss": "loss",
   "target": "target_loss",
@@ -27,10 +27,10 @@ _SHOWN = {
 class MetricsLog:
   """Append records to metrics.jsonl and hand scalars to trackers.
 
-  A context manager that closes both, and tells trackers how the run ended.
+  A context manager that closes both and tells trackers how the run ended.
 
-  What was written after the iteration that a run resumes from is dropped, so
-  that each iteration stands in the file once.
+  Records after the iteration that a run resumes from are dropped, so that each
+  iteration is in the file once.
   """
 
   def __init__(
@@ -46,8 +46,8 @@ class MetricsLog:
     Args:
       workdir: folder of the run.
       from_step: iterations done.
-      trackers: names in `TRACKERS`.
-      config: of the run, for the trackers.
+      trackers: names in `tracking.TRACKERS`.
+      config: fields of the run, as nested dicts, for the trackers.
 
     Raises:
       errors.InputError: a tracker is not installed.
@@ -67,7 +67,7 @@ class MetricsLog:
     Args:
       kind: "train" (one logging interval) or "epoch".
       step: iterations done.
-      values: JSON-able; numbers, also inside of dicts, go to trackers too.
+      values: serializable as JSON; numbers, nested ones too, go to trackers.
     """
     record = {"kind": kind, "step": step, **values}
     self._file.write(json.dumps(record) + "\n")
@@ -88,7 +88,7 @@ class MetricsLog:
 
 
 class Progress:
-  """A live bar on a terminal, as a context; elsewhere a line now and then."""
+  """Context manager: a live bar on a terminal, else a line now and then."""
 
   def __init__(self, total_steps: int, batch_size: int, *, quiet: bool = False):
     self.console = console.Console(quiet=quiet)
@@ -111,7 +111,7 @@ class Progress:
     self._bar.start()
 
   def begin(self, done: int) -> None:
-    """Show that training begins after some steps that were done before."""
+    """Show that training begins, with `done` steps behind it."""
     self._bar.reset(self._task, completed=done)
 
   def update(self, epoch: int, steps: int, values: Mapping[str, float]) -> None:
@@ -119,8 +119,8 @@ class Progress:
 
     Args:
       epoch: the running epoch, from 1.
-      steps: done since the last call.
-      values: to be shown, by name.
+      steps: steps since the last call.
+      values: metrics by name.
     """
     shown = "  ".join(
       f"{name} {values[key]:.3g}"
@@ -153,7 +153,7 @@ class Progress:
 
 
 def _step_of(line: bytes) -> float:
-  """Step of a record; a line that a crash cut short is dropped."""
+  """Return the step of a record; infinity for a line cut short by a crash."""
   try:
     return float(json.loads(line)["step"])
   except (ValueError, KeyError, TypeError):

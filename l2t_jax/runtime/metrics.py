@@ -1,21 +1,19 @@
-"""Metrics of iterations: on their way to the host, averages, bad numbers."""
+"""Metrics of iterations: transfer to the host, averages, bad numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax import flatten_util
 import numpy as np
 
 from l2t_jax import types
-from l2t_jax.method import pair_sets
 
-# Numbers of "transfer" for each pair, causes before what follows from them.
-_BY_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
-_OF_META_UPDATE = {
+# Metrics in "transfer" with one value per pair, causes before consequences.
+_PER_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
+_META_UPDATE = {
   "outer_loss",
   "meta_grad_norm",
   "meta_grad_norms",
@@ -24,50 +22,43 @@ _OF_META_UPDATE = {
 
 
 class Packed(NamedTuple):
-  """An iteration's metrics in one array: each one fetched costs its time."""
+  """Metrics flattened into one array, so that one transfer fetches them."""
 
   numbers: jax.Array
-  treedef: Any
-  shapes: tuple[tuple[int, ...], ...]
+  like: types.PyTree  # Shapes of the metrics, as `jax.typeof` returns them.
 
 
 def pack(metrics: types.PyTree) -> Packed:
-  """Put metrics into one array, without waiting for them."""
-  leaves, treedef = jax.tree.flatten(metrics)
-  shapes = tuple(leaf.shape for leaf in leaves)
-  return Packed(_concatenate(leaves), treedef, shapes)
+  """Flatten metrics on the device, without waiting for them."""
+  return Packed(_ravel(metrics), jax.tree.map(jax.typeof, metrics))
 
 
 def fetch(iterations: Sequence[Packed]) -> list[types.PyTree]:
-  """Wait for packed metrics, and return them as they were, on the host."""
+  """Wait for packed metrics and return them as arrays on the host."""
   fetched = jax.device_get([packed.numbers for packed in iterations])
   return [
-    _unpack(numbers, packed)
+    _unravel(numbers, packed.like)
     for numbers, packed in zip(fetched, iterations, strict=True)
   ]
 
 
 @jax.jit
-def _concatenate(leaves):
-  return jnp.concatenate([leaf.ravel() for leaf in leaves])
+def _ravel(metrics):
+  return flatten_util.ravel_pytree(metrics)[0]
 
 
-def _unpack(numbers, packed):
-  ends = np.cumsum([math.prod(shape) for shape in packed.shapes])
-  leaves = [
-    part.reshape(shape)
-    for part, shape in zip(
-      np.split(numbers, ends[:-1]), packed.shapes, strict=True
-    )
-  ]
-  return jax.tree.unflatten(packed.treedef, leaves)
+def _unravel(numbers, like):
+  """Undo `_ravel` with NumPy: JAX's own would put each array on a device."""
+  ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(like)])
+  parts = iter(np.split(numbers, ends[:-1]))
+  return jax.tree.map(lambda leaf: next(parts).reshape(leaf.shape), like)
 
 
 class Averages:
-  """Means of metrics over iterations, each over those that have it.
+  """Mean of each metric over the iterations that have it.
 
-  Sums are in float64 and grow by one iteration after the other, so that means
-  do not depend on where a run was cut off and resumed.
+  Sums are in float64 and taken in the order of iterations, so that means do not
+  depend on where a run was cut off and resumed.
   """
 
   def __init__(self):
@@ -75,7 +66,7 @@ class Averages:
     self._counts: dict[str, int] = {}
 
   def add(self, iterations: Sequence[Mapping[str, types.PyTree]]) -> None:
-    """Add iterations' metrics, numbers or trees of arrays by name."""
+    """Add the metrics of iterations: name -> number or tree of arrays."""
     for name in {name: None for metrics in iterations for name in metrics}:
       values = [metrics[name] for metrics in iterations if name in metrics]
       before = [self._sums[name]] if name in self._sums else []
@@ -90,7 +81,7 @@ class Averages:
     }
 
   def to_json(self) -> dict[str, Any]:
-    """Return what `from_json` makes the same averages of."""
+    """Return the sums and counts as JSON, for `from_json`."""
     return {
       "sums": jax.tree.map(lambda x: x.tolist(), self._sums),
       "counts": dict(self._counts),
@@ -98,7 +89,7 @@ class Averages:
 
   @classmethod
   def from_json(cls, content: Mapping[str, Any]) -> Averages:
-    """Go on where `to_json` was."""
+    """Restore averages from `to_json`."""
     averages = cls()
     is_list = lambda x: isinstance(x, list)
     averages._sums = jax.tree.map(np.float64, content["sums"], is_leaf=is_list)
@@ -107,12 +98,12 @@ class Averages:
 
 
 def _sum_in_order(*values):
-  """Sum as if one after the other came; `np.sum` would add in pairs."""
+  """Sum one value after the other; `np.sum` would add in pairs."""
   return np.add.accumulate(np.array(values, np.float64))[-1]
 
 
 def scalars(metrics: Mapping[str, types.PyTree]) -> dict[str, float]:
-  """Return the metrics that are one number."""
+  """Return the metrics that are a single number."""
   return {
     name: float(value)
     for name, value in metrics.items()
@@ -121,33 +112,33 @@ def scalars(metrics: Mapping[str, types.PyTree]) -> dict[str, float]:
 
 
 def bad_numbers(
-  metrics: Mapping[str, types.PyTree], pairs: Sequence[pair_sets.Pair] = ()
+  metrics: Mapping[str, types.PyTree], pair_names: Sequence[str] = ()
 ) -> list[str]:
   """Name the quantities that are NaN or infinite, with their pairs.
 
   Args:
-    metrics: of an iteration, as `training.make_train_step` returns them.
-    pairs: of the run.
+    metrics: of one iteration, as `training.make_train_step` returns them.
+    pair_names: names of the pairs, in the order of the metrics' entries.
   """
   transferred = metrics.get("transfer", {})
-  named = {name: transferred[name] for name in _BY_PAIR if transferred}
+  named = {name: transferred[name] for name in _PER_PAIR if transferred}
   named |= {name: x for name, x in metrics.items() if name != "transfer"}
   bad = []
   for name, values in named.items():
     is_bad = ~np.isfinite(values)
     if not np.ndim(values):
       bad += [f"{name} ({values})"] if is_bad else []
-    elif is_bad.all() and len(pairs) > 1:
-      bad.append(f"{name} of all {len(pairs)} pairs")
+    elif is_bad.all() and len(pair_names) > 1:
+      bad.append(f"{name} of all {len(pair_names)} pairs")
     else:
-      where = zip(pairs, is_bad, strict=True)
-      bad += [f"{name} of {pair.name}" for pair, one in where if one]
+      where = zip(pair_names, is_bad, strict=True)
+      bad += [f"{name} of {pair}" for pair, one in where if one]
   return bad
 
 
 def without_bad_numbers(
   metrics: Mapping[str, types.PyTree],
 ) -> dict[str, types.PyTree]:
-  """Leave out what a skipped iteration, or its skipped meta update, says."""
-  kept = () if metrics["skipped"] else metrics.keys() - _OF_META_UPDATE
+  """Drop the metrics of a skipped iteration, or of its skipped meta update."""
+  kept = () if metrics["skipped"] else metrics.keys() - _META_UPDATE
   return {name: metrics[name] for name in ("skipped", *kept)}

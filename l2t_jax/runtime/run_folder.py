@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, and its JSON files."""
+"""The folder of a run: its lock, its JSON files, and errors of its disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from l2t_jax import errors, files
 from l2t_jax.runtime import distributed
 
 METRICS = "metrics.jsonl"
+# The operating system's errors when a folder cannot be written.
+_STORAGE_ERRORS = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EIO,
+)
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
   """Read the records of a run's `metrics.jsonl`.
 
-  A last line without its newline is one that the run was stopped in the middle
-  of; it is left out unless it is complete.
+  An incomplete last line, which a run that was stopped may leave, is dropped.
 
   Args:
     workdir: the folder of the run.
@@ -56,24 +65,12 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
   return records
 
 
-# What the operating system says where a folder cannot be written.
-_STORAGE_ERRORS = (
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EFBIG,
-  errno.EROFS,
-  errno.EACCES,
-  errno.EPERM,
-  errno.EIO,
-)
-
-
 def make(workdir: pathlib.Path) -> None:
   """Make the folder of a run.
 
   Raises:
-    errors.InputError: there is a file in its place.
-    errors.StorageError: nothing can be written into it.
+    errors.InputError: a file is in its place.
+    errors.StorageError: it cannot be written.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -90,10 +87,10 @@ def make(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Let no other run into a folder until this one has ended.
+  """Context manager: lock a folder, so that only one run trains in it.
 
   Raises:
-    errors.InputError: another one is in it.
+    errors.InputError: another run holds the lock.
   """
   if not distributed.is_first():
     yield
@@ -114,12 +111,12 @@ def _lock_file(file, workdir):
       " another --workdir"
     ) from error
   except (ImportError, OSError):
-    pass  # A system or a file system without such locks.
+    pass  # The system or the file system has no such locks.
 
 
 @contextlib.contextmanager
 def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
-  """Turn what the system says of files in some folders into a StorageError."""
+  """Turn an OSError about files in these folders into a StorageError."""
   try:
     yield
   except errors.Stop:
@@ -127,7 +124,7 @@ def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
   except OSError as error:
     files = pathlib.Path(str(error.filename)).absolute().parents
     is_ours = any(workdir.absolute() in files for workdir in workdirs)
-    # A full disk, met while writing into an open file, has no name.
+    # An error while writing into an open file has no file name.
     if error.errno not in _STORAGE_ERRORS or (error.filename and not is_ours):
       raise
     place = error.filename or f"into {', '.join(map(str, workdirs))}"
@@ -138,13 +135,13 @@ def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Write a file, all or nothing, in the process that writes."""
+  """Write a file atomically, in the first process."""
   if distributed.is_first():
     files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Read a file; raise `errors.InputError` where it is damaged."""
+  """Read a file; raise `errors.InputError` if it is damaged."""
   try:
     return json.loads(path.read_text())
   except ValueError as error:

@@ -1,7 +1,7 @@
-"""One mesh: batches are split over it, other arrays are copied or split.
+"""Shardings over one mesh: batches are split, other arrays replicated or split.
 
-Under one `jax.jit` the losses and the batch statistics are those of the global
-batch; XLA puts the collectives where they are needed.
+Under one `jax.jit` losses and batch statistics are those of the global batch;
+XLA inserts the collectives.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import numpy as np
 from l2t_jax import errors, types
 
 _AXIS = "data"
-# Arrays of fewer numbers are copied also where larger ones are split: a
-# collective for each costs more than they take.
+# Replicate arrays with fewer elements: a collective costs more than it saves.
 _MIN_SPLIT_SIZE = 2**12
 
 
 def make_mesh(
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """Lay devices out along one axis; by default all, of all processes."""
+  """Lay out devices along one axis; by default those of all processes."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
     (len(devices),),
@@ -37,17 +36,17 @@ def make_mesh(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The sharding of an array of which every device has a copy."""
+  """Return the sharding of an array that every device has a copy of."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def copied(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Choose shardings, as `split`, that give every device all of each array."""
+  """Return a sharding per array that replicates it."""
   return jax.tree.map(lambda _: replicated(mesh), tree)
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-  """A context in whose computations nothing takes memory of an accelerator.
+  """Context manager: allocate new arrays in host memory.
 
   Raises:
     errors.InputError: JAX was told not to use the CPU.
@@ -70,11 +69,11 @@ def split(
   Args:
     tree: arrays, or their shapes.
     mesh: from `make_mesh`.
-    min_size: numbers in an array from which on it is split.
+    min_size: arrays with fewer elements are replicated.
 
   Returns:
-    A sharding for each array: along its longest axis that the number of devices
-    divides, or replicated where there is none.
+    A sharding per array: along its longest axis that is divisible by the number
+    of devices, or replicated if there is none.
   """
 
   def choose(array):
@@ -90,14 +89,14 @@ def split(
 def with_shardings(
   shapes: types.PyTree, shardings: types.PyTree
 ) -> types.PyTree:
-  """Say of shapes (`jax.ShapeDtypeStruct`) how their arrays are spread."""
+  """Attach shardings to shapes (`jax.ShapeDtypeStruct`)."""
   return jax.tree.map(
     lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings
   )
 
 
 def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
-  """Give shapes a leading axis, of which every device has all.
+  """Give shapes a leading axis that is not split.
 
   Args:
     shapes: `jax.ShapeDtypeStruct`s from `with_shardings`.
@@ -115,7 +114,7 @@ def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
 
 
 def gather(tree: types.PyTree) -> types.PyTree:
-  """Copy arrays to the host, wherever their parts are; all processes call."""
+  """Copy whole arrays to the host; all processes must call this."""
 
   def copy(array):
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -128,15 +127,15 @@ def gather(tree: types.PyTree) -> types.PyTree:
 def shard(
   tree: types.PyTree, mesh: jax.sharding.Mesh, axis: int = 0
 ) -> types.PyTree:
-  """Split one axis over the devices.
+  """Split arrays over the devices along one axis.
 
   Args:
-    tree: arrays of this process's rows.
+    tree: arrays with the rows of this process.
     mesh: from `make_mesh`.
-    axis: the one that counts rows.
+    axis: the axis of rows.
 
   Returns:
-    Arrays of the rows of all processes.
+    Arrays with the rows of all processes.
   """
   sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
   if jax.process_count() == 1:

@@ -1,3 +1,5 @@
+"""Trackers: TensorBoard, Weights & Biases and MLflow."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,24 +13,24 @@ from flax import traverse_util
 from l2t_jax import errors, imports
 
 SECONDS_OF_SILENCE = 30
-_PROJECT = "l2t_jax"  # What runs belong to, in trackers.
+_PROJECT = "l2t_jax"  # The project or experiment that runs belong to.
 
 
 class Tracker(Protocol):
-  """Where scalars go, beside metrics.jsonl."""
+  """A destination of scalars, beside metrics.jsonl."""
 
   def write(self, scalars: Mapping[str, float], step: int) -> None:
     """Record scalars by name."""
 
   def close(self, error: BaseException | None) -> None:
-    """Write what is still held back; say what ended the run, if anything."""
+    """Flush what is buffered; `error` is what ended the run, if anything."""
 
 
 class _TensorBoard:
-  """Event files, written where a full disk can be seen.
+  """Event files, written in the thread of the run.
 
-  tensorboardX's SummaryWriter writes them in a thread. It dies of a full disk,
-  and then the run waits for it forever.
+  tensorboardX's SummaryWriter writes them in a thread of its own, which a full
+  disk ends; then the run waits for it forever.
   """
 
   def __init__(self, workdir, from_step, config):
@@ -39,7 +41,7 @@ class _TensorBoard:
     self._events = self._library.event_file_writer.EventsWriter(
       str(folder / "events")
     )
-    # Hides what an earlier process has written of the steps from here on.
+    # Hides what an earlier process wrote for the steps from here on.
     start = self._library.proto.event_pb2.SessionLog(status="START")
     self._add(from_step + 1, session_log=start)
     self._flushed = time.monotonic()
@@ -63,7 +65,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-  """A run of Weights & Biases, resumed with that of the folder."""
+  """A run of Weights & Biases, resumed if there is one."""
 
   def __init__(self, workdir, from_step, config):
     del from_step
@@ -85,40 +87,30 @@ class _Wandb:
 
 
 class _MLflow:
-  """A run of MLflow, wherever MLFLOW_TRACKING_URI says; resumed likewise."""
+  """A run of MLflow at MLFLOW_TRACKING_URI, resumed if there is one."""
 
   def __init__(self, workdir, from_step, config):
     del from_step
-    mlflow = _tracker_module("mlflow")
-    self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
-    experiment = self._client.get_experiment_by_name(_PROJECT)
-    experiment_id = (
-      experiment.experiment_id
-      if experiment
-      else self._client.create_experiment(_PROJECT)
+    self._mlflow = mlflow = _tracker_module("mlflow")
+    # By the client: seeds that train together, or users, have active runs.
+    self._client = client = mlflow.MlflowClient()
+    known = client.get_experiment_by_name(_PROJECT)
+    id_ = known.experiment_id if known else client.create_experiment(_PROJECT)
+    tags = {"l2t_jax.id": _id_of(workdir)}
+    found = client.search_runs(
+      [id_], f"tags.`l2t_jax.id` = '{_id_of(workdir)}'"
     )
-    tag = {"l2t_jax.id": _id_of(workdir)}
-    found = self._client.search_runs(
-      [experiment_id], f"tags.`l2t_jax.id` = '{tag['l2t_jax.id']}'"
-    )
-    if found:
-      self._run_id = found[0].info.run_id
-      self._client.update_run(self._run_id, "RUNNING")
-      return
-    run = self._client.create_run(experiment_id, tags=tag)
+    run = found[0] if found else client.create_run(id_, tags=tags)
     self._run_id = run.info.run_id
-    for name, value in traverse_util.flatten_dict(config, sep=".").items():
-      self._client.log_param(self._run_id, name, value)
+    if found:
+      client.update_run(self._run_id, "RUNNING")
+    else:
+      fields = traverse_util.flatten_dict(config, sep=".")
+      mlflow.log_params(fields, run_id=self._run_id)
 
   def write(self, scalars, step):
-    now = int(time.time() * 1000)
-    self._client.log_batch(
-      self._run_id,
-      metrics=[
-        self._entities.Metric(_mlflow_name(name), value, now, step)
-        for name, value in scalars.items()
-      ],
-    )
+    named = {_mlflow_name(name): value for name, value in scalars.items()}
+    self._mlflow.log_metrics(named, step, run_id=self._run_id)
 
   def close(self, error):
     status = "FINISHED" if error is None else "FAILED"
@@ -150,13 +142,13 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def import_trackers(names: Iterable[str]) -> None:
-  """Import what trackers need, which may take seconds, ahead of their use."""
+  """Import the libraries of trackers early: this may take seconds."""
   for name in names:
     _tracker_module(name)
 
 
 def _mlflow_name(name):
-  """Leave out what MLflow's names may not have."""
+  """Replace characters that MLflow does not allow in names."""
   return re.sub(r"[^/\w.\- ]", "_", name.replace("->", " to "))
 
 
@@ -169,5 +161,5 @@ def _tracker_module(name):
 
 
 def _id_of(workdir):
-  """16 hex digits that tell folders apart."""
+  """Return 16 hex digits that identify a folder."""
   return hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]

@@ -172,7 +172,7 @@ def test_any_differentiable_optimizer(mode, optimizer, x64):
   "optimizer",
   [
     optax.adam(0.1),
-    optax.radam(0.1),  # From its second update on.
+    optax.radam(0.1),
     optax.multi_transform(
       {"one": optax.sgd(0.1), "other": optax.adam(0.1)},
       {"w1": "one", "b1": "one", "scale": "one", "w2": "other"},
@@ -229,7 +229,7 @@ def test_unknown_mode_is_refused():
 
 
 @pytest.mark.parametrize("rolled", [False, True])
-def test_one_batch_a_step(rolled, x64):
+def test_one_batch_per_step(rolled, x64):
   """Stacked batches give what single steps on each of them give."""
   params, meta_params, model_state, (images, labels) = problem()
   state = types.InnerState(params, sgd().init(params), model_state)

@@ -1,6 +1,5 @@
 """Runs that are killed, stopped, damaged or run into bad numbers."""
 
-import errno
 import json
 import os
 import pathlib
@@ -19,9 +18,8 @@ import safetensors.numpy
 
 from l2t_jax import errors, types
 from l2t_jax.data import memory
-from l2t_jax.method import optimizers, pair_sets
 from l2t_jax.run import from_config, loop, train
-from l2t_jax.runtime import checkpoint, metrics, run_folder
+from l2t_jax.runtime import checkpoint, run_folder
 from tests.support import small_runs, small_setup
 
 # Runs and their compiled steps are shared by the tests of one process.
@@ -288,70 +286,6 @@ def _raw_state(workdir):
     return step, manager.restore(step, args=content)["state"]
 
 
-def _exchange(folder):
-  """Nothing tells that these are not its numbers, but the checksum."""
-  shutil.rmtree(folder / "state")
-  shutil.copytree(folder.with_name("2") / "state", folder / "state")
-
-
-def _change_progress(folder):
-  path = folder / "progress" / "metadata"
-  content = path.read_text()
-  path.write_text(content.replace('"epoch": 1', '"epoch": 3'))
-  assert path.read_text() != content
-
-
-def _truncate(folder):
-  os.truncate(_largest_file(folder), 5000)
-
-
-def _remove(folder):
-  _largest_file(folder).unlink()
-
-
-@pytest.mark.parametrize(
-  ("harm", "message"),
-  [
-    (_exchange, "checksum"),
-    (_change_progress, "checksum"),
-    (_truncate, "not valid"),
-    (_remove, "Truncated"),
-  ],
-)
-def test_a_damaged_checkpoint_is_noticed(tmp_path, harm, message):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, _STATE, {"epoch": 1})
-    other = _STATE._replace(inner=_STATE.inner.at[7].multiply(1.001))
-    checkpoints.save(2, other, {"epoch": 1})
-  harm(tmp_path / "1")
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(checkpoint.DamagedError, match=message):
-      checkpoints.restore(1, _STATE)
-    checkpoints.restore(2, _STATE)
-
-
-def test_damaged_checkpoints_are_all_kept(tmp_path):
-  """Of the same iteration, too."""
-  for name in ("damaged_checkpoint_1", "damaged_checkpoint_1_2"):
-    with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-      checkpoints.save(1, _STATE, {})
-    with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-      assert checkpoints.set_aside(1) == tmp_path / name
-      assert checkpoints.steps() == []
-
-
-def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, _STATE, {})
-
-    def fail(*args, **kwargs):
-      raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(checkpoints._manager, "restore", fail)
-    with pytest.raises(errors.StorageError, match="Input/output error"):
-      checkpoints.restore(1, _STATE)
-
-
 def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   from_config.train_and_evaluate(config, tmp_path)
@@ -365,42 +299,6 @@ def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
     from_config.train_and_evaluate(config, tmp_path)
   assert _checkpoints(tmp_path) == {step}
   assert (tmp_path / "metrics.jsonl").read_bytes() == written
-
-
-def test_any_kind_of_number_can_be_saved(tmp_path):
-  """A network's own state may be of any type."""
-  state = _STATE._replace(
-    inner={
-      "flag": jnp.array(True),
-      "wave": jnp.array([1j, 2.0]),
-      "half": jnp.ones(3, jnp.bfloat16),
-      "count": jnp.array(7, jnp.int8),
-    }
-  )
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state, {})
-    restored, _ = checkpoints.restore(1, state)
-  jax.tree.map(np.testing.assert_array_equal, restored, state)
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, _STATE, {})
-    checkpoints.restore(1, _STATE)
-    message = r"inner is \[30000\] in it, \[7\] in this run"
-    with pytest.raises(errors.InputError, match=message):
-      checkpoints.restore(1, _STATE._replace(inner=jnp.ones(7)))
-    with pytest.raises(errors.InputError, match="meta_params/f is missing in"):
-      checkpoints.restore(1, _STATE._replace(meta_params={"f": jnp.ones(3)}))
-
-
-def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, _STATE, {})
-    bad = _STATE._replace(inner=_STATE.inner.at[5].set(jnp.inf))
-    with pytest.raises(errors.BadNumbersError, match="inner is not finite"):
-      checkpoints.save(2, bad, {})
-    assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize(
@@ -421,17 +319,6 @@ def test_seeds_go_on_from_what_they_share(tmp_path, steps, group):
         checkpoints.save(step, _STATE, {})
   folders = [tmp_path / name for name in steps]
   assert train._first_group(folders) == [tmp_path / n for n in group]
-
-
-def test_what_will_be_computed_again_is_dropped(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    for step in (3, 6):
-      checkpoints.save(step, _STATE, {})
-    checkpoints.drop_after(3)
-    assert checkpoints.steps() == [3]
-    checkpoints.save(6, _STATE, {"epoch": 2})
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.restore(6, _STATE)[1] == {"epoch": 2}
 
 
 def test_two_runs_in_one_folder_are_refused(source, tmp_path):
@@ -596,59 +483,3 @@ def test_a_meta_update_that_overflows_never_takes_place(source, tmp_path):
   for pair in content["pairs"]:
     weights = pair["channel_weights"]
     np.testing.assert_allclose(weights, 1 / len(weights), rtol=1e-6)
-
-
-def test_bad_numbers_have_names():
-  pairs = [pair_sets.Pair("a", "b"), pair_sets.Pair("c", "d")]
-  values = {
-    "loss": np.inf,
-    "accuracy": 0.5,
-    "transfer": {
-      "distances": np.array([np.nan, 1.0]),
-      "pair_weights": np.array([1.0, 1.0]),
-      "regressor_grad_norms": np.array([np.nan, np.nan]),
-      "channel_weights": {},
-    },
-  }
-  assert metrics.bad_numbers(values, pairs) == [
-    "distances of a->b",
-    "regressor_grad_norms of all 2 pairs",
-    "loss (inf)",
-  ]
-
-
-def test_metrics_arrive_as_they_left():
-  """Of several seeds, and where iterations have not the same ones."""
-  first = {"loss": jnp.array([1.0, 2.0]), "t": {"d": jnp.ones((2, 3))}}
-  second = {"loss": jnp.array([3.0, jnp.nan]), "more": jnp.arange(2.0)}
-  fetched = metrics.fetch([metrics.pack(first), metrics.pack(second)])
-  jax.tree.map(np.testing.assert_array_equal, fetched, [first, second])
-
-
-def test_averages_do_not_depend_on_where_they_were_cut():
-  rng = np.random.default_rng(0)
-  draw = lambda: {"x": rng.normal(), "t": {"y": rng.normal(size=3)}}
-  values = [draw() | ({"z": 1.0} if i % 3 else {}) for i in range(40)]
-  whole, cut = metrics.Averages(), metrics.Averages()
-  whole.add(values)
-  for some in (values[:1], values[1:9], values[9:]):
-    cut.add(some)
-    cut = metrics.Averages.from_json(json.loads(json.dumps(cut.to_json())))
-  jax.tree.map(np.testing.assert_array_equal, cut.means(), whole.means())
-  np.testing.assert_allclose(
-    whole.means()["x"], np.mean([one["x"] for one in values]), rtol=1e-6
-  )
-  assert whole.means()["z"] == 1
-
-
-def test_clipping(x64):
-  """As optax's where there is something to clip, and smooth at 0."""
-  clip = optimizers.clip_by_global_norm(2.0)
-  apply = lambda grads: clip.update(grads, clip.init(grads))[0]
-  grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
-  np.testing.assert_allclose(apply(grads)["a"], [1.2, 0.0])
-  np.testing.assert_allclose(apply(grads)["b"], 1.6)
-  small = {"a": jnp.array([0.3, 0.0]), "b": jnp.array(0.4)}
-  jax.tree.map(np.testing.assert_array_equal, apply(small), small)
-  zero = jnp.zeros(3)
-  np.testing.assert_array_equal(jax.jacobian(apply)(zero), np.eye(3))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.runtime import sharding, signals
+from l2t_jax.runtime import sharding
 from tests.support import small_runs
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -229,57 +229,3 @@ def test_a_start_that_cannot_work(flags, message):
   assert result.returncode == errors.InputError.exit_code
   assert message in result.stderr
   assert result.stderr.count("\n") == 1
-
-
-def test_a_stop_request_is_seen_and_forgotten():
-  usual = signal.getsignal(signal.SIGTERM)
-  # Else what came would be handed on to this process's own.
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  with signals.StopRequests() as requests:
-    assert not requests.after(1)
-    signal.raise_signal(signal.SIGTERM)
-    assert requests.after(2)
-  assert signal.signal(signal.SIGTERM, usual) == signal.SIG_IGN
-  assert signal.getsignal(signal.SIGTERM) == usual
-
-
-def test_control_c_for_the_second_time_is_what_it_was():
-  with pytest.raises(errors.Interrupted), signals.StopRequests() as requests:
-    signal.raise_signal(signal.SIGINT)
-    assert requests.were_made()
-    with pytest.raises(KeyboardInterrupt):
-      signal.raise_signal(signal.SIGINT)
-    raise errors.Interrupted("asked to stop")  # And that is what is told.
-
-
-def test_control_c_asks_all_and_then_is_what_it_was(capfd):
-  with (
-    pytest.raises(errors.Interrupted),
-    signals.StopRequests() as outer,
-    signals.StopRequests(),
-  ):
-    signal.raise_signal(signal.SIGINT)
-    assert outer.were_made()
-    with pytest.raises(KeyboardInterrupt):
-      signal.raise_signal(signal.SIGINT)
-    raise errors.Interrupted("asked to stop")
-  assert capfd.readouterr().err.count("Ctrl-C again: at once") == 1
-
-
-def test_control_c_that_is_ignored_stays_so():
-  """As in a shell's background."""
-  usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  try:
-    with signals.StopRequests() as requests:
-      signal.raise_signal(signal.SIGINT)
-      assert not requests.were_made()
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-  finally:
-    signal.signal(signal.SIGINT, usual)
-
-
-def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
-  with signals.StopRequests() as outer:
-    with signals.StopRequests():
-      signal.raise_signal(signal.SIGTERM)
-    assert outer.were_made()

@@ -63,7 +63,7 @@ def read_events(content):
 
 
 def test_trackers_get_scalars(tmp_path, monkeypatch):
-  monkeypatch.setattr(logs, "TRACKERS", {"recorder": Recorder})
+  monkeypatch.setattr(tracking, "TRACKERS", {"recorder": Recorder})
   with open_log(tmp_path, "recorder") as log:
     log.write("train", 7, RECORD)
   tracker = Recorder.latest
@@ -86,7 +86,7 @@ def test_trackers_are_told_how_a_run_ended(
   error, status, exit_code, tmp_path, monkeypatch
 ):
   library = mock.MagicMock()
-  monkeypatch.setattr(logs, "_tracker_module", lambda name: library)
+  monkeypatch.setattr(tracking, "_tracker_module", lambda name: library)
   with (
     contextlib.suppress(type(error)),
     open_log(tmp_path, "mlflow", "wandb"),
@@ -125,7 +125,7 @@ def test_trackers_that_are_not_installed(tracker, tmp_path):
 
 def test_a_folder_is_no_tracker(tmp_path, monkeypatch):
   """wandb and mlflow make folders of their own name where they run."""
-  monkeypatch.setattr(logs, "_MODULES", {"wandb": "some_folder"})
+  monkeypatch.setattr(tracking, "_MODULES", {"wandb": "some_folder"})
   (tmp_path / "some_folder").mkdir()
   monkeypatch.syspath_prepend(str(tmp_path))
   with pytest.raises(errors.InputError, match="needs some_folder"):

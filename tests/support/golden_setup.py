@@ -16,12 +16,23 @@ from l2t_jax import models, types
 from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
 from l2t_jax.models import torch_weights
 
+_TOLERANCE = 1e-9  # Of the norm of each array.
+
 
 def read(path):
   """Return (settings, recorded numbers) of a golden file."""
   with np.load(path) as content:
     numbers = {name: content[name] for name in content.files}
   return json.loads(str(numbers.pop("settings"))), numbers
+
+
+def assert_equal(computed, recorded, name):
+  """Assert ‖computed - recorded‖ <= 1e-9 ‖recorded‖, of arrays of one shape."""
+  computed, recorded = np.asarray(computed), np.asarray(recorded)
+  shape = recorded.shape
+  assert computed.shape == shape, f"{name}: {computed.shape} is not {shape}"
+  error, norm = np.linalg.norm(computed - recorded), np.linalg.norm(recorded)
+  assert error <= _TOLERANCE * norm, f"{name}: off by {error / norm:.2g}"
 
 
 class Setup:
@@ -156,12 +167,17 @@ class Setup:
     )
     return training.make_train_step(problem, recipe)
 
-  def first_meta_gradient(self, before, after):
-    """Read the gradient off Adam, whose first moment starts at zero."""
-    _, (moments, *_) = after.meta_opt_state
+  def meta_gradient(self, before, after):
+    """Recover the meta-gradient from Adam's first moments, before and after.
+
+    With L2 in the gradient, mu' = 0.9 mu + 0.1 (gradient + decay * params).
+    """
+    _, (adam_before, *_) = before.meta_opt_state
+    _, (adam_after, *_) = after.meta_opt_state
     decay = self.settings["meta_weight_decay"]
     return jax.tree.map(
-      lambda mu, param: mu / (1 - 0.9) - decay * param,
-      moments.mu,
+      lambda mu, new_mu, param: (new_mu - 0.9 * mu) / (1 - 0.9) - decay * param,
+      adam_before.mu,
+      adam_after.mu,
       before.meta_params,
     )
