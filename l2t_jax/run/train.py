@@ -293,20 +293,17 @@ def _write_transfer_map(run, seed):
   weights = seed.progress["channel_weights"]
   fields = seed.config.transfer
   start, maximum = transfer.start_and_maximum(fields.pair_activation)
-  map_picture.write(
-    seed.workdir,
-    transfer_map.collect(
-      epochs,
-      {name: np.array(values) for name, values in weights.items()},
-      list(run.source_taps.items()),
-      list(run.target_taps.items()),
-      seed.config.method,
-      sources=list(run.sources) if len(run.sources) > 1 else (),
-      frozen=bool(fields.map),
-      start=start,
-      maximum=maximum,
-    ),
+  setting = transfer_map.Setting(
+    seed.config.method,
+    list(run.source_taps.items()),
+    list(run.target_taps.items()),
+    sources=list(run.sources) if len(run.sources) > 1 else (),
+    frozen=bool(fields.map),
+    start=start,
+    maximum=maximum,
   )
+  arrays = {name: np.array(values) for name, values in weights.items()}
+  map_picture.write(seed.workdir, transfer_map.collect(setting, epochs, arrays))
 
 
 def _summarise(run, programs, seed, num_seeds):
