@@ -262,7 +262,7 @@ def run_job(job: Cell) -> None:
   for workdir in job.workdirs.values():
     (workdir / _ERROR).unlink(missing_ok=True)
   accuracies = lambda key: ", ".join(
-    run_reader.accuracy_text(summary[key], job.config.target, digits=1)
+    run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
     for summary in summaries
   )
   _OUT.print(
@@ -308,7 +308,7 @@ def _result(cell: Cell) -> tables.Cell:
     tuple(summaries),
     len(cell.workdirs),
     tuple(_read_errors(cell.workdirs)),
-    in_percent=run_reader.is_classification(cell.config.target),
+    in_percent=run_reader.is_classification(cell.config.target.task),
     paper=reported,
     departures=departures,
   )
@@ -342,8 +342,8 @@ def _describe_source(path):
 
 
 def _read_summaries(workdirs) -> list[dict[str, Any]]:
-  files = (workdir / _SUMMARY for workdir in workdirs)
-  return [json.loads(file.read_text()) for file in files if file.exists()]
+  summaries = map(run_reader.read_summary, workdirs)
+  return [summary for summary in summaries if summary is not None]
 
 
 def _read_errors(workdirs) -> list[str]:

@@ -419,7 +419,7 @@ def _save_target(run, seed, inner, epoch):
 
 def _epoch_line(record, config):
   show = lambda name: run_reader.accuracy_text(
-    record[f"{name}_accuracy"], config.target, digits=2
+    record[f"{name}_accuracy"], config.target.task, digits=2
   )
   line = (
     f"epoch {record['epoch']}/{config.epochs}  loss {record['train_loss']:.4f}"
