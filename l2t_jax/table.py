@@ -29,6 +29,7 @@ import ml_collections
 from rich import console
 
 from l2t_jax import cli, errors
+import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import paper, run_reader, table_picture, tables
@@ -315,9 +316,9 @@ def _result(cell: Cell) -> tables.Cell:
 
 
 def _departures(cell, summaries):
-  """Say in what a cell is not what the paper reports; see `paper.departures`.
+  """List how a cell departs from the paper's setting; see `paper.departures`.
 
-  `train.check` has seen that the config is that of the runs.
+  `train.check` has made sure that the runs are of this config.
   """
   config, source, num_images = cell.config, "", None
   if objectives.METHODS[cell.method].needs_source and config.source.weights:
@@ -327,7 +328,9 @@ def _departures(cell, summaries):
     num_images = (num_labelled, summary["num_test"])
   return paper.departures(
     cell.column,
-    json.loads(config.to_json()),
+    l2t_jax.config.comparable(json.loads(config.to_json())),
+    l2t_jax.config.comparable({}),
+    free_fields=l2t_jax.config.FREE_FIELDS,
     source=source,
     num_images=num_images,
   )
@@ -336,7 +339,7 @@ def _departures(cell, summaries):
 def _describe_source(path):
   try:
     metadata = weight_files.read_metadata(path)
-  except errors.InputError:  # The runs have failed of it.
+  except errors.InputError:  # It made the runs fail, too.
     return "unknown"
   return f"{metadata['model']} of {metadata['num_classes']} classes"
 
