@@ -8,12 +8,22 @@ import errno
 import os
 import pathlib
 import tempfile
+import uuid
 
 from l2t_jax import errors
 
 
-def write(path: pathlib.Path, content: str | bytes) -> None:
-  """Write a file, and the folders that it lies in; what was there stays else.
+def write(
+  path: pathlib.Path, content: str | bytes, *, shared: bool = False
+) -> None:
+  """Write a file atomically, creating parent folders.
+
+  On failure the old file is left untouched.
+
+  Args:
+    path: the file.
+    content: of the file.
+    shared: whether several processes may write it at once.
 
   Raises:
     OSError: what the operating system says.
@@ -21,8 +31,9 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
   if isinstance(content, str):
     content = content.encode()
   path.parent.mkdir(parents=True, exist_ok=True)
-  # The same one each time, so that what a kill leaves is not kept for ever.
-  partial = path.with_name(path.name + ".partial")
+  # One name where that is safe: what a killed process leaves is overwritten.
+  unique = f".{uuid.uuid4().hex}" if shared else ""
+  partial = path.with_name(f"{path.name}{unique}.partial")
   try:
     partial.write_bytes(content)
     partial.replace(path)

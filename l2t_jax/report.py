@@ -1,14 +1,27 @@
+"""Show runs on one page: what was transferred where, and what it brought.
+
+    python -m l2t_jax.report RUN [RUN ...] --output=report.html
+
+RUN is the folder of a run, finished or not, or a folder that is searched for
+runs, such as that of a table. The page is one file that needs no network.
+"""
+
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+import json
 import pathlib
 
 from l2t_jax import errors, files
+import l2t_jax.config
 from l2t_jax.results import html_report, run_reader
+from l2t_jax.run import saliency_images
 from l2t_jax.runtime import compilation, cpu_lowering
 
 
 def main() -> None:
+  """Write the report that the command line asks for."""
   parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -25,13 +38,32 @@ def main() -> None:
   compilation.use_cache()
   cpu_lowering.install()
   with errors.errors_in_one_line():
-    runs = run_reader.find_runs(args.runs)
+    runs = find_runs(args.runs)
     with files.output_errors(args.output):
       files.check_place(args.output)  # Before the work.
-    content = html_report.make_page(runs, args.images)
+    content = make_page(runs, args.images)
     with files.output_errors(args.output):
       files.write(args.output, content)
   print(f"wrote {args.output}")
+
+
+def find_runs(folders: Sequence[pathlib.Path]) -> list[run_reader.Run]:
+  """Read all runs in some folders; see `run_reader.find_runs`."""
+  return run_reader.find_runs(folders, l2t_jax.config.FREE_FIELDS)
+
+
+def make_page(runs: Sequence[run_reader.Run], num_images: int) -> str:
+  """Return the page of some runs, with the saliency of `num_images` images."""
+  saliency: dict[str, saliency_images.Saliency | str] = {}
+  learned = [run for run in runs if run.learned_channels and num_images]
+  # The seeds of an experiment look alike: one of them is shown closely.
+  for run, *_ in run_reader.by_experiment(learned):
+    try:
+      saliency[run.name] = saliency_images.compute_saliency(run, num_images)
+    except errors.InputError as error:
+      saliency[run.name] = str(error)
+  default = json.loads(l2t_jax.config.get_config().to_json())
+  return html_report.make_page(runs, default_config=default, saliency=saliency)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import ml_collections
 from rich import console
 
 from l2t_jax import cli, errors
+import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import paper, run_reader, table_picture, tables
@@ -262,7 +263,7 @@ def run_job(job: Cell) -> None:
   for workdir in job.workdirs.values():
     (workdir / _ERROR).unlink(missing_ok=True)
   accuracies = lambda key: ", ".join(
-    run_reader.accuracy_text(summary[key], job.config.target, digits=1)
+    run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
     for summary in summaries
   )
   _OUT.print(
@@ -308,16 +309,16 @@ def _result(cell: Cell) -> tables.Cell:
     tuple(summaries),
     len(cell.workdirs),
     tuple(_read_errors(cell.workdirs)),
-    in_percent=run_reader.is_classification(cell.config.target),
+    in_percent=run_reader.is_classification(cell.config.target.task),
     paper=reported,
     departures=departures,
   )
 
 
 def _departures(cell, summaries):
-  """Say in what a cell is not what the paper reports; see `paper.departures`.
+  """List how a cell departs from the paper's setting; see `paper.departures`.
 
-  `from_config.check` has seen that the config is that of the runs.
+  `from_config.check` has made sure that the runs are of this config.
   """
   config, source, num_images = cell.config, "", None
   if objectives.METHODS[cell.method].needs_source and config.source.weights:
@@ -327,7 +328,9 @@ def _departures(cell, summaries):
     num_images = (num_labelled, summary["num_test"])
   return paper.departures(
     cell.column,
-    json.loads(config.to_json()),
+    l2t_jax.config.comparable(json.loads(config.to_json())),
+    l2t_jax.config.comparable({}),
+    free_fields=l2t_jax.config.FREE_FIELDS,
     source=source,
     num_images=num_images,
   )
@@ -336,14 +339,14 @@ def _departures(cell, summaries):
 def _describe_source(path):
   try:
     metadata = weight_files.read_metadata(path)
-  except errors.InputError:  # The runs have failed of it.
+  except errors.InputError:  # It made the runs fail, too.
     return "unknown"
   return f"{metadata['model']} of {metadata['num_classes']} classes"
 
 
 def _read_summaries(workdirs) -> list[dict[str, Any]]:
-  files = (workdir / _SUMMARY for workdir in workdirs)
-  return [json.loads(file.read_text()) for file in files if file.exists()]
+  summaries = map(run_reader.read_summary, workdirs)
+  return [summary for summary in summaries if summary is not None]
 
 
 def _read_errors(workdirs) -> list[str]:

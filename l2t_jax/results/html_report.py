@@ -1,139 +1,132 @@
-"""Show runs on one page: what was transferred where, and what it brought.
-
-    python -m l2t_jax.report RUN [RUN ...] --output=report.html
-
-RUN is the folder of a run, finished or not, or one that is searched for runs,
-such as that of a table. The page is one file that needs no network.
-"""
+"""The report of runs: one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import shlex
+from typing import Any
 
-from flax import traverse_util
 import jinja2
+from plotly import graph_objects, offline
 from plotly import io as plotly_io
-from plotly import offline
 
-from l2t_jax import errors
-import l2t_jax.config
-from l2t_jax.method import objectives
-from l2t_jax.results import plotly_figures, run_reader, run_warnings
-from l2t_jax.run import saliency_images
+from l2t_jax.results import plotly_figures, run_reader, run_warnings, tables
 
 _TEMPLATES = {"light": "plotly_white", "dark": "plotly_dark"}
 _CLEAR = "rgba(0,0,0,0)"
 
 
-def make_page(runs: Sequence[run_reader.Run], num_images: int) -> str:
-  """Put everything together, as HTML.
+def make_page(
+  runs: Sequence[run_reader.Run],
+  *,
+  default_config: Mapping[str, Any],
+  saliency: Mapping[str, Any],
+) -> str:
+  """Lay out runs as an HTML page.
 
   Args:
-    runs: from `find_runs`.
-    num_images: that saliency is shown of; 0 for none.
+    runs: from `run_reader.find_runs`.
+    default_config: the default fields; those of a run that differ are bold.
+    saliency: name of a run -> what the page shows of its saliency, a
+      `run.saliency_images.Saliency`, or text that says why there is none.
 
   Returns:
-    The page, which needs no other file.
+    The content of the page.
   """
-  warnings = run_warnings.find_warnings(runs)
-  factor, unit = (100, " %") if runs[0].is_classifier else (1, "")
+  factor, unit = (100, " %") if runs[0].in_percent else (1, "")
   figures = {
     "loss": plotly_figures.draw_curves(runs, "train_loss", "training loss"),
     "accuracy": plotly_figures.draw_curves(
       runs, "val_accuracy", f"validation accuracy{unit}", factor
     ),
   }
-  sections = []
-  runs = [
-    run._replace(map=None)
-    if run.map and not run_warnings.is_current(run.map)
-    else run
-    for run in runs
-  ]
-  # Seeds of one experiment look alike: one of them is looked at closely.
-  experiments = run_reader.by_experiment(
-    [run for run in runs if run.learned_channels]
-  )
-  looked_at = {group[0].workdir for group in experiments if num_images}
+  defaults = run_reader.flatten(default_config)
   shown = next((run for run in runs if run.learned_pairs), runs[0])
+  sections = []
   for i, run in enumerate(runs):
-    plots, pictures, no_pictures = {}, None, ""
-    if run.map:
-      plots["map"] = plotly_figures.draw_map(run.map)
-      if run.learned_pairs:
-        plots["history"] = plotly_figures.draw_history(run.map)
-      if not run.map["channels_fixed"]:
-        plots["channels"] = plotly_figures.draw_channels(run.map)
-      if "source_shares" in run.map:
-        plots["shares"] = plotly_figures.draw_shares(run.map)
-      if run.workdir in looked_at:
-        try:
-          pictures = saliency_images.compute_saliency(run, num_images)
-        except errors.InputError as error:
-          no_pictures = str(error)
+    plots = _draw_map(run)
     figures |= {f"{name}-{i}": figure for name, figure in plots.items()}
-    method = objectives.METHODS[run.config["method"]]
     sections.append(
       {
         "open": run is shown,
         "run": run,
         "plots": {name: f"{name}-{i}" for name in plots},
-        "saliency": pictures,
-        "no_saliency": no_pictures,
-        "fields": _fields(run.config),
+        "saliency": saliency.get(run.name),
+        # Field -> its value, and whether it differs from the default.
+        "fields": {
+          name: (json.dumps(value), defaults.get(name, ...) != value)
+          for name, value in run_reader.flatten(run.config).items()
+        },
         "command": _command(run),
-        "matches": "matching" in method.losses,
+        "no_map": _why_no_map(run),
       }
     )
-  for figure in figures.values():
-    figure.update_layout(
-      paper_bgcolor=_CLEAR,
-      plot_bgcolor=_CLEAR,
-      modebar_bgcolor=_CLEAR,
-      template=None,  # The page chooses one.
-    )
-    if figure.layout.margin.t is None:
-      figure.update_layout(margin=plotly_figures.MARGIN)
-    if figure.layout.height is None:
-      figure.update_layout(height=380)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
   )
-  # In script elements nothing is escaped.
-  quote = lambda text: text.replace("<", "\\u003c")
   templates = {
     name: plotly_io.templates[template].to_plotly_json()
     for name, template in _TEMPLATES.items()
   }
   return environment.get_template("report.html.jinja").render(
     runs=runs,
-    warnings=warnings,
-    rows=run_reader.results(runs),
+    warnings=run_warnings.find_warnings(runs),
+    rows=tables.run_rows(runs),
     sections=sections,
-    figures={name: quote(fig.to_json()) for name, fig in figures.items()},
-    templates=quote(json.dumps(templates)),
+    figures={name: _to_script(figure) for name, figure in figures.items()},
+    templates=_in_script(json.dumps(templates)),
     plotly=offline.get_plotlyjs(),
   )
 
 
-def _fields(config):
-  """Field -> (its value, whether it is not the default one)."""
-  flat = lambda nested: traverse_util.flatten_dict(
-    nested, sep=".", keep_empty_nodes=False
+def _draw_map(run: run_reader.Run) -> dict[str, graph_objects.Figure]:
+  """Draw the figures of a transfer map, if there is one."""
+  if not run.map:
+    return {}
+  plots = {"map": plotly_figures.draw_map(run.map)}
+  if run.learned_pairs:
+    plots["history"] = plotly_figures.draw_history(run.map)
+  if not run.map["channels_fixed"]:
+    plots["channels"] = plotly_figures.draw_channels(run.map)
+  if "source_shares" in run.map:
+    plots["shares"] = plotly_figures.draw_shares(run.map)
+  return plots
+
+
+def _why_no_map(run: run_reader.Run) -> str:
+  if run.summary is None and not run.epochs:
+    return "no epoch is finished yet"
+  if run.epochs and run.epochs[-1].get("pair_weights"):
+    return "it is drawn when the run is finished"
+  return "the method matches no features"
+
+
+def _to_script(figure: graph_objects.Figure) -> str:
+  """Return a figure as JavaScript; the page chooses its template."""
+  figure.update_layout(
+    paper_bgcolor=_CLEAR,
+    plot_bgcolor=_CLEAR,
+    modebar_bgcolor=_CLEAR,
+    template=None,
   )
-  usual = flat(json.loads(l2t_jax.config.get_config().to_json()))
-  return {
-    name: (json.dumps(value), name not in usual or usual[name] != value)
-    for name, value in flat(config).items()
-  }
+  if figure.layout.margin.t is None:
+    figure.update_layout(margin=plotly_figures.MARGIN)
+  if figure.layout.height is None:
+    figure.update_layout(height=380)
+  return _in_script(figure.to_json())
 
 
-def _command(run):
+def _in_script(text: str) -> str:
+  """Escape JSON for a script element, where HTML's escapes mean nothing."""
+  return text.replace("<", "\\u003c")
+
+
+def _command(run: run_reader.Run) -> str:
+  """Return the command that repeats a run; "" if none can."""
   if run.config["data"]["source"] == "arrays":
     return ""
   path = run.workdir / "config.json"

@@ -1,15 +1,16 @@
 """Show what a run learned: which layers and channels the target copies.
 
-`transfer_map.json` holds the content, `transfer_map.png` the picture; the
-picture is drawn from the content alone. With several sources, a source tap is
-named "SOURCE/tap".
+`transfer_map.json` holds the content, `transfer_map.png` the picture, which is
+drawn from the content alone. With several sources, a source tap is named
+"SOURCE/tap".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import io
+import itertools
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -18,17 +19,14 @@ from matplotlib import axes, colormaps, figure, patches, ticker
 import numpy as np
 
 from l2t_jax import files
-from l2t_jax.results import transfer_map
+from l2t_jax.results import style, transfer_map
 
-# Okabe and Ito's colours for the colour-blind, darkened enough to carry text.
-_COLORS = ("#0072B2", "#C44E00", "#00805C", "#A8478F")
-_GREY, _INK, _SOFT = "#B4B4B4", "#222222", "#666666"
-_WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
-_DPI = 180
+_COLORS = style.COLORS[:4]  # Of the strongest pairs; the others are grey.
 _BOX = 1.5  # Width of a layer's box, in inches.
-_CENTRE: Any = {"ha": "center", "va": "center"}
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
-_MOVED = 0.05  # What is less may be chance, as where pair weights start is.
+# Smaller changes of a pair weight are not reported as a result: random
+# initialisation alone spreads pair weights this much.
+_MOVED = 0.05
 _EVEN = 0.95  # Above this share of C effective channels, none stands out.
 _CHANNELS_TEXT = (
   "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
@@ -38,16 +36,11 @@ _CHANNELS_TEXT = (
 
 def plot(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
   """Draw the content of a `transfer_map.json` as a PNG file at `path`."""
-  picture = io.BytesIO()
-  draw(content).savefig(picture, format="png", dpi=_DPI, facecolor="white")
-  files.write(pathlib.Path(path), picture.getvalue())
+  files.write(pathlib.Path(path), style.to_png(draw(content)))
 
 
 def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
-  """Write `transfer_map.json` and `transfer_map.png` into `workdir`.
-
-  Each file is complete or, where the run is stopped meanwhile, as it was.
-  """
+  """Write `transfer_map.json` and `transfer_map.png` atomically."""
   workdir = pathlib.Path(workdir)
   text = json.dumps(content, indent=2, allow_nan=False) + "\n"
   # A list of numbers, such as 512 channel weights, takes one line.
@@ -57,9 +50,9 @@ def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
 
 
 def draw(content: Mapping[str, Any]) -> figure.Figure:
-  """Lay out the picture: header, layers and numbers, history, channels."""
+  """Draw the picture: header, layers and numbers, history, channels."""
   ranked = _rank(content["pairs"])
-  learned_pairs, learned_channels = _learned(content)
+  learned_pairs, learned_channels = transfer_map.learned(content)
   shown = [p for p in ranked[:3] if p["pair_weight"] >= transfer_map.IGNORED]
   bars = bool(shown) and not content["channels_fixed"]
   rows, columns = len(content["source_taps"]), len(content["target_taps"])
@@ -67,104 +60,88 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   shares = content.get("source_shares", {})
   if shares:
     layers = max(0.25 + 0.6 * rows + _HEAD * len(shares), 0.74 * columns)
-    rank = {source: i for i, source in enumerate(shares)}
-    by_source = lambda tap: rank[_split(content, tap["name"])[0]]
-    taps = sorted(content["source_taps"], key=by_source)
+    order = list(itertools.chain(*_by_source(content).values()))
+    taps = content["source_taps"]
+    taps = sorted(taps, key=lambda tap: order.index(tap["name"]))
     content = {**content, "source_taps": taps}
-  # Where each row's title stands, in inches from the top.
+  # Where the title of each row of panels stands, in inches from the top.
   first = 1.4
   second = first + layers + 0.65
   third = second + (3.1 if learned_pairs else 0.75)
-  height = third + (2.75 if bars else 0.8)
-  fig = figure.Figure(figsize=(_WIDTH, height))
-
-  def panel(left: float, top: float, width: float, tall: float) -> axes.Axes:
-    return fig.add_axes(
-      (left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height)
-    )
-
-  def write(top: float, text: str, size: float, left: float = 0.35) -> None:
-    color = _INK if size > 9 else _SOFT
-    weight = "bold" if size > 10 else "normal"
-    style: Any = {"size": size, "weight": weight, "color": color, "va": "top"}
-    fig.text(left / _WIDTH, 1 - top / height, text, **style)
+  page = style.Page(third + (2.75 if bars else 0.8))
 
   verb = "learned" if learned_pairs or learned_channels else "was told"
-  write(0.25, f"What the target {verb} to copy, and from where", 17)
-  write(0.66, _summary(content, ranked), 10)
-  write(0.94, _scale_text(content), 8.5)
+  page.write(0.35, 0.25, f"What the target {verb} to copy, and from where", 17)
+  page.write(0.35, 0.66, _summary(content, ranked), 10)
+  page.write(0.35, 0.94, _scale_text(content), 8.5)
 
-  write(first, "From source layers to target layers", 11)
+  page.write(0.35, first, "From source layers to target layers", 11)
   size = (5.5, layers)
-  _draw_layers(panel(0.35, first + 0.3, *size), content, ranked, size)
-  write(first, "Every pair weight", 11, left=6.2)
-  write(first + 0.25, "rows: source, columns: target", 8.5, left=6.2)
-  aside = 0.25 if shares else 0.0  # For the sources' names.
+  _draw_layers(page.panel(0.35, first + 0.3, *size), content, ranked, size)
+  page.write(6.2, first, "Every pair weight", 11)
+  page.write(6.2, first + 0.25, "rows: source, columns: target", 8.5)
+  aside = 0.25 if shares else 0.0  # For the names of the sources.
   cells = min(2.45 - aside, 0.62 * columns), min(layers - 0.7, 0.62 * rows)
-  _draw_table(panel(7.25 + aside, first + 0.6, *cells), content, cells)
+  ax = page.panel(7.25 + aside, first + 0.6, *cells)
+  _draw_table(ax, content, cells)
 
-  write(second, "Pair weight, epoch by epoch", 11)
+  page.write(0.35, second, "Pair weight, epoch by epoch", 11)
   if not learned_pairs:
     given = "Fixed at 1" if content["fixed"] else "Given by another run's map"
-    write(second + 0.3, f"{given} for every pair, not learned.", 9.5)
+    text = f"{given} for every pair, not learned."
+    page.write(0.35, second + 0.3, text, 9.5)
   else:
     grey = "; grey: the weaker pairs" if len(ranked) > len(_COLORS) else ""
-    write(second + 0.27, f"dotted: about the start{grey}", 8.5)
-    _draw_history(panel(0.75, second + 0.6, 5.9, 1.9), content, ranked)
+    page.write(0.35, second + 0.27, f"dotted: about the start{grey}", 8.5)
+    ax = page.panel(0.75, second + 0.6, 5.9, 1.9)
+    _draw_history(ax, content, ranked)
 
-  write(third, "Channels that count most", 11)
+  page.write(0.35, third, "Channels that count most", 11)
   if content["channels_fixed"]:
     text = "Every channel counts the same: fixed, not learned."
-    write(third + 0.3, text, 9.5)
+    page.write(0.35, third + 0.3, text, 9.5)
   elif not bars:
-    write(third + 0.3, "None: every pair is ignored.", 9.5)
+    page.write(0.35, third + 0.3, "None: every pair is ignored.", 9.5)
   else:
     given = "" if learned_channels else "Given, not learned. "
-    write(third + 0.27, given + _CHANNELS_TEXT, 8.5)
+    page.write(0.35, third + 0.27, given + _CHANNELS_TEXT, 8.5)
     peak = max(_times(pair)[0] for pair in shown)
     for i, pair in enumerate(shown):
-      ax = panel(0.45 + 3.18 * i, third + 1.05, 2.75, 1.15)
+      ax = page.panel(0.45 + 3.18 * i, third + 1.05, 2.75, 1.15)
       _draw_channels(ax, content, pair, _COLORS[i])
       ax.set_ylim(0, 1.25 * max(1.2, peak))
-  return fig
-
-
-def _learned(content: Mapping[str, Any]) -> tuple[bool, bool]:
-  """Return whether pair weights and channel weights were learned."""
-  frozen = content.get("frozen", False)  # Earlier files do not say.
-  return (
-    not (frozen or content["fixed"]),
-    not (frozen or content["channels_fixed"]),
-  )
+  return page.figure
 
 
 def _scale_text(content: Mapping[str, Any]) -> str:
-  """Say what pair weights mean, and where learned ones start and end."""
+  """Explain pair weights, and where learned ones start and end."""
   text = "Pair weight 0 = ignored"
-  if _learned(content)[0]:
-    text += f", {content.get('start', 1):.3g} = about the start"
-    if maximum := content.get("maximum", 6):
-      text += f", {maximum:.3g} = maximum"
+  if transfer_map.learned(content)[0]:
+    text += f", {content['start']:.3g} = about the start"
+    if content["maximum"]:
+      text += f", {content['maximum']:.3g} = maximum"
   return (
     f"{text}. The thicker a line, the harder the target layer is pulled towards"
     " that source layer."
   )
 
 
-def _split(content: Mapping[str, Any], name: str) -> tuple[str, str]:
-  """Split "SOURCE/tap"; the source is empty where there is one."""
+def _source_of(content: Mapping[str, Any], tap: str) -> str:
+  """Return the source that a tap belongs to; "" if there is only one."""
   # The names of sources and of taps may have slashes, too.
   for source in content.get("source_shares", ()):
-    if name.startswith(f"{source}/"):
-      return source, name.removeprefix(f"{source}/")
-  return "", name
+    if tap.startswith(f"{source}/"):
+      return source
+  return ""
 
 
 def _by_source(content: Mapping[str, Any]) -> dict[str, list[str]]:
-  """Group source taps by source; empty where there is one."""
-  groups: dict[str, list[str]] = {}
-  for tap in content["source_taps"] if "source_shares" in content else ():
-    groups.setdefault(_split(content, tap["name"])[0], []).append(tap["name"])
+  """Group the names of the source taps by their source, in its order."""
+  sources = content.get("source_shares", ())
+  groups: dict[str, list[str]] = {source: [] for source in sources}
+  for tap in content["source_taps"]:
+    source = _source_of(content, tap["name"])
+    groups.setdefault(source, []).append(tap["name"])
   return groups
 
 
@@ -175,70 +152,52 @@ def _rank(pairs: Sequence[transfer_map.Pair]) -> list[transfer_map.Pair]:
 
 
 def _times(pair: transfer_map.Pair) -> list[float]:
+  """Return the top channels' weights as multiples of 1/C."""
   return [c["weight"] / c["uniform"] for c in pair["top_channels"]]
 
 
-def _labels(
-  content: Mapping[str, Any], side: str, width: int
-) -> dict[str, str]:
-  """Map each tap's name to one that fits, and that no other tap has."""
-  full = [tap["name"] for tap in content[side]]
-  names = full
+def _cut(names: Sequence[str], width: int) -> list[str]:
+  """Shorten names; the modules that all taps lie in go first."""
   if max(map(len, names)) > width:
-    # The modules that all taps lie in say nothing about a tap.
-    low, high = min(names), max(names)
-    same = [a == b for a, b in zip(low, high, strict=False)] + [False]
-    shared = low[: same.index(False)]
+    shared = os.path.commonprefix(names)  # noqa: RUF071
     start = max(shared.rfind("/"), shared.rfind(".")) + 1
-    names = [n[start:] for n in names]
-  for head in (width - 1, width // 2, 0):
-    tail = width - 1 - head
-    short = [
-      n if len(n) <= width else f"{n[:head]}…{n[len(n) - tail :]}"
-      for n in names
-    ]
-    if len(set(short)) == len(set(names)):
-      break
-  else:
-    short = [f"{n[: width - 4]}…{i}" for i, n in enumerate(names, start=1)]
-  # A dollar sign would start a formula.
-  short = [n.replace("$", r"\$") for n in short]
-  return dict(zip(full, short, strict=True))
+    names = [name[start:] for name in names]
+  return style.shorten(names, width)
 
 
-def _own_labels(
+def _tap_labels(
   content: Mapping[str, Any], side: str, width: int
 ) -> dict[str, str]:
-  """Map each tap's name to one that fits next to the name of its source."""
-  if side == "target_taps" or "source_shares" not in content:
-    return _labels(content, side, width)
+  """Map each tap to a label without its source, distinct within the source."""
+  groups = {"": [tap["name"] for tap in content[side]]}
+  if side == "source_taps":
+    groups = _by_source(content)
   labels: dict[str, str] = {}
-  for source, taps in _by_source(content).items():
-    own = {"source_taps": [{"name": _split(content, tap)[1]} for tap in taps]}
-    short = _labels(own, "source_taps", width)
-    labels |= {f"{source}/{tap}": label for tap, label in short.items()}
+  for source, taps in groups.items():
+    own = [tap[len(source) + 1 :] if source else tap for tap in taps]
+    labels |= zip(taps, _cut(own, width), strict=True)
   return labels
 
 
 def _source_labels(content: Mapping[str, Any], width: int) -> dict[str, str]:
-  sources = [{"name": name} for name in content.get("source_shares", ())]
-  if not sources:
-    return {}
-  return _labels({"source_taps": sources}, "source_taps", width)
+  """Map each of several sources to a label; empty if there is only one."""
+  names = list(content.get("source_shares", ()))
+  return dict(zip(names, _cut(names, width), strict=True)) if names else {}
 
 
 def _pair_label(content: Mapping[str, Any], pair: transfer_map.Pair) -> str:
-  targets = _labels(content, "target_taps", 14)
+  targets = _tap_labels(content, "target_taps", 14)
+  target = targets[pair["target"]]
   if "source_shares" not in content:
-    source = _labels(content, "source_taps", 14)[pair["source"]]
-    return f"{source} → {targets[pair['target']]}"
-  # What the targets leave of the room; taps get half of it, or what is over.
+    source = _tap_labels(content, "source_taps", 14)[pair["source"]]
+    return f"{source} → {target}"
+  # Taps get half of the room that the targets leave, or what the sources spare.
   room = 30 - max(map(len, targets.values()))
-  over = room - max(map(len, content["source_shares"]))
-  taps = _own_labels(content, "source_taps", max(room // 2, over))
+  spare = room - max(map(len, content["source_shares"]))
+  taps = _tap_labels(content, "source_taps", max(room // 2, spare))
   sources = _source_labels(content, room - max(map(len, taps.values())))
-  source = sources[_split(content, pair["source"])[0]]
-  return f"{source}/{taps[pair['source']]} → {targets[pair['target']]}"
+  source = sources[_source_of(content, pair["source"])]
+  return f"{source}/{taps[pair['source']]} → {target}"
 
 
 def _summary(
@@ -247,7 +206,7 @@ def _summary(
   """Say the result in one line."""
   many = f"{len(ranked)} pairs" if len(ranked) > 1 else "1 pair"
   start = f"Method {content['method']}, epoch {content['epochs'][-1]}, {many}"
-  learned_pairs, learned_channels = _learned(content)
+  learned_pairs, learned_channels = transfer_map.learned(content)
   if not learned_pairs:
     if not learned_channels:
       return f"{start}. Pairs and channels were given, not learned."
@@ -283,21 +242,30 @@ def _draw_layers(
   width, height = size
   ax.set(xlim=(-0.02, width + 0.02), ylim=(height, 0))
   ax.axis("off")
+  boxes = _draw_boxes(ax, content, size)
+  _draw_bands(ax, content, ranked, boxes, width)
+
+
+def _draw_boxes(
+  ax: axes.Axes, content: Mapping[str, Any], size: tuple[float, float]
+) -> dict[tuple[str, str], tuple[float, float]]:
+  """Draw a box per layer; return (side, tap) -> (its middle, its height)."""
+  width, height = size
   boxes = {}
   for side, left in (("source_taps", 0.0), ("target_taps", width - _BOX)):
-    labels = _own_labels(content, side, 18)
+    labels = _tap_labels(content, side, 18)
     heads = _source_labels(content, 18) if side == "source_taps" else {}
     row = (height - 0.25 - _HEAD * len(heads)) / len(content[side])
     tall, x = min(0.5, 0.75 * row), left + _BOX / 2
     title = f"{side[:6]} network{'s' if heads else ''}"
-    ax.text(x, 0.1, title, size=9, color=_SOFT, **_CENTRE)
+    ax.text(x, 0.1, title, size=9, color=style.SOFT, **style.CENTRE)
     top = 0.25
     for tap in content[side]:
-      source, _ = _split(content, tap["name"])
+      source = _source_of(content, tap["name"])
       head = heads.pop(source, None)
       if head:
         share = content["source_shares"][source]
-        told = {"size": 8.5, "color": _INK, **_CENTRE}
+        told = {"size": 8.5, "color": style.INK, **style.CENTRE}
         ax.text(x, top + 0.21, head, weight="bold", **told)
         ax.text(x, top + 0.4, f"{share:.0%} of the transfer", **told)
         top += _HEAD
@@ -311,11 +279,21 @@ def _draw_layers(
       box.set(facecolor="#F3F4F6", edgecolor="#8A8F98", linewidth=1)
       ax.add_patch(box)
       h, w, c = tap["shape"]
-      text = {"zorder": 21, "color": _INK, **_CENTRE}
+      text = {"zorder": 21, "color": style.INK, **style.CENTRE}
       name = labels[tap["name"]]
       ax.text(x, y - 0.2 * tall, name, size=8.5, weight="bold", **text)
       ax.text(x, y + 0.22 * tall, f"{c} ch @ {h}×{w}", size=8, **text)
+  return boxes
 
+
+def _draw_bands(
+  ax: axes.Axes,
+  content: Mapping[str, Any],
+  ranked: Sequence[transfer_map.Pair],
+  boxes: Mapping[tuple[str, str], tuple[float, float]],
+  width: float,
+) -> None:
+  """Draw a band per pair, as thick as its weight; label the strongest."""
   # Nothing sets one pair apart where all count the same.
   alike = content["fixed"] and content["channels_fixed"]
   colors = (_COLORS[0],) * len(ranked) if alike else _COLORS
@@ -327,7 +305,7 @@ def _draw_layers(
     curve_x = _BOX + (width - 2 * _BOX) * t
     curve_y = start + (end - start) * t * t * (3 - 2 * t)
     curves.append((curve_x, curve_y))
-    line = ax.plot(curve_x, curve_y, color=_GREY, linewidth=0.8)[0]
+    line = ax.plot(curve_x, curve_y, color=style.GREY, linewidth=0.8)[0]
     if pair["pair_weight"] < transfer_map.IGNORED:
       line.set_linestyle(":")
       continue
@@ -342,7 +320,7 @@ def _draw_layers(
       continue
     placed.append(_label_place(i, curves, placed))
     box_style = {"boxstyle": "round,pad=0.2", "facecolor": "white"}
-    text = {"size": 8.5, "weight": "bold", "zorder": 22, **_CENTRE}
+    text = {"size": 8.5, "weight": "bold", "zorder": 22, **style.CENTRE}
     text |= {"color": colors[i], "bbox": {**box_style, "edgecolor": colors[i]}}
     ax.text(*placed[-1], f"{pair['pair_weight']:.2f}", **text)
 
@@ -392,8 +370,8 @@ def _draw_table(
   ax: axes.Axes, content: Mapping[str, Any], size: tuple[float, float]
 ) -> None:
   """Draw the pair weights, source by target, in `size` inches, as a table."""
-  sources = _own_labels(content, "source_taps", 14)
-  targets = _labels(content, "target_taps", 14)
+  sources = _tap_labels(content, "source_taps", 14)
+  targets = _tap_labels(content, "target_taps", 14)
   table = np.full((len(sources), len(targets)), np.nan)
   for pair in content["pairs"]:
     row = list(sources).index(pair["source"])
@@ -406,8 +384,8 @@ def _draw_table(
   points = min(8.0, 176 / len(targets) / (0.64 * (digits + 2)))
   for (row, column), value in np.ndenumerate(table):
     text = "–" if np.isnan(value) else f"{value:.{digits}f}"
-    color = "white" if value > 0.6 * scale else _INK
-    ax.text(column, row, text, size=points, color=color, **_CENTRE)
+    color = "white" if value > 0.6 * scale else style.INK
+    ax.text(column, row, text, size=points, color=color, **style.CENTRE)
   long = max(map(len, targets.values())) > 26 / len(targets)
   slant: Any = {"rotation": 30, "ha": "right"} if long else {}
   ax.set_xticks(range(len(targets)), list(targets.values()), size=8, **slant)
@@ -417,7 +395,7 @@ def _draw_table(
   ax.grid(which="minor", color="white", linewidth=2)
   ax.tick_params(which="both", length=0)
   ax.spines[:].set_visible(False)
-  # Beside its rows, each source's name; a line between two sources.
+  # Write each source's name beside its rows, and part them by a line.
   groups = _by_source(content)
   row_tall = size[1] / len(sources)
   room = row_tall * min(map(len, groups.values()), default=0)
@@ -426,10 +404,11 @@ def _draw_table(
   for source, name in names.items():
     middle = start + (len(groups[source]) - 1) / 2
     x, place = -1.17 / size[0], ax.get_yaxis_transform()
-    style: Any = {"size": 8.5, "weight": "bold", "rotation": 90, **_CENTRE}
-    ax.text(x, middle, name, transform=place, color=_SOFT, **style)
+    told: Any = {"size": 8.5, "weight": "bold", "rotation": 90}
+    told |= {"transform": place, "color": style.SOFT, **style.CENTRE}
+    ax.text(x, middle, name, **told)
     if start:
-      ax.axhline(start - 0.5, color=_SOFT, linewidth=1)
+      ax.axhline(start - 0.5, color=style.SOFT, linewidth=1)
     start += len(groups[source])
 
 
@@ -443,40 +422,23 @@ def _draw_history(
   margin = 0.02 * (last - begin)
   peak = 1.08 * max(1.6, *(max(p["history"]) for p in ranked))
   ax.set(xlim=(begin - margin, last + margin), ylim=(0, peak))
-  start = content.get("start", 1)
-  ax.axhline(start, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+  dotted: Any = {"linewidth": 0.8, "linestyle": (0, (2, 3)), "zorder": 1}
+  ax.axhline(content["start"], color=style.SOFT, **dotted)
   marker = "o" if len(epochs) < 12 else ""
   for i, pair in reversed(list(enumerate(ranked))):
     line = ax.plot(epochs, pair["history"], marker=marker, clip_on=False)[0]
     if i < len(_COLORS):
       line.set(color=_COLORS[i], linewidth=2.2, markersize=5)
     else:
-      line.set(color=_GREY, linewidth=1, markersize=3)
-  # The labels are ranked: push them down where they touch, then up again
-  # from the floor.
-  ends = [pair["pair_weight"] for pair in ranked[: len(_COLORS)]]
-  gap, spots, floor = 0.12 * peak, list(ends), 0.0
-  for i in range(1, len(spots)):
-    spots[i] = min(spots[i], spots[i - 1] - gap)
-  for i in reversed(range(len(spots))):
-    spots[i] = max(spots[i], floor)
-    floor = spots[i] + gap
-  for i, (end, spot) in enumerate(zip(ends, spots, strict=True)):
-    arrow = {"arrowstyle": "-", "color": _COLORS[i], "relpos": (0, 0.5)}
-    ax.annotate(
-      f"{end:.2f}  {_pair_label(content, ranked[i])}",
-      xy=(1, end / peak),
-      xytext=(1.04, spot / peak),
-      xycoords="axes fraction",
-      size=8.5,
-      weight="bold",
-      color=_COLORS[i],
-      va="center",
-      arrowprops={**arrow, "shrinkA": 2, "shrinkB": 0},
-      annotation_clip=False,
-    )
-  _plain(ax)
-  ax.set_xlabel("epoch", size=8.5, color=_SOFT)
+      line.set(color=style.GREY, linewidth=1, markersize=3)
+  labels = []
+  for pair, color in zip(ranked, _COLORS, strict=False):
+    end = pair["pair_weight"]
+    text = f"{end:.2f}  {_pair_label(content, pair)}"
+    labels.append(style.Label(text, color, (last, end)))
+  style.label_lines(ax, labels)
+  style.plain_axes(ax)
+  ax.set_xlabel("epoch", size=8.5, color=style.SOFT)
   steps: Any = {"steps": [1, 2, 5, 10], "min_n_ticks": 1}
   ax.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, **steps))
   ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=peak > 3, **steps))
@@ -491,17 +453,17 @@ def _draw_channels(
   ax.bar(range(len(times)), times, width=0.62, color=color)
   for i, value in enumerate(times):
     ax.text(i, value, f"{value:.1f}×", size=8, ha="center", va="bottom")
-  ax.axhline(1, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
-  _plain(ax)
+  ax.axhline(1, color=style.INK, linewidth=1, linestyle=(0, (3, 2)))
+  style.plain_axes(ax)
   ax.set_xlim(-0.6, len(times) - 0.4)
   ax.set_xticks(range(len(times)), numbers)
   ax.set_yticks([])
   ax.spines["left"].set_visible(False)
-  ax.set_xlabel("channel of the source layer", size=8, color=_SOFT)
-  style: Any = {"transform": ax.transAxes}
+  ax.set_xlabel("channel of the source layer", size=8, color=style.SOFT)
+  place: Any = {"transform": ax.transAxes}
   name = _pair_label(content, pair)
-  ax.text(0, 1.25, name, size=8.5, weight="bold", color=color, **style)
-  ax.text(0, 1.1, _channels_text(pair), size=8, color=_SOFT, **style)
+  ax.text(0, 1.25, name, size=8.5, weight="bold", color=color, **place)
+  ax.text(0, 1.1, _channels_text(pair), size=8, color=style.SOFT, **place)
 
 
 def _channels_text(pair: transfer_map.Pair) -> str:
@@ -509,9 +471,3 @@ def _channels_text(pair: transfer_map.Pair) -> str:
   if count > _EVEN * total:
     return f"all {total} channels count about the same"
   return f"about {count:.0f} of {total} channels matter"
-
-
-def _plain(ax: axes.Axes) -> None:
-  ax.spines[["top", "right"]].set_visible(False)
-  ax.spines[["left", "bottom"]].set_color(_GREY)
-  ax.tick_params(labelsize=8, color=_GREY, labelcolor=_SOFT)

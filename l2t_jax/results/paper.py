@@ -1,17 +1,13 @@
-"""What the paper reports, and in which settings.
+"""The accuracies that the paper reports, and the settings they stand for.
 
 Jang et al., "Learning What and Where to Transfer", ICML 2019, Table 1. As in
-the README: recalled, and not measurements of this code.
+the README: recalled, and not measured with this code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
-
-from flax import traverse_util
-
-import l2t_jax.config
 
 METHODS = (
   "scratch",
@@ -39,32 +35,30 @@ REPORTED: dict[str, dict[str, float]] = {
 
 
 class _Setting(NamedTuple):
-  """What an accuracy was measured in; as the config of the same name has it."""
+  """What the reported accuracies of a config were measured with."""
 
-  fields: dict[str, Any]  # That are not at their defaults.
+  fields: dict[str, Any]  # Those that differ from the default config.
   source: str
   num_images: tuple[int, int]  # To train and validate; to test.
 
 
-_TINYIMAGENET = "resnet32 of 200 classes"
-_IMAGENET = "resnet34 of 1000 classes"
+# The configs of these names say the same: one that was edited must not pass for
+# the paper's.
 _AT_224 = {
   "batch_size": 64,
   "data.image_size": 224,
+  "data.eval_resize": 256,
   "data.augment": "random_resized_crop_flip",
   "target.model": "resnet18",
 }
+_BIRDS = {"data.name": "caltech_birds2011", "data.val_fraction": 1000 / 5994}
+_TINYIMAGENET, _IMAGENET = "resnet32 of 200 classes", "resnet34 of 1000 classes"
 _SETTINGS = {
   "cifar100": _Setting(
     {"data.name": "cifar100"}, _TINYIMAGENET, (50_000, 10_000)
   ),
   "stl10": _Setting({"data.name": "stl10"}, _TINYIMAGENET, (5_000, 8_000)),
-  "cub200": _Setting(
-    _AT_224
-    | {"data.name": "caltech_birds2011", "data.val_fraction": 1000 / 5994},
-    _IMAGENET,
-    (5_994, 5_794),
-  ),
+  "cub200": _Setting(_AT_224 | _BIRDS, _IMAGENET, (5_994, 5_794)),
   "mit67": _Setting(_AT_224, _IMAGENET, (5_360, 1_340)),
   "stanford40": _Setting(
     _AT_224 | {"meta.learning_rate": 1e-3}, _IMAGENET, (4_000, 5_532)
@@ -73,61 +67,51 @@ _SETTINGS = {
     _AT_224 | {"data.name": "stanford_dogs"}, _IMAGENET, (12_000, 8_580)
   ),
 }
-# Fields that say where things are, how fast they are computed, what chance
-# draws, or what no method of the paper reads.
+# Fields that say where things are, how they are computed, what chance draws, or
+# what no method of the paper reads.
 _FREE = {
-  *l2t_jax.config.FREE_FIELDS,
-  "method",
-  "seed",
-  "precision",
-  "data.source",
-  "data.path",
-  "data.split_file",
-  "data.split_prefix",
-  "data.split_seed",
-  "source.weights",
-  "kd.temperature",
-  "kd.weight",
-  "bilevel.mode",
-  "bilevel.loop",
+  *("method", "seed", "precision", "bilevel.mode", "bilevel.loop"),
+  *("data.source", "data.path", "data.split_file", "data.split_prefix"),
+  *("data.split_seed", "source.weights", "kd.temperature", "kd.weight"),
 }
 _NAMED = ("tfds", "bundled")  # Where data.name says what the images are.
 
 
 def departures(
   name: str,
-  config: Mapping[str, Any],
+  fields: Mapping[str, Any],
+  defaults: Mapping[str, Any],
   *,
+  free_fields: Collection[str] = (),
   source: str = "",
   num_images: tuple[int, int] | None = None,
 ) -> tuple[str, ...]:
-  """Say in what a run is not in the setting that the paper reports.
+  """List how a run departs from the setting that the paper reports.
 
   Args:
     name: a key of `REPORTED`.
-    config: of the run, as in its config.json. Fields that it lacks are at their
-      defaults; of others than today's nothing is known.
-    source: "MODEL of N classes"; "" where none is read.
-    num_images: to train and validate, and to test; None where that is not known
-      yet.
+    fields: of the run's config, by their dotted names.
+    defaults: those of the default config.
+    free_fields: names of more fields that decide no result.
+    source: "MODEL of N classes"; "" if none is read.
+    num_images: to train and validate, and to test; None if not known yet.
 
   Returns:
-    What differs, such as "epochs is 5, not 200"; nothing where the paper's
-    numbers are to be compared with.
+    Phrases such as "epochs is 5, not 200"; empty if the paper's numbers may
+    stand beside the run's.
   """
   setting = _SETTINGS[name]
-  expected = l2t_jax.config.comparable(
-    traverse_util.unflatten_dict(setting.fields, sep=".")
-  )
-  ours = l2t_jax.config.comparable(config)
-  free = _FREE if ours["data.source"] in _NAMED else _FREE | {"data.name"}
+  free = _FREE | set(free_fields)
+  if fields["data.source"] not in _NAMED:
+    free |= {"data.name"}
   found = [
-    f"{field} is {ours[field]!r}, not {value!r}"
-    for field, value in expected.items()
-    if field not in free and ours[field] != value
+    f"{field} is {fields[field]!r}, not {value!r}"
+    for field, value in {**defaults, **setting.fields}.items()
+    if field not in free and fields[field] != value
   ]
-  if config.get("sources"):
-    found.append(f"there are {len(config['sources'])} sources")
+  sources = {f.split(".")[1] for f in fields if f.startswith("sources.")}
+  if sources:
+    found.append(f"there are {len(sources)} sources")
   if source and source != setting.source:
     found.append(f"the source is {source}, not {setting.source}")
   if num_images and num_images != setting.num_images:

@@ -1,3 +1,5 @@
+"""The figures of the report, drawn by plotly: curves and transfer maps."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +21,18 @@ MARGIN = {"l": 60, "r": 20, "t": 30, "b": 50}
 def draw_curves(
   runs: Sequence[run_reader.Run], metric: str, title: str, factor: float = 1.0
 ) -> graph_objects.Figure:
-  """A metric of every epoch, a line a run, a colour a method (and data set).
+  """Draw a metric over the epochs: a line per run, a colour per method.
+
+  Runs of the same method on other data have another colour.
 
   Args:
-    runs: from `find_runs`.
+    runs: from `run_reader.find_runs`.
     metric: its name in metrics.jsonl.
-    title: of the axis.
+    title: of the y axis.
     factor: what values are multiplied by.
 
   Returns:
-    The figure; its legend has a line a colour, which shows and hides its runs.
+    The figure; its legend shows and hides all runs of a colour.
   """
   colors = itertools.cycle(plotly_io.templates["plotly"].layout.colorway)
   names = _names_of_kinds(runs)
@@ -54,7 +58,7 @@ def draw_curves(
 
 
 def _names_of_kinds(runs):
-  """Name each run by its method, and by its data where the runs' differ."""
+  """Name each run by its method, and by its data if they are not all equal."""
   methods = [run.config["method"] for run in runs]
   fields = [run.config["data"] for run in runs]
   data = [one["name"] or pathlib.Path(one["path"]).name for one in fields]
@@ -68,45 +72,18 @@ def _mode(epochs):
 
 
 def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Source layers against target layers, with a slider over the epochs.
+  """Draw source layers against target layers, with a slider over the epochs.
 
   Args:
     content: of a transfer_map.json.
   """
-  sources = [tap["name"] for tap in content["source_taps"]]
-  targets = [tap["name"] for tap in content["target_taps"]]
-  place = lambda pair: (
-    sources.index(pair["source"]),
-    targets.index(pair["target"]),
-  )
-
-  def values_of(epoch):
-    """Return pair weights, and what a cell tells, in the form of the table."""
-    index = content["epochs"].index(epoch)
-    total = sum(pair["history"][index] for pair in content["pairs"])
-    weights = np.full((len(sources), len(targets)), np.nan)
-    told = np.full(weights.shape, "no pair", object)
-    for pair in content["pairs"]:
-      weight = pair["history"][index]
-      weights[place(pair)] = weight
-      top = ", ".join(
-        f"{c['channel']} ({c['weight'] / c['uniform']:.1f}×)"
-        for c in pair["top_channels"]
-      )
-      told[place(pair)] = (
-        f"share of all {weight / total if total else 0:.0%}"
-        f"<br>top channels in the end {top}"
-      )
-    texts = [[_weight(value) for value in row] for row in weights]
-    return {"z": weights.tolist(), "text": texts, "customdata": told.tolist()}
-
   epochs = content["epochs"][-1:] if content["fixed"] else content["epochs"]
   last = len(epochs) - 1
   figure = graph_objects.Figure(
     graph_objects.Heatmap(
-      x=targets,
-      y=sources,
-      **values_of(epochs[-1]),
+      x=[tap["name"] for tap in content["target_taps"]],
+      y=[tap["name"] for tap in content["source_taps"]],
+      **_cells(content, epochs[-1]),
       texttemplate="%{text}",
       hovertemplate="%{y} → %{x}<br>pair weight %{z:.3f}<br>%{customdata}"
       "<extra></extra>",
@@ -119,7 +96,7 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
     ),
     frames=[
       graph_objects.Frame(
-        data=[graph_objects.Heatmap(**values_of(epoch))], name=str(epoch)
+        data=[graph_objects.Heatmap(**_cells(content, epoch))], name=str(epoch)
       )
       for epoch in (epochs if last else ())
     ],
@@ -128,38 +105,51 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
     xaxis_title="target layer",
     yaxis_title="source layer",
     yaxis_autorange="reversed",
-    height=260 + 46 * len(sources),
+    height=260 + 46 * len(content["source_taps"]),
   )
   figure.update_xaxes(automargin=True, type="category")
   figure.update_yaxes(automargin=True, type="category")
   if last:
     instantly = {"mode": "immediate", "frame": {"duration": 0}}
-    figure.update_layout(
-      sliders=[
-        {
-          "active": last,
-          "currentvalue": {"prefix": "epoch "},
-          "pad": {"t": 60},
-          "steps": [
-            {
-              "label": str(epoch),
-              "method": "animate",
-              "args": [[str(epoch)], instantly],
-            }
-            for epoch in epochs
-          ],
-        }
-      ]
-    )
+    steps = [
+      {
+        "label": str(epoch),
+        "method": "animate",
+        "args": [[str(epoch)], instantly],
+      }
+      for epoch in epochs
+    ]
+    slider = {"active": last, "currentvalue": {"prefix": "epoch "}}
+    figure.update_layout(sliders=[{**slider, "pad": {"t": 60}, "steps": steps}])
   return figure
 
 
-def _weight(value):
-  return "" if np.isnan(value) else f"{value:.2f}"
+def _cells(content: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+  """Return pair weights of an epoch, and what the map tells of each cell."""
+  sources = [tap["name"] for tap in content["source_taps"]]
+  targets = [tap["name"] for tap in content["target_taps"]]
+  index = content["epochs"].index(epoch)
+  total = sum(pair["history"][index] for pair in content["pairs"])
+  weights = np.full((len(sources), len(targets)), np.nan)
+  told = np.full(weights.shape, "no pair", object)
+  for pair in content["pairs"]:
+    place = sources.index(pair["source"]), targets.index(pair["target"])
+    weight = pair["history"][index]
+    weights[place] = weight
+    top = ", ".join(
+      f"{c['channel']} ({c['weight'] / c['uniform']:.1f}×)"
+      for c in pair["top_channels"]
+    )
+    told[place] = (
+      f"share of all {weight / total if total else 0:.0%}"
+      f"<br>top channels in the end {top}"
+    )
+  texts = [["" if np.isnan(w) else f"{w:.2f}" for w in row] for row in weights]
+  return {"z": weights.tolist(), "text": texts, "customdata": told.tolist()}
 
 
 def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Every pair weight over the epochs.
+  """Draw every pair weight over the epochs.
 
   Args:
     content: of a transfer_map.json.
@@ -179,7 +169,7 @@ def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Channel weights of a pair that the reader chooses, the largest first.
+  """Draw channel weights of the pair that the reader chooses, by size.
 
   Args:
     content: of a transfer_map.json.
@@ -198,6 +188,14 @@ def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
       name=transfer_map.pair_name(pair),
       marker_line_width=0,
     )
+  buttons = [
+    {
+      "label": transfer_map.pair_name(pair),
+      "method": "update",
+      "args": [{"visible": [j == i for j in range(len(pairs))]}],
+    }
+    for i, pair in enumerate(pairs)
+  ]
   figure.add_hline(y=1, line_dash="dot")
   figure.update_layout(
     xaxis_title="source channels, strongest first",
@@ -206,14 +204,7 @@ def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
     bargap=0.1,
     updatemenus=[
       {
-        "buttons": [
-          {
-            "label": transfer_map.pair_name(pair),
-            "method": "update",
-            "args": [{"visible": [j == i for j in range(len(pairs))]}],
-          }
-          for i, pair in enumerate(pairs)
-        ],
+        "buttons": buttons,
         "x": 0,
         "xanchor": "left",
         "y": 1.22,
@@ -226,7 +217,7 @@ def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def draw_shares(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Each source's share of all pair weights.
+  """Draw each source's share of all pair weights.
 
   Args:
     content: of a transfer_map.json, with several sources.

@@ -1,6 +1,8 @@
+"""Read what runs left in their folders, and state their accuracies."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -10,36 +12,70 @@ from typing import Any, NamedTuple
 from flax import traverse_util
 
 from l2t_jax import errors
-import l2t_jax.config
 from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
-
-def is_classification(target: Mapping[str, Any]) -> bool:
-  """Whether accuracies are shares of images, and not numbers of any scale.
-
-  Args:
-    target: the fields of config.target; early runs have no `task`.
-  """
-  return target.get("task", "classification") == "classification"
+UNKNOWN = "–"  # Stands for a number that is not known.
 
 
-def accuracy_text(value: float, target: Mapping[str, Any], digits: int) -> str:
-  """Write an accuracy with some digits in %, or as the user's task gives it."""
-  if is_classification(target):
-    return f"{value:.{digits}%}"
-  return f"{value:.4g}"
+def is_classification(task: str) -> bool:
+  """True if accuracies are shares of images, and not numbers of any scale."""
+  return task == "classification"
+
+
+def accuracy_text(value: float, task: str, digits: int) -> str:
+  """Format an accuracy: in % for a classifier, else as the task gives it."""
+  return f"{value:.{digits}%}" if is_classification(task) else f"{value:.4g}"
+
+
+class Accuracies(NamedTuple):
+  """An accuracy of several seeds, in % for a classifier."""
+
+  values: tuple[float, ...]  # Seed by seed.
+  in_percent: bool
+
+  @property
+  def mean(self) -> float | None:
+    """Mean over the seeds; None if there are none."""
+    return statistics.fmean(self.values) if self.values else None
+
+  @property
+  def std(self) -> float | None:
+    """Sample standard deviation, over n - 1; None for fewer than two seeds."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+  def text(self, unit: bool = False) -> str:
+    """Format as "mean ± std", followed by " %" if asked for and in %."""
+    if self.mean is None:
+      return UNKNOWN
+    # What is not in % is of any scale.
+    of_mean, of_std = (".1f", ".1f") if self.in_percent else (".4g", ".2g")
+    text = f"{self.mean:{of_mean}}"
+    if self.std is not None:
+      text += f" ± {self.std:{of_std}}"
+    return f"{text} %" if unit and self.in_percent else text
+
+
+def accuracies(
+  summaries: Sequence[Mapping[str, Any]], name: str, in_percent: bool
+) -> Accuracies:
+  """Collect an accuracy, such as "test_accuracy", from several summaries."""
+  factor = 100 if in_percent else 1
+  return Accuracies(
+    tuple(factor * float(summary[name]) for summary in summaries), in_percent
+  )
 
 
 class Run(NamedTuple):
   """What a run left in its folder."""
 
   workdir: pathlib.Path
-  name: str  # Tells it apart from the others.
+  name: str  # Its path below the folder that all runs have in common.
   config: dict[str, Any]
-  summary: dict[str, Any] | None  # None where it is not finished.
-  epochs: list[dict[str, Any]]  # Records of metrics.jsonl.
-  map: dict[str, Any] | None  # transfer_map.json, where there is one.
+  experiment: str  # Equal for runs that differ in their seed alone.
+  summary: dict[str, Any] | None  # None if the run is not finished.
+  epochs: list[dict[str, Any]]  # Records of kind "epoch" in metrics.jsonl.
+  map: dict[str, Any] | None  # transfer_map.json, if there is one.
 
   @property
   def best(self) -> dict[str, Any]:
@@ -48,28 +84,30 @@ class Run(NamedTuple):
     return best[-1] if best else {}
 
   @property
-  def is_classifier(self) -> bool:
-    """Whether its accuracies are shares of images."""
-    return is_classification(self.config["target"])
+  def in_percent(self) -> bool:
+    """True if its accuracies are shares of images, shown in %."""
+    return is_classification(self.config["target"]["task"])
 
   @property
   def learned_pairs(self) -> bool:
-    """Whether its pair weights were learned, and not given."""
-    frozen = self.config["transfer"].get("map")
-    return self.map is not None and not self.map["fixed"] and not frozen
+    """True if there is a map whose pair weights were learned, not given."""
+    return self.map is not None and transfer_map.learned(self.map)[0]
 
   @property
   def learned_channels(self) -> bool:
-    frozen = self.config["transfer"].get("map")
-    learned = self.map is not None and not self.map["channels_fixed"]
-    return learned and not frozen
+    """True if there is a map whose channel weights were learned, not given."""
+    return self.map is not None and transfer_map.learned(self.map)[1]
 
 
-def find_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
-  """Read runs.
+def find_runs(
+  folders: Sequence[pathlib.Path], free_fields: Collection[str]
+) -> list[Run]:
+  """Read all runs in some folders.
 
   Args:
-    folders: of runs, or folders that are searched for some.
+    folders: folders of runs, or folders that are searched for runs.
+    free_fields: dotted names of the fields of a config that may differ between
+      two runs of one experiment, beside the seed.
 
   Returns:
     The runs, sorted by path within each folder.
@@ -78,47 +116,54 @@ def find_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
     errors.InputError: a folder does not exist or has no run, or a file of a run
       is damaged.
   """
-  found: list[pathlib.Path] = []
+  configs: dict[pathlib.Path, dict[str, Any]] = {}
   for folder in folders:
-    configs = sorted(folder.rglob("config.json"))
-    runs = [path.parent for path in configs if _is_run(path)]
-    if not runs:
+    paths = sorted(folder.rglob("config.json"))
+    found = {path.parent.resolve(): read_json(path) for path in paths}
+    # Other programs leave files of that name, too.
+    is_run = lambda config: (
+      isinstance(config, dict) and {"method", "epochs", "data"} <= set(config)
+    )
+    found = {path: config for path, config in found.items() if is_run(config)}
+    if not found:
       raise errors.InputError(
         f"there is no run in {folder}: no config.json of one; name the"
         " --workdir of train.py or of a table"
       )
-    found += runs
-  found = list(dict.fromkeys(path.resolve() for path in found))
-  common = os.path.commonpath(found)
-  names = [os.path.relpath(path, common) for path in found]
-  if names == ["."]:
-    names = [found[0].name]
-  return [_read(path, name) for path, name in zip(found, names, strict=True)]
+    configs |= found
+  common = os.path.commonpath(configs)
+  free = {"seed", *free_fields}
+  runs = []
+  for workdir, config in configs.items():
+    name = os.path.relpath(workdir, common)
+    has_metrics = (workdir / run_folder.METRICS).exists()
+    metrics = run_folder.read_metrics(workdir) if has_metrics else []
+    fixed = {k: v for k, v in flatten(config).items() if k not in free}
+    runs.append(
+      Run(
+        workdir,
+        workdir.name if name == "." else name,
+        config,
+        json.dumps(fixed, sort_keys=True),
+        read_summary(workdir),
+        [record for record in metrics if record.get("kind") == "epoch"],
+        read_json(workdir / transfer_map.FILE),
+      )
+    )
+  return runs
 
 
-def _is_run(config_file):
-  """Other programs leave files of that name, too."""
-  config = _read_json(config_file)
-  return isinstance(config, dict) and {"method", "epochs", "data"} <= set(
-    config
-  )
+def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Read the summary.json of a run; None if the run is not finished."""
+  return read_json(workdir / "summary.json")
 
 
-def _read(workdir, name):
-  metrics = []
-  if (workdir / run_folder.METRICS).exists():
-    metrics = run_folder.read_metrics(workdir)
-  return Run(
-    workdir,
-    name,
-    _read_json(workdir / "config.json"),
-    _read_json(workdir / "summary.json"),
-    [record for record in metrics if record.get("kind") == "epoch"],
-    _read_json(workdir / transfer_map.FILE),
-  )
+def read_json(path: pathlib.Path) -> Any:
+  """Read a file of a run; None if there is none.
 
-
-def _read_json(path):
+  Raises:
+    errors.InputError: the file is no JSON.
+  """
   if not path.exists():
     return None
   try:
@@ -127,76 +172,21 @@ def _read_json(path):
     raise errors.InputError(f"{path} is damaged: {error}") from error
 
 
-def results(runs: Sequence[Run]) -> list[dict[str, str]]:
-  """List the rows of the table of runs.
-
-  Args:
-    runs: from `find_runs`.
-
-  Returns:
-    Column -> text, a row each run; and a row of means after those that differ
-    in their seed alone.
-  """
-  rows = []
-  for group in by_experiment(runs):
-    rows += [_row(run) for run in group]
-    finished = [run for run in group if run.summary]
-    if len(finished) > 1:
-      row = dict.fromkeys(rows[0], "")
-      row |= {
-        "run": f"{name_of(group)}: mean ± std",
-        "method": group[0].config["method"],
-        "seed": f"{len(finished)} seeds",
-        "validation": _mean_and_std(finished, "val_accuracy"),
-        "test": _mean_and_std(finished, "test_accuracy"),
-      }
-      rows.append(row)
-  return rows
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the fields of a nested config by their dotted names."""
+  return traverse_util.flatten_dict(config, sep=".")
 
 
-def _row(run):
-  summary, best = run.summary or {}, run.best
-  seconds, memory = summary.get("seconds"), summary.get("memory_bytes")
-  return {
-    "run": run.name,
-    "method": run.config["method"],
-    "seed": str(run.config["seed"]),
-    "validation": accuracy(run, best.get("val_accuracy")),
-    "test": accuracy(run, best.get("test_accuracy")),
-    "best epoch": str(best.get("epoch", "")),
-    "epochs": f"{len(run.epochs)} of {run.config['epochs']}",
-    "seconds": "" if seconds is None else f"{seconds:,.0f}",
-    "memory": f"{memory / 2**20:,.0f} MiB" if memory else "",
-  }
-
-
-def by_experiment(runs):
+def by_experiment(runs: Sequence[Run]) -> list[list[Run]]:
   """Group runs that differ in their seed alone."""
   groups: dict[str, list[Run]] = {}
   for run in runs:
-    fields = traverse_util.flatten_dict(run.config, sep=".")
-    for free in ("seed", *l2t_jax.config.FREE_FIELDS):
-      fields.pop(free, None)
-    groups.setdefault(json.dumps(fields, sort_keys=True), []).append(run)
+    groups.setdefault(run.experiment, []).append(run)
   return list(groups.values())
 
 
-def name_of(group):
-  """What the names of some runs have in common."""
+def common_name(group: Sequence[Run]) -> str:
+  """Return the folder that the names of some runs share, or "all"."""
   if len(group) == 1:
     return group[0].name
   return os.path.commonpath([run.name for run in group]) or "all"
-
-
-def accuracy(run, value):
-  if value is None:
-    return ""
-  return f"{100 * value:.1f} %" if run.is_classifier else f"{value:.4g}"
-
-
-def _mean_and_std(runs, name):
-  values = [run.summary[name] for run in runs]
-  mean, std = statistics.mean(values), statistics.stdev(values)
-  if runs[0].is_classifier:
-    return f"{100 * mean:.1f} ± {100 * std:.1f} %"
-  return f"{mean:.4g} ± {std:.2g}"

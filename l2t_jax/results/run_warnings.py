@@ -1,8 +1,9 @@
+"""Warnings about runs, such as negative transfer and dead pairs."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import json
-import statistics
 
 from l2t_jax.results import run_reader, transfer_map
 
@@ -10,36 +11,34 @@ _SATURATED = 5.9  # A pair weight above this is at relu6's ceiling.
 
 
 def find_warnings(runs: Sequence[run_reader.Run]) -> list[str]:
-  """Say what a reader should not overlook.
+  """List what a reader of the results should not overlook.
 
   Args:
-    runs: from `find_runs`.
+    runs: from `run_reader.find_runs`.
 
   Returns:
-    A sentence each; runs of which the same is to be said share one.
+    One sentence per warning; runs with the same warning share a sentence.
   """
-  about: dict[str, list[str]] = {}
+  names_of: dict[str, list[str]] = {}
   for run in runs:
-    for text in _about(run):
-      about.setdefault(text, []).append(run.name)
+    for text in _warnings_of(run):
+      names_of.setdefault(text, []).append(run.name)
   return _negative_transfer(runs) + [
-    f"{_listed(names)}: {text}" for text, names in about.items()
+    f"{_join(names)}: {text}" for text, names in names_of.items()
   ]
 
 
-def _listed(names):
+def _join(names: Sequence[str]) -> str:
   if len(names) > 3:
     return f"{', '.join(names[:2])} and {len(names) - 2} other runs"
   return ", ".join(names)
 
 
-def _about(run):
+def _warnings_of(run: run_reader.Run) -> Iterator[str]:
   if run.summary is None:
     done = run.epochs[-1]["epoch"] if run.epochs else 0
     yield f"not finished, {done} of {run.config['epochs']} epochs"
-  if run.map and not is_current(run.map):
-    yield "its transfer map is of an older version and not shown; train again"
-  elif run.learned_pairs:
+  if run.map and run.learned_pairs:
     weights = [pair["pair_weight"] for pair in run.map["pairs"]]
     dead = sum(weight < transfer_map.IGNORED for weight in weights)
     if dead == len(weights):
@@ -47,27 +46,18 @@ def _about(run):
     elif dead:
       limit = transfer_map.IGNORED
       yield f"{dead} of {len(weights)} pairs are dead (weight below {limit})"
-    activation = run.config["transfer"].get("pair_activation", "relu6")
     saturated = sum(weight > _SATURATED for weight in weights)
-    if saturated and activation == "relu6":
+    if saturated and run.config["transfer"]["pair_activation"] == "relu6":
       yield (
         f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of"
         " 6; a larger transfer.beta, or pair_activation=softplus, gives room"
       )
 
 
-def is_current(content):
-  return all("channel_weights" in pair for pair in content["pairs"])
-
-
-def _negative_transfer(runs):
+def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
   """Compare each experiment with scratch on the same labelled images."""
-  groups = [
-    [run for run in group if run.summary]
-    for group in run_reader.by_experiment(runs)
-  ]
-  groups = [group for group in groups if group]
-  mean = lambda group: statistics.mean(r.summary["val_accuracy"] for r in group)
+  finished = [run for run in runs if run.summary]
+  groups = run_reader.by_experiment(finished)
   baselines = {
     _task_of(group[0]): group
     for group in groups
@@ -76,20 +66,29 @@ def _negative_transfer(runs):
   found = []
   for group in groups:
     scratch = baselines.get(_task_of(group[0]))
-    if scratch and mean(group) < mean(scratch):
-      show = lambda group: (
-        f"{run_reader.accuracy(group[0], mean(group))} on validation"
-        f" (mean of {len(group)})"
-      )
+    if scratch and _validation(group) < _validation(scratch):
       found.append(
-        f"negative transfer: {run_reader.name_of(group)} reaches {show(group)},"
-        f" {run_reader.name_of(scratch)} {show(scratch)}"
+        f"negative transfer: {run_reader.common_name(group)} reaches"
+        f" {_validation_text(group)}, {run_reader.common_name(scratch)}"
+        f" {_validation_text(scratch)}"
       )
   return found
 
 
+def _validation(group):
+  """Return the mean validation accuracy of finished runs."""
+  summaries = [run.summary for run in group]
+  in_percent = group[0].in_percent
+  return run_reader.accuracies(summaries, "val_accuracy", in_percent).mean
+
+
+def _validation_text(group):
+  mean = run_reader.Accuracies((_validation(group),), group[0].in_percent)
+  return f"{mean.text(unit=True)} on validation (mean of {len(group)})"
+
+
 def _task_of(run):
-  """What a run and its baseline have in common: all that scratch reads."""
+  """Return all settings that scratch reads: those of a run and its baseline."""
   fields = {
     name: run.config[name]
     for name in ("target", "epochs", "batch_size", "optimizer")

@@ -1,3 +1,5 @@
+"""The table of results: as csv, Markdown, text and rows of the report."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,211 +8,157 @@ import io
 import sys
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich import box, console, table, text
+
+from l2t_jax.results import run_reader
+
+UNKNOWN = run_reader.UNKNOWN
+_CSV_HEADER = (
+  *("method", "column", "seeds", "test_mean", "test_std", "val_mean"),
+  *("val_std", "paper", "seconds", "memory_mib"),
+)
+_NUM_DEPARTURES = 4  # That a note names.
 
 
 class Cell(NamedTuple):
-  """What is known of one method in one column."""
+  """The results of one method in one column."""
 
   method: str
   column: str  # Name of a config, or of a swept value: "per_class=50".
   summaries: tuple[dict[str, Any], ...]  # summary.json of the finished seeds.
-  num_seeds: int  # Asked for.
-  errors: tuple[str, ...] = ()  # One a failed seed: "seed 2: loss is nan".
+  num_seeds: int  # Asked for; 0 where nothing is run.
+  errors: tuple[str, ...] = ()  # One per failed seed: "seed 2: loss is nan".
   in_percent: bool = True  # How accuracies are shown; the same in a column.
   paper: float | None = None  # Test accuracy in % that the paper reports.
-  # In what the runs are not in the paper's setting: "epochs is 5, not 200".
+  # How the runs differ from the paper's: "epochs is 5, not 200".
   departures: tuple[str, ...] = ()
 
+  @property
+  def test(self) -> run_reader.Accuracies:
+    return run_reader.accuracies(
+      self.summaries, "test_accuracy", self.in_percent
+    )
 
-class Stats(NamedTuple):
-  """Over the finished seeds of a cell; None where it is not known.
+  @property
+  def validation(self) -> run_reader.Accuracies:
+    return run_reader.accuracies(
+      self.summaries, "val_accuracy", self.in_percent
+    )
 
-  Accuracies are in % where the column's are.
-  """
+  @property
+  def seconds(self) -> float | None:
+    """Mean over the seeds."""
+    known = [s["seconds"] for s in self.summaries if "seconds" in s]
+    return sum(known) / len(known) if known else None
 
-  test: tuple[float, ...]  # Seed by seed.
-  test_mean: float | None = None
-  test_std: float | None = None  # Of a sample: over n - 1.
-  val_mean: float | None = None
-  val_std: float | None = None
-  seconds: float | None = None  # Mean.
-  memory_mib: float | None = None  # The largest.
+  @property
+  def memory_mib(self) -> float | None:
+    """The largest of the seeds."""
+    known = [s.get("memory_bytes") or 0 for s in self.summaries]
+    return max(known, default=0) / 2**20 or None
+
+  @property
+  def seeds(self) -> str:
+    """How many seeds are done, and of how many if some are not."""
+    done, asked = len(self.summaries), self.num_seeds
+    return str(done) if done >= asked else f"{done} of {asked}"
+
+  @property
+  def is_partial(self) -> bool:
+    """True if some seeds, but not all, are done."""
+    return 0 < len(self.summaries) < self.num_seeds
 
 
 class Grid(NamedTuple):
-  """The cells as methods x columns, both in the order given."""
+  """Methods by columns, both in the order given."""
 
   methods: tuple[str, ...]
   columns: tuple[str, ...]
-  cells: dict[tuple[str, str], Cell]
-  stats: dict[tuple[str, str], Stats]  # Of all places, also empty ones.
-  in_percent: dict[str, bool]  # Of each column.
-  departures: dict[str, tuple[str, ...]]  # Of each column's cells.
+  cells: dict[tuple[str, str], Cell]  # Of every place, method by method.
+  in_percent: dict[str, bool]  # Column -> how its accuracies are shown.
+  departures: dict[str, tuple[str, ...]]  # Column -> those of all its cells.
 
 
 class _Table(NamedTuple):
-  """A table of texts; the first column names the method."""
+  """A table of text whose first column names the method."""
 
   title: str
-  header: tuple[str, ...]
-  rows: tuple[tuple[str, ...], ...]
+  header: Sequence[str]
+  rows: Sequence[Sequence[str]]
   right: bool  # Whether to align all but the methods to the right.
 
 
-_CSV_HEADER = (
-  "method",
-  "column",
-  "seeds",
-  "test_mean",
-  "test_std",
-  "val_mean",
-  "val_std",
-  "paper",
-  "seconds",
-  "memory_mib",
-)
-UNKNOWN = "–"
-_NUM_DEPARTURES = 4  # That a note names.
-
-
-def print_table(cells: Sequence[Cell]) -> None:
-  """Print what `table.md` says to the terminal, in as many parts as it needs.
-
-  Args:
-    cells: as in `write`.
-
-  Raises:
-    ValueError: as in `write`.
-  """
-  grid = make_grid(cells)
-  out = console.Console(file=sys.stdout, highlight=False)
-  for content in _tables(grid):
-    out.print(text.Text(content.title, "bold"))
-    for part in _parts(content, out.width):
-      rows = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-      for i, header in enumerate(part.header):
-        width = _column_width(part, i)
-        rows.add_column(
-          text.Text(header),
-          width=width,
-          justify="right" if i and part.right else "left",
-        )
-      for row in part.rows:
-        # As Text, no method or field name is read as markup.
-        rows.add_row(*map(text.Text, row))
-      out.print(rows)
-  for note in _notes(grid):
-    out.print(text.Text(note))
-
-
 def make_grid(cells: Sequence[Cell]) -> Grid:
-  """Order the cells by method and column; compute each one's statistics."""
-  if not cells:
-    raise ValueError("a comparison needs at least one cell")
-  by_place: dict[tuple[str, str], Cell] = {}
-  for cell in cells:
-    if by_place.setdefault((cell.method, cell.column), cell) is not cell:
-      raise ValueError(
-        f"two cells for method {cell.method!r}, column {cell.column!r}"
-      )
+  """Arrange cells by method and column.
+
+  Where one cell of a column departs from the paper's setting, the whole column
+  loses the paper's numbers: half a column would mislead.
+  """
   methods = tuple(dict.fromkeys(cell.method for cell in cells))
   columns = tuple(dict.fromkeys(cell.column for cell in cells))
   in_percent = {cell.column: cell.in_percent for cell in cells}
-  stats = {}
-  for place in ((m, c) for m in methods for c in columns):
-    stats[place] = _statistics(
-      by_place[place].summaries if place in by_place else (),
-      100 if in_percent[place[1]] else 1,
-    )
   departures = {
     column: tuple(
       dict.fromkeys(
-        d for c in cells if c.column == column for d in c.departures
+        d for cell in cells if cell.column == column for d in cell.departures
       )
     )
     for column in columns
   }
-  return Grid(methods, columns, by_place, stats, in_percent, departures)
+  places = {
+    (method, column): Cell(method, column, (), 0, (), in_percent[column])
+    for method in methods
+    for column in columns
+  }
+  for cell in cells:
+    if departures[cell.column]:
+      cell = cell._replace(paper=None)
+    places[cell.method, cell.column] = cell
+  return Grid(methods, columns, places, in_percent, departures)
 
 
-def _statistics(summaries: Sequence[Mapping[str, Any]], factor: float) -> Stats:
-  if not summaries:
-    return Stats(())
-  test, val = (
-    tuple(factor * float(summary[key]) for summary in summaries)
-    for key in ("test_accuracy", "val_accuracy")
-  )
-  memory = [s["memory_bytes"] for s in summaries if s.get("memory_bytes")]
-  std = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else None
-  return Stats(
-    test=test,
-    test_mean=float(np.mean(test)),
-    test_std=std(test),
-    val_mean=float(np.mean(val)),
-    val_std=std(val),
-    seconds=float(np.mean([s["seconds"] for s in summaries])),
-    memory_mib=max(memory) / 2**20 if memory else None,
-  )
+def has_paper(grid: Grid) -> bool:
+  """True if a number of the paper is shown."""
+  return any(cell.paper is not None for cell in grid.cells.values())
 
 
-def paper(grid: Grid, method: str, column: str) -> float | None:
-  """Return what the paper reports, where its setting is that of the column."""
-  cell = grid.cells.get((method, column))
-  return cell.paper if cell and not grid.departures[column] else None
-
-
-def seeds(cell: Cell | None) -> str:
-  """Say how many seeds are done, and of how many if some are not."""
-  if cell is None:
-    return "0"
-  done = len(cell.summaries)
-  return str(done) if done >= cell.num_seeds else f"{done} of {cell.num_seeds}"
-
-
-def mean_and_std(
-  mean: float | None, std: float | None, in_percent: bool
-) -> str:
-  if mean is None:
-    return UNKNOWN
-  # Not in %, they are of any scale.
-  of_mean, of_std = (".1f", ".1f") if in_percent else (".4g", ".2g")
-  text = f"{mean:{of_mean}}"
-  return text if std is None else f"{text} ± {std:{of_std}}"
-
-
-def _number(value: float | None, digits: int) -> str:
-  return UNKNOWN if value is None else f"{value:.{digits}f}"
-
-
-def _memory(mib: float | None) -> str:
-  if mib is None:
-    return UNKNOWN
-  return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+def print_table(cells: Sequence[Cell]) -> None:
+  """Print the content of `table.md`; a narrow terminal folds its cells."""
+  grid = make_grid(cells)
+  out = console.Console(file=sys.stdout, highlight=False)
+  for content in _tables(grid):
+    out.print(text.Text(content.title, "bold"))
+    rows = table.Table(
+      box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    # As Text, no method or field name is read as markup.
+    for i, header in enumerate(content.header):
+      justify: Any = "right" if i and content.right else "left"
+      rows.add_column(text.Text(header), justify=justify, overflow="fold")
+    for row in content.rows:
+      rows.add_row(*map(text.Text, row))
+    out.print(rows)
+  for note in _notes(grid):
+    out.print(text.Text(note))
 
 
 def to_csv(grid: Grid) -> str:
+  """Return the content of table.csv: a line per method and column."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
   writer.writerow(_CSV_HEADER)
-  for (method, column), stats in grid.stats.items():
-    values = (
-      stats.test_mean,
-      stats.test_std,
-      stats.val_mean,
-      stats.val_std,
-      paper(grid, method, column),
-      stats.seconds,
-      stats.memory_mib,
-    )
-    digits = 4 if grid.in_percent[column] else 6
+  for (method, column), cell in grid.cells.items():
+    test, validation = cell.test, cell.validation
+    values = [test.mean, test.std, validation.mean, validation.std]
+    values += [cell.paper, cell.seconds, cell.memory_mib]
+    digits = 4 if cell.in_percent else 6
     rounded = ["" if v is None else round(v, digits) for v in values]
-    writer.writerow([method, column, len(stats.test), *rounded])
+    writer.writerow([method, column, len(cell.summaries), *rounded])
   return out.getvalue()
 
 
 def to_markdown(grid: Grid) -> str:
+  """Return the content of table.md: the tables, and notes about them."""
   parts = []
   for content in _tables(grid):
     dash = "---:" if content.right else "---"
@@ -230,103 +178,143 @@ def _escape(line: str) -> str:
   return line.replace("|", r"\|").replace("<", "&lt;")
 
 
+def run_rows(runs: Sequence[run_reader.Run]) -> list[dict[str, str]]:
+  """Return the table of single runs, as the report shows it.
+
+  Args:
+    runs: from `run_reader.find_runs`.
+
+  Returns:
+    Rows of column -> text: one per run, and a row of means after runs that
+    differ in their seed alone.
+  """
+  rows = []
+  for group in run_reader.by_experiment(runs):
+    rows += [_run_row(run) for run in group]
+    done = tuple(run.summary for run in group if run.summary)
+    if len(done) > 1:
+      cell = Cell("", "", done, len(done), in_percent=group[0].in_percent)
+      rows.append(
+        dict.fromkeys(rows[0], "")
+        | {
+          "run": f"{run_reader.common_name(group)}: mean ± std",
+          "method": group[0].config["method"],
+          "seed": f"{len(done)} seeds",
+          "validation": cell.validation.text(unit=True),
+          "test": cell.test.text(unit=True),
+        }
+      )
+  return rows
+
+
+def _run_row(run: run_reader.Run) -> dict[str, str]:
+  known = run.summary or run.best  # Before the end, the best epoch so far.
+  cell = Cell("", "", (known,) if known else (), 1, in_percent=run.in_percent)
+  return {
+    "run": run.name,
+    "method": run.config["method"],
+    "seed": str(run.config["seed"]),
+    "validation": cell.validation.text(unit=True),
+    "test": cell.test.text(unit=True),
+    "best epoch": str(run.best.get("epoch", UNKNOWN)),
+    "epochs": f"{len(run.epochs)} of {run.config['epochs']}",
+    "seconds": _seconds(cell),
+    "memory": _memory(cell),
+  }
+
+
 def _tables(grid: Grid) -> tuple[_Table, ...]:
-  """Set out the results: one table for one column, else accuracy and cost."""
+  """Lay out one table for one column, else one of accuracy and one of cost."""
   if len(grid.columns) == 1:
     return (_single_table(grid),)
   accuracies, costs = [], []
   for method in grid.methods:
-    places = [(method, column) for column in grid.columns]
-    accuracies.append((method, *(_accuracy(grid, *place) for place in places)))
-    costs.append((method, *(_cost(grid.stats[place]) for place in places)))
-  header = ("method", *grid.columns)
-  title, named = "Test accuracy in % at the best validation epoch", header
+    cells = [grid.cells[method, column] for column in grid.columns]
+    accuracies.append((method, *map(_accuracy, cells)))
+    costs.append((method, *map(_cost, cells)))
+  header = named = ("method", *grid.columns)
+  title = "Test accuracy in % at the best validation epoch"
   if not all(grid.in_percent.values()):
     title = "Test accuracy at the best validation epoch"
     named = ("method", *(f"{c}{_unit(grid, c)}" for c in grid.columns))
   return (
-    _Table(title, named, tuple(accuracies), False),
-    _Table("Time of a run and memory", header, tuple(costs), False),
+    _Table(title, named, accuracies, False),
+    _Table("Time per run and memory", header, costs, False),
   )
 
 
 def _unit(grid: Grid, column: str) -> str:
-  """What follows the name of an accuracy."""
   return " %" if grid.in_percent[column] else ""
 
 
 def _single_table(grid: Grid) -> _Table:
-  column = grid.columns[0]
-  in_percent, unit = grid.in_percent[column], _unit(grid, column)
-  header = ["method", f"test{unit}", f"validation{unit}"]
-  header += ["seeds", "s a run", "memory"]
-  rows = []
+  (column,) = grid.columns
+  unit = _unit(grid, column)
+  header = ["method", f"test{unit}", "paper %", f"validation{unit}"]
+  rows = [[*header, "seeds", "seconds", "memory"]]
   for method in grid.methods:
-    stats = grid.stats[method, column]
-    row = [
-      method,
-      mean_and_std(stats.test_mean, stats.test_std, in_percent),
-      mean_and_std(stats.val_mean, stats.val_std, in_percent),
-      seeds(grid.cells.get((method, column))),
-      _number(stats.seconds, 0),
-      _memory(stats.memory_mib),
-    ]
-    rows.append(row)
-  if has_paper(grid):
-    header.insert(2, "paper %")
+    cell = grid.cells[method, column]
+    reported = UNKNOWN if cell.paper is None else f"{cell.paper:.1f}"
+    row = [method, cell.test.text(), reported, cell.validation.text()]
+    rows.append([*row, cell.seeds, _seconds(cell), _memory(cell)])
+  if not has_paper(grid):
     for row in rows:
-      row.insert(2, _number(paper(grid, row[0], column), 1))
+      del row[2]
   title = f"{column}: accuracy at the best validation epoch"
-  return _Table(title, tuple(header), tuple(map(tuple, rows)), True)
+  return _Table(title, rows[0], rows[1:], True)
 
 
-def _accuracy(grid: Grid, method: str, column: str) -> str:
-  """Write a cell of the table of accuracies."""
-  stats = grid.stats[method, column]
-  cell = grid.cells.get((method, column))
-  parts = mean_and_std(stats.test_mean, stats.test_std, grid.in_percent[column])
-  reported = paper(grid, method, column)
-  if reported is not None:
-    parts += f" [{reported:.1f}]"
-  if cell and 0 < len(cell.summaries) < cell.num_seeds:
-    parts += f", {seeds(cell)} seeds"
-  return parts
+def _accuracy(cell: Cell) -> str:
+  reported = "" if cell.paper is None else f" [{cell.paper:.1f}]"
+  seeds = f", {cell.seeds} seeds" if cell.is_partial else ""
+  return f"{cell.test.text()}{reported}{seeds}"
 
 
-def _cost(stats: Stats) -> str:
-  if stats.seconds is None:
+def _cost(cell: Cell) -> str:
+  known = [_seconds(cell, " s"), _memory(cell)]
+  return ", ".join(text for text in known if text != UNKNOWN) or UNKNOWN
+
+
+def _seconds(cell: Cell, unit: str = "") -> str:
+  return UNKNOWN if cell.seconds is None else f"{cell.seconds:,.0f}{unit}"
+
+
+def _memory(cell: Cell) -> str:
+  mib = cell.memory_mib
+  if mib is None:
     return UNKNOWN
-  memory = "" if stats.memory_mib is None else f", {_memory(stats.memory_mib)}"
-  return f"{stats.seconds:.0f} s{memory}"
+  return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
 def _notes(grid: Grid) -> list[str]:
-  """Say what is missing, what the signs mean and what it ran on."""
+  """Explain what is missing, what the signs mean, and the hardware."""
   notes = []
-  for method, column in grid.stats:
-    name = method if len(grid.columns) == 1 else f"{method}, {column}"
-    cell = grid.cells.get((method, column))
-    if cell is None:
-      notes.append(f"{name}: not run")
-      continue
+  cells = grid.cells.values()
+  is_single = len(grid.columns) == 1
+  for cell in cells:
+    name = cell.method if is_single else f"{cell.method}, {cell.column}"
     notes += [f"{name}, {' '.join(error.split())}" for error in cell.errors]
-    unaccounted = cell.num_seeds - len(cell.summaries) - len(cell.errors)
-    if unaccounted > 0:
-      notes.append(f"{name}: {seeds(cell)} seeds")
-  if any(stats.test_std is not None for stats in grid.stats.values()):
+    if not cell.num_seeds:
+      notes.append(f"{name}: not run")
+    elif cell.num_seeds > len(cell.summaries) + len(cell.errors):
+      notes.append(f"{name}: {cell.seeds} seeds")
+  if any(cell.test.std is not None for cell in cells):
     notes.append("±: sample standard deviation over the seeds.")
   if has_paper(grid):
-    sign = "paper %" if len(grid.columns) == 1 else "[ ]"
+    sign = "paper %" if is_single else "[ ]"
     notes.append(f"{sign}: reported by the paper, not measured here.")
   for column, departures in grid.departures.items():
     if departures:
-      where = "" if len(grid.columns) == 1 else f"{column}: "
+      where = "" if is_single else f"{column}: "
+      told = list(departures[:_NUM_DEPARTURES])
+      if len(departures) > len(told):
+        told.append(f"{len(departures) - len(told)} more")
       notes.append(
-        f"{where}the paper's numbers are left out: {_shortened(departures)}."
+        f"{where}the paper's numbers are left out: {'; '.join(told)}."
       )
-  summaries = [s for cell in grid.cells.values() for s in cell.summaries]
-  if any(stats.memory_mib is not None for stats in grid.stats.values()):
+  if any(cell.memory_mib is not None for cell in cells):
     notes.append("Memory: what the compiled training step needs.")
+  summaries = [summary for cell in cells for summary in cell.summaries]
   together = {s.get("seeds_together", 1) for s in summaries} - {1}
   if together:
     notes.append(
@@ -335,21 +323,12 @@ def _notes(grid: Grid) -> list[str]:
     )
   if summaries:
     epochs = _distinct(summary["epochs"] for summary in summaries)
-    notes.append(f"Epochs: {epochs}. {_ran_on(summaries)}.")
+    notes.append(f"Epochs: {epochs}. {_hardware(summaries)}.")
   return notes
 
 
-def _shortened(departures: Sequence[str]) -> str:
-  first, rest = departures[:_NUM_DEPARTURES], departures[_NUM_DEPARTURES:]
-  return "; ".join([*first, *([f"{len(rest)} more"] if rest else [])])
-
-
-def has_paper(grid: Grid) -> bool:
-  return any(paper(grid, *place) is not None for place in grid.stats)
-
-
-def _ran_on(summaries: Sequence[Mapping[str, Any]]) -> str:
-  """Say on what devices, and with which versions, the runs were made."""
+def _hardware(summaries: Sequence[Mapping[str, Any]]) -> str:
+  """Return the devices and the versions of the runs."""
   names = dict.fromkeys(n for s in summaries for n in s["versions"])
   versions = (
     f"{name} {_distinct(s['versions'].get(name, '?') for s in summaries)}"
@@ -361,31 +340,3 @@ def _ran_on(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 def _distinct(values: Iterable[Any]) -> str:
   return " or ".join(dict.fromkeys(map(str, values)))
-
-
-def _column_width(content: _Table, column: int) -> int:
-  """Return the width at which no cell, and no word of the header, breaks."""
-  words = content.header[column].split()
-  return max(map(len, [*words, *(row[column] for row in content.rows)]))
-
-
-def _parts(content: _Table, width: int) -> list[_Table]:
-  """Split a table that is wider than the terminal; each part has methods."""
-  gap = 3  # Between two columns.
-  taken = first = _column_width(content, 0)
-  parts: list[list[int]] = [[0]]
-  for i in range(1, len(content.header)):
-    needed = gap + _column_width(content, i)
-    if taken + needed > width and len(parts[-1]) > 1:
-      parts.append([0])
-      taken = first
-    parts[-1].append(i)
-    taken += needed
-  pick = lambda row, part: tuple(row[i] for i in part)
-  return [
-    content._replace(
-      header=pick(content.header, part),
-      rows=tuple(pick(row, part) for row in content.rows),
-    )
-    for part in parts
-  ]

@@ -1,31 +1,56 @@
+"""The content of transfer_map.json: what a run copied, and from where."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import json
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from l2t_jax import errors
 
-
-def strongest_first(content):
-  return sorted(content["pairs"], key=lambda pair: -pair["pair_weight"])
-
-
-def pair_name(pair):
-  return f"{pair['source']} → {pair['target']}"
-
-
 FILE = "transfer_map.json"  # In the folder of a run.
+IGNORED = 0.05  # A pair weight below this counts as none.
+_TOP_CHANNELS = 5  # That are listed per pair.
 
 # A tap: its name and the shape (H, W, C) of its feature map.
 Tap = tuple[str, tuple[int, int, int]]
 # An entry of "pairs" in the map.
 Pair = Mapping[str, Any]
-IGNORED = 0.05  # A pair weight below this is drawn as none.
+
+
+class Setting(NamedTuple):
+  """What a transfer map says of a run beside its weights."""
+
+  method: str
+  source_taps: Sequence[Tap]  # Input side first.
+  target_taps: Sequence[Tap]
+  # Names of the sources where there are several; those of their taps begin with
+  # "SOURCE/".
+  sources: Sequence[str] = ()
+  frozen: bool = False  # Whether all weights were taken from another map.
+  start: float = 1.0  # Where learned pair weights start, approximately.
+  maximum: float = 6.0  # Of learned pair weights; inf for none.
+
+
+def strongest_first(content: Mapping[str, Any]) -> list[Pair]:
+  """Return the pairs of a map by falling pair weight."""
+  return sorted(content["pairs"], key=lambda pair: -pair["pair_weight"])
+
+
+def pair_name(pair: Pair) -> str:
+  return f"{pair['source']} → {pair['target']}"
+
+
+def learned(content: Mapping[str, Any]) -> tuple[bool, bool]:
+  """Return whether a map's pair weights and channel weights were learned."""
+  return (
+    not (content["frozen"] or content["fixed"]),
+    not (content["frozen"] or content["channels_fixed"]),
+  )
 
 
 def effective_channels(weights: np.ndarray) -> float:
@@ -43,33 +68,17 @@ def effective_channels(weights: np.ndarray) -> float:
 
 
 def collect(
+  setting: Setting,
   epochs: Sequence[Mapping[str, Any]],
   channel_weights: Mapping[str, np.ndarray],
-  source_taps: Sequence[Tap],
-  target_taps: Sequence[Tap],
-  method: str,
-  sources: Sequence[str] = (),
-  top_k: int = 5,
-  *,
-  frozen: bool = False,
-  start: float = 1.0,
-  maximum: float = 6.0,
 ) -> dict[str, Any]:
   """Collect what a run learned, as the content of `transfer_map.json`.
 
   Args:
-    epochs: the records with kind "epoch". Where an epoch stands twice, as after
+    setting: what is known of the run beside its weights.
+    epochs: the records of kind "epoch". If an epoch is recorded twice, as after
       a resumed run, the later record counts.
     channel_weights: "source->target" -> [C_m], mean over the last epoch.
-    source_taps: (name, (H, W, C)) of each source feature map, input side first.
-    target_taps: the same of the target.
-    method: the name of the method.
-    sources: their names, where there are several; those of their taps begin
-      with "SOURCE/".
-    top_k: how many channels to keep per pair.
-    frozen: whether all weights were taken from another map.
-    start: about where learned pair weights start.
-    maximum: of learned pair weights; inf for none.
 
   Returns:
     A JSON-able dict: method, source_taps, target_taps, epochs, fixed (pair
@@ -85,84 +94,105 @@ def collect(
   by_epoch = {r["epoch"]: r for r in epochs if r.get("pair_weights")}
   if not by_epoch:
     raise errors.InputError(
-      f"No epoch of this {method!r} run has pair weights: only a method that "
-      "matches features, after at least one epoch, has a transfer map."
+      f"No epoch of this {setting.method!r} run has pair weights: only a method"
+      " that matches features, after at least one epoch, has a transfer map."
     )
   records = [by_epoch[number] for number in sorted(by_epoch)]
-  names = {
-    f"{source}->{target}": (source, target, shape[-1])
-    for source, shape in source_taps
-    for target, _ in target_taps
-  }
-  total = sum(records[-1]["pair_weights"].values())
   pairs = []
   for key in records[-1]["pair_weights"]:
-    if key not in names or key not in channel_weights:
-      raise errors.InputError(
-        f"Pair {key!r} has a pair weight but no taps or no channel weights; "
-        f"the taps allow {sorted(names)}."
-      )
-    source, target, num_channels = names[key]
-    history = [float(r["pair_weights"].get(key, np.nan)) for r in records]
-    weights = np.asarray(channel_weights[key], np.float64)
-    if weights.shape != (num_channels,):
-      raise errors.InputError(
-        f"Pair {key!r} has channel weights of shape {weights.shape}; its "
-        f"source tap has {num_channels} channels."
-      )
-    if not (np.isfinite(history).all() and np.isfinite(weights).all()):
-      raise errors.InputError(
-        f"Pair {key!r} has weights that are missing or not finite; "
-        "the run diverged, or its metrics.jsonl mixes two runs."
-      )
-    # Stable, so that equal channels stand in their own order.
-    top = np.argsort(-weights, kind="stable")[:top_k]
+    source, target, num_channels = _taps_of(key, setting, channel_weights)
     pairs.append(
       {
         "source": source,
         "target": target,
-        "pair_weight": history[-1],
-        "share": history[-1] / total if total else 0.0,
-        "history": history,
-        "matching_distance": records[-1].get("matching_distances", {}).get(key),
-        "top_channels": [
-          {
-            "channel": int(c),
-            "weight": float(weights[c]),
-            "uniform": 1 / num_channels,
-          }
-          for c in top
-        ],
-        "num_channels": num_channels,
-        "channel_concentration": effective_channels(weights),
-        "channel_weights": weights.tolist(),
+        **_pair_fields(key, records),
+        **_channel_fields(key, channel_weights[key], num_channels),
       }
     )
+  taps = lambda side: [{"name": n, "shape": list(s)} for n, s in side]
   content = {
-    "method": method,
-    "source_taps": [{"name": n, "shape": list(s)} for n, s in source_taps],
-    "target_taps": [{"name": n, "shape": list(s)} for n, s in target_taps],
+    "method": setting.method,
+    "source_taps": taps(setting.source_taps),
+    "target_taps": taps(setting.target_taps),
     "epochs": sorted(by_epoch),
     "fixed": all(np.allclose(p["history"], 1, atol=1e-6) for p in pairs),
     "channels_fixed": all(
       np.allclose(channel_weights[key], np.mean(channel_weights[key]), 1e-5, 0)
       for key in records[-1]["pair_weights"]
     ),
-    "frozen": frozen,
-    "start": start,
-    "maximum": maximum if math.isfinite(maximum) else None,
+    "frozen": setting.frozen,
+    "start": setting.start,
+    "maximum": setting.maximum if math.isfinite(setting.maximum) else None,
     "pairs": pairs,
   }
-  if sources:
+  if setting.sources:
     content["source_shares"] = {
-      source: sum(
-        pair["share"]
-        for pair in pairs
-        if pair["source"].startswith(f"{source}/")
-      )
-      for source in sources
+      name: sum(p["share"] for p in pairs if p["source"].startswith(f"{name}/"))
+      for name in setting.sources
     }
   return content
+
+
+def _taps_of(key, setting, channel_weights) -> tuple[str, str, int]:
+  """Return the source tap and the target tap of a pair, and C_m."""
+  names = {
+    f"{source}->{target}": (source, target, shape[-1])
+    for source, shape in setting.source_taps
+    for target, _ in setting.target_taps
+  }
+  if key not in names or key not in channel_weights:
+    raise errors.InputError(
+      f"Pair {key!r} has a pair weight but no taps or no channel weights; "
+      f"the taps allow {sorted(names)}."
+    )
+  return names[key]
+
+
+def _pair_fields(key, records) -> dict[str, Any]:
+  """Return a pair's weight, epoch by epoch, and its share of the last sum."""
+  history = [float(r["pair_weights"].get(key, np.nan)) for r in records]
+  _check_finite(key, history)
+  total = sum(records[-1]["pair_weights"].values())
+  return {
+    "pair_weight": history[-1],
+    "share": history[-1] / total if total else 0.0,
+    "history": history,
+    "matching_distance": records[-1].get("matching_distances", {}).get(key),
+  }
+
+
+def _channel_fields(key, weights, num_channels) -> dict[str, Any]:
+  """Return a pair's channel weights, and which of them are the largest."""
+  weights = np.asarray(weights, np.float64)
+  if weights.shape != (num_channels,):
+    raise errors.InputError(
+      f"Pair {key!r} has channel weights of shape {weights.shape}; its "
+      f"source tap has {num_channels} channels."
+    )
+  _check_finite(key, weights)
+  # Stable, so that equal channels stand in their own order.
+  top = np.argsort(-weights, kind="stable")[:_TOP_CHANNELS]
+  return {
+    "top_channels": [
+      {
+        "channel": int(c),
+        "weight": float(weights[c]),
+        "uniform": 1 / num_channels,
+      }
+      for c in top
+    ],
+    "num_channels": num_channels,
+    "channel_concentration": effective_channels(weights),
+    "channel_weights": weights.tolist(),
+  }
+
+
+def _check_finite(key, weights) -> None:
+  if not np.isfinite(weights).all():
+    raise errors.InputError(
+      f"Pair {key!r} has weights that are missing or not finite; "
+      "the run diverged, or its metrics.jsonl mixes two runs."
+    )
 
 
 def read_weights(
@@ -219,10 +249,6 @@ def read_weights(
 
 def _read_pair(pair: Pair) -> tuple[np.ndarray, float]:
   """Return (channel weights, pair weight); the ValueError says what is bad."""
-  if "channel_weights" not in pair:
-    raise ValueError(
-      "has no channel_weights: an older version wrote this map; run again"
-    )
   read = []
   for key in ("channel_weights", "pair_weight", "num_channels"):
     try:

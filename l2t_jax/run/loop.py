@@ -381,9 +381,9 @@ def _save_target(setup, seed, inner, epoch):
 
 
 def _epoch_line(record, experiment):
-  target = experiment.description["target"]
+  task = experiment.description["target"]["task"]
   show = lambda name: run_reader.accuracy_text(
-    record[f"{name}_accuracy"], target, digits=2
+    record[f"{name}_accuracy"], task, digits=2
   )
   line = (
     f"epoch {record['epoch']}/{experiment.settings.epochs}"

@@ -50,6 +50,7 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
     errors.InputError: data, weights or checkpoints are no longer there, or the
       run was made from objects in a notebook.
   """
+  assert run.map is not None  # The run has learned channel weights.
   if run.config["data"]["source"] == "arrays":
     raise errors.InputError("the run was made from arrays, which are not kept")
   config = cli.load_config(str(run.workdir / "config.json"))

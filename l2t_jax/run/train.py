@@ -295,23 +295,22 @@ def _write_transfer_map(setup, run):
     for record in run_folder.read_metrics(run.workdir)
     if record["kind"] == "epoch"
   ]
-  weights = run.progress["channel_weights"]
   settings = run.experiment.settings
   start, maximum = transfer.start_and_maximum(settings.transfer.pair_activation)
-  map_picture.write(
-    run.workdir,
-    transfer_map.collect(
-      epochs,
-      {name: np.array(values) for name, values in weights.items()},
-      list(setup.source_taps.items()),
-      list(setup.problem.target_taps.items()),
-      settings.method,
-      sources=list(setup.sources) if len(setup.sources) > 1 else (),
-      frozen=run.experiment.frozen is not None,
-      start=start,
-      maximum=maximum,
-    ),
+  setting = transfer_map.Setting(
+    settings.method,
+    list(setup.source_taps.items()),
+    list(setup.problem.target_taps.items()),
+    sources=list(setup.sources) if len(setup.sources) > 1 else (),
+    frozen=run.experiment.frozen is not None,
+    start=start,
+    maximum=maximum,
   )
+  weights = {
+    name: np.array(values)
+    for name, values in run.progress["channel_weights"].items()
+  }
+  map_picture.write(run.workdir, transfer_map.collect(setting, epochs, weights))
 
 
 def _summarise(setup, trainer, run, num_seeds):

@@ -10,14 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2t_jax import cli, errors
+from l2t_jax import cli, errors, report
 from l2t_jax.method import saliency
-from l2t_jax.results import (
-  html_report,
-  plotly_figures,
-  run_reader,
-  run_warnings,
-)
+from l2t_jax.results import plotly_figures, run_warnings, tables
 from l2t_jax.run import saliency_images
 from tests.support import small_runs
 
@@ -65,7 +60,7 @@ def page(folder):
 
 
 def test_curves_of_other_data_have_another_colour(folder):
-  runs = run_reader.find_runs([folder])
+  runs = report.find_runs([folder])
   names = lambda: [
     (line.name, line.line.color)
     for line in plotly_figures.draw_curves(runs, "val_loss", "loss").data
@@ -78,13 +73,13 @@ def test_curves_of_other_data_have_another_colour(folder):
 
 
 def test_results_and_means_over_seeds(folder):
-  runs = run_reader.find_runs([folder])
+  runs = report.find_runs([folder])
   assert [r.name for r in runs] == [
     "l2t_ww/seed0",
     "l2t_ww/seed1",
     "scratch/seed0",
   ]
-  *rows, mean, _ = run_reader.results(runs)
+  *rows, mean, _ = tables.run_rows(runs)
   summary = runs[0].summary
   assert rows[0]["test"] == f"{100 * summary['test_accuracy']:.1f} %"
   assert rows[0]["best epoch"] == str(summary["best_epoch"])
@@ -95,7 +90,7 @@ def test_results_and_means_over_seeds(folder):
 
 
 def test_warnings(folder, tmp_path):
-  found = run_warnings.find_warnings(run_reader.find_runs([folder]))
+  found = run_warnings.find_warnings(report.find_runs([folder]))
   assert len(found) == 3
   assert found[0].startswith("negative transfer: l2t_ww reaches")
   assert found[0].endswith("scratch/seed0 99.0 % on validation (mean of 1)")
@@ -107,20 +102,20 @@ def test_warnings(folder, tmp_path):
   lines = (tmp_path / "cut_off/metrics.jsonl").read_text().splitlines()
   one = next(i for i, line in enumerate(lines) if '"kind": "epoch"' in line)
   (tmp_path / "cut_off/metrics.jsonl").write_text("\n".join(lines[: one + 1]))
-  (run,) = run_reader.find_runs([tmp_path / "cut_off"])
+  (run,) = report.find_runs([tmp_path / "cut_off"])
   assert run_warnings.find_warnings([run]) == [
     "cut_off: not finished, 1 of 3 epochs"
   ]
-  assert "drawn when the run is finished" in html_report.make_page([run], 0)
+  assert "drawn when the run is finished" in report.make_page([run], 0)
 
 
 def test_folders_without_runs_and_damaged_ones(folder, tmp_path):
   with pytest.raises(errors.InputError, match=r"no run in .*of one; name the"):
-    run_reader.find_runs([tmp_path])
+    report.find_runs([tmp_path])
   shutil.copytree(folder / "scratch/seed0", tmp_path / "damaged")
   (tmp_path / "damaged/summary.json").write_text('{"method"')
   with pytest.raises(errors.InputError, match=r"summary\.json is damaged"):
-    run_reader.find_runs([tmp_path])
+    report.find_runs([tmp_path])
 
 
 def test_a_run_can_be_repeated_from_its_config(folder):
@@ -164,7 +159,7 @@ def test_saliency_by_hand(x64):
 
 
 def test_saliency_of_a_run(folder):
-  runs = run_reader.find_runs([folder / "l2t_ww"])
+  runs = report.find_runs([folder / "l2t_ww"])
   seen = saliency_images.compute_saliency(runs[0], 3)
   assert len(seen.images) == 3
   assert len(set(seen.images)) == 3
@@ -179,7 +174,7 @@ def test_what_saliency_needs_may_be_gone(folder, tmp_path):
     tmp_path / "run/config.json",
     lambda config: config["source"].update(weights="gone.safetensors"),
   )
-  content = html_report.make_page(run_reader.find_runs([tmp_path]), 2)
+  content = report.make_page(report.find_runs([tmp_path]), 2)
   assert "No saliency: no source weights at gone.safetensors" in content
 
 
@@ -187,7 +182,7 @@ def test_names_are_text_and_no_markup(folder, tmp_path):
   name = "<b onload=alert(1)>"
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / name)
   shutil.copytree(folder / "l2t_ww/seed1", tmp_path / "other")
-  content = html_report.make_page(run_reader.find_runs([tmp_path]), 0)
+  content = report.make_page(report.find_runs([tmp_path]), 0)
   assert name not in content
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.results import map_picture, transfer_map
+from l2t_jax.results import map_picture, style, transfer_map
 from l2t_jax.runtime import run_folder
 from tests.support import pictures
 
@@ -58,9 +58,10 @@ def _map(
   sources = dict.fromkeys(name.partition("/")[0] for name, _ in source)
   if source not in (TWO, THREE, TWO[2:4], LONG_TWO):
     sources = ()
-  return transfer_map.collect(
-    records, weights, source, target, "l2t_ww", list(sources), **told
+  setting = transfer_map.Setting(
+    "l2t_ww", source, target, list(sources), **told
   )
+  return transfer_map.collect(setting, records, weights)
 
 
 CASES = {
@@ -117,16 +118,15 @@ def test_content_of_the_map():
 
 
 def test_top_channels_are_the_largest_in_order():
-  weights = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
+  weights = np.array([0.1, 0.4, 0.05, 0.25, 0.12, 0.02, 0.06])
   record = {"epoch": 1, "pair_weights": {"s->t": 2.0}}
-  taps = [("s", (4, 4, 5))], [("t", (4, 4, 8))]
-  content = transfer_map.collect(
-    [record], {"s->t": weights}, *taps, "l2t_w", top_k=3
-  )
+  taps = [("s", (4, 4, 7))], [("t", (4, 4, 8))]
+  setting = transfer_map.Setting("l2t_w", *taps)
+  content = transfer_map.collect(setting, [record], {"s->t": weights})
   top = content["pairs"][0]["top_channels"]
-  assert [c["channel"] for c in top] == [1, 3, 4]
-  assert [c["weight"] for c in top] == [0.4, 0.25, 0.2]
-  assert {c["uniform"] for c in top} == {0.2}
+  assert [c["channel"] for c in top] == [1, 3, 4, 0, 6]
+  assert [c["weight"] for c in top] == [0.4, 0.25, 0.12, 0.1, 0.06]
+  assert {c["uniform"] for c in top} == {1 / 7}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,8 @@ def test_fixed_matching_is_recognised():
   weights[7] *= 1.0001
   record = {"epoch": 1, "pair_weights": {"s->t": 1.0}}
   taps = [("s", (4, 4, 512))], [("t", (4, 4, 2))]
-  content = transfer_map.collect([record], {"s->t": weights}, *taps, "l2t_w")
+  setting = transfer_map.Setting("l2t_w", *taps)
+  content = transfer_map.collect(setting, [record], {"s->t": weights})
   assert not content["channels_fixed"]
 
 
@@ -160,7 +161,8 @@ def _tiny_map(pair_weights, *, source_taps=("s",), sources=()):
   taps = [[(tap, (4, 4, 2)) for tap in names] for names in (source_taps, ["t"])]
   record = {"epoch": 1, "pair_weights": pair_weights}
   weights = {name: np.array([0.3, 0.7]) for name in pair_weights}
-  return transfer_map.collect([record], weights, *taps, "l2t_ww", sources)
+  setting = transfer_map.Setting("l2t_ww", *taps, sources)
+  return transfer_map.collect(setting, [record], weights)
 
 
 def test_shares_of_several_sources():
@@ -268,7 +270,7 @@ def _delete(key):
     (lambda content: content.update(pairs=["x"]), "pair 1 does not name"),
     (_delete("target"), "pair 1 does not name"),
     (_spoil(source="r"), "'r->t' twice"),
-    (_delete("channel_weights"), "'s->t' has no channel_weights: an older"),
+    (_delete("channel_weights"), "'s->t' .*channel_weights that is missing"),
     (_spoil(channel_weights=[1.0]), r"shape \(1,\); \(\) and \(2,\)"),
     (_spoil(channel_weights=[[0.5, 0.5]]), r"shape \(1, 2\)"),
     (_spoil(num_channels=3), r"shape \(2,\); \(\) and \(3,\)"),
@@ -328,7 +330,8 @@ def test_ignored_pairs_have_no_share():
   record = {"epoch": 1, "pair_weights": {"s->t": 0.0}}
   taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
   weights = {"s->t": np.array([0.3, 0.7])}
-  content = transfer_map.collect([record], weights, *taps, "l2t_ww")
+  setting = transfer_map.Setting("l2t_ww", *taps)
+  content = transfer_map.collect(setting, [record], weights)
   assert content["pairs"][0]["share"] == 0.0
   map_picture.draw(content)
 
@@ -340,7 +343,8 @@ def test_the_later_record_of_an_epoch_counts():
   ]
   taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
   weights = {"s->t": np.array([0.3, 0.7])}
-  content = transfer_map.collect(records, weights, *taps, "l2t_ww")
+  setting = transfer_map.Setting("l2t_ww", *taps)
+  content = transfer_map.collect(setting, records, weights)
   assert content["epochs"] == [1, 2, 3]
   assert content["pairs"][0]["history"] == [1.0, 1.5, 2.0]
 
@@ -361,7 +365,8 @@ def test_records_that_do_not_fit_are_refused(pair_weights, channels, message):
   taps = [("s", (4, 4, 2))], [("t", (4, 4, 2))]
   record = {"epoch": 1, "pair_weights": pair_weights}
   with pytest.raises(errors.InputError, match=message):
-    transfer_map.collect([record], weights, *taps, "l2t_ww")
+    setting = transfer_map.Setting("l2t_ww", *taps)
+    transfer_map.collect(setting, [record], weights)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -440,18 +445,9 @@ def test_weights_that_have_not_moved_are_no_result():
   assert "No pair weight moved by 0.05 since the first epoch" in text
 
 
-def test_a_map_of_an_earlier_version_is_drawn():
-  content = CASES["sixteen"]()
-  for key in ("frozen", "start", "maximum"):
-    del content[key]
-  texts = [t.get_text() for t in map_picture.draw(content).texts]
-  assert texts[0] == "What the target learned to copy, and from where"
-  assert "1 = about the start, 6 = maximum" in texts[2]
-
-
 def test_names_are_cut_but_stay_apart():
   content = {"source_taps": [{"name": name} for name, _ in LONG]}
-  short = map_picture._labels(content, "source_taps", 14)
+  short = map_picture._tap_labels(content, "source_taps", 14)
   assert list(short) == [name for name, _ in LONG]
   assert len(set(short.values())) == len(LONG)
   # What all names begin with is left out first; "\\$" is one sign.
@@ -459,8 +455,7 @@ def test_names_are_cut_but_stay_apart():
   assert max(map(len, short.values())) <= 15
   # Only the middle differs.
   names = [f"{'a' * 40}{i}{'b' * 40}" for i in range(3)]
-  content = {"source_taps": [{"name": name} for name in names]}
-  assert len(set(map_picture._labels(content, "source_taps", 14).values())) == 3
+  assert len(set(style.shorten(names, 14))) == 3
 
 
 def test_the_json_is_enough_to_redraw_the_picture(tmp_path):
