@@ -146,5 +146,5 @@ def test_the_pickle_runs_code_where_it_is_trusted(tmp_path):
 
 def test_the_page_is_made_of_the_cases():
   assert PAGE.read_text() == bad_input.page(), (
-    "python -m tests.bad_input > docs/guides/bad_input.md"
+    "python -m tests.support.bad_input > docs/guides/bad_input.md"
   )

@@ -134,10 +134,10 @@ def test_configs_are_complete():
   """Each experiment has the default's fields, no more and no fewer."""
   names = [path.stem for path in (small_runs.ROOT / "configs").glob("[!_]*.py")]
   assert len(names) > 10
-  fields = set(l2t_jax.config._flatten(default.get_config().to_dict()))
+  fields = set(l2t_jax.config.flatten(default.get_config().to_dict()))
   for name in names:
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert set(l2t_jax.config._flatten(config.to_dict())) == fields
+    assert set(l2t_jax.config.flatten(config.to_dict())) == fields
     if name != "default":
       l2t_jax.config.check(config)
 

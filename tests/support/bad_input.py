@@ -443,7 +443,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "casted to type <class 'int'>",
       _write(
         "mine.py",
-        "from tests import bad_input",
+        "from tests.support import bad_input",
         "def get_config():",
         "  config = bad_input.get_config()",
         "  config.epochs = 'ten'",
@@ -478,7 +478,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "config.data.per_class? l2t_jax/config.py lists all fields",
       _write(
         "mine.py",
-        "from tests import bad_input",
+        "from tests.support import bad_input",
         "def get_config():",
         "  config = bad_input.get_config()",
         "  with config.unlocked():",
@@ -1039,7 +1039,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A source deviation of infinity",
       "--config.source.std=(1e999,)",
-      "config.source.std is (inf,); its values must be finite numbers above 0",
+      "config.source.std is (inf,); it must hold finite numbers above 0 only",
     ),
     Case(
       "Two source means for one channel",
