@@ -76,7 +76,9 @@ def load_config(
   Raises:
     errors.InputError: the file, a field or a value is wrong.
   """
-  l2t_jax.config.check_fields(_name(override) for override in overrides)
+  l2t_jax.config.check_fields(
+    _name(override).removeprefix("no") for override in overrides
+  )
   file = path.partition(":")[0]
   if not pathlib.Path(file).is_file():
     raise errors.InputError(
@@ -110,7 +112,9 @@ def load_config(
       f"--config={path}: get_config() returns a {type(config).__name__}; it"
       " must return the config of default.get_config(), changed"
     )
-  l2t_jax.config.check_fields(l2t_jax.config.fields(config))
+  l2t_jax.config.check_fields(
+    f"config.{name}" for name in l2t_jax.config.flatten(config.to_dict())
+  )
   return config
 
 

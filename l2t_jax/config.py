@@ -1,23 +1,292 @@
-"""Every field of a config: its default, its meaning and its rule."""
+"""Every field of a config: its default, its meaning and its rule.
 
-from collections.abc import Iterable, Mapping
+`get_config` builds a config of the defaults, and `check` applies the rules. A
+config file changes some of the fields; so does the command line, as in
+--config.optimizer.momentum=0.8.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 import difflib
 import functools
-import json
 import math
-from typing import Any
+import numbers
+from typing import Any, NamedTuple
 
-import flax
+from flax import traverse_util
 import ml_collections
-from ml_collections import config_dict
 
-from l2t_jax import data, errors, models
-from l2t_jax.data import formats
+from l2t_jax import errors, models
 from l2t_jax.method import bilevel, objectives, optimizers, training, transfer
 from l2t_jax.runtime import compilation
 
-_LOOPS = ("scan", "unroll")
-_BAD_NUMBERS = ("stop", "skip")
+
+class Rule(NamedTuple):
+  """What is allowed in a field."""
+
+  holds: Callable[[Any], bool]
+  must: str  # Completes "it must".
+
+
+class Field(NamedTuple):
+  """A field of a config."""
+
+  default: Any  # Gives the field its type, too.
+  rule: Rule | None = None
+  # Whether a run may be resumed with another value.
+  may_change: bool = False
+
+
+def one_of(choices: Iterable[str]) -> Rule:
+  """Allow some names."""
+  choices = tuple(choices)
+  return Rule(choices.__contains__, f"be one of {', '.join(choices)}")
+
+
+def _is_finite(value):
+  return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+AT_LEAST_0 = Rule(lambda x: x >= 0, "be 0 or more")
+AT_LEAST_1 = Rule(lambda x: x >= 1, "be at least 1")
+POSITIVE = Rule(lambda x: 0 < x < math.inf, "be finite and more than 0")
+NOT_NEGATIVE = Rule(lambda x: 0 <= x < math.inf, "be finite and 0 or more")
+BELOW_1 = Rule(lambda x: 0 <= x < 1, "be at least 0 and less than 1")
+FINITE = Rule(lambda x: all(map(_is_finite, x)), "hold finite numbers only")
+ALL_POSITIVE = Rule(
+  lambda x: all(_is_finite(value) and value > 0 for value in x),
+  "hold finite numbers above 0 only",
+)
+
+# What is trained, and how long.
+EXPERIMENT = {
+  # How the target learns:
+  #   scratch                         without a source
+  #   finetune                        from the source's weights, where the
+  #                                   shapes agree
+  #   lwf, at, lwf_at                 Learning without Forgetting, attention
+  #                                   transfer, both
+  #   kd                              knowledge distillation, where the classes
+  #                                   agree
+  #   fm_single, fm_one_to_one,       feature matching with fixed weights
+  #   fm_all_to_all
+  #   l2t_w_single, l2t_w_one_to_one  feature matching with learned channel
+  #                                   weights
+  #   l2t_ww                          the paper's method: learned channel and
+  #                                   pair weights
+  "method": Field("l2t_ww", one_of(objectives.METHODS)),
+  # Seed of the initial values, the order of the images and their augmentation.
+  # The split has a seed of its own.
+  "seed": Field(0, Rule(lambda x: 0 <= x < 2**63, "be 0 or more, below 2**63")),
+  "epochs": Field(200, AT_LEAST_1),
+  # Labelled images per iteration, over all devices.
+  "batch_size": Field(128, AT_LEAST_1),
+  # f32, tf32 (matrix products on tensor cores) or bf16 (activations).
+  "precision": Field("f32", one_of(compilation.PRECISIONS)),
+  # Split the parameters and the optimizer's state over the devices, for
+  # networks that do not fit on one. The numbers stay the same.
+  "shard_params": Field(False, may_change=True),
+  # What happens where a loss or gradient is NaN or infinite: stop ends the run
+  # and names the iteration; skip leaves everything as it was before.
+  "bad_numbers": Field("stop", one_of(("stop", "skip")), may_change=True),
+}
+
+# The images. l2t_jax/data holds the rules of these fields.
+DATA = {
+  # Where they come from: bundled, npz, folder or tfds.
+  "data.source": Field("tfds"),
+  # Name of a bundled ("mnist", "digits") or tfds data set.
+  "data.name": Field(""),
+  # The npz file, the folder of images, or tfds's data_dir ("" for its own).
+  "data.path": Field(""),
+  # Labels to keep, renumbered from 0; () for all.
+  "data.classes": Field(()),
+  # Height and width in pixels that images are resized to.
+  "data.image_size": Field(32),
+  # 1 (grey) or 3 (RGB).
+  "data.channels": Field(3),
+  # Normalisation of the pixels, on a scale of 0 to 1. These are ImageNet's.
+  "data.mean": Field((0.485, 0.456, 0.406)),
+  "data.std": Field((0.229, 0.224, 0.225)),
+  # none, crop (pad and crop) or crop_flip; for streamed images none or
+  # random_resized_crop_flip.
+  "data.augment": Field("crop_flip"),
+  # Pixels added on each side before the random crop.
+  "data.crop_padding": Field(4),
+  # Length of the short side of streamed images before the central crop in
+  # evaluation; 0 for 8/7 of image_size, which makes 256 of 224.
+  "data.eval_resize": Field(0),
+  # An npz file with the indices {split_prefix}_train, {split_prefix}_val and
+  # {split_prefix}_test; "" to draw a stratified split.
+  "data.split_file": Field(""),
+  "data.split_prefix": Field(""),
+  # Shares of the training images that validate and test, where the data set
+  # has no images for that, and the seed by which they are drawn.
+  "data.val_fraction": Field(0.1),
+  "data.test_fraction": Field(0.2),
+  "data.split_seed": Field(0),
+  # Labelled training images per class; 0 for all.
+  "data.per_class": Field(0),
+  # Add images without labels to those whose features are transferred: the ones
+  # that per_class leaves over, or all images in the folder unlabeled_path.
+  # L_org and scratch never see them.
+  "data.unlabeled": Field(False),
+  "data.unlabeled_path": Field(""),
+  # Images without labels per iteration; 0 for batch_size.
+  "data.unlabeled_batch_size": Field(0),
+  # Processes that decode streamed images; 0 for threads.
+  "data.num_workers": Field(8, may_change=True),
+}
+
+# The source network. In place of it `sources` holds several: a name and these
+# fields for each. A config file adds them, as in
+# `config.sources.NAME = default.source()`.
+SOURCE = {
+  # Weights of the source network: a file that `python -m l2t_jax.pretrained`
+  # made, or target.safetensors of another run. The file names the network.
+  "weights": Field(""),
+  # Its taps, given as in target.taps. Pairs that transfer.pairs lists may use
+  # all of the network's taps instead.
+  "taps": Field(()),
+  # Height and width in pixels of the images that it sees; 0 for those of the
+  # data.
+  "image_size": Field(0, AT_LEAST_0),
+  # Its normalisation; () for that of the run that trained it, or for that of
+  # the data if the weights file does not say.
+  "mean": Field((), FINITE),
+  "std": Field((), ALL_POSITIVE),
+}
+
+# The target network.
+TARGET = {
+  # A network of `l2t_jax.models`; or "package.module:function", a function that
+  # takes num_classes and returns a Linen module, or takes num_classes and rngs
+  # and returns an NNX module.
+  "target.model": Field("vgg9"),
+  # What it learns from labelled images: classification (cross-entropy), or a
+  # `l2t_jax.types.Task` of your own as "package.module:NAME".
+  "target.task": Field("classification"),
+  # Outputs of the network (its num_classes); 0 for the number of classes. A
+  # task of your own with several targets per image has to set it.
+  "target.num_outputs": Field(0, AT_LEAST_0),
+  # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
+  # network's own choice, or else for the last layer of each resolution.
+  # `python -m l2t_jax.models MODEL` lists the layers.
+  "target.taps": Field(()),
+}
+
+# Matching of features.
+TRANSFER = {
+  # "" for the method's own; single, one_to_one (equal resolutions), nearest
+  # (each target tap with the source tap of the nearest resolution),
+  # all_to_all, or a list such as "stage1_block5->conv2, stage3_block5->conv8".
+  "transfer.pairs": Field(""),
+  # Weight β of the matching loss.
+  "transfer.beta": Field(0.5, POSITIVE),
+  # uniform and constant (1) switch off what the method would learn.
+  "transfer.channel_weights": Field("learned", one_of(("learned", "uniform"))),
+  "transfer.pair_weights": Field("learned", one_of(("learned", "constant"))),
+  # Turns g's output into a pair weight: relu6, relu or softplus.
+  "transfer.pair_activation": Field("relu6", one_of(transfer.PAIR_ACTIVATIONS)),
+  # transfer_map.json of another run: match its pairs with its mean weights,
+  # which stay fixed.
+  "transfer.map": Field(""),
+}
+
+# The losses of other methods.
+LOSSES = {
+  # Learning without Forgetting: a second head imitates the source's outputs,
+  # softened by the temperature.
+  "lwf.temperature": Field(2.0, POSITIVE),
+  "lwf.weight": Field(1.0, POSITIVE),
+  # Attention transfer: weight of its loss.
+  "at.beta": Field(1000.0, POSITIVE),
+  # Knowledge distillation, with outputs softened in the same way.
+  "kd.temperature": Field(4.0, POSITIVE),
+  "kd.weight": Field(1.0, POSITIVE),
+}
+
+# SGD for the update of the target and for the look-ahead (optimizer), and Adam
+# for the meta-networks f and g (meta).
+OPTIMIZERS = {
+  "optimizer.learning_rate": Field(0.1, POSITIVE),
+  # By epochs: cosine (to 0), or step (a tenth at 50 % and again at 75 %).
+  "optimizer.schedule": Field("cosine", one_of(optimizers.SCHEDULES)),
+  "optimizer.momentum": Field(0.9, BELOW_1),
+  "optimizer.weight_decay": Field(1e-4, NOT_NEGATIVE),
+  # Gradients are scaled down to this norm over all arrays; 0 for no clipping.
+  "optimizer.clip_norm": Field(0.0, NOT_NEGATIVE),
+  "meta.learning_rate": Field(1e-4, POSITIVE),
+  # Added to the gradient (L2), not to the update.
+  "meta.weight_decay": Field(1e-4, NOT_NEGATIVE),
+  # As optimizer.clip_norm, for the hypergradient.
+  "meta.clip_norm": Field(0.0, NOT_NEGATIVE),
+  # Iterations per meta update.
+  "meta.update_every": Field(1, AT_LEAST_1),
+}
+
+# The look-ahead and its derivative.
+BILEVEL = {
+  # T, the number of its steps.
+  "bilevel.num_inner_steps": Field(2, AT_LEAST_1),
+  # What these steps minimise: auxiliary (L_wfm; a step on L_org follows), or
+  # total (L_org + L_wfm, the usual bilevel scheme).
+  "bilevel.look_ahead_loss": Field(
+    "auxiliary", one_of(training.LOOK_AHEAD_LOSSES)
+  ),
+  # How the hypergradient is computed: reverse, remat, mixed or linearized. auto
+  # is linearized, the fastest, or mixed where that does not fit into memory.
+  "bilevel.mode": Field("auto", one_of(("auto", *bilevel.MODES))),
+  # scan compiles as fast for any T; unroll is about a tenth faster on CPU from
+  # T = 4 on.
+  "bilevel.loop": Field("scan", one_of(("scan", "unroll"))),
+}
+
+# What a run records.
+RECORDS = {
+  # Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow. Install
+  # the last two yourself; their environment variables name their server.
+  "trackers": Field(("tensorboard",), may_change=True),
+  # Iterations per record in metrics.jsonl.
+  "log_every": Field(20, AT_LEAST_1, may_change=True),
+  # Epochs per checkpoint.
+  "checkpoint_every": Field(1, AT_LEAST_1, may_change=True),
+  # Iterations per further checkpoint within an epoch; 0 for none.
+  "checkpoint_steps": Field(0, AT_LEAST_0, may_change=True),
+}
+
+# All fields, by the names that they have on the command line.
+FIELDS: Mapping[str, Field] = {
+  **EXPERIMENT,
+  **DATA,
+  **{f"source.{name}": field for name, field in SOURCE.items()},
+  "sources": Field({}),
+  **TARGET,
+  **TRANSFER,
+  **LOSSES,
+  **OPTIMIZERS,
+  **BILEVEL,
+  **RECORDS,
+}
+
+# Fields that may differ between a run and its resumption.
+FREE_FIELDS = tuple(name for name in FIELDS if FIELDS[name].may_change)
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Return all fields at their defaults."""
+  return _defaults(FIELDS)
+
+
+def source() -> ml_collections.ConfigDict:
+  """Return the fields of a source network at their defaults."""
+  return _defaults(SOURCE)
+
+
+def _defaults(declared):
+  values = {name: field.default for name, field in declared.items()}
+  return ml_collections.ConfigDict(
+    traverse_util.unflatten_dict(values, sep=".")
+  )
 
 
 def check(
@@ -25,7 +294,7 @@ def check(
   *,
   names_objects: bool = True,
 ) -> None:
-  """Refuse values that no run can have; see l2t_jax/config.py.
+  """Refuse values that no run can have.
 
   Args:
     config: the fields.
@@ -33,134 +302,72 @@ def check(
       config names, and not objects that are there already.
 
   Raises:
-    errors.InputError: naming the field, its value and what would be right.
+    errors.InputError: a value is wrong; the message names the field, its value
+      and what would be right.
   """
-  positive = lambda value: 0 < value < math.inf
-  share = lambda value: 0 <= value < 1
-  not_negative = lambda value: 0 <= value < math.inf
-  rules = (
-    ("epochs", positive, "at least 1"),
-    ("batch_size", positive, "at least 1"),
-    ("log_every", positive, "at least 1"),
-    ("checkpoint_every", positive, "at least 1"),
-    ("checkpoint_steps", not_negative, "0 or more"),
-    ("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2**63"),
-    ("target.num_outputs", not_negative, "0 or more"),
-    ("bilevel.num_inner_steps", positive, "at least 1"),
-    ("transfer.beta", positive, "finite and more than 0"),
-    ("lwf.temperature", positive, "finite and more than 0"),
-    ("lwf.weight", positive, "finite and more than 0"),
-    ("at.beta", positive, "finite and more than 0"),
-    ("kd.temperature", positive, "finite and more than 0"),
-    ("kd.weight", positive, "finite and more than 0"),
-    ("optimizer.learning_rate", positive, "finite and more than 0"),
-    ("optimizer.momentum", share, "at least 0 and less than 1"),
-    ("optimizer.weight_decay", not_negative, "finite and 0 or more"),
-    ("optimizer.clip_norm", not_negative, "finite and 0 or more"),
-    ("meta.learning_rate", positive, "finite and more than 0"),
-    ("meta.weight_decay", not_negative, "finite and 0 or more"),
-    ("meta.clip_norm", not_negative, "finite and 0 or more"),
-    ("meta.update_every", positive, "at least 1"),
-  )
-  for field, holds, right in rules:
-    value = get(config, field)
-    if not holds(value):
-      raise errors.InputError(f"config.{field} is {value}; it must be {right}")
-  for field, choices in (
-    ("method", objectives.METHODS),
-    ("precision", compilation.PRECISIONS),
-    ("bad_numbers", _BAD_NUMBERS),
-    ("transfer.channel_weights", ("learned", "uniform")),
-    ("transfer.pair_weights", ("learned", "constant")),
-    ("transfer.pair_activation", transfer.PAIR_ACTIVATIONS),
-    ("optimizer.schedule", optimizers.SCHEDULES),
-    ("bilevel.look_ahead_loss", training.LOOK_AHEAD_LOSSES),
-    ("bilevel.mode", ("auto", *bilevel.MODES)),
-    ("bilevel.loop", _LOOPS),
-  ):
-    if get(config, field) not in choices:
+  for name, value in flatten(config.to_dict()).items():
+    field = FIELDS.get(_name_in_table(name))
+    if field and field.rule and not field.rule.holds(value):
       raise errors.InputError(
-        f"config.{field} is {get(config, field)!r}; it must be one of"
-        f" {', '.join(choices)}"
+        f"config.{name} is {value!r}; it must {field.rule.must}"
       )
+  method = objectives.METHODS[config.method]
   if names_objects:
     models.find(config.target.model)
     objectives.get_task(config.target.task)
+    _check_sources(config, method)
+  if config.transfer.map:
+    _check_map(config, method)
+
+
+def _check_sources(config, method):
   if config.sources and config.source.weights:
     raise errors.InputError(
-      "config.source.weights and config.sources are both set; one source goes"
-      " into config.source, several into config.sources"
+      "config.source.weights and config.sources are both set; set the first for"
+      " one source, the second for several"
     )
-  method = objectives.METHODS[config.method]
-  for name, source in source_configs(config).items():
-    field = f"config.sources.{name}" if name else "config.source"
-    _check_source(source, field, config.source)
-    if names_objects and method.needs_source and not source.weights:
+  for name, fields in source_configs(config).items():
+    path = f"config.sources.{name}" if name else "config.source"
+    missing = [field for field in SOURCE if field not in fields]
+    if missing:
       raise errors.InputError(
-        f"method {config.method!r} needs {field}.weights: a file made by"
+        f"{path} lacks {', '.join(missing)}; start from default.source()"
+      )
+    if method.needs_source and not fields.weights:
+      raise errors.InputError(
+        f"method {config.method!r} needs {path}.weights: a file made by"
         " python -m l2t_jax.pretrained, or target.safetensors of another run"
       )
-  if config.transfer.map:
-    if "attention" in method.losses:
-      raise errors.InputError(
-        f"config.transfer.map is {config.transfer.map!r}, but method"
-        f" {config.method!r} matches no features; use l2t_ww"
-      )
-    _check_map_fields(config.transfer)
 
 
-def _check_source(source, field, fields):
-  different = set(source) ^ set(fields)
-  if different:
+def _check_map(config, method):
+  """Refuse fields that a map would silently overrule."""
+  if "attention" in method.losses:
     raise errors.InputError(
-      f"{field} has other fields than config.source: {', '.join(different)};"
-      " start from default.source()"
+      f"config.transfer.map is {config.transfer.map!r}, but method"
+      f" {config.method!r} matches no features; use l2t_ww"
     )
-  if source.image_size < 0:
-    raise errors.InputError(
-      f"{field}.image_size is {source.image_size}; it must be 0 or more"
-    )
-  formats.check_normalisation(f"{field}.", source.mean, source.std)
-
-
-def _check_map_fields(fields):
-  """Refuse what would be ignored: a map says all of it."""
-  for field, usual in (
-    ("pairs", ""),
-    ("channel_weights", "learned"),
-    ("pair_weights", "learned"),
-  ):
-    if fields[field] != usual:
+  for name in ("pairs", "channel_weights", "pair_weights"):
+    default = FIELDS[f"transfer.{name}"].default
+    if config.transfer[name] != default:
       raise errors.InputError(
-        f"config.transfer.map is {fields.map!r} and decides what"
-        f" config.transfer.{field} would; leave that at {usual!r}"
+        f"config.transfer.map is {config.transfer.map!r} and decides what"
+        f" config.transfer.{name} would; leave that at {default!r}"
       )
-
-
-def source_configs(config):
-  """Name -> fields; a single source has the name ""."""
-  return dict(config.sources.items()) or {"": config.source}
-
-
-def get(config, field):
-  return functools.reduce(getattr, field.split("."), config)
-
-
-def fields(config: ml_collections.ConfigDict) -> list[str]:
-  paths = flax.traverse_util.flatten_dict(config.to_dict())
-  return [".".join(("config", *path)) for path in paths]
 
 
 def check_fields(names: Iterable[str]) -> None:
-  """Refuse fields that the default config does not have."""
-  known = fields(get_config())
+  """Refuse names that are no fields.
+
+  Args:
+    names: such as "config.epochs".
+
+  Raises:
+    errors.InputError: a field is unknown; the message names the nearest one.
+  """
   for name in names:
-    name = name.removeprefix("no") if name.startswith("noconfig.") else name
-    # Each of several sources has the fields of a single one.
-    parts = name.split(".")
-    if parts[:2] == ["config", "sources"] and len(parts) == 4:
-      parts[1:3] = ["source"]
-    if ".".join(parts) not in known:
+    if _name_in_table(name.removeprefix("config.")) not in FIELDS:
+      known = [f"config.{field}" for field in FIELDS]
       nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
       raise errors.InputError(
         f"unknown field {name}; did you mean {nearest}? l2t_jax/config.py"
@@ -168,210 +375,26 @@ def check_fields(names: Iterable[str]) -> None:
       )
 
 
-def get_config() -> config_dict.ConfigDict:
-  config = config_dict.ConfigDict()
-
-  # scratch; lwf, at, lwf_at (imitated outputs, attention, both); fm_single,
-  # fm_one_to_one, fm_all_to_all (matching with fixed weights); l2t_w_single,
-  # l2t_w_one_to_one (learned channel weights); l2t_ww; finetune (where shapes
-  # agree); kd (where classes agree).
-  config.method = "l2t_ww"
-  # Of initialisation, order of images and augmentation; not of the split.
-  config.seed = 0
-  config.epochs = 200
-  # Over all devices.
-  config.batch_size = 128
-  # f32; tf32 (matrix products on tensor cores); bf16 (activations).
-  config.precision = "f32"
-  # Whether parameters and optimizer state are split over the devices, too, for
-  # networks that do not fit on one; the numbers are the same.
-  config.shard_params = False
-  # What an iteration with NaN or infinity in a loss or gradient does: stop (the
-  # run, which names it), or skip (leaves everything as it was).
-  config.bad_numbers = "stop"
-
-  config.data = config_dict.ConfigDict()
-  # Where images come from: bundled, npz, folder or tfds.
-  config.data.source = "tfds"
-  # Name of a bundled ("mnist", "digits") or tfds data set.
-  config.data.name = ""
-  # The npz file, the folder of images, or tfds's data_dir ("" for its own).
-  config.data.path = ""
-  # Labels to keep, renumbered from 0; () for all.
-  config.data.classes = ()
-  # Height and width that images are resized to, in pixels.
-  config.data.image_size = 32
-  # 1 (grey) or 3 (RGB).
-  config.data.channels = 3
-  # Of the pixels, on a scale of 0 to 1: ImageNet's.
-  config.data.mean = (0.485, 0.456, 0.406)
-  config.data.std = (0.229, 0.224, 0.225)
-  # none, crop (pad and crop), crop_flip, random_resized_crop_flip (streamed).
-  config.data.augment = "crop_flip"
-  # Pixels on each side before the random crop.
-  config.data.crop_padding = 4
-  # Streamed images: length of the short side before the centre crop; 0 for 8/7
-  # of image_size, 256 where that is 224.
-  config.data.eval_resize = 0
-  # Index arrays {prefix}_train, {prefix}_val, {prefix}_test; "" for a
-  # stratified split of our own.
-  config.data.split_file = ""
-  config.data.split_prefix = ""
-  # Stratified split: shares of the training images, and its seed.
-  config.data.val_fraction = 0.1
-  config.data.test_fraction = 0.2  # Where there is no official test set.
-  config.data.split_seed = 0
-  # Labelled training images per class; 0 for all.
-  config.data.per_class = 0
-  # Whether images without labels join what is transferred: those that
-  # per_class leaves over, or all in the folder unlabeled_path. L_org and
-  # scratch never see them.
-  config.data.unlabeled = False
-  config.data.unlabeled_path = ""
-  # Of them in an iteration; 0 for batch_size.
-  config.data.unlabeled_batch_size = 0
-  # Processes that decode streamed images; 0 for threads.
-  config.data.num_workers = 8
-
-  config.source = source()
-  # Several sources: a name and the fields of config.source for each, in the
-  # place of config.source; `config.sources.NAME = default.source()` in a config
-  # file.
-  config.sources = config_dict.ConfigDict()
-
-  config.target = config_dict.ConfigDict()
-  # A network of `l2t_jax.models`, or a function of your own as
-  # "package.module:function" that takes num_classes and returns a Linen module,
-  # or takes num_classes and rngs and returns an NNX module.
-  config.target.model = "vgg9"
-  # What it learns from labelled images: classification (cross-entropy), or a
-  # l2t_jax.types.Task of your own as "package.module:NAME".
-  config.target.task = "classification"
-  # Outputs of the network (its num_classes); 0 for the number of classes, which
-  # is refused where a task of your own reads several numbers an image.
-  config.target.num_outputs = 0
-  # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
-  # network's own choice, or else the last one of each resolution.
-  # `python -m l2t_jax.models MODEL` lists what there is.
-  config.target.taps = ()
-
-  config.transfer = config_dict.ConfigDict()
-  # "" for the method's own; single, one_to_one (equal resolutions), nearest
-  # (each target tap with the source tap of the nearest resolution),
-  # all_to_all, or a list such as "stage1_block5->conv2, stage3_block5->conv8".
-  config.transfer.pairs = ""
-  # Weight of the matching loss.
-  config.transfer.beta = 0.5
-  # "uniform" and "constant" (1) switch off what the method would learn.
-  config.transfer.channel_weights = "learned"
-  config.transfer.pair_weights = "learned"
-  # What makes a pair weight of g's output: relu6, relu or softplus.
-  config.transfer.pair_activation = "relu6"
-  # transfer_map.json of another run: its pairs and their mean weights, frozen.
-  config.transfer.map = ""
-
-  # Learning without Forgetting: a second head imitates softened outputs.
-  config.lwf = config_dict.ConfigDict()
-  config.lwf.temperature = 2.0
-  config.lwf.weight = 1.0
-
-  # Attention transfer.
-  config.at = config_dict.ConfigDict()
-  config.at.beta = 1000.0
-
-  # Knowledge distillation.
-  config.kd = config_dict.ConfigDict()
-  config.kd.temperature = 4.0
-  config.kd.weight = 1.0
-
-  # SGD of the real update and of the look-ahead.
-  config.optimizer = config_dict.ConfigDict()
-  config.optimizer.learning_rate = 0.1
-  # By epochs: cosine (to 0), or step (a tenth at 50 % and at 75 %).
-  config.optimizer.schedule = "cosine"
-  config.optimizer.momentum = 0.9
-  config.optimizer.weight_decay = 1e-4
-  # Norm over all arrays that gradients are scaled down to; 0 for no clipping.
-  config.optimizer.clip_norm = 0.0
-
-  # Adam of the meta-networks, with L2 in the gradient.
-  config.meta = config_dict.ConfigDict()
-  config.meta.learning_rate = 1e-4
-  config.meta.weight_decay = 1e-4
-  # Likewise, of the hypergradient.
-  config.meta.clip_norm = 0.0
-  # Iterations between two meta updates.
-  config.meta.update_every = 1
-
-  config.bilevel = config_dict.ConfigDict()
-  # T, steps of the look-ahead.
-  config.bilevel.num_inner_steps = 2
-  # What those steps minimise: auxiliary (L_wfm; one step with L_org follows
-  # them), or total (L_org + L_wfm; the usual bilevel scheme).
-  config.bilevel.look_ahead_loss = "auxiliary"
-  # How the hypergradient is computed: reverse, remat, mixed, linearized; auto
-  # is linearized (the fastest), or mixed where that does not fit into memory.
-  config.bilevel.mode = "auto"
-  # How the look-ahead loops: scan compiles as fast for any T; unroll is about
-  # a tenth faster on CPU from T = 4 on.
-  config.bilevel.loop = "scan"
-
-  # Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow; the last
-  # two have to be installed, and are told by their environment variables where
-  # their server is.
-  config.trackers = ("tensorboard",)
-  # Iterations between two records of metrics.jsonl.
-  config.log_every = 20
-  # Epochs between two checkpoints.
-  config.checkpoint_every = 1
-  # Iterations between two more within an epoch; 0 for none.
-  config.checkpoint_steps = 0
-
-  return config
+def _name_in_table(name):
+  """Return the name that declares a field: sources.NAME.taps is source.taps."""
+  parts = name.split(".")
+  if parts[0] == "sources" and len(parts) == 3:
+    return f"source.{parts[2]}"
+  return name
 
 
-def source() -> config_dict.ConfigDict:
-  """Fields of a source network."""
-  config = config_dict.ConfigDict()
-  # Weights of the source network, from `python -m l2t_jax.pretrained` or
-  # "target.safetensors" of an earlier run; they name the network.
-  config.weights = ""
-  # Its taps, as in target.taps. Pairs that are listed in transfer.pairs choose
-  # among all taps instead.
-  config.taps = ()
-  # Height and width of the images that it sees; 0 for those of the data.
-  config.image_size = 0
-  # Its normalisation; () for that of the run that trained it, where that is
-  # known, or else that of the data.
-  config.mean = ()
-  config.std = ()
-  return config
+def source_configs(
+  config: ml_collections.ConfigDict,
+) -> dict[str, ml_collections.ConfigDict]:
+  """Return name -> fields of all sources; a single one has the name ""."""
+  return dict(config.sources.items()) or {"": config.source}
 
 
-# Fields that may differ between a run and its resumption.
-FREE_FIELDS = (
-  "bad_numbers",
-  "shard_params",
-  "log_every",
-  "checkpoint_every",
-  "checkpoint_steps",
-  "trackers",
-  "data.num_workers",
-)
+def get(config: ml_collections.ConfigDict, field: str) -> Any:
+  """Return the value of a field by its dotted name."""
+  return functools.reduce(getattr, field.split("."), config)
 
 
-def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the fields of a config by their dotted names, as they work.
-
-  Runs of before a field existed were what its default is.
-  """
-  usual = json.loads(get_config().to_json())
-  fields = _flatten(usual) | _flatten(dict(config))
-  fields["data.eval_resize"] = data.resized_for_evaluation(
-    fields["data.image_size"], fields["data.eval_resize"]
-  )
-  return fields
-
-
-def _flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(nested, sep=".")
+def flatten(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Return dotted name -> value of nested fields."""
+  return traverse_util.flatten_dict(dict(fields), sep=".")

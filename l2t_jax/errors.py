@@ -1,30 +1,31 @@
-"""Errors that end a run or a command, each with its exit code."""
+"""Errors that end a run or a command, and the exit code of each."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import sys
 from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-  """Says in one line what is wrong, as `errors.errors_in_one_line` does."""
+  """Parser that reports a wrong command line as one line on stderr."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(InputError.exit_code, f"error: {message}; see --help\n")
 
 
 class Stop(Exception):
-  """A run cannot begin or go on; the message says why, in one line.
+  """A run cannot start or continue; the message gives the reason in one line.
 
   `train.py` and the package's commands print it without a traceback and exit
-  with `exit_code`, by which a scheduler can tell whether to start them again.
+  with `exit_code`, which tells a scheduler whether to start them again.
   """
 
   exit_code = 1
-  # Whether all processes of a run meet it, at the same iteration.
+  # True if every process raises this error at the same iteration, so that none
+  # is left waiting.
   meets_all_processes = False
 
 
@@ -42,19 +43,19 @@ class BadNumbersError(Stop, ArithmeticError):
 
 
 class StorageError(Stop, OSError):
-  """Something could not be written: the disk is full, or only to be read."""
+  """Something could not be written: the disk is full or read-only."""
 
   exit_code = 4
 
 
 class LostProcessError(Stop):
-  """Another process of the run ended or no longer answers."""
+  """Another process of the run ended or stopped answering."""
 
   exit_code = 5
 
 
 class Interrupted(Stop):
-  """A signal asked the run to leave; it saved, and the same command goes on."""
+  """A signal ended the run after it saved; the same command resumes it."""
 
   exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again.
   meets_all_processes = True
@@ -62,9 +63,18 @@ class Interrupted(Stop):
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-  """Turn a `Stop` into one line on stderr and its exit code."""
+  """Turn a `Stop` into one line on stderr and exit with its code."""
   try:
     yield
   except Stop as stop:
     print(f"error: {stop}", file=sys.stderr)
     sys.exit(stop.exit_code)
+
+
+def run_command(
+  parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], object]
+) -> None:
+  """Run `main` with the parsed command line; report a `Stop` in one line."""
+  args = parser.parse_args()
+  with errors_in_one_line():
+    main(args)

@@ -94,18 +94,22 @@ def _to_torch_file(tensors):
   return file.getvalue()
 
 
-def main() -> None:
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
   parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("output", type=pathlib.Path)
-  args = parser.parse_args()
+  return parser
+
+
+def main(args: argparse.Namespace) -> None:
+  """Export the target of a run."""
   cpu_lowering.install()
-  with errors.errors_in_one_line():
-    write(predict.load(args.run), args.output)
+  write(predict.load(args.run), args.output)
   print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-  main()
+  errors.run_command(make_parser(), main)

@@ -205,21 +205,25 @@ def _batched(paths, size):
     yield batch
 
 
-def main() -> None:
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
   parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("images", type=pathlib.Path, nargs="+")
-  args = parser.parse_args()
+  return parser
+
+
+def main(args: argparse.Namespace) -> None:
+  """Print the class of each image as CSV."""
   cpu_lowering.install()
-  with errors.errors_in_one_line():
-    paths = find_images(args.images)
-    table = csv.writer(sys.stdout)
-    table.writerow(("image", "class", "probability"))
-    for path, name, probability in predict(load(args.run), paths):
-      table.writerow((path, name, f"{probability:.4f}"))
+  paths = find_images(args.images)
+  table = csv.writer(sys.stdout)
+  table.writerow(("image", "class", "probability"))
+  for path, name, probability in predict(load(args.run), paths):
+    table.writerow((path, name, f"{probability:.4f}"))
 
 
 if __name__ == "__main__":
-  main()
+  errors.run_command(make_parser(), main)

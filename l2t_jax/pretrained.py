@@ -12,13 +12,15 @@ Submodules are named as in PyTorch, but for the dot before a number:
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 
 from l2t_jax import errors, models
 from l2t_jax.models import torch_weights
 
 
-def main() -> None:
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
   parser = errors.Parser(
     description="Convert a PyTorch checkpoint to source weights."
   )
@@ -27,11 +29,12 @@ def main() -> None:
   )
   parser.add_argument("output", type=pathlib.Path, help="OUT.safetensors")
   parser.add_argument("--model", required=True, choices=list(models.MODELS))
-  args = parser.parse_args()
-  with errors.errors_in_one_line():
-    report = torch_weights.convert_file(
-      args.checkpoint, args.output, args.model
-    )
+  return parser
+
+
+def main(args: argparse.Namespace) -> None:
+  """Convert a checkpoint, and list what became of its tensors."""
+  report = torch_weights.convert_file(args.checkpoint, args.output, args.model)
   for name, new_name in report.mapped.items():
     print(f"{name:40} -> {new_name}")
   print(
@@ -43,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  errors.run_command(make_parser(), main)

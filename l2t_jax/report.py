@@ -20,8 +20,8 @@ from l2t_jax.run import saliency_images
 from l2t_jax.runtime import compilation, cpu_lowering
 
 
-def main() -> None:
-  """Write the report that the command line asks for."""
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
   parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -32,18 +32,21 @@ def main() -> None:
   parser.add_argument(
     "--images", type=int, default=6, help="to show saliency of (6); 0: none"
   )
-  args = parser.parse_args()
+  return parser
+
+
+def main(args: argparse.Namespace) -> None:
+  """Write the report of some runs."""
   if args.images < 0:
-    parser.error(f"--images={args.images} must be 0 or more")
+    raise errors.InputError(f"--images={args.images} must be 0 or more")
   compilation.use_cache()
   cpu_lowering.install()
-  with errors.errors_in_one_line():
-    runs = find_runs(args.runs)
-    with files.output_errors(args.output):
-      files.check_place(args.output)  # Before the work.
-    content = make_page(runs, args.images)
-    with files.output_errors(args.output):
-      files.write(args.output, content)
+  runs = find_runs(args.runs)
+  with files.output_errors(args.output):
+    files.check_place(args.output)  # Before the work.
+  content = make_page(runs, args.images)
+  with files.output_errors(args.output):
+    files.write(args.output, content)
   print(f"wrote {args.output}")
 
 
@@ -67,4 +70,4 @@ def make_page(runs: Sequence[run_reader.Run], num_images: int) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  errors.run_command(make_parser(), main)

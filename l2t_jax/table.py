@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import contextlib
 import copy
-import json
 import pathlib
 import sys
 import time
@@ -33,7 +32,7 @@ import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import paper, run_reader, table_picture, tables
-from l2t_jax.run import from_config
+from l2t_jax.run import experiments, from_config
 from l2t_jax.runtime import run_folder, signals
 
 flags.declare_key_flag("workdir")
@@ -328,8 +327,8 @@ def _departures(cell, summaries):
     num_images = (num_labelled, summary["num_test"])
   return paper.departures(
     cell.column,
-    l2t_jax.config.comparable(json.loads(config.to_json())),
-    l2t_jax.config.comparable({}),
+    experiments.comparable(from_config.describe(config)),
+    experiments.comparable(from_config.describe(l2t_jax.config.get_config())),
     free_fields=l2t_jax.config.FREE_FIELDS,
     source=source,
     num_images=num_images,

@@ -11,6 +11,7 @@ interrupted run leaves only OUT.partial, which the next one replaces.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import contextlib
 import pathlib
@@ -256,17 +257,21 @@ DATA_SETS = {
 }
 
 
-def main() -> None:
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
   parser = errors.Parser(
     description="Sort the images of official archives into folders by class."
   )
   parser.add_argument("name", choices=list(DATA_SETS))
   parser.add_argument("archives", type=pathlib.Path, help="folder of downloads")
   parser.add_argument("out", type=pathlib.Path, help="folder to make")
-  args = parser.parse_args()
+  return parser
+
+
+def main(args: argparse.Namespace) -> None:
+  """Make the folders of a data set."""
   published = DATA_SETS[args.name]
-  with errors.errors_in_one_line():
-    make_layout(published, args.archives, args.out)
+  make_layout(published, args.archives, args.out)
   print(
     f"wrote {published.num_train} training and {published.num_test} test images"
     f" to {args.out}"
@@ -274,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  errors.run_command(make_parser(), main)

@@ -18,7 +18,8 @@ from l2t_jax.method import pair_sets
 from l2t_jax.models import bundled
 
 
-def main() -> None:
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
   parser = errors.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -26,21 +27,24 @@ def main() -> None:
     "model",
     help=f"{', '.join(bundled.MODELS)}, or package.module:function",
   )
-  parser.add_argument("--target", help="to propose pairs with; likewise")
+  parser.add_argument("--target", help="another, to propose pairs with")
   parser.add_argument(
     "--image_size", type=int, help="pixels (32; 224 for ours for ImageNet)"
   )
   parser.add_argument("--channels", type=int, default=3)
-  args = parser.parse_args()
-  with errors.errors_in_one_line():
-    default_taps = [
-      _print_taps(model, args.image_size, args.channels)
-      for model in (args.model, args.target)
-      if model
-    ]
-    if args.target:
-      for pair in pair_sets.make_pairs("nearest", *default_taps):
-        print(pair.name)
+  return parser
+
+
+def main(args: argparse.Namespace) -> None:
+  """Print the taps of one network, or of two and their pairs."""
+  default_taps = [
+    _print_taps(model, args.image_size, args.channels)
+    for model in (args.model, args.target)
+    if model
+  ]
+  if args.target:
+    for pair in pair_sets.make_pairs("nearest", *default_taps):
+      print(pair.name)
 
 
 def _print_taps(model, image_size, channels):
@@ -66,4 +70,4 @@ def _print_taps(model, image_size, channels):
 
 
 if __name__ == "__main__":
-  main()
+  errors.run_command(make_parser(), main)

@@ -19,17 +19,6 @@ import jax
 from l2t_jax import data, errors, fingerprints, models, types
 from l2t_jax.method import objectives, transfer
 
-# Fields of a description that may differ between a run and its resumption.
-_FREE_FIELDS = (
-  "bad_numbers",
-  "shard_params",
-  "log_every",
-  "checkpoint_every",
-  "checkpoint_steps",
-  "trackers",
-  "data.num_workers",
-)
-
 
 class Source(NamedTuple):
   """A trained network whose features are transferred."""
@@ -152,6 +141,8 @@ class Experiment(NamedTuple):
   frozen: transfer.TransferMap | None = None
   # Content of config.json; None to derive it, by `describe`.
   description: Mapping[str, Any] | None = None
+  # Fields of the description that may differ when a run is resumed.
+  free_fields: tuple[str, ...] = ()
 
   @property
   def method(self) -> objectives.Method:
@@ -179,18 +170,17 @@ def settings_from(fields: Mapping[str, Any]) -> Settings:
   )
 
 
-def identity(description: Mapping[str, Any]) -> dict[str, Any]:
-  """Return what must be equal when a run is resumed, by dotted names.
+def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
+  """Return dotted name -> effective value of the fields of a description.
 
   Args:
     description: of an experiment, or the content of a run's config.json.
   """
   fields = traverse_util.flatten_dict(dict(description), sep=".")
-  reading = description["data"]
   fields["data.eval_resize"] = data.resized_for_evaluation(
-    reading["image_size"], reading["eval_resize"]
+    fields["data.image_size"], fields["data.eval_resize"]
   )
-  return {n: value for n, value in fields.items() if n not in _FREE_FIELDS}
+  return fields
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:

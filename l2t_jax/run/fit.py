@@ -148,6 +148,7 @@ def fit(
     task or objectives.CLASSIFICATION,
     tuple(config.target.taps),
     from_config.load_map(config),
+    free_fields=l2t_jax.config.FREE_FIELDS,
   )
   workdir = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
   summary = train.train(experiment, workdir)

@@ -81,7 +81,7 @@ def check(
     one.seed = seed
     l2t_jax.config.check(one)
   if workdirs:
-    train.check_folders(describe(config), workdirs)
+    train.check_folders(describe(config), workdirs, l2t_jax.config.FREE_FIELDS)
   tracking.check_trackers(config.trackers)
   if objectives.METHODS[config.method].needs_source:
     for fields in l2t_jax.config.source_configs(config).values():
@@ -130,6 +130,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     tuple(config.target.taps),
     load_map(config),
     describe(config),
+    l2t_jax.config.FREE_FIELDS,
   )
 
 

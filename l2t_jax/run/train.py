@@ -6,7 +6,7 @@ which looks as if it had trained alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import contextlib
 import os
 import pathlib
@@ -92,7 +92,7 @@ def train_together(
   """
   description = experiment.description or experiments.describe(experiment)
   experiment = experiment._replace(description=description)
-  check_folders(description, workdirs)
+  check_folders(description, workdirs, experiment.free_fields)
   tracking.check_trackers(experiment.settings.trackers)
   summaries = completed(workdirs)
   left = {
@@ -134,12 +134,14 @@ def completed(
 def check_folders(
   description: Mapping[str, Any],
   workdirs: Mapping[int, str | os.PathLike[str]],
+  free_fields: Collection[str],
 ) -> None:
   """Make sure that folders hold no run of another experiment.
 
   Args:
     description: of the experiment; its seed is not read.
     workdirs: seed -> folder of its run, which need not be there.
+    free_fields: dotted names of those that may differ.
 
   Raises:
     errors.InputError: naming the fields that differ.
@@ -155,12 +157,12 @@ def check_folders(
           " --workdir"
         )
       continue
-    old = experiments.identity(run_folder.read_json(config_file))
-    new = experiments.identity({**description, "seed": seed})
+    old = experiments.comparable(run_folder.read_json(config_file))
+    new = experiments.comparable({**description, "seed": seed})
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
       for field in new | old
-      if old.get(field) != new.get(field)
+      if old.get(field) != new.get(field) and field not in free_fields
     ]
     if differences:
       raise errors.InputError(

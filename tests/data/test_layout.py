@@ -365,7 +365,7 @@ def test_out_that_can_not_be_written(archives, tmp_path):
 
 def run(monkeypatch, *arguments):
   monkeypatch.setattr(sys, "argv", ["layout", *map(str, arguments)])
-  layout.main()
+  errors.run_command(layout.make_parser(), layout.main)
 
 
 def test_command(archives, tmp_path, monkeypatch, capsys):

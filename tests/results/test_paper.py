@@ -7,6 +7,7 @@ import pytest
 
 import l2t_jax.config
 from l2t_jax.results import paper
+from l2t_jax.run import experiments, from_config
 from tests.support import small_runs
 
 
@@ -21,8 +22,8 @@ def config_of(name, **changes):
 def departures(name, config, **told):
   return paper.departures(
     name,
-    l2t_jax.config.comparable(config),
-    l2t_jax.config.comparable({}),
+    experiments.comparable(config),
+    experiments.comparable(from_config.describe(l2t_jax.config.get_config())),
     free_fields=l2t_jax.config.FREE_FIELDS,
     **told,
   )

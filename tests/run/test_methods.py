@@ -289,7 +289,7 @@ def test_a_source_as_a_plain_dict_is_told_what_it_lacks(source):
   config = small_runs.small_config(source)
   config.source.weights = ""
   config.sources.mine = {"weights": str(source)}
-  message = "config.sources.mine has other fields than config.source:"
+  message = "config.sources.mine lacks taps, image_size, mean, std; start from"
   with pytest.raises(errors.InputError, match=message):
     l2t_jax.config.check(config)
 

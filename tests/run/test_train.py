@@ -6,7 +6,6 @@ import os
 import re
 import time
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,12 +134,10 @@ def test_configs_are_complete():
   """Each experiment has the default's fields, no more and no fewer."""
   names = [path.stem for path in (small_runs.ROOT / "configs").glob("[!_]*.py")]
   assert len(names) > 10
-  fields = set(
-    traverse_util.flatten_dict(default.get_config().to_dict(), sep=".")
-  )
+  fields = set(l2t_jax.config.flatten(default.get_config().to_dict()))
   for name in names:
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert set(traverse_util.flatten_dict(config.to_dict(), sep=".")) == fields
+    assert set(l2t_jax.config.flatten(config.to_dict())) == fields
     if name != "default":
       l2t_jax.config.check(config)
 
@@ -188,7 +185,7 @@ def test_a_run_that_evaluates_alike_is_the_same(
   old["data"]["eval_resize"] = before
   (tmp_path / "config.json").write_text(json.dumps(old))
   if is_same:
-    train.check_folders(description, {0: tmp_path})
+    train.check_folders(description, {0: tmp_path}, ())
     return
   with pytest.raises(errors.InputError, match=f"eval_resize was {before}, is"):
-    train.check_folders(description, {0: tmp_path})
+    train.check_folders(description, {0: tmp_path}, ())
