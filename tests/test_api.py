@@ -4,6 +4,13 @@ import importlib.metadata
 import importlib.resources
 import json
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+
+import pytest
 
 import l2t_jax
 from tests.support import small_runs
@@ -63,15 +70,69 @@ def test_every_name_is_there():
 
 
 def test_every_name_is_documented():
-  """Each has a link in docs/api.md; mkdocs checks where it leads."""
+  """Each has a link in docs/api.md that leads to an entry of that page."""
   text = (small_runs.ROOT / "docs" / "api.md").read_text()
-  names = re.findall(
-    r"^\| \[`(\w+)`\]\[l2t_jax\.[\w.]+\] \|", text, re.MULTILINE
-  )
-  assert len(names) == len(set(names))
-  assert set(names) == set(l2t_jax.__all__)
+  links = re.findall(r"^\| \[`(\w+)`\]\[([\w.]+)\]", text, re.MULTILINE)
+  assert sorted(name for name, _ in links) == sorted(l2t_jax.__all__)
+  entries = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
+  for name, target in links:
+    module, _, last = target.rpartition(".")
+    assert target in entries or (module in entries and last == name)
 
 
 def test_version_and_types():
   assert l2t_jax.__version__ == importlib.metadata.version("l2t-jax")
   assert importlib.resources.files(l2t_jax).joinpath("py.typed").is_file()
+
+
+@pytest.mark.long
+def test_the_wheel_works_without_the_clone(tmp_path):
+  """The README's first example in Python, and a command."""
+  build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+  build += [f"--wheel-dir={tmp_path}"]
+  clone = tmp_path / "clone"  # A build leaves files beside its sources.
+  shutil.copytree(small_runs.ROOT / "l2t_jax", clone / "l2t_jax")
+  for name in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copy(small_runs.ROOT / name, clone)
+  subprocess.run([*build, str(clone)], check=True)
+  shutil.rmtree(clone)
+  (wheel,) = tmp_path.glob("*.whl")
+  venv.create(tmp_path / "venv", with_pip=False)
+  (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+  install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+  subprocess.run([*install, f"--target={site}", str(wheel)], check=True)
+  # Other packages are those of this interpreter, but for an editable install:
+  # .pth files in a folder that a .pth file adds are not read.
+  (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+  readme = (small_runs.ROOT / "README.md").read_text()
+  example = re.search(r"```python\n(import l2t_jax.*?)```", readme, re.S)[1]
+  program = _BEFORE_EXAMPLE + example.replace("= 30, 32", "= 1, 16")
+  program += "\nassert logits.shape == (4, 10)\nprint(l2t.__file__)\n"
+  run = lambda *arguments: (
+    subprocess.run(
+      [tmp_path / "venv/bin/python", *arguments],
+      cwd=tmp_path,
+      check=True,
+      text=True,
+      stdout=subprocess.PIPE,
+    ).stdout
+  )
+  assert str(site) in run("-c", program)
+  assert "stage1_block1" in run("-m", "l2t_jax.models", "resnet_tiny")
+
+
+_BEFORE_EXAMPLE = """
+import flax.linen as nn, jax, numpy as np
+class MyTarget(nn.Module):
+  num_classes: int
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.BatchNorm(not train)(nn.Conv(8, (3, 3))(x)))
+    return nn.Dense(self.num_classes)(x.mean((1, 2)))
+my_source = MyTarget(num_classes=4)
+variables = my_source.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
+my_params, my_stats = variables["params"], variables["batch_stats"]
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (200, 8, 8, 1), np.uint8)
+labels, new_images = np.arange(200) % 10, images[:4]
+"""
