@@ -38,34 +38,21 @@ def write_images(folder: pathlib.Path, num_images: int) -> None:
 
 
 def measure(folder: pathlib.Path, num_workers: int, seconds: float) -> float:
-  """Return images a second, after the workers have started."""
-  dataset = data.load(
-    "folder",
+  """Return images per second, after the workers have started."""
+  fields = data.DataFields(
+    source="folder",
     path=str(folder),
-    name="",
-    classes=(),
     image_size=224,
     channels=3,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
     augment="random_resized_crop_flip",
-    crop_padding=0,
     eval_resize=256,
-    split_file="",
-    split_prefix="",
     val_fraction=0.1,
     test_fraction=0.1,
-    split_seed=0,
-    per_class=0,
-    unlabeled=False,
-    unlabeled_path="",
-    unlabeled_batch_size=0,
     num_workers=num_workers,
-    batch_size=_BATCH_SIZE,
-    seed=0,
-    process_index=0,
-    process_count=1,
   )
+  dataset = data.load(fields, batch_size=_BATCH_SIZE, seed=0)
   count, start, epoch = 0, None, 0
   while True:
     for batch in dataset.train_batches(epoch):

@@ -1,4 +1,4 @@
-"""Digests that tell arrays apart."""
+"""Digests that tell arrays apart, in any process and on any machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from l2t_jax import types
 
 
 def fingerprint(tree: types.PyTree) -> str:
-  """Return 16 hex digits of the paths, shapes, dtypes and bytes of arrays."""
+  """Return 16 hex digits of the paths, shapes, dtypes and bytes of all arrays.
+
+  Args:
+    tree: a PyTree of NumPy or JAX arrays that this process can read; strings
+      and other leaves count as NumPy arrays of them.
+
+  Returns:
+    The digits, equal for equal trees.
+  """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     array = np.asarray(leaf)
-    what = (jax.tree_util.keystr(path), array.shape, str(array.dtype))
-    digest.update(repr(what).encode() + array.tobytes())
+    header = (jax.tree_util.keystr(path), array.shape, str(array.dtype))
+    digest.update(repr(header).encode() + array.tobytes())
   return digest.hexdigest()[:16]

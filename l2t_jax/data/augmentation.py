@@ -1,4 +1,4 @@
-"""Augmentation and normalisation on the device; pure functions of a batch."""
+"""Augmentation and normalisation of a batch on the device: pure functions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 def draw_crops(
   key: jax.Array, num_images: int, *, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Draw a crop and a coin per image.
+  """Draw a crop and a flip per image.
 
   Args:
-    key: consumed.
-    num_images: of the global batch.
-    padding: the width of the border that images get before the crop.
+    key: PRNG key; consumed.
+    num_images: size of the global batch.
+    padding: width of the border that images get before the crop, in pixels.
 
   Returns:
     Offsets (top, left) int32 [num_images, 2], each from 0 to 2 * padding, and
@@ -31,16 +31,16 @@ def draw_crops(
 def pad_crop_flip(
   images: jax.Array, offsets: jax.Array, flips: jax.Array, *, padding: int
 ) -> jax.Array:
-  """Pad with black, cut out the original size at an offset, and mirror.
+  """Pad with black, crop to the original size at an offset, and mirror.
 
-  It comes before normalisation, as in torchvision's RandomCrop(padding=...):
-  the border is black, not the mean colour.
+  This comes before normalisation, as in torchvision's RandomCrop(padding=...),
+  so that the border is black and not the mean colour.
 
   Args:
     images: uint8 [B, H, W, C].
     offsets: (top, left) of the crop in the padded image, int32 [B, 2].
     flips: whether to mirror left and right, bool [B].
-    padding: width of the border.
+    padding: width of the border, in pixels.
 
   Returns:
     uint8 [B, H, W, C].
@@ -64,8 +64,8 @@ def normalise(
 
   Args:
     images: uint8 [B, H, W, C].
-    mean: one value, or one per channel, on the scale from 0 to 1.
-    std: likewise.
+    mean: one value, or one per channel, on a scale from 0 to 1.
+    std: one value, or one per channel, on the same scale.
 
   Returns:
     float32 [B, H, W, C].

@@ -1,3 +1,5 @@
+"""Small data sets that come with Python packages."""
+
 from __future__ import annotations
 
 import functools
@@ -9,7 +11,7 @@ from l2t_jax.data import from_arrays, records
 
 
 def open_bundled(name: str) -> records.ImageSet:
-  """Open a small grey set that comes with a Python package."""
+  """Open a set of grey images: "mnist" (28x28) or "digits" (8x8)."""
   package_of = functools.partial(
     imports.require, needed_for=f"bundled data set {name!r}"
   )
@@ -20,7 +22,7 @@ def open_bundled(name: str) -> records.ImageSet:
     datasets = package_of("sklearn.datasets", package="scikit-learn")
     digits = datasets.load_digits()
     labels = digits.target
-    # Its grey values go from 0 to 16.
+    # Grey values go from 0 to 16.
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   else:
     raise errors.InputError(

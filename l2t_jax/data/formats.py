@@ -1,4 +1,4 @@
-"""How a network wants its images, and how to turn one format into another."""
+"""The format of the images that a network sees, and conversion between two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from l2t_jax import errors
 
-# Red, green and blue in a grey value (ITU-R 601, which Pillow uses too).
+# Weights of red, green and blue in a grey value: ITU-R 601, as in Pillow.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
@@ -22,8 +22,9 @@ class ImageFormat(NamedTuple):
 
   size: int  # Height and width in pixels.
   channels: int  # 1 (grey) or 3 (RGB).
-  mean: tuple[float, ...]  # One value or one per channel, on a scale of 0 to 1.
-  std: tuple[float, ...]  # Likewise.
+  # One value or one per channel, on a scale from 0 to 1.
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -34,16 +35,16 @@ class ImageFormat(NamedTuple):
 def check_normalisation(
   prefix: str, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-  """Refuse means and deviations that no images can have.
+  """Refuse means and standard deviations that no images can have.
 
   Args:
-    prefix: of the fields' names, for messages.
+    prefix: what precedes the names of the fields in messages.
     mean: of the pixels.
     std: of the pixels.
 
   Raises:
-    errors.InputError: a value is no finite number, or a deviation is not
-      positive.
+    errors.InputError: a value is no finite number, or a standard deviation is
+      not positive.
   """
   finite = lambda value: (
     isinstance(value, numbers.Real) and math.isfinite(value)
@@ -64,14 +65,14 @@ def convert(
 ) -> chex.Array:
   """Turn normalised images into those of another format.
 
-  Resizing is bilinear and antialiased; a grey image becomes one with three
-  equal channels, a colour image its luminance. Images of the same format pass
-  untouched.
+  Resizing is bilinear and antialiased. A grey image becomes three equal
+  channels, a colour image becomes its luminance. Images that have the new
+  format already are returned as they are.
 
   Args:
     images: [B, H, W, C] in the old format.
-    old: what they are.
-    new: what they become.
+    old: the format of `images`.
+    new: the format of the result.
 
   Returns:
     [B, H, W, C] in the new format.

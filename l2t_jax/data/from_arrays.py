@@ -28,6 +28,11 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
     ) from error
 
 
+def open_npz(path: str) -> records.ImageSet:
+  """Open an npz file; see `image_set`."""
+  return image_set(load_npz(path), repr(path))
+
+
 def _image_from_array(images: np.ndarray, index: int) -> Image.Image:
   image = images[index]
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -70,6 +75,7 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
     num_val = len(validation.labels)
     train = _joined(where, train, validation)
   test = _checked_records(where, arrays, "test") if is_given("test") else None
+  _check_targets(train, test)
   num_seen = 1 + max(
     part.labels.max(initial=0) for part in (train, test) if part
   )
@@ -83,6 +89,20 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
       f" {len(class_names)} entries"
     )
   return records.ImageSet(train, num_val, test, class_names)
+
+
+def _check_targets(
+  train: records.Records, test: records.Records | None
+) -> None:
+  """Refuse test images whose targets are not those that are learned."""
+  if train.targets is None or test is None:
+    return
+  shape = train.targets.shape[1:]
+  if test.targets is None or test.targets.shape[1:] != shape:
+    raise errors.InputError(
+      f"the training images have targets of shape {list(shape)}, but the test"
+      " images do not"
+    )
 
 
 def _check_copies(where: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -5,49 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent import futures
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from l2t_jax import types
-from l2t_jax.data import augmentation, datasets, pillow
+from l2t_jax.data import augmentation, data_fields, datasets, pillow
 
-AUGMENTS = ("none", "crop", "crop_flip")
-# In place of an epoch, for the draws of images without labels.
+# Takes the place of an epoch in the keys of images without labels.
 NO_EPOCH = 2**32 - 1
 
 
-class InMemoryDataset(datasets.SplitDataset):
-  """Images that are resized once and then kept as uint8; see Dataset."""
+class _Preparation(NamedTuple):
+  """What is done to the images of a training batch; static under jit."""
+
+  plan: datasets.BatchPlan
+  augment: str
+  padding: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+class InMemoryDataset(datasets.Dataset):
+  """Images that are resized once and then kept on the device as uint8."""
 
   def __init__(
-    self,
-    contents: datasets.Contents,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augment: str,
-    crop_padding: int,
+    self, contents: datasets.Contents, fields: data_fields.DataFields
   ):
-    super().__init__(contents)
+    super().__init__(contents, fields)
     self._arrays = {
       name: jax.device_put(
         (_read_resized(subset, self.image_shape), subset.targets)
       )
       for name, subset in self._subsets.items()
     }
-    static = {
-      "augment": augment,
-      "padding": crop_padding,
-      "mean": mean,
-      "std": std,
-    }
-    self._train_batch = functools.partial(
-      _train_batch, plan=self._plan, **static
-    )
-    self._unlabeled_images = functools.partial(
-      _train_images, plan=self._unlabeled_plan, **static
+    mean, std = tuple(fields.mean), tuple(fields.std)
+    self._preparation = _Preparation(
+      self._plan, fields.augment, fields.crop_padding, mean, std
     )
     self._eval_batch = functools.partial(_eval_batch, mean=mean, std=std)
 
@@ -57,8 +52,11 @@ class InMemoryDataset(datasets.SplitDataset):
     order = datasets.epoch_order(self._seed, epoch, self.num_train)
     for step in range(start, self.steps_per_epoch):
       positions = order[self._plan.slots(step)]
-      batch = self._train_batch(
-        *self._arrays["train"], positions, key, epoch, step
+      batch = _train_batch(
+        self._arrays["train"],
+        positions,
+        (key, epoch, step),
+        preparation=self._preparation,
       )
       if self.num_unlabeled:
         batch = batch._replace(
@@ -72,7 +70,12 @@ class InMemoryDataset(datasets.SplitDataset):
       self._seed, slots, self.num_unlabeled
     )
     images, _ = self._arrays["unlabeled"]
-    return self._unlabeled_images(images, positions, key, epoch, step)
+    return _train_images(
+      images,
+      positions,
+      (key, epoch, step),
+      preparation=self._preparation._replace(plan=self._unlabeled_plan),
+    )
 
   def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
     images, labels = self._arrays[split]
@@ -84,7 +87,7 @@ class InMemoryDataset(datasets.SplitDataset):
 def _read_resized(
   subset: datasets.Subset, image_shape: tuple[int, int, int]
 ) -> np.ndarray:
-  """Read all images of a split as uint8 [N, H, W, C]."""
+  """Read all images of a subset as uint8 [N, H, W, C]."""
   height, width, channels = image_shape
   pixels = subset.records.pixels
   if pixels is not None and pixels.shape[1:] == image_shape:
@@ -102,46 +105,50 @@ def _read_resized(
   return resized
 
 
-@functools.partial(
-  jax.jit, static_argnames=("plan", "augment", "padding", "mean", "std")
-)
+@functools.partial(jax.jit, static_argnames="preparation")
 def _train_batch(
-  images: jax.Array,
-  labels: jax.Array,
+  data: tuple[jax.Array, jax.Array],
   positions: jax.Array,
-  key: jax.Array,
-  epoch: jax.Array,
-  step: jax.Array,
-  **static: Any,
+  draw: tuple[jax.Array, Any, Any],
+  *,
+  preparation: _Preparation,
 ) -> types.Batch:
-  """Gather this process's rows of a batch; see _train_images."""
-  read = _train_images(images, positions, key, epoch, step, **static)
-  return types.Batch(read, labels[positions])
+  """Prepare this process's rows of a batch, with labels; see _train_images."""
+  images, labels = data
+  return types.Batch(
+    _train_images(images, positions, draw, preparation=preparation),
+    labels[positions],
+  )
 
 
-@functools.partial(
-  jax.jit, static_argnames=("plan", "augment", "padding", "mean", "std")
-)
+@functools.partial(jax.jit, static_argnames="preparation")
 def _train_images(
   images: jax.Array,
   positions: jax.Array,
-  key: jax.Array,
-  epoch: jax.Array,
-  step: jax.Array,
+  draw: tuple[jax.Array, Any, Any],
   *,
-  plan: datasets.BatchPlan,
-  augment: str,
-  padding: int,
-  mean: tuple[float, ...],
-  std: tuple[float, ...],
+  preparation: _Preparation,
 ) -> jax.Array:
-  """Gather, augment and normalise this process's rows of a batch."""
+  """Gather, augment and normalise this process's rows of a batch.
+
+  Args:
+    images: all images, uint8 [N, H, W, C].
+    positions: of the rows, [b].
+    draw: PRNG key, epoch and step.
+    preparation: what is done to them.
+
+  Returns:
+    float32 [b, H, W, C].
+  """
+  plan, augment, padding, mean, std = preparation
   batch = images[positions]
   if augment != "none":
-    key = jax.random.fold_in(key, epoch)
-    # Drawn for the global batch: the same whatever the number of processes.
+    key, epoch, step = draw
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), step)
+    # Drawn for the global batch, so that the number of processes does not
+    # matter.
     offsets, flips = augmentation.draw_crops(
-      jax.random.fold_in(key, step), plan.batch_size, padding=padding
+      key, plan.batch_size, padding=padding
     )
     offsets, flips = offsets[plan.rows], flips[plan.rows]
     flips = flips & (augment == "crop_flip")

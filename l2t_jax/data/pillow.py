@@ -1,4 +1,4 @@
-"""What Pillow does on the host: decode, convert, crop and resize.
+"""Decode, convert, crop and resize images on the host, with Pillow.
 
 Resizing is bilinear and antialiased, and the random crop is torchvision's
 RandomResizedCrop, so that accuracies compare with published ones.
@@ -25,13 +25,13 @@ def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
   try:
     with Image.open(file) as image:
       image.load()
-  # Pillow's decoders raise errors of many types on broken files.
+  # Pillow's decoders raise errors of many types for broken files.
   except Exception as error:
     raise errors.InputError(
       f"image {name} cannot be read ({type(error).__name__}); replace or"
       " remove it"
     ) from error
-  if image.mode == "I" and image.format == "PPM":  # Pillow's for 16 bits.
+  if image.mode == "I" and image.format == "PPM":  # 16 bits per pixel.
     return Image.fromarray(np.asarray(image).astype(np.uint16))
   if image.mode in ("I", "F"):
     kind = "integers" if image.mode == "I" else "floats"
@@ -44,7 +44,7 @@ def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
   """Turn an image of any mode into grey (1 channel) or RGB (3)."""
-  if image.mode.startswith("I;16"):  # Pillow would cut off, not scale.
+  if image.mode.startswith("I;16"):  # Pillow would clip, not scale.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   return image.convert("L" if channels == 1 else "RGB")
 
@@ -63,7 +63,7 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 def resize_and_center_crop(
   image: Image.Image, *, resized: int, size: int
 ) -> Image.Image:
-  """Resize the short side to `resized`, then cut out the central square.
+  """Resize the short side to `resized`, then crop the central square.
 
   Args:
     image: of any size.
@@ -83,7 +83,7 @@ def resize_and_center_crop(
 def random_resized_crop_flip(
   image: Image.Image, rng: np.random.Generator, *, size: int
 ) -> Image.Image:
-  """Cut out a random box, resize it to size x size, mirror half of them."""
+  """Crop a random box, resize it to size x size, mirror it half of the time."""
   box = random_box(*image.size, rng)
   # The crop comes first: resize(box=...) would mix in pixels from outside.
   crop = resize(image.crop(box), size, size)
@@ -105,7 +105,7 @@ def random_box(
       left = int(rng.integers(width - box_width + 1))
       top = int(rng.integers(height - box_height + 1))
       return left, top, left + box_width, top + box_height
-  # No box fits an extreme image: the largest central one of allowed ratio.
+  # No box fitted: take the largest central one with an allowed ratio.
   box_width = min(width, round(height * CROP_RATIO[1]))
   box_height = min(height, round(width / CROP_RATIO[0]))
   left, top = (width - box_width) // 2, (height - box_height) // 2

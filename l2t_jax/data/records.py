@@ -1,8 +1,8 @@
-"""Where images come from: bundled sets, npz files, folders, tfds."""
+"""Images with labels, in any order: what every source of images becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,43 +10,43 @@ from PIL import Image
 
 from l2t_jax import errors
 
-# Share of test images that may be training images, too. In CIFAR-100 a tenth
+# Share of test images that may also be training images. In CIFAR-100 a tenth
 # have near copies (Barz and Denzler, 2020), and fewer have exact ones.
 MAX_COPIES = 0.1
-MIN_COPIES = 5  # Fewer are no reason to refuse, whatever their share.
+MIN_COPIES = 5  # Fewer copies are accepted, whatever their share.
 
 
 class Records(NamedTuple):
   """Labelled images that can be read in any order, by index."""
 
-  # Reads one image, of any size and mode; goes to worker processes by pickle.
+  # Reads one image, of any size and mode; picklable, for worker processes.
   read_image: Callable[[int], Image.Image]
-  # [N] int32, 0 .. num_classes - 1; -1: class left out, or never published.
+  # [N] int32, 0 .. num_classes - 1; -1 where the class is left out or secret.
   labels: np.ndarray
   # The same images, uint8 [N, H, W, C], where they are in memory.
   pixels: np.ndarray | None = None
-  # What the target learns of each image, [N, ...], where that is not its class.
+  # [N, ...], what is learned from each image where that is not its class.
   targets: np.ndarray | None = None
 
 
 class ImageSet(NamedTuple):
   """A data set as it was published."""
 
-  train: Records  # The official training images, then those for validation.
-  num_official_val: int  # How many at the end of `train` are for validation.
-  test: Records | None  # None: there is no official test set.
+  train: Records  # The official training images, then the validation images.
+  num_official_val: int  # Number of validation images at the end of `train`.
+  test: Records | None  # None where there is no official test set.
   class_names: tuple[str, ...]
 
 
-def keep_classes(source: ImageSet, classes: Sequence[int]) -> ImageSet:
+def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
   """Keep some classes and number them 0, 1, ... in the order given.
 
   Images of the other classes stay where they are, with label -1, so that
   indices into the official order keep their meaning.
 
   Args:
-    source: the data set with labels as published.
-    classes: published labels to keep; empty for all of them.
+    images: the data set with labels as published.
+    classes: published labels to keep; empty for all.
 
   Returns:
     The same images with new labels and class names.
@@ -55,11 +55,11 @@ def keep_classes(source: ImageSet, classes: Sequence[int]) -> ImageSet:
     errors.InputError: a class does not exist or is named twice.
   """
   if not classes:
-    return source
-  num_classes = len(source.class_names)
+    return images
+  num_classes = len(images.class_names)
   for label in classes:
     if label not in range(num_classes):
-      named = listed(f"{i}: {n}" for i, n in enumerate(source.class_names))
+      named = listed(f"{i}: {n}" for i, n in enumerate(images.class_names))
       raise errors.InputError(
         f"classes has {label}, but the classes are {named}"
       )
@@ -72,10 +72,10 @@ def keep_classes(source: ImageSet, classes: Sequence[int]) -> ImageSet:
     labels = records.labels
     return records._replace(labels=np.where(labels < 0, -1, new_labels[labels]))
 
-  return source._replace(
-    train=relabel(source.train),
-    test=None if source.test is None else relabel(source.test),
-    class_names=tuple(source.class_names[label] for label in classes),
+  return images._replace(
+    train=relabel(images.train),
+    test=None if images.test is None else relabel(images.test),
+    class_names=tuple(images.class_names[label] for label in classes),
   )
 
 
@@ -85,9 +85,11 @@ def some_of(names: Sequence[str]) -> str:
   return ", ".join(names[:5]) + more
 
 
-def listed(items: Any) -> str:
+def listed(items: Iterable[Any]) -> str:
+  """Join items with commas, for a message."""
   return ", ".join(str(item) for item in items)
 
 
 def are_many(copies: int, count: int) -> bool:
+  """Return whether so many of `count` images are copies that it is a fault."""
   return copies >= MIN_COPIES and copies > MAX_COPIES * count

@@ -9,91 +9,77 @@ from typing import NamedTuple
 import numpy as np
 
 from l2t_jax import errors
-from l2t_jax.data import from_arrays, records
+from l2t_jax.data import data_fields, from_arrays, records
 
 
 class Split(NamedTuple):
   """Sorted indices of the images in use."""
 
-  train: np.ndarray  # [n] int64, into Source.train.
-  val: np.ndarray  # [n] int64, into Source.train.
-  test: np.ndarray  # [n] int64, into Source.test; into Source.train if None.
+  train: np.ndarray  # [n] int64, into ImageSet.train.
+  val: np.ndarray  # [n] int64, into ImageSet.train.
+  test: np.ndarray  # [n] int64, into ImageSet.test, or .train if that is None.
 
 
 def make_split(
-  source: records.ImageSet,
-  *,
-  split_file: str,
-  split_prefix: str,
-  val_fraction: float,
-  test_fraction: float,
-  split_seed: int,
+  images: records.ImageSet, fields: data_fields.DataFields
 ) -> Split:
-  """Read a published split or draw one.
-
-  Args:
-    source: the data set.
-    split_file: see split_from_file; '' to draw the split.
-    split_prefix: see split_from_file.
-    val_fraction: see seeded_split.
-    test_fraction: see seeded_split.
-    split_seed: of the drawn split.
-
-  Returns:
-    The split.
+  """Read a published split or draw one; `per_class` is not applied yet.
 
   Raises:
     errors.InputError: a value is wrong, or a part that is needed is empty.
   """
-  if split_file:
-    split = split_from_file(source, split_file, split_prefix)
+  path, prefix = fields.split_file, fields.split_prefix
+  if path:
+    split = split_from_file(images, path, prefix)
   else:
     split = seeded_split(
-      source,
-      val_fraction=val_fraction,
-      test_fraction=test_fraction,
-      seed=split_seed,
+      images,
+      val_fraction=fields.val_fraction,
+      test_fraction=fields.test_fraction,
+      seed=fields.split_seed,
     )
   empty = [
     part for part, indices in split._asdict().items() if not len(indices)
   ]
-  if split_file and empty:
+  if path and empty:
     raise errors.InputError(
-      f"{split_file!r}: {split_prefix}_{empty[0]} has no images of the classes"
-      " that are kept; give it some"
+      f"{path!r}: {prefix}_{empty[0]} has no images of the classes that are"
+      " kept; give it some"
     )
   if "test" in empty:
     raise errors.InputError(
-      f"there are no test images: test_fraction={test_fraction} of the"
+      f"there are no test images: test_fraction={fields.test_fraction} of the"
       " training images; raise it or give a split_file"
     )
-  if "val" in empty and val_fraction:
+  if "val" in empty and fields.val_fraction:
     raise errors.InputError(
-      f"there are no validation images: val_fraction={val_fraction} takes none"
-      " of any class; raise it"
+      f"there are no validation images: val_fraction={fields.val_fraction}"
+      " takes none of any class; raise it"
     )
+  if images.train.targets is None:
+    _check_classes(images, split)
   return split
 
 
-def check_classes(split: Split, source: records.ImageSet) -> None:
-  """Raise `errors.InputError` for a class that nothing could be learned of."""
-  unseen = without_images(source.class_names, source.train.labels[split.train])
+def _check_classes(images: records.ImageSet, split: Split) -> None:
+  """Refuse classes that nothing can be learned of."""
+  unseen = without_images(images.class_names, images.train.labels[split.train])
   if unseen:
     raise errors.InputError(
-      f"{len(unseen)} of {len(source.class_names)} classes have no training"
+      f"{len(unseen)} of {len(images.class_names)} classes have no training"
       f" images: {records.some_of(unseen)}; number the labels from 0 without"
       " gaps, or name the classes to keep in data.classes"
     )
 
 
 def without_images(class_names: Sequence[str], labels: np.ndarray) -> list[str]:
-  """Name the classes that no image has as its label."""
+  """Return the names of the classes that no image has as its label."""
   missing = np.setdiff1d(np.arange(len(class_names)), labels)
   return [class_names[label] for label in missing]
 
 
 def seeded_split(
-  source: records.ImageSet,
+  images: records.ImageSet,
   *,
   val_fraction: float,
   test_fraction: float,
@@ -102,12 +88,12 @@ def seeded_split(
   """Draw a split that takes the same share of every class.
 
   Args:
-    source: the data set.
+    images: the data set.
     val_fraction: share of the training images that validate; unused where
       there is an official validation set.
     test_fraction: share of the training images that test; unused where there
       is an official test set.
-    seed: of the draw.
+    seed: decides which images are drawn.
 
   Returns:
     The split.
@@ -116,34 +102,35 @@ def seeded_split(
     errors.InputError: the fractions leave nothing to train on.
   """
   shares = (val_fraction, test_fraction)
-  if not (all(share >= 0 for share in shares) and sum(shares) < 1):  # Or NaN.
+  # Written so that NaN is refused, too.
+  if not (all(share >= 0 for share in shares) and sum(shares) < 1):
     raise errors.InputError(
       f"val_fraction {val_fraction} and test_fraction {test_fraction} must not"
       " be negative, and their sum must be below 1"
     )
-  labels = source.train.labels
-  num_drawn = len(labels) - source.num_official_val
+  labels = images.train.labels
+  num_drawn = len(labels) - images.num_official_val
   test, val, train = _draw_stratified(
     labels[:num_drawn],
-    len(source.class_names),
+    len(images.class_names),
     (
-      test_fraction if source.test is None else 0,
-      0 if source.num_official_val else val_fraction,
+      test_fraction if images.test is None else 0,
+      0 if images.num_official_val else val_fraction,
     ),
     np.random.default_rng(seed),
   )
-  if source.test is not None:
-    test = np.flatnonzero(source.test.labels >= 0)
-  if source.num_official_val:
+  if images.test is not None:
+    test = np.flatnonzero(images.test.labels >= 0)
+  if images.num_official_val:
     val = num_drawn + np.flatnonzero(labels[num_drawn:] >= 0)
   return Split(train, val, test)
 
 
-def split_from_file(source: records.ImageSet, path: str, prefix: str) -> Split:
+def split_from_file(images: records.ImageSet, path: str, prefix: str) -> Split:
   """Read a published split.
 
   Args:
-    source: the data set; its order of images is what the indices refer to.
+    images: the data set, in whose order the indices count.
     path: an npz file with integer arrays {prefix}_train, _val and _test.
     prefix: the name of the split in the file.
 
@@ -154,9 +141,9 @@ def split_from_file(source: records.ImageSet, path: str, prefix: str) -> Split:
     errors.InputError: the file is malformed or does not fit the data set.
   """
   arrays = from_arrays.load_npz(path)
-  shares_records = source.test is None
-  test_labels = (source.test or source.train).labels
-  labels = (source.train.labels, source.train.labels, test_labels)
+  tests_on_train = images.test is None
+  test_labels = (images.test or images.train).labels
+  labels = (images.train.labels, images.train.labels, test_labels)
   split = Split(
     *(
       _read_indices(arrays, f"{prefix}_{part}", len(part_labels), path)
@@ -164,7 +151,7 @@ def split_from_file(source: records.ImageSet, path: str, prefix: str) -> Split:
     )
   )
   _check_disjoint("train", split.train, "val", split.val)
-  if shares_records:
+  if tests_on_train:
     _check_disjoint("train", split.train, "test", split.test)
     _check_disjoint("val", split.val, "test", split.test)
   return Split(
@@ -176,17 +163,17 @@ def split_from_file(source: records.ImageSet, path: str, prefix: str) -> Split:
 
 
 def keep_per_class(
-  split: Split, source: records.ImageSet, *, per_class: int, seed: int
+  split: Split, images: records.ImageSet, *, per_class: int, seed: int
 ) -> Split:
-  """Keep a few training images of every class.
+  """Keep `per_class` training images of every class.
 
   A smaller number keeps a subset of what a larger one keeps.
 
   Args:
     split: the split; val and test stay as they are.
-    source: the data set.
-    per_class: images to keep of each class.
-    seed: of the draw.
+    images: the data set.
+    per_class: number of images to keep of each class.
+    seed: decides which images are drawn.
 
   Returns:
     The split with fewer training images.
@@ -195,9 +182,9 @@ def keep_per_class(
     errors.InputError: a class has fewer images.
   """
   rng = np.random.default_rng(seed)
-  labels = source.train.labels[split.train]
+  labels = images.train.labels[split.train]
   kept = []
-  for label, name in enumerate(source.class_names):
+  for label, name in enumerate(images.class_names):
     members = split.train[labels == label]
     if len(members) < per_class:
       raise errors.InputError(
@@ -209,17 +196,21 @@ def keep_per_class(
 
 
 def split_hash(parts: Iterable[np.ndarray]) -> str:
-  """Return 16 hex digits that tell two splits apart.
+  """Return 16 hex digits that tell splits apart.
+
+  They stand in `summary.json` and in published tables, so they never change.
 
   Args:
-    parts: a Split; where there are images without labels, their indices, too.
+    parts: index arrays of train, val and test and, if there are any, of the
+      images without labels.
 
   Returns:
     The digits.
   """
   digest = hashlib.sha256()
   for indices in parts:
-    # The length first, so that no index can move to the next array unseen.
+    # The length comes first: otherwise an index could move from one array to
+    # the next without a change of the digits.
     digest.update(np.array([len(indices), *indices], "<i8").tobytes())
   return digest.hexdigest()[:16]
 
@@ -230,7 +221,7 @@ def _draw_stratified(
   fractions: tuple[float, float],
   rng: np.random.Generator,
 ) -> list[np.ndarray]:
-  """Divide indices into two shares of every class, and the rest."""
+  """Divide the indices of every class into two shares and the rest."""
   classes = []
   for label in range(num_classes):
     members = rng.permutation(np.flatnonzero(labels == label))
@@ -270,6 +261,7 @@ def _read_indices(
 def _check_disjoint(
   name: str, indices: np.ndarray, other_name: str, other: np.ndarray
 ) -> None:
+  """Refuse images that are in two parts of a split file."""
   common = np.intersect1d(indices, other)
   if len(common):
     raise errors.InputError(

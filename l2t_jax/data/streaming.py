@@ -18,35 +18,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import errors, imports, types
-from l2t_jax.data import augmentation, datasets, pillow
+from l2t_jax.data import augmentation, data_fields, datasets, pillow
 
-AUGMENTS = ("none", "random_resized_crop_flip")
 PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
-_WORKER_DIED = "Worker process was terminated unexpectedly"  # Grain's words.
-MAX_THREADS = 16  # Of one process; more of them wait for Python's lock.
+# From the message of Grain's error.
+_WORKER_DIED = "Worker process was terminated unexpectedly"
+# Per process; more threads than this wait for Python's lock.
+MAX_THREADS = 16
 
 
-class StreamingDataset(datasets.SplitDataset):
-  """Images that are read, cropped and resized as they come; see Dataset.
+class StreamingDataset(datasets.Dataset):
+  """Images that are read, cropped and resized when they are needed.
 
-  Training images are read by worker processes, if any were asked for;
+  Training images are read by worker processes, if `num_workers` asks for any,
   evaluation images by threads of this process.
   """
 
   def __init__(
-    self,
-    contents: datasets.Contents,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augment: str,
-    eval_resize: int,
-    num_workers: int,
+    self, contents: datasets.Contents, fields: data_fields.DataFields
   ):
-    super().__init__(contents)
+    super().__init__(contents, fields)
     size, _, channels = self.image_shape
     center = functools.partial(
-      _read_center, size=size, channels=channels, resized=eval_resize
+      _read_center, size=size, channels=channels, resized=fields.resized
     )
     random = functools.partial(_read_random, size=size, channels=channels)
     self._train_steps = functools.partial(
@@ -55,21 +49,23 @@ class StreamingDataset(datasets.SplitDataset):
       self._plan,
       contents.unlabeled,
       self._unlabeled_plan,
-      center if augment == "none" else random,
+      center if fields.augment == "none" else random,
     )
     self._eval_steps = {
       name: EvalSteps(self._subsets[name], self._eval_plan, center)
       for name in ("val", "test")
     }
-    self._normalise = functools.partial(_normalise, mean=mean, std=std)
-    # Workers would each get a copy of images that are in memory.
-    is_decoded = contents.source.train.pixels is not None
-    self._num_workers = 0 if is_decoded else num_workers
-    # Where an epoch left its workers: (next step of all steps, iterator).
+    self._normalise = functools.partial(
+      _normalise, mean=tuple(fields.mean), std=tuple(fields.std)
+    )
+    # Each worker would get a copy of images that are in memory.
+    is_decoded = contents.images.train.pixels is not None
+    self._num_workers = 0 if is_decoded else fields.num_workers
+    # (step to come, counted through all epochs; iterator) after an epoch.
     self._parked: tuple[int, Any] | None = None
 
   def with_seed(self, seed: int) -> Self:
-    """Return the same images in another order; see Dataset."""
+    """Return the same images in another order; see `Dataset.with_seed`."""
     dataset = super().with_seed(seed)
     dataset._parked = None
     return dataset
@@ -100,7 +96,10 @@ class StreamingDataset(datasets.SplitDataset):
     self._parked = end, stream
 
   def _train_stream(self, first: int) -> Any:
-    """Go on with the parked workers, which take seconds to start, or open."""
+    """Return the parked stream if it is at step `first`, or a new one.
+
+    New workers take seconds to start.
+    """
     parked, self._parked = self._parked, None
     if parked is not None:
       position, stream = parked
@@ -123,7 +122,7 @@ class StreamingDataset(datasets.SplitDataset):
 
 @dataclasses.dataclass(frozen=True)
 class TrainSteps:
-  """The training steps of all epochs, one after another; a Grain source."""
+  """A Grain source of the training steps of all epochs, one after another."""
 
   subset: datasets.Subset
   plan: datasets.BatchPlan
@@ -139,7 +138,7 @@ class TrainSteps:
     """Read a step.
 
     Args:
-      index: of the step, counted on through all epochs.
+      index: number of the step, counted through all epochs.
 
     Returns:
       Images uint8 [b, H, W, C], labels [b, ...] and, if there are any, images
@@ -149,7 +148,8 @@ class TrainSteps:
     epoch, step = divmod(index, num_images // self.plan.batch_size)
     slots = self.plan.slots(step)
     positions = datasets.epoch_order(self.seed, epoch, num_images)[slots]
-    # From the slot in the epoch: the same whichever worker reads the image.
+    # Entropy comes from the slot in the epoch, so that it does not matter which
+    # worker reads the image.
     entropies = [(self.seed, epoch, 1 + slot) for slot in slots]
     images = self._read(self.subset, positions, entropies)
     labels = self.subset.targets[positions]
@@ -162,7 +162,7 @@ class TrainSteps:
     positions = datasets.unlabeled_positions(
       self.seed, slots, len(subset.indices)
     )
-    # Not what unlabeled_positions or labelled images draw from.
+    # Neither unlabeled_positions nor labelled images draw from this entropy.
     entropies = [(self.seed, slot, 0, 2) for slot in slots]
     return self._read(subset, positions, entropies)
 
@@ -172,7 +172,7 @@ class TrainSteps:
     positions: np.ndarray,
     entropies: Sequence[tuple[int, ...]],
   ) -> np.ndarray:
-    """Read images uint8 [n, H, W, C], each with a generator of its own."""
+    """Read images uint8 [n, H, W, C], each with its own generator."""
     images = [
       self.read(subset, position, np.random.default_rng(entropy))
       for position, entropy in zip(positions, entropies, strict=True)
@@ -182,7 +182,7 @@ class TrainSteps:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSteps:
-  """The steps that see every image of a split once; a Grain source."""
+  """A Grain source of the steps that see every image of a split once."""
 
   subset: datasets.Subset
   plan: datasets.BatchPlan
@@ -232,13 +232,13 @@ def _read_random(
 def _stream(
   source: TrainSteps | EvalSteps, first: int, *, num_workers: int
 ) -> Any:
-  """Open a Grain iterator over whole batches, from one of them on."""
+  """Open a Grain iterator over whole batches, beginning with number `first`."""
   grain = imports.require("grain", needed_for="reading large images")
   # Grain 0.2.18 reads this flag even where no absl app has parsed any flags
   # (google/grain, issue 1355).
   if PROFILING_FLAG in flags.FLAGS:
     flags.FLAGS[PROFILING_FLAG].present = True
-  # Batches, not images, are what is handed out: their composition and order do
+  # The elements are batches, not images, so that their composition and order do
   # not depend on the number of workers.
   threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
   batches = grain.MapDataset.source(source)[first:].to_iter_dataset(
@@ -251,9 +251,9 @@ def _stream(
 
 
 def _end_with_parent(*_: int) -> None:
-  """Let this worker not outlive a process that was killed, or left at once.
+  """End this worker when its parent process ends, however that happens.
 
-  Ctrl-C goes to all processes, but is for that one to answer.
+  Ctrl-C reaches all processes, but only the parent answers it.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()

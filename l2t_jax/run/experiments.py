@@ -8,6 +8,7 @@ looked up.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import re
 from typing import Any, NamedTuple
@@ -207,9 +208,11 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   variables = None
   if isinstance(target, nnx.Module):
     variables = models.init(target, jax.random.key(0), (1, 1, 1))
+  reading = dataclasses.asdict(experiment.reading)
+  del reading["in_memory"]  # No field of a config.
   described = {
     **_as_dict(experiment.settings),
-    "data": experiment.reading._asdict()
+    "data": reading
     | {
       "source": "arrays",
       "name": fingerprints.fingerprint(_arrays_of(experiment.images)),

@@ -104,9 +104,10 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
   """
   method = objectives.get_method(config.method)
   dtype, _ = compilation.PRECISIONS[config.precision]
-  reading = data.DataFields(**config.data.to_dict())
+  fields = config.data.to_dict()
   if not method.losses:  # Nothing reads images without labels.
-    reading = reading._replace(unlabeled=False, unlabeled_path="")
+    fields |= {"unlabeled": False, "unlabeled_path": ""}
+  reading = data.DataFields(**fields)
   images = data.open_images(reading)
   sources = {}
   if method.needs_source:
@@ -170,8 +171,7 @@ def _check_num_outputs(target, images, reading, num_classes):
   number is right only the user knows: a target may be one class among many.
   """
   targets = images.train.targets
-  shape = (reading.image_size, reading.image_size, reading.channels)
-  outputs = models.trace(target, shape).output_shape
+  outputs = models.trace(target, reading.image_shape).output_shape
   if targets is None or targets.ndim != 2 or outputs != (num_classes,):
     return
   num_targets = targets.shape[1]

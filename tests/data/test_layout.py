@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from l2t_jax import data, errors
-from l2t_jax.data import layout
+from l2t_jax import errors
+from l2t_jax.data import from_folders, layout
 
 # Of the small archives below: (training, test) images.
 COUNTS = {"tinyimagenet": (4, 2), "mit67": (4, 2), "stanford40": (4, 3)}
@@ -188,7 +188,7 @@ def test_every_listed_image_is_in_its_place_unchanged(name, archives, tmp_path):
 @pytest.mark.parametrize("name", layout.DATA_SETS)
 def test_folder_source_reads_the_layout(name, archives, tmp_path):
   layout.make_layout(small(name), archives, tmp_path / "out")
-  source = data.open_source("folder", name="", path=str(tmp_path / "out"))
+  source = from_folders.open_folder(str(tmp_path / "out"))
   assert source.num_official_val == 0
   assert len(source.class_names) == 2
   assert (len(source.train.labels), len(source.test.labels)) == COUNTS[name]

@@ -483,15 +483,18 @@ def test_batches_of_several_processes_are_those_of_one(
   )
 
   def load(share):
-    return data.load(
-      "", name="", path="", classes=(), image_size=2, channels=1,
-      mean=(0.0,), std=(1.0,), augment="crop_flip", crop_padding=1,
-      eval_resize=2, split_file="", split_prefix="", val_fraction=0.2,
-      test_fraction=0.4, split_seed=seed, per_class=0, unlabeled=False,
-      unlabeled_path="", unlabeled_batch_size=0, batch_size=share.batch_size,
-      seed=seed, num_workers=0, process_index=share.process_index,
-      process_count=share.process_count, opened=source,
-    )  # fmt: skip
+    fields = data.DataFields(
+      image_size=2,
+      channels=1,
+      mean=(0.0,),
+      std=(1.0,),
+      augment="crop_flip",
+      crop_padding=1,
+      val_fraction=0.2,
+      test_fraction=0.4,
+      split_seed=seed,
+    )
+    return data.load(fields, **share._asdict(), seed=seed, images=source)
 
   join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
   with mock.patch.object(datasets, "MIN_EVAL_BATCH_SIZE", min_eval_batch_size):

@@ -85,31 +85,21 @@ def streaming(folder: pathlib.Path, sample: Callable[[int], None]) -> None:
       PIL.Image.new("L", (8, 8), 4 * index).save(
         folder / "images" / str(label) / f"{index}.png"
       )
-  dataset = data.load(
-    "folder",
-    name="",
+  fields = data.DataFields(
+    source="folder",
     path=str(folder / "images"),
-    classes=(),
     image_size=8,
     channels=1,
     mean=(0.5,),
     std=(0.5,),
     augment="random_resized_crop_flip",
     eval_resize=8,
-    split_file="",
-    split_prefix="",
     val_fraction=1 / 6,
     test_fraction=1 / 6,
-    split_seed=0,
-    per_class=0,
-    unlabeled=False,
-    unlabeled_path="",
-    unlabeled_batch_size=0,
-    batch_size=2,
-    seed=0,
     num_workers=1,
     in_memory=False,
   )
+  dataset = data.load(fields, batch_size=2, seed=0)
   assert dataset.steps_per_epoch == STEPS_PER_EPOCH
   for epoch in range(EPOCHS):
     for batch in dataset.train_batches(epoch):
