@@ -5,8 +5,8 @@
 Two in five of the training labels are wrong. Each training example has a
 learned weight (the meta-parameters). A softmax regression, trained by Adam on
 the weighted loss, is judged on 100 examples whose labels are known to be right;
-`l2t_jax.bilevel` differentiates that judgement through the training. Nothing
-here is a network, a data set or a loss that the library knows.
+`bilevel` differentiates that judgement through the training. Nothing here is a
+network, a data set or a loss that the library knows.
 """
 
 import jax

@@ -1,3 +1,5 @@
+"""Data sets that are arrays in memory or in an npz file."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,3 +1,5 @@
+"""Data sets of TensorFlow Datasets, read without TensorFlow."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

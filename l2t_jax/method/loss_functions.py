@@ -1,3 +1,5 @@
+"""The losses of the baselines, one equation of a paper per function."""
+
 from __future__ import annotations
 
 import chex

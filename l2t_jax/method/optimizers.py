@@ -1,3 +1,5 @@
+"""The optimizers and schedules of the paper, as PyTorch computes them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

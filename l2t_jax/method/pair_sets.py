@@ -1,3 +1,5 @@
+"""The set C: which source tap is compared with which target tap."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,5 @@
+"""The networks that come with the package, by name."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

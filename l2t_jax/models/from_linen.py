@@ -1,3 +1,5 @@
+"""Linen modules as pure functions."""
+
 from __future__ import annotations
 
 import flax

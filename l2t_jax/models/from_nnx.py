@@ -1,3 +1,5 @@
+"""NNX modules as pure functions."""
+
 from __future__ import annotations
 
 from flax import nnx, traverse_util

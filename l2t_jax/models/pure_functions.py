@@ -1,3 +1,5 @@
+"""What networks of all libraries have in common as pure functions."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

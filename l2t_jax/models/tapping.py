@@ -1,3 +1,5 @@
+"""Which layers of a network can be tapped, and which are by default."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

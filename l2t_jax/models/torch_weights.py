@@ -1,3 +1,5 @@
+"""Weights of PyTorch: names, layouts and checkpoints."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,3 +1,5 @@
+"""Files of weights that name their network, in safetensors format."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

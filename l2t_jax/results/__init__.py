@@ -1,0 +1,1 @@
+"""What runs left: read from their folders, tabulated and drawn."""

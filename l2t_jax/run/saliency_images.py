@@ -1,3 +1,5 @@
+"""Pictures of what a source looks at, by uniform and learned weights."""
+
 from __future__ import annotations
 
 import base64

@@ -1,0 +1,1 @@
+"""The machine: devices, programs, processes, files. Knows no network."""
