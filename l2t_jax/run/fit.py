@@ -134,11 +134,6 @@ def fit(
     source = {}
   elif isinstance(source, experiments.Source):
     source = {"": source}
-  if not source and objectives.METHODS[config.method].needs_source:
-    raise errors.InputError(
-      f"method {config.method!r} needs a source; give fit one, or set"
-      " config.method to scratch"
-    )
   experiment = experiments.Experiment(
     target,
     images,

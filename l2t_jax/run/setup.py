@@ -131,76 +131,45 @@ def build(experiment: experiments.Experiment) -> Setup:
     tuple(experiment.reading.mean),
     tuple(experiment.reading.std),
   )
-  sources = [
-    _trace_source(name, source, image_format)
-    for name, source in experiment.sources.items()
-    if method.needs_source
-  ]
+  sources = _trace_sources(experiment, image_format)
   target = _make_target(experiment, sources, image_format)
-  num_outputs = _num_outputs(target.layout)
-  if experiment.task is objectives.CLASSIFICATION:
-    _check_classification(dataset, target.layout.output_shape)
-  if "kd" in method.losses:
-    _check_same_classes(sources, num_outputs, dataset.class_names)
+  _check_outputs(experiment, dataset, sources, target.layout)
   plan = _Plan()
   if method.pair_set:
     plan = _plan_transfer(experiment, sources, target.layout)
+  mode = settings.bilevel.mode
+  modes = _AUTO_MODES if mode == "auto" else (mode,)
   target_fn = models.as_apply_fn(
     target.network, {*plan.target_taps, target.head_tap} - {""}
   )
-  auxiliary = _auxiliary_losses(settings, method, plan.pairs, target.head_tap)
-  mode = settings.bilevel.mode
-  modes = _AUTO_MODES if mode == "auto" else (mode,)
-  problem = training.Problem(
-    objectives.make_losses(target_fn, auxiliary, experiment.task),
-    {s.name: s.make_apply_fn(plan.source_taps, image_format) for s in sources},
-    plan.pairs,
-    plan.target_taps,
-    _weights_fn(experiment, plan.pairs)
-    if "matching" in method.losses
-    else None,
-  )
   recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
-  shardings = functools.partial(
-    sharding.split if settings.shard_params else sharding.copied, mesh=mesh
-  )
   first_state = _make_first_state(method, plan, sources, target, recipe)
-  shapes = jax.eval_shape(functools.partial(first_state, settings.seed))
-  place = lambda tree: jax.device_put(tree, shardings(tree))
-
-  @compilation.garbage_collection_paused()
-  def create_state(seed):
-    # What is split over the devices need not fit on one of them before.
-    with (
-      sharding.on_host() if settings.shard_params else contextlib.nullcontext()
-    ):
-      state = first_state(seed)
-    return place(state)
-
+  create_state, shapes = _place_states(settings, first_state, mesh)
+  place = lambda tree: jax.device_put(tree, _shardings(settings, mesh)(tree))
   return Setup(
     dataset=dataset,
     image_format=image_format,
-    num_outputs=num_outputs,
-    problem=problem,
+    num_outputs=_num_outputs(target.layout),
+    problem=training.Problem(
+      _make_losses(experiment, target_fn, plan.pairs, target.head_tap),
+      {
+        s.name: s.make_apply_fn(plan.source_taps, image_format) for s in sources
+      },
+      plan.pairs,
+      plan.target_taps,
+      _make_weights_fn(experiment, plan.pairs),
+    ),
     recipe=recipe,
     modes=modes,
     sources={source.name: place(source.variables) for source in sources},
     source_taps=plan.source_taps,
     learns=plan.learn_channels or plan.learn_pairs,
     create_state=create_state,
-    state_shapes=sharding.with_shardings(shapes, shardings(shapes)),
+    state_shapes=shapes,
     blank_batch=_blank_batch(experiment, dataset),
     eval_step=training.make_eval_step(target_fn, experiment.task),
     mesh=mesh,
-    inputs={
-      "the images and labels": dataset.fingerprint,
-      **{
-        f"the weights of the {source.label}": fingerprints.fingerprint(
-          jax.device_get(source.variables)
-        )
-        for source in sources
-      },
-    },
+    inputs=_fingerprints(dataset, sources),
     notes=(
       *_source_notes(experiment, sources, plan.pairs),
       *target.notes,
@@ -290,6 +259,21 @@ def _blank_batch(experiment, dataset):
   return types.Batch(images(batch_size), labels, unlabeled)
 
 
+def _trace_sources(experiment, image_format):
+  method = experiment.method
+  if not method.needs_source:
+    return []
+  if not experiment.sources:
+    raise errors.InputError(
+      f"method {experiment.settings.method!r} needs a source, but there is"
+      " none; give one, or use the method scratch"
+    )
+  return [
+    _trace_source(name, source, image_format)
+    for name, source in experiment.sources.items()
+  ]
+
+
 def _trace_source(name, source, image_format):
   """Find out what a source network consists of, on its own images."""
   own_format = formats.ImageFormat(
@@ -335,6 +319,13 @@ def _source_notes(experiment, sources, pairs):
 
 def _num_outputs(layout):
   return (1, *layout.output_shape)[-1]  # [B, K], or [B].
+
+
+def _check_outputs(experiment, dataset, sources, layout):
+  if experiment.task is objectives.CLASSIFICATION:
+    _check_classification(dataset, layout.output_shape)
+  if "kd" in experiment.method.losses:
+    _check_same_classes(sources, _num_outputs(layout), dataset.class_names)
 
 
 def _check_classification(dataset, outputs):
@@ -442,7 +433,10 @@ def _check_frozen(file, frozen, pairs, source_taps):
       )
 
 
-def _weights_fn(experiment, pairs):
+def _make_weights_fn(experiment, pairs):
+  """Return (meta_params, pooled features) -> w and λ, if a loss reads them."""
+  if "matching" not in experiment.method.losses:
+    return None
   if experiment.frozen:
     return lambda _, pooled: transfer.repeat_map(experiment.frozen, pooled)
   return functools.partial(
@@ -452,15 +446,16 @@ def _weights_fn(experiment, pairs):
   )
 
 
-def _auxiliary_losses(settings, method, pairs, head_tap):
-  """Make the losses that the method adds to L_org; name -> loss."""
+def _make_losses(experiment, target_fn, pairs, head_tap):
+  settings = experiment.settings
   makers = {
     "matching": lambda: objectives.matching(pairs, beta=settings.transfer.beta),
     "attention": lambda: objectives.attention(pairs, beta=settings.at.beta),
     "lwf": lambda: objectives.lwf(head_tap, **settings.lwf._asdict()),
     "kd": lambda: objectives.kd(**settings.kd._asdict()),
   }
-  return {name: makers[name]() for name in method.losses}
+  auxiliary = {name: makers[name]() for name in experiment.method.losses}
+  return objectives.make_losses(target_fn, auxiliary, experiment.task)
 
 
 def _make_recipe(settings, steps_per_epoch, mode):
@@ -575,3 +570,36 @@ def _make_first_state(method, plan, sources, target, recipe):
     return add_optimizers(params, model_state, meta_params)
 
   return first_state
+
+
+def _shardings(settings, mesh):
+  """Return tree -> the sharding of each of its arrays."""
+  choose = sharding.split if settings.shard_params else sharding.copied
+  return functools.partial(choose, mesh=mesh)
+
+
+def _place_states(settings, first_state, mesh):
+  """Return (seed -> first state on the mesh, its shapes with shardings)."""
+  shardings = _shardings(settings, mesh)
+  # What is split over the devices need not fit on one of them before.
+  making = sharding.on_host if settings.shard_params else contextlib.nullcontext
+
+  @compilation.garbage_collection_paused()
+  def create_state(seed):
+    with making():
+      state = first_state(seed)
+    return jax.device_put(state, shardings(state))
+
+  shapes = jax.eval_shape(functools.partial(first_state, settings.seed))
+  return create_state, sharding.with_shardings(shapes, shardings(shapes))
+
+
+def _fingerprints(dataset, sources):
+  """Return what training reads -> the fingerprint of its contents."""
+  weights = {
+    f"the weights of the {source.label}": fingerprints.fingerprint(
+      jax.device_get(source.variables)
+    )
+    for source in sources
+  }
+  return {"the images and labels": dataset.fingerprint, **weights}
