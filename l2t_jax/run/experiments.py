@@ -178,9 +178,9 @@ def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     description: of an experiment, or the content of a run's config.json.
   """
   fields = traverse_util.flatten_dict(dict(description), sep=".")
-  fields["data.eval_resize"] = data.resized_for_evaluation(
-    fields["data.image_size"], fields["data.eval_resize"]
-  )
+  size, resize = "data.image_size", "data.eval_resize"
+  if size in fields and resize in fields:
+    fields[resize] = data.resized_for_evaluation(fields[size], fields[resize])
   return fields
 
 

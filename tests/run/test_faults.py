@@ -336,7 +336,6 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
   config = small_runs.small_config(weights, epochs=2)
   config.data.source = "npz"
   config.data.path = str(tmp_path / "data.npz")
-  config.data.per_class = 0
   rng = np.random.default_rng(0)
   arrays = {}
   for part, count in (("train", 64), ("val", 16), ("test", 16)):

@@ -753,8 +753,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A tensor has another shape",
       "",
-      "source.safetensors: resnet_tiny on images of 8x8x1 does not fit its "
-      "weights: params/fc/bias is [7], expected [5]",
+      "source.safetensors on images of 8x8x1 does not fit its weights: "
+      "params/fc/bias is [7], expected [5]",
       _source({"params/fc/bias": np.zeros(7, np.float32)}),
     ),
     Case(
