@@ -192,7 +192,9 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   """
   sources = {
     name: {
-      "weights": _describe(source.network, (source[1:3], source.channels)),
+      "weights": _describe(
+        source.network, (variables_of(source), source.channels)
+      ),
       "taps": as_patterns(source.taps),
       "image_size": source.image_size,
       "mean": source.mean,
@@ -204,19 +206,11 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   task = "classification"
   if experiment.task is not objectives.CLASSIFICATION:
     task = " ".join(map(_name_of_function, experiment.task))
-  target = experiment.target
-  variables = None
-  if isinstance(target, nnx.Module):
-    variables = models.init(target, jax.random.key(0), (1, 1, 1))
-  reading = dataclasses.asdict(experiment.reading)
-  del reading["in_memory"]  # No field of a config.
-  described = {
-    **_as_dict(experiment.settings),
-    "data": reading
-    | {
-      "source": "arrays",
-      "name": fingerprints.fingerprint(_arrays_of(experiment.images)),
-    },
+  target, variables = experiment.target, None
+  if isinstance(target, nnx.Module):  # It starts from the values that it has.
+    variables = variables_of(Source(target))
+  described = _as_dict(experiment.settings) | {
+    "data": _describe_images(experiment.images, experiment.reading),
     "source": sources.pop("", nothing),
     "sources": sources,
     "target": {
@@ -226,7 +220,22 @@ def describe(experiment: Experiment) -> dict[str, Any]:
       "taps": experiment.target_taps,
     },
   }
+  if experiment.frozen and not experiment.settings.transfer.map:
+    digest = fingerprints.fingerprint(experiment.frozen)
+    described["transfer"]["map"] = f"map {digest}"
   return json.loads(json.dumps(described))  # As a file would give it back.
+
+
+def _describe_images(images, reading):
+  """Return the fields of the images: where they are, or a digest of them."""
+  fields = dataclasses.asdict(reading)
+  del fields["in_memory"]  # No field of a config.
+  parts = (images.train, images.test or images.train)
+  if reading.source and any(part.pixels is None for part in parts):
+    return fields  # Files, which source, name and path lead to.
+  arrays = [(part.pixels, part.labels, part.targets) for part in parts]
+  told = (arrays, images.num_official_val, images.class_names)
+  return fields | {"source": "arrays", "name": fingerprints.fingerprint(told)}
 
 
 def as_patterns(taps: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -255,15 +264,6 @@ def _as_dict(settings):
   return {
     name: _as_dict(value) if hasattr(value, "_asdict") else value
     for name, value in settings._asdict().items()
-  }
-
-
-def _arrays_of(images):
-  parts = {"train": images.train, "test": images.test}
-  return {
-    name: (records.pixels, records.labels, records.targets)
-    for name, records in parts.items()
-    if records is not None
   }
 
 

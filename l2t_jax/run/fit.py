@@ -30,7 +30,7 @@ from matplotlib import figure
 import ml_collections
 import numpy as np
 
-from l2t_jax import data, errors, models, predict, types
+from l2t_jax import errors, models, predict, types
 import l2t_jax.config
 from l2t_jax.data import from_arrays
 from l2t_jax.method import objectives
@@ -137,7 +137,7 @@ def fit(
   experiment = experiments.Experiment(
     target,
     images,
-    data.DataFields(**config.data.to_dict()),
+    from_config.data_fields(config),
     from_config.settings(config),
     source,
     task or objectives.CLASSIFICATION,

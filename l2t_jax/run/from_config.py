@@ -104,10 +104,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
   """
   method = objectives.get_method(config.method)
   dtype, _ = compilation.PRECISIONS[config.precision]
-  fields = config.data.to_dict()
-  if not method.losses:  # Nothing reads images without labels.
-    fields |= {"unlabeled": False, "unlabeled_path": ""}
-  reading = data.DataFields(**fields)
+  reading = data_fields(config)
   images = data.open_images(reading)
   sources = {}
   if method.needs_source:
@@ -133,6 +130,15 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     describe(config),
     l2t_jax.config.FREE_FIELDS,
   )
+
+
+def data_fields(config: ml_collections.ConfigDict) -> data.DataFields:
+  """Take the fields of the images out of a config."""
+  fields = config.data.to_dict()
+  if not objectives.get_method(config.method).losses:
+    # Nothing reads images without labels.
+    fields |= {"unlabeled": False, "unlabeled_path": ""}
+  return data.DataFields(**fields)
 
 
 def settings(config: ml_collections.ConfigDict) -> experiments.Settings:
@@ -171,11 +177,11 @@ def _check_num_outputs(target, images, reading, num_classes):
   number is right only the user knows: a target may be one class among many.
   """
   targets = images.train.targets
-  outputs = models.trace(target, reading.image_shape).output_shape
-  if targets is None or targets.ndim != 2 or outputs != (num_classes,):
+  if targets is None or targets.ndim != 2:
     return
   num_targets = targets.shape[1]
-  if num_targets not in (1, num_classes):
+  outputs = models.trace(target, reading.image_shape).output_shape
+  if outputs == (num_classes,) and num_targets not in (1, num_classes):
     raise errors.InputError(
       f"the data have {num_targets} targets for each image, but the target's"
       f" outputs are {['B', *outputs]}; set config.target.num_outputs:"

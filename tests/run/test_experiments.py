@@ -2,10 +2,13 @@
 
 import json
 
+from flax import nnx
 import numpy as np
 import pytest
 
+from examples import networks
 from l2t_jax import errors
+from l2t_jax.method import transfer
 from l2t_jax.run import experiments, train
 from tests.support import object_experiment, small_runs
 
@@ -78,3 +81,28 @@ def test_a_description_is_that_of_a_config(trained):
   for name, fields in config.items():
     if isinstance(fields, dict) and name != "sources":
       assert described[name].keys() == fields.keys()
+
+
+def test_descriptions_tell_contents_apart():
+  """Where all else is equal, a complete run must not pass for another one."""
+  usual = object_experiment.create()
+  images = usual.images
+  later = images._replace(num_official_val=images.num_official_val + 1)
+  named = images._replace(class_names=("a", "b", "c", "d"))
+  network = lambda seed: networks.convnext_nnx(3, rngs=nnx.Rngs(seed))
+  weights = lambda value: transfer.TransferMap(
+    {"a->b": np.full(2, value)}, {"a->b": np.ones(())}
+  )
+  experiments_of = (
+    usual,
+    usual._replace(images=later),
+    usual._replace(images=named),
+    *(
+      usual._replace(sources={"": experiments.Source(network(seed))})
+      for seed in (0, 1)
+    ),
+    *(usual._replace(target=network(seed)) for seed in (0, 1)),
+    *(usual._replace(frozen=weights(value)) for value in (0.5, 0.6)),
+  )
+  described = [json.dumps(experiments.describe(one)) for one in experiments_of]
+  assert len(set(described)) == len(described)

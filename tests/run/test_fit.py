@@ -283,3 +283,10 @@ def test_maps_and_augmentation(arrays):
   config.data.augment = "crop"
   with pytest.raises(errors.InputError, match="not their targets"):
     fit.fit(tasks.Segmenter(), changed, task=tasks.INK, config=config)
+
+
+def test_without_a_source_nothing_reads_images_without_labels(arrays):
+  config = small_config("scratch", 1)
+  config.data.unlabeled = True
+  result = fit.fit(models.create("vgg_tiny", 10), arrays, config=config)
+  assert result.summary["num_unlabeled"] == 0
