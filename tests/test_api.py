@@ -101,8 +101,8 @@ def test_the_wheel_works_without_the_clone(tmp_path):
   (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
   install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
   subprocess.run([*install, f"--target={site}", str(wheel)], check=True)
-  # Other packages are those of this interpreter, but for an editable install:
-  # .pth files in a folder that a .pth file adds are not read.
+  # Use the other packages of this interpreter, but not its editable install:
+  # Python does not read .pth files in a folder that a .pth file adds.
   (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
   readme = (small_runs.ROOT / "README.md").read_text()
   example = re.search(r"```python\n(import l2t_jax.*?)```", readme, re.S)[1]

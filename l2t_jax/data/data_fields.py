@@ -132,7 +132,7 @@ class DataFields:
     ):
       if not holds:
         raise errors.InputError(message)
-    formats.check_normalisation("", mean, std)
+    formats.check_normalisation(mean, std)
 
   @property
   def resized(self) -> int:

@@ -32,13 +32,10 @@ class ImageFormat(NamedTuple):
     return (self.size, self.size, self.channels)
 
 
-def check_normalisation(
-  prefix: str, mean: Sequence[float], std: Sequence[float]
-) -> None:
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
   """Refuse means and standard deviations that no images can have.
 
   Args:
-    prefix: what precedes the names of the fields in messages.
     mean: of the pixels.
     std: of the pixels.
 
@@ -56,7 +53,7 @@ def check_normalisation(
   ):
     if not all(map(holds, values)):
       raise errors.InputError(
-        f"{prefix}{what} is {tuple(values)}; its values must be {right}"
+        f"{what} is {tuple(values)}; its values must be {right}"
       )
 
 

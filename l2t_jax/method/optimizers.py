@@ -82,7 +82,7 @@ def cosine_by_epoch(
   Args:
     learning_rate: in the first epoch.
     epochs: length of the run.
-    steps_per_epoch: iterations an epoch.
+    steps_per_epoch: iterations per epoch.
 
   Returns:
     iteration (from 0) -> learning rate.

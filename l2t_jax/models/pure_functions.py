@@ -51,7 +51,7 @@ class Pure(NamedTuple):
   # (params, model_state, images, train, taps) -> (output, outputs of
   # submodules by path, model_state); taps None: of all submodules.
   apply: Callable[..., tuple[Any, dict[str, Any], types.PyTree]]
-  # model_state -> what of it is moved by training, but for keys.
+  # model_state -> the batch statistics that training updates (no PRNG keys).
   statistics: Callable[[types.PyTree], types.PyTree]
 
 

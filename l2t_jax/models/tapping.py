@@ -23,7 +23,7 @@ class Layout(NamedTuple):
   variables: types.PyTree
   output_shape: tuple[int, ...]  # Of what it makes of one image.
   taps: dict[str, Shape]  # Tap -> (H, W, C), in the order of computation.
-  # Outputs of other forms, likewise.
+  # Outputs that cannot be tapped: name -> shape.
   others: dict[str, tuple[int, ...]]
   default_taps: tuple[str, ...]  # The network's own choice; () for none.
 
