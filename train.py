@@ -8,54 +8,52 @@ would need, and trains nothing. On several machines, or in several processes of
 one, each process gets the same command and --distributed.
 """
 
-from absl import flags
+from __future__ import annotations
 
-from l2t_jax import cli
+import argparse
+
+from l2t_jax import cli, errors
 from l2t_jax.run import from_config, plan
 from l2t_jax.runtime import distributed
 
-flags.declare_key_flag("workdir")
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Config file, such as configs/stl10.py, or config.json of a run.",
-  required=True,
-)
-_PLAN = flags.DEFINE_bool(
-  "plan", False, "Say what the run would need, and train nothing."
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed",
-  False,
-  "This is one of several processes, as Slurm, Open MPI, Kubernetes or a TPU"
-  " pod tells; elsewhere the next three flags do.",
-)
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, a free port there."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many processes train together."
-)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
-flags.register_multi_flags_validator(
-  ["workdir", "plan"],
-  lambda values: values["workdir"] or values["plan"],
-  "--workdir must name a folder",
-)
+
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
+  parser = errors.Parser(__doc__)
+  parser.add_argument(
+    "--config", required=True, help="config file, or config.json of a run"
+  )
+  parser.add_argument("--workdir", help="folder of the run")
+  parser.add_argument(
+    "--plan", action="store_true", help="say what the run would need"
+  )
+  parser.add_argument(
+    "--distributed",
+    action="store_true",
+    help="this is one of several processes; Slurm, Open MPI, Kubernetes or a"
+    " TPU pod says which, elsewhere the next three arguments do",
+  )
+  parser.add_argument("--coordinator", help="HOST:PORT of process 0")
+  parser.add_argument("--num_processes", type=int)
+  parser.add_argument("--process_id", type=int, help="from 0")
+  return parser
 
 
-def main(overrides: list[str]) -> None:
-  place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if _DISTRIBUTED.value or place != (None, None, None):
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Train, or plan, what the config says."""
+  if not (args.workdir or args.plan):
+    raise errors.InputError("--workdir must name a folder")
+  place = (args.coordinator, args.num_processes, args.process_id)
+  if args.distributed or place != (None, None, None):
     distributed.start(*place)
   with distributed.ending_together():
-    config = cli.load_config(_CONFIG.value, overrides)
-    if _PLAN.value:
+    config = cli.load_config(args.config, overrides)
+    if args.plan:
       from_config.check(config)
       plan.show(plan.make(from_config.resolve(config)))
     else:
-      from_config.train_and_evaluate(config, flags.FLAGS.workdir)
+      from_config.train_and_evaluate(config, args.workdir)
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(make_parser(), main)

@@ -21,13 +21,13 @@ from .method.transfer import init_regressors as init_regressors
 from .method.transfer import matching_loss as matching_loss
 from .method.transfer import prepare_source as prepare_source
 from .method.transfer import transfer_weights as transfer_weights
-from .predict import load as load
 from .run.experiments import Experiment as Experiment
 from .run.experiments import Settings as Settings
 from .run.experiments import Source as Source
 from .run.fit import Result as Result
 from .run.fit import default_config as default_config
 from .run.fit import fit as fit
+from .run.predictor import load as load
 from .run.train import train as train
 from .types import Batch as Batch
 from .types import InnerLossFn as InnerLossFn

@@ -1,23 +1,24 @@
-"""What the commands share: config files, overrides, errors of one line.
+"""Commands that take a config: files, overrides and errors in one line.
 
-Config files are Python files with `get_config()`, as those in configs/, whose
-l2t_jax/config.py says which fields there are. A field is set on the command
-line as --config.field=value.
+A config file is a Python file with `get_config()`, like those in configs/;
+l2t_jax/config.py lists the fields. `--config.field=value` sets one of them.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 import json
+import logging
 import os
 import pathlib
 import sys
 
-# XLA reads it when jax is imported: it warns in long lines that code from its
-# own cache may not fit this CPU.
+# XLA reads it when jax is imported. Its warnings are long lines that say that
+# code from its own cache may not fit this CPU.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from absl import app, flags, logging
+from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
@@ -25,42 +26,36 @@ from l2t_jax import errors
 import l2t_jax.config
 from l2t_jax.runtime import compilation, cpu_lowering, signals
 
-FLAGS = flags.FLAGS
-# What ml_collections calls the module that it makes of a config file.
+# The name that ml_collections gives to the module of a config file.
 _MODULE = "config_config"
 
-flags.DEFINE_string("workdir", None, "Folder that the results go to.")
 
+def run(
+  parser: errors.Parser,
+  main: Callable[[argparse.Namespace, list[str]], int | None],
+) -> None:
+  """Run a command and exit with the code that `main` returns.
 
-def run(main: Callable[[list[str]], object]) -> None:
-  """Run `main` with the overrides of the command line.
+  An `errors.Stop`, such as that of SIGTERM, becomes one line on stderr and its
+  exit code.
 
-  A `errors.Stop`, SIGTERM among them, becomes one line on stderr and its exit
-  code; what `main` returns is the exit code otherwise.
+  Args:
+    parser: of all arguments but the overrides.
+    main: (arguments, overrides such as "--config.epochs=5") -> exit code.
   """
-  _, overrides = _split(sys.argv)
-
-  def parse(argv: list[str]) -> list[str]:
-    arguments, _ = _split(argv)
-    try:
-      rest = FLAGS(arguments)
-    except flags.Error as error:
-      raise errors.InputError(str(error)) from error
-    if rest[1:]:
+  arguments, overrides = _split(sys.argv[1:])
+  # Errors of libraries reach the user as exceptions.
+  logging.disable(logging.ERROR)
+  with errors.errors_in_one_line(), signals.StopRequests(for_command=True):
+    args, unexpected = parser.parse_known_args(arguments)
+    if unexpected:
       raise errors.InputError(
-        f"unexpected argument {rest[1]!r}; set a field as --config.field=value"
+        f"unexpected argument {unexpected[0]!r}; a field is set as"
+        " --config.field=value, and --help lists the other arguments"
       )
-    return rest
-
-  def quietly(_: list[str]) -> object:
-    # Errors of libraries reach the user as exceptions.
-    logging.set_verbosity(logging.FATAL)
     compilation.use_cache()
     cpu_lowering.install()
-    return main(overrides)
-
-  with errors.errors_in_one_line(), signals.StopRequests(for_command=True):
-    app.run(quietly, flags_parser=parse)
+    sys.exit(main(args, overrides))
 
 
 def load_config(
@@ -69,8 +64,8 @@ def load_config(
   """Read a config file and set fields.
 
   Args:
-    path: of the file; what follows a ":" is handed to its `get_config`. Or of a
-      run's config.json.
+    path: a Python file, optionally followed by ":" and the argument of its
+      `get_config`; or the config.json of a run.
     overrides: such as "--config.epochs=5".
 
   Raises:
@@ -99,8 +94,8 @@ def load_config(
     holder = config_flags.DEFINE_config_file(
       "config", flag_values=values, sys_argv=arguments
     )
-    # Where the file's module is kept: what it lacks must not come from the
-    # last.
+    # The module of the file read before: what this one lacks must not come from
+    # there.
     sys.modules.pop(_MODULE, None)
   try:
     values(arguments)
@@ -119,7 +114,7 @@ def load_config(
 
 
 def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:
-  """Say in one line why a config file or an override cannot be."""
+  """Say in one line what is wrong with a config file or an override."""
   sources = [o for o in overrides if _name(o).startswith("config.sources.")]
   if isinstance(error, KeyError) and sources:
     return (
@@ -127,7 +122,7 @@ def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:
       " a config file, config.sources.NAME = default.source()"
     )
   lines = str(error).strip().splitlines() or [""]
-  if any(line.startswith("Traceback") for line in lines):  # Of the file.
+  if any(line.startswith("Traceback") for line in lines):  # From the file.
     return f"--config={path}: {lines[-1]}"
   if isinstance(error, flags.Error):
     return " ".join(str(error).split())
@@ -136,7 +131,7 @@ def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:
 
 
 def _config_of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """Read the config.json that a run left."""
+  """Read the config.json of a run."""
   try:
     content = json.loads(path.read_text(), object_hook=_with_tuples)
   except ValueError as error:
@@ -146,7 +141,7 @@ def _config_of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
     config.update(content)
   except (AttributeError, TypeError, ValueError) as error:
     raise errors.InputError(
-      f"--config={path} is no config of a run: {error}"
+      f"--config={path} is not the config of a run: {error}"
     ) from error
   return config
 
@@ -155,17 +150,11 @@ def _with_tuples(fields):
   return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def column_name(path: str) -> str:
-  """Name a config file's column of a table: its stem, and its argument."""
-  file, _, argument = path.partition(":")
-  stem = pathlib.Path(file).stem
-  return f"{stem}:{argument}" if argument else stem
-
-
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Return (the other arguments, those that set a field of the config)."""
-  others, overrides = list(argv[:1]), []
-  rest = list(argv[1:])
+  others: list[str] = []
+  overrides: list[str] = []
+  rest = list(argv)
   while rest:
     argument = rest.pop(0)
     if not _name(argument).startswith(("config.", "noconfig.")):

@@ -205,6 +205,8 @@ LOSSES = {
   "kd.weight": Field(1.0, POSITIVE),
 }
 
+LOSS_GROUPS = tuple({name.partition(".")[0]: None for name in LOSSES})
+
 # SGD for the update of the target and for the look-ahead (optimizer), and Adam
 # for the meta-networks f and g (meta).
 OPTIMIZERS = {

@@ -12,6 +12,13 @@ from typing import NoReturn
 class Parser(argparse.ArgumentParser):
   """Parser that reports a wrong command line as one line on stderr."""
 
+  def __init__(self, description: str | None):
+    super().__init__(
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+
   def error(self, message: str) -> NoReturn:
     self.exit(InputError.exit_code, f"error: {message}; see --help\n")
 

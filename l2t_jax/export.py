@@ -26,14 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from l2t_jax import errors, files, imports, predict
+from l2t_jax import errors, files, imports
 from l2t_jax.models import torch_weights
+from l2t_jax.run import predictor as predictors
 from l2t_jax.runtime import cpu_lowering
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def to_state_dict(predictor: predict.Predictor) -> dict[str, np.ndarray]:
+def to_state_dict(predictor: predictors.Predictor) -> dict[str, np.ndarray]:
   """Name and lay out the target's variables as PyTorch does.
 
   Raises:
@@ -54,7 +55,7 @@ def to_state_dict(predictor: predict.Predictor) -> dict[str, np.ndarray]:
   return tensors
 
 
-def to_stablehlo(predictor: predict.Predictor) -> bytes:
+def to_stablehlo(predictor: predictors.Predictor) -> bytes:
   """Serialise the target as a program; `jax.export.deserialize` reads it."""
   (batch,) = jax.export.symbolic_shape("batch")
   shape = (batch, *predictor.image_format.shape)
@@ -64,7 +65,7 @@ def to_stablehlo(predictor: predict.Predictor) -> bytes:
   return bytes(exported.serialize())
 
 
-def write(predictor: predict.Predictor, path: pathlib.Path) -> None:
+def write(predictor: predictors.Predictor, path: pathlib.Path) -> None:
   """Write the target in the format that the path's suffix names.
 
   Raises:
@@ -96,9 +97,7 @@ def _to_torch_file(tensors):
 
 def make_parser() -> errors.Parser:
   """Return the parser of the command line."""
-  parser = errors.Parser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = errors.Parser(__doc__)
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("output", type=pathlib.Path)
   return parser
@@ -107,7 +106,7 @@ def make_parser() -> errors.Parser:
 def main(args: argparse.Namespace) -> None:
   """Export the target of a run."""
   cpu_lowering.install()
-  write(predict.load(args.run), args.output)
+  write(predictors.load(args.run), args.output)
   print(f"wrote {args.output}")
 
 

@@ -21,9 +21,7 @@ from l2t_jax.models import torch_weights
 
 def make_parser() -> errors.Parser:
   """Return the parser of the command line."""
-  parser = errors.Parser(
-    description="Convert a PyTorch checkpoint to source weights."
-  )
+  parser = errors.Parser(__doc__)
   parser.add_argument(
     "checkpoint", type=pathlib.Path, help=".pth, .pt, .tar or .safetensors"
   )

@@ -22,9 +22,7 @@ from l2t_jax.runtime import compilation, cpu_lowering
 
 def make_parser() -> errors.Parser:
   """Return the parser of the command line."""
-  parser = errors.Parser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = errors.Parser(__doc__)
   parser.add_argument("runs", type=pathlib.Path, nargs="+", metavar="RUN")
   parser.add_argument(
     "--output", type=pathlib.Path, default=pathlib.Path("report.html")

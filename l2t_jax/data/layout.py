@@ -259,9 +259,7 @@ DATA_SETS = {
 
 def make_parser() -> errors.Parser:
   """Return the parser of the command line."""
-  parser = errors.Parser(
-    description="Sort the images of official archives into folders by class."
-  )
+  parser = errors.Parser(__doc__)
   parser.add_argument("name", choices=list(DATA_SETS))
   parser.add_argument("archives", type=pathlib.Path, help="folder of downloads")
   parser.add_argument("out", type=pathlib.Path, help="folder to make")

@@ -20,9 +20,7 @@ from l2t_jax.models import bundled
 
 def make_parser() -> errors.Parser:
   """Return the parser of the command line."""
-  parser = errors.Parser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = errors.Parser(__doc__)
   parser.add_argument(
     "model",
     help=f"{', '.join(bundled.MODELS)}, or package.module:function",

@@ -53,26 +53,6 @@ class Transfer(NamedTuple):
   map: str
 
 
-class Lwf(NamedTuple):
-  """Learning without Forgetting; the fields of config.lwf."""
-
-  temperature: float
-  weight: float
-
-
-class At(NamedTuple):
-  """Attention transfer; the field of config.at."""
-
-  beta: float
-
-
-class Kd(NamedTuple):
-  """Knowledge distillation; the fields of config.kd."""
-
-  temperature: float
-  weight: float
-
-
 class Optimizer(NamedTuple):
   """SGD of the real update and the look-ahead; config.optimizer."""
 
@@ -116,9 +96,7 @@ class Settings(NamedTuple):
   shard_params: bool
   bad_numbers: str
   transfer: Transfer
-  lwf: Lwf
-  at: At
-  kd: Kd
+  losses: Mapping[str, Mapping[str, float]]  # "lwf", "at" and "kd".
   optimizer: Optimizer
   meta: Meta
   bilevel: Bilevel
@@ -149,26 +127,6 @@ class Experiment(NamedTuple):
   def method(self) -> objectives.Method:
     """What is added to L_org."""
     return objectives.get_method(self.settings.method)
-
-
-def settings_from(fields: Mapping[str, Any]) -> Settings:
-  """Take the numbers out of nested fields, such as those of a config."""
-  groups = {
-    "transfer": Transfer,
-    "lwf": Lwf,
-    "at": At,
-    "kd": Kd,
-    "optimizer": Optimizer,
-    "meta": Meta,
-    "bilevel": Bilevel,
-  }
-  values = {name: fields[name] for name in Settings._fields}
-  return Settings(
-    **{
-      name: groups[name](**value) if name in groups else value
-      for name, value in values.items()
-    }
-  )
 
 
 def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,17 +167,23 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   target, variables = experiment.target, None
   if isinstance(target, nnx.Module):  # It starts from the values that it has.
     variables = variables_of(Source(target))
-  described = _as_dict(experiment.settings) | {
-    "data": _describe_images(experiment.images, experiment.reading),
-    "source": sources.pop("", nothing),
-    "sources": sources,
-    "target": {
-      "model": _describe(target, variables),
-      "task": task,
-      "num_outputs": 0,
-      "taps": experiment.target_taps,
-    },
-  }
+  settings = _as_dict(experiment.settings)
+  losses = settings.pop("losses")
+  described = (
+    settings
+    | losses
+    | {
+      "data": _describe_images(experiment.images, experiment.reading),
+      "source": sources.pop("", nothing),
+      "sources": sources,
+      "target": {
+        "model": _describe(target, variables),
+        "task": task,
+        "num_outputs": 0,
+        "taps": experiment.target_taps,
+      },
+    }
+  )
   if experiment.frozen and not experiment.settings.transfer.map:
     digest = fingerprints.fingerprint(experiment.frozen)
     described["transfer"]["map"] = f"map {digest}"

@@ -30,12 +30,13 @@ from matplotlib import figure
 import ml_collections
 import numpy as np
 
-from l2t_jax import errors, models, predict, types
+from l2t_jax import errors, models, types
 import l2t_jax.config
 from l2t_jax.data import from_arrays
 from l2t_jax.method import objectives
 from l2t_jax.results import map_picture, transfer_map
 from l2t_jax.run import experiments, from_config, train
+from l2t_jax.run import predictor as predictors
 from l2t_jax.runtime import cpu_lowering
 
 
@@ -55,7 +56,7 @@ _FEW_IMAGES = 256  # Looked at together.
 class Result(NamedTuple):
   """A trained target, at its best validation epoch."""
 
-  predictor: predict.Predictor  # Holds network, params and model_state.
+  predictor: predictors.Predictor  # Holds network, params and model_state.
   summary: dict[str, Any]  # Content of summary.json.
   transfer_map: dict[str, Any] | None  # Of transfer_map.json.
   workdir: pathlib.Path  # Everything else that `train.py` leaves.
@@ -149,7 +150,7 @@ def fit(
   summary = train.train(experiment, workdir)
   map_file = workdir / transfer_map.FILE
   return Result(
-    predict.load(workdir, network=target),
+    predictors.load(workdir, network=target),
     summary,
     json.loads(map_file.read_text()) if map_file.exists() else None,
     workdir,

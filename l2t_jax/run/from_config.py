@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import pathlib
+import typing
 from typing import Any
 
 import ml_collections
@@ -143,7 +144,14 @@ def data_fields(config: ml_collections.ConfigDict) -> data.DataFields:
 
 def settings(config: ml_collections.ConfigDict) -> experiments.Settings:
   """Take the numbers out of a config."""
-  return experiments.settings_from(config.to_dict())
+  fields = config.to_dict()
+  fields["losses"] = {name: fields[name] for name in l2t_jax.config.LOSS_GROUPS}
+  return experiments.Settings(
+    **{
+      name: kind(**fields[name]) if hasattr(kind, "_fields") else fields[name]
+      for name, kind in typing.get_type_hints(experiments.Settings).items()
+    }
+  )
 
 
 def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:

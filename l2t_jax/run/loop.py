@@ -1,6 +1,6 @@
-"""The loop of a run: iterations, evaluations, records, checkpoints.
+"""The training loop: iterations, evaluations, records and checkpoints.
 
-Seeds may train together; what is theirs alone stands in `Seed`.
+Seeds may train together; `Seed` holds what belongs to one of them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from l2t_jax.runtime import (
   signals,
 )
 
-# Share of an epoch's time that training may wait for images, and the time in
-# seconds from which on it matters.
+# The user is told when waiting for images takes more than this share of an
+# epoch and this many seconds.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
-_MAX_SKIPS = 20  # In a row: a run that only skips has come to an end.
+_MAX_SKIPS = 20  # Consecutive iterations; after these the run ends.
 
 
 @dataclasses.dataclass
@@ -43,23 +43,23 @@ class Seed:
   workdir: pathlib.Path
   dataset: data.Dataset
   checkpoints: checkpoint.Checkpoints
-  progress: dict[str, Any]  # What the epochs that are done remember.
-  label: str = ""  # Before what is said of it; "" where it trains alone.
-  log: logs.MetricsLog | None = None  # None where another process writes.
-  # Of the unfinished epoch, and of its unfinished logging interval.
+  progress: dict[str, Any]  # Kept across epochs, and saved in checkpoints.
+  label: str = ""  # Prefix of its messages; "" if it trains alone.
+  log: logs.MetricsLog | None = None  # None if another process writes.
+  # Averages over the unfinished epoch and the unfinished logging interval.
   epoch: metrics.Averages = dataclasses.field(default_factory=metrics.Averages)
   interval: metrics.Averages = dataclasses.field(
     default_factory=metrics.Averages
   )
-  skips: int = 0  # In a row, up to the last iteration.
+  skips: int = 0  # Consecutive skipped iterations, up to the last one.
 
   def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-    """Write a record, in the process that does."""
+    """Write a record to the logs, in the process that has them."""
     if self.log:
       self.log.write(kind, step, values)
 
   def save(self, step: int, state: types.TrainState) -> None:
-    """Save all that the run needs to go on."""
+    """Save a checkpoint."""
     unfinished = {
       "epoch": self.epoch.to_json(),
       "interval": self.interval.to_json(),
@@ -69,11 +69,11 @@ class Seed:
     self.checkpoints.save(step, state, progress)
 
   def restore(self, step: int, like: types.TrainState) -> types.TrainState:
-    """Take up what `save` saved; return its state.
+    """Restore a checkpoint and return its state.
 
     Raises:
-      errors.InputError: what the run reads is not what it was.
-      checkpoint.DamagedError: it cannot be read.
+      errors.InputError: the images or the source's weights have changed.
+      checkpoint.DamagedError: the checkpoint cannot be read.
     """
     inputs = self.progress["inputs"]
     state, self.progress = self.checkpoints.restore(step, like)
@@ -97,11 +97,13 @@ class Seed:
     pairs: Sequence[pair_sets.Pair],
     display: logs.Progress,
   ) -> None:
-    """Add iterations up to `step` to the averages, but for what was skipped.
+    """Add the metrics of iterations up to `step` to the averages.
+
+    Skipped iterations are left out.
 
     Raises:
-      errors.BadNumbersError: one is not finite, and was not skipped; or too
-        many were, in a row.
+      errors.BadNumbersError: a metric is not finite and its iteration was not
+        skipped, or too many consecutive iterations were.
     """
     first = step - len(iterations) + 1
     kept = []
@@ -126,16 +128,16 @@ class Seed:
     self.interval.add(kept)
 
   def end_interval(self, step: int, epoch: int) -> None:
-    """Record a logging interval."""
+    """Write the averages of a logging interval, and begin the next one."""
     means = metrics.scalars(self.interval.means())
     self.record("train", step, {"epoch": epoch, **means})
     self.interval = metrics.Averages()
 
   def end_epoch(self, epoch: int) -> dict[str, types.PyTree]:
-    """Return an epoch's averages, and begin the next one's.
+    """Return the averages of an epoch, and begin the next one.
 
     Raises:
-      errors.BadNumbersError: all of it was skipped.
+      errors.BadNumbersError: all of its iterations were skipped.
     """
     means, self.epoch = self.epoch.means(), metrics.Averages()
     if means.get("skipped") == 1:
@@ -151,7 +153,7 @@ class Seed:
     step: int,
     pairs: Sequence[pair_sets.Pair] = (),
   ) -> None:
-    """Raise a `errors.BadNumbersError` that names what is not finite."""
+    """Raise an `errors.BadNumbersError` that names what is not finite."""
     bad = metrics.bad_numbers(values, [pair.name for pair in pairs])
     if bad:
       raise errors.BadNumbersError(
@@ -178,7 +180,7 @@ class Seed:
 
 
 class Loop:
-  """Trains some seeds, evaluates after each epoch, records and saves."""
+  """Trains seeds, evaluates after each epoch, records and saves."""
 
   def __init__(
     self,
@@ -192,14 +194,14 @@ class Loop:
 
     Args:
       setup: what is trained.
-      trainer: holds the state and changes it.
+      trainer: owner of the state.
       seeds: those that train together, in the trainer's order.
-      display: for the user.
-      requests: to leave.
+      display: progress shown to the user.
+      requests: signals that ask the run to stop.
     """
     self._setup, self._trainer, self._seeds = setup, trainer, seeds
     self._display, self._requests = display, requests
-    # Those of the seeds differ in the seed alone.
+    # The settings of the seeds differ in nothing but the seed.
     self._settings = seeds[0].experiment.settings
     self._steps_per_epoch = setup.dataset.steps_per_epoch
     self._since = time.time()
@@ -211,7 +213,7 @@ class Loop:
       step: iterations done.
 
     Raises:
-      errors.Interrupted: it was asked to leave, and saved.
+      errors.Interrupted: a signal asked the run to stop; it has saved.
       errors.BadNumbersError: a loss, a gradient or a parameter is not finite.
       errors.StorageError: a checkpoint cannot be written.
     """
@@ -233,7 +235,7 @@ class Loop:
       pending.append(self._trainer.step(step, batches))
       step += 1
       is_last = step == last_step
-      # At the end of an epoch, evaluation comes first.
+      # At the end of an epoch, `_end_epoch` evaluates before it saves.
       leaves = not is_last and self._requests.after(step)
       every = settings.checkpoint_steps
       saves = leaves or (every and step % every == 0 and not is_last)
@@ -253,7 +255,7 @@ class Loop:
     return step
 
   def _average(self, pending, step):
-    """Fetch the metrics of iterations up to `step`, and add them."""
+    """Fetch the metrics of iterations up to `step` and average them."""
     fetched = self._trainer.fetch(pending)
     for seed, mine in zip(self._seeds, fetched, strict=True):
       seed.average(mine, step, self._setup.problem.pairs, self._display)
@@ -262,7 +264,7 @@ class Loop:
     self._display.update(epoch, len(pending), means)
 
   def _advise(self, waited, trained):
-    """Say so where training waited for images."""
+    """Tell the user if training waited for images."""
     if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
       workers = self._seeds[0].experiment.reading.num_workers
       cores = os.cpu_count() or 1
@@ -306,7 +308,7 @@ class Loop:
       self._interrupt(step)
 
   def _save(self, step):
-    """Save all seeds, with the time that was spent on them so far."""
+    """Save a checkpoint of each seed, with the seconds spent on it so far."""
     now = time.time()
     for index, seed in enumerate(self._seeds):
       seed.progress["seconds"] += (now - self._since) / len(self._seeds)
@@ -322,7 +324,7 @@ class Loop:
 
 
 def _epoch_record(setup, seed, epoch, validation):
-  """Return an epoch's record, and begin the next one's averages."""
+  """Return the record of an epoch, and begin the next one's averages."""
   means = seed.end_epoch(epoch)
   record: dict[str, Any] = {
     "epoch": epoch,
@@ -338,7 +340,7 @@ def _epoch_record(setup, seed, epoch, validation):
 
 
 def _transfer_record(pairs, means):
-  """What an epoch's record says of each pair."""
+  """Return the fields of an epoch's record that have a value per pair."""
   names = [pair.name for pair in pairs]
   by_pair = lambda values: dict(zip(names, values.tolist(), strict=True))
   record = {}

@@ -1,4 +1,4 @@
-"""From an experiment to batches, losses, first states and programs.
+"""Turn an experiment into batches, losses, first states and programs.
 
 Everything that training needs is put together here, once, from plain objects;
 `trainer` and `loop` only use it.
@@ -32,21 +32,20 @@ class Setup(NamedTuple):
   """All that the training of an experiment needs."""
 
   dataset: data.Dataset
-  image_format: formats.ImageFormat  # Of the images that the target sees.
-  num_outputs: int  # Of the target.
+  image_format: formats.ImageFormat  # What the target sees.
+  num_outputs: int  # Size of the target's last axis.
   problem: training.Problem
-  recipe: training.Recipe  # In the first of the modes.
-  modes: tuple[str, ...]  # Of the hypergradient; the first that fits is used.
-  sources: dict[str, training.Variables]  # On the mesh.
-  source_taps: pair_sets.TapShapes  # Of the taps in pairs.
+  recipe: training.Recipe  # Its mode is the first of `modes`.
+  modes: tuple[str, ...]  # How to differentiate; the first that fits is used.
+  sources: dict[str, training.Variables]  # Placed on the mesh.
+  source_taps: pair_sets.TapShapes  # Those that are in pairs.
   learns: bool  # Whether there is a meta update.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
-  # Zeros, of the shapes of this process's rows of a batch.
-  blank_batch: types.Batch
+  blank_batch: types.Batch  # Zeros in the shapes of this process's rows.
   eval_step: Any  # `training.make_eval_step`.
   mesh: jax.sharding.Mesh
-  inputs: dict[str, str]  # What training reads -> its fingerprint.
+  inputs: dict[str, str]  # Name -> fingerprint of what training reads.
   notes: tuple[str, ...]  # What the user should be told, one line each.
 
 
@@ -57,7 +56,7 @@ class _Source(NamedTuple):
   network: models.Network
   layout: models.Layout
   variables: training.Variables
-  image_format: formats.ImageFormat  # Of the images that it sees.
+  image_format: formats.ImageFormat  # What the network sees.
   num_classes: int
   class_names: tuple[str, ...]  # () where they are not known.
   patterns: tuple[str, ...]  # Names or globs of its taps.
@@ -68,7 +67,7 @@ class _Source(NamedTuple):
     return f"source{self.name and ' '}{self.name}"
 
   def named(self, taps: Mapping[str, Any]) -> dict[str, Any]:
-    """Name taps as in pairs."""
+    """Rename taps to the names that pairs use."""
     return {pair_sets.tap_name(self.name, t): x for t, x in taps.items()}
 
   def make_apply_fn(
@@ -95,14 +94,14 @@ class _Target(NamedTuple):
 
   network: models.Network
   layout: models.Layout
-  # key -> (params, model_state) that training starts from; jitted in part.
+  # PRNG key -> the (params, model_state) that training starts from.
   init: Callable[[Any], tuple[types.PyTree, types.PyTree]]
   head_tap: str  # What second heads read; "" for no heads.
-  notes: tuple[str, ...]  # On how it trains, and what it starts from.
+  notes: tuple[str, ...]  # What the user should know about its training.
 
 
 class _Plan(NamedTuple):
-  """What is compared with what, and what is learned."""
+  """Which features are compared, and which of their weights are learned."""
 
   pairs: tuple[pair_sets.Pair, ...] = ()
   source_taps: pair_sets.TapShapes = {}  # noqa: RUF012
@@ -275,7 +274,7 @@ def _trace_sources(experiment, image_format):
 
 
 def _trace_source(name, source, image_format):
-  """Find out what a source network consists of, on its own images."""
+  """Trace a source network on images of its own format."""
   own_format = formats.ImageFormat(
     source.image_size or image_format.size,
     source.channels or image_format.channels,
@@ -349,7 +348,7 @@ def _check_classification(dataset, outputs):
 
 
 def _check_same_classes(sources, num_outputs, class_names):
-  """Make sure that outputs of sources can be compared with the target's."""
+  """Require the sources to have the classes of the target."""
   numbers = tuple(str(number) for number in range(num_outputs))
   for source in sources:
     needs = (
@@ -379,7 +378,7 @@ def _plan_transfer(experiment, sources, target_layout):
   wanted = fields.pairs or method.pair_set
   if frozen:
     wanted = list(frozen.pair)
-  if isinstance(wanted, list) or "->" in wanted:  # By hand, among all taps.
+  if isinstance(wanted, list) or "->" in wanted:  # Listed, from among all taps.
     target_taps = target_layout.taps
     source_taps = _merged(s.named(s.layout.taps) for s in sources)
     pairs = pair_sets.make_pairs(
@@ -397,7 +396,8 @@ def _plan_transfer(experiment, sources, target_layout):
       s.named(models.select_taps(s.layout, s.patterns)) for s in sources
     ]
     source_taps = _merged(groups)
-    # The last tap is each source's own; resolutions compare over all sources.
+    # "single" pairs the last tap of each source; the other sets compare
+    # resolutions over all sources.
     if wanted != "single":
       groups = [source_taps]
     pairs = tuple(
@@ -447,12 +447,12 @@ def _make_weights_fn(experiment, pairs):
 
 
 def _make_losses(experiment, target_fn, pairs, head_tap):
-  settings = experiment.settings
+  beta, losses = experiment.settings.transfer.beta, experiment.settings.losses
   makers = {
-    "matching": lambda: objectives.matching(pairs, beta=settings.transfer.beta),
-    "attention": lambda: objectives.attention(pairs, beta=settings.at.beta),
-    "lwf": lambda: objectives.lwf(head_tap, **settings.lwf._asdict()),
-    "kd": lambda: objectives.kd(**settings.kd._asdict()),
+    "matching": lambda: objectives.matching(pairs, beta=beta),
+    "attention": lambda: objectives.attention(pairs, **losses["at"]),
+    "lwf": lambda: objectives.lwf(head_tap, **losses["lwf"]),
+    "kd": lambda: objectives.kd(**losses["kd"]),
   }
   auxiliary = {name: makers[name]() for name in experiment.method.losses}
   return objectives.make_losses(target_fn, auxiliary, experiment.task)
@@ -581,7 +581,7 @@ def _shardings(settings, mesh):
 def _place_states(settings, first_state, mesh):
   """Return (seed -> first state on the mesh, its shapes with shardings)."""
   shardings = _shardings(settings, mesh)
-  # What is split over the devices need not fit on one of them before.
+  # A state that is split over the devices need not fit on one of them.
   making = sharding.on_host if settings.shard_params else contextlib.nullcontext
 
   @compilation.garbage_collection_paused()
@@ -595,7 +595,7 @@ def _place_states(settings, first_state, mesh):
 
 
 def _fingerprints(dataset, sources):
-  """Return what training reads -> the fingerprint of its contents."""
+  """Return name -> fingerprint of the inputs of training."""
   weights = {
     f"the weights of the {source.label}": fingerprints.fingerprint(
       jax.device_get(source.variables)

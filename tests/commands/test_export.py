@@ -7,9 +7,10 @@ import pytest
 import safetensors.numpy
 
 from examples import networks
-from l2t_jax import errors, export, models, predict
+from l2t_jax import errors, export, models
 from l2t_jax.data import formats
 from l2t_jax.models import torch_weights, weight_files
+from l2t_jax.run import predictor as predictors
 from tests.support import small_runs
 
 CLASSES = tuple("abcdef")
@@ -18,7 +19,7 @@ CLASSES = tuple("abcdef")
 def make_predictor(network, shape):
   params, model_state = models.init(network, jax.random.key(0), shape)
   image_format = formats.ImageFormat(shape[0], shape[-1], (0.4,), (0.3,))
-  return predict.Predictor(
+  return predictors.Predictor(
     network,
     params,
     model_state,

@@ -10,6 +10,7 @@ import pytest
 from sklearn import datasets
 
 from l2t_jax import errors, predict
+from l2t_jax.run import predictor as predictors
 from tests.support import small_runs
 
 
@@ -54,7 +55,7 @@ def _save(path, mode):
 
 @pytest.mark.xdist_group("experiment")
 def test_images_that_cannot_be(source, tmp_path):
-  predictor = predict.load(source)
+  predictor = predictors.load(source)
   assert predictor.read(_save(tmp_path / "rgb.png", "RGB")).shape == (
     *predictor.image_format.shape[:2],
     1,
@@ -77,8 +78,8 @@ def test_images_that_cannot_be(source, tmp_path):
     (lambda: predictor.read(tmp_path / "broken.png"), "cannot be read"),
     (lambda: predict.find_images([tmp_path / "none"]), "no image or folder"),
     (lambda: predict.find_images([tmp_path / "empty"]), "has no images"),
-    (lambda: next(predict.predict(regression, [])), "ANGLE', and no classes"),
-    (lambda: predict.load(tmp_path), "there is no target.safetensors"),
+    (lambda: next(regression.classify([])), "ANGLE', not classes"),
+    (lambda: predictors.load(tmp_path), "there is no target.safetensors"),
   ):
     with pytest.raises(errors.InputError, match=message):
       make()

@@ -70,7 +70,9 @@ def test_the_same_command_again_says_that_it_is_complete(
 def test_a_command_without_a_config(tmp_path):
   result = small_runs.run_python("train.py", f"--workdir={tmp_path / 'run'}")
   assert result.returncode == 2
-  assert result.stderr.startswith("error: flag --config")
+  assert result.stderr.startswith(
+    "error: the following arguments are required: --config"
+  )
   assert result.stderr.count("\n") == 1
 
 

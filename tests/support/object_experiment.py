@@ -38,9 +38,7 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       pair_activation="relu6",
       map="",
     ),
-    lwf=experiments.Lwf(temperature=2.0, weight=1.0),
-    at=experiments.At(beta=1000.0),
-    kd=experiments.Kd(temperature=4.0, weight=1.0),
+    losses={},
     optimizer=experiments.Optimizer(
       learning_rate=0.1,
       schedule="cosine",

@@ -1,0 +1,261 @@
+"""Cells of a table: methods with a config, each with runs of several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+import pathlib
+import sys
+import time
+import traceback
+from typing import Any, NamedTuple
+
+import ml_collections
+from rich import console
+
+from l2t_jax import cli, errors
+import l2t_jax.config
+from l2t_jax.method import objectives
+from l2t_jax.models import weight_files
+from l2t_jax.results import paper, run_reader, tables
+from l2t_jax.run import experiments, from_config
+from l2t_jax.runtime import run_folder
+
+CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
+_SUMMARY, _ERROR = "summary.json", "error.txt"  # What a run leaves.
+
+
+class Cell(NamedTuple):
+  """A method in a column of the table, with the runs of all seeds."""
+
+  column: str
+  method: str
+  config: ml_collections.ConfigDict
+  workdirs: dict[int, pathlib.Path]  # Seed -> folder of its run.
+
+
+def load_columns(
+  paths: Sequence[str], sweep: str, overrides: Sequence[str]
+) -> dict[str, ml_collections.ConfigDict]:
+  """Read the configs of a table's columns.
+
+  Args:
+    paths: config files.
+    sweep: "FIELD=VALUE,VALUE,...", or "" for none.
+    overrides: such as "--config.epochs=5"; for all columns.
+
+  Returns:
+    Column -> config. A column's name is that of the config file, that of a
+    swept value ("per_class=5"), or both.
+
+  Raises:
+    errors.InputError: a file, a field or a value is wrong, or two columns have
+      the same name.
+  """
+  field, _, values = sweep.partition("=")
+  for name in (f"--config.{field}=", *overrides):
+    if name.startswith("--config.method="):
+      raise errors.InputError(
+        "the rows of a table are its methods: set --methods, not config.method"
+      )
+  if sweep and not (field and values):
+    raise errors.InputError(
+      f"--sweep={sweep} must be a field and its values, such as"
+      " --sweep=data.per_class=5,10,50"
+    )
+  columns: dict[str, ml_collections.ConfigDict] = {}
+  for path in paths:
+    file, _, argument = path.partition(":")
+    name = ":".join(filter(None, (pathlib.Path(file).stem, argument)))
+    for value in map(str.strip, values.split(",")) if sweep else ("",):
+      column, more = name, list(overrides)
+      if sweep:
+        value_name = f"{field.rpartition('.')[2]}={value}"
+        column = value_name if len(paths) == 1 else f"{name} {value_name}"
+        more.append(f"--config.{field}={value}")
+      folder = _folder_name(column)
+      for other in columns:
+        if _folder_name(other) == folder:
+          raise errors.InputError(
+            f"the columns {other!r} and {column!r} would share the folder"
+            f" {folder}; rename what one of them names, or give each a"
+            " --workdir of its own"
+          )
+      columns[column] = cli.load_config(path, more)
+  return columns
+
+
+def make_cells(
+  columns: Mapping[str, ml_collections.ConfigDict],
+  methods: Sequence[str],
+  num_seeds: int,
+  workdir: pathlib.Path,
+) -> list[Cell]:
+  """Lay the table out, column by column.
+
+  Args:
+    columns: name -> config.
+    methods: keys of `objectives.METHODS`.
+    num_seeds: seeds count from the config's own.
+    workdir: of the table.
+
+  Raises:
+    errors.InputError: for a method that is named twice.
+  """
+  if len(set(methods)) < len(methods):
+    raise errors.InputError(f"--methods={','.join(methods)} names one twice")
+  cells = []
+  for column, base in columns.items():
+    for method in methods:
+      config = copy.deepcopy(base)
+      config.method = method
+      folder = workdir / _folder_name(column) / method
+      seeds = range(base.seed, base.seed + num_seeds)
+      cells.append(
+        Cell(column, method, config, {s: folder / f"seed{s}" for s in seeds})
+      )
+  return cells
+
+
+def _folder_name(column):
+  """Make one folder of a column, even where a path is swept."""
+  return column.replace("/", "_")
+
+
+def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
+  """Divide the runs that are not done into those that train at once.
+
+  The division does not depend on what is done, so that the shares of several
+  processes never overlap; a job without anything left to do stays in the list.
+  """
+  jobs = []
+  for cell in cells:
+    seeds = list(cell.workdirs)
+    for first in range(0, len(seeds), together):
+      mine = seeds[first : first + together]
+      left = {
+        seed: cell.workdirs[seed]
+        for seed in mine
+        if not (cell.workdirs[seed] / _SUMMARY).exists()
+      }
+      jobs.append(cell._replace(workdirs=left))
+  return jobs
+
+
+def run_job(job: Cell) -> None:
+  """Train the seeds of a job together and record failures.
+
+  Where training them together fails, each is trained alone.
+  """
+  start = time.time()
+  title = (
+    f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
+  )
+  first = next(iter(job.workdirs.values()))
+  run_folder.make(first)
+  summaries, failure = _train_logged(job, title, first)
+  if failure:
+    (first / _ERROR).write_text(failure)
+    line = failure.splitlines()[0]
+    if len(job.workdirs) == 1:
+      CONSOLE.print(f"{title}: FAILED: {line}")
+      return
+    CONSOLE.print(f"{title}: {line}; now each alone")
+    for seed, workdir in job.workdirs.items():
+      run_job(job._replace(workdirs={seed: workdir}))
+    return
+  for workdir in job.workdirs.values():
+    (workdir / _ERROR).unlink(missing_ok=True)
+  accuracies = lambda key: ", ".join(
+    run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
+    for summary in summaries
+  )
+  CONSOLE.print(
+    f"{title}: validation {accuracies('val_accuracy')}, test"
+    f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
+  )
+
+
+def _train_logged(
+  job: Cell, title: str, folder: pathlib.Path
+) -> tuple[list[dict[str, Any]], str]:
+  """Train with the output in train.log; return (summaries, what failed).
+
+  The failure is text, since an exception would keep alive the arrays of the
+  frames that it passed.
+  """
+  try:
+    with (
+      CONSOLE.status(f"training {title}"),
+      (folder / "train.log").open("a") as log,
+      contextlib.redirect_stdout(log),
+    ):
+      return from_config.train_together(job.config, job.workdirs), ""
+  except (errors.Interrupted, errors.StorageError):
+    raise  # It ends the whole table.
+  except Exception as error:
+    return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
+
+
+def results(cells: Sequence[Cell]) -> list[tables.Cell]:
+  """Read the results that the runs of all cells have left so far."""
+  return [_result(cell) for cell in cells]
+
+
+def _result(cell: Cell) -> tables.Cell:
+  summaries, failures = [], []
+  for seed, workdir in cell.workdirs.items():
+    error_file = workdir / _ERROR
+    if (summary := run_reader.read_summary(workdir)) is not None:
+      summaries.append(summary)
+    elif error_file.exists():
+      failures.append(f"seed {seed}: {error_file.read_text().splitlines()[0]}")
+  reported = paper.REPORTED.get(cell.column, {}).get(cell.method)
+  return tables.Cell(
+    cell.method,
+    cell.column,
+    tuple(summaries),
+    len(cell.workdirs),
+    tuple(failures),
+    in_percent=run_reader.is_classification(cell.config.target.task),
+    paper=reported,
+    departures=() if reported is None else _departures(cell, summaries),
+  )
+
+
+def _departures(cell, summaries):
+  """List how a cell departs from the paper's setting; see `paper.departures`.
+
+  `from_config.check` has made sure that the runs are of this config.
+  """
+  config, source, num_images = cell.config, "", None
+  if objectives.METHODS[cell.method].needs_source and config.source.weights:
+    source = _describe_source(pathlib.Path(config.source.weights))
+  for summary in summaries[:1]:  # All seeds have as many images.
+    num_labelled = summary["num_train"] + summary["num_val"]
+    num_images = (num_labelled, summary["num_test"])
+  return paper.departures(
+    cell.column,
+    experiments.comparable(from_config.describe(config)),
+    experiments.comparable(from_config.describe(l2t_jax.config.get_config())),
+    free_fields=l2t_jax.config.FREE_FIELDS,
+    source=source,
+    num_images=num_images,
+  )
+
+
+def _describe_source(path):
+  try:
+    metadata = weight_files.read_metadata(path)
+  except errors.InputError:  # It made the runs fail, too.
+    return "unknown"
+  return f"{metadata['model']} of {metadata['num_classes']} classes"
+
+
+def _one_line(error: BaseException) -> str:
+  text = " ".join(str(error).split())
+  if not isinstance(error, errors.Stop):
+    text = f"{type(error).__name__}: {text}"
+  # What is wrong stands first, and what would be right last.
+  return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"

@@ -1,0 +1,167 @@
+"""A trained target, ready to run on new images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+from typing import Any
+import warnings
+
+import chex
+import jax
+import numpy as np
+from PIL import Image
+
+from l2t_jax import data, errors, models, types
+from l2t_jax.data import augmentation, formats, pillow
+from l2t_jax.models import weight_files
+
+_BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+  """A trained network with all that it takes to run it on new images."""
+
+  network: models.Network
+  params: types.PyTree
+  model_state: types.PyTree
+  image_format: formats.ImageFormat
+  class_names: tuple[str, ...]
+  task: str  # As in config.target.task.
+  # An image of any size -> one of the network's size, as in evaluation.
+  resize: Callable[[Image.Image], Image.Image]
+
+  def read(self, path: pathlib.Path) -> np.ndarray:
+    """Read an image as the network wants it, uint8 [H, W, C].
+
+    Raises:
+      errors.InputError: it cannot be read.
+    """
+    image = pillow.decode(path, name=str(path))
+    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+      warnings.warn(
+        "some images have transparent pixels; transparency is dropped, as in"
+        " training: put them on a background if it was not there",
+        stacklevel=2,
+      )
+    image = pillow.convert(image, self.image_format.channels)
+    return pillow.to_array(self.resize(image))
+
+  def apply(self, images: chex.Array) -> jax.Array:
+    """Compute the outputs [B, ...] for images uint8 [B, H, W, C]."""
+    return self._apply_fn(self.params, self.model_state, images)
+
+  def outputs(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Compute the outputs of many images, batch by batch.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      batch_size: images per forward pass; a last, smaller batch is padded with
+        zeros so that one shape is compiled.
+
+    Returns:
+      Outputs [N, ...].
+    """
+    parts = []
+    for start in range(0, len(images) or 1, batch_size):
+      batch = images[start : start + batch_size]
+      padding = ((0, batch_size - len(batch)), *((0, 0),) * 3)
+      parts.append(np.asarray(self.apply(np.pad(batch, padding)))[: len(batch)])
+    return np.concatenate(parts)
+
+  def classify(
+    self, paths: Iterable[pathlib.Path]
+  ) -> Iterator[tuple[pathlib.Path, str, float]]:
+    """Classify image files.
+
+    Yields:
+      (path, name of the likeliest class, its probability).
+
+    Raises:
+      errors.InputError: an image cannot be read, or the network is no
+        classifier.
+    """
+    if self.task != "classification":
+      raise errors.InputError(
+        f"the network learned the task {self.task!r}, not classes; its outputs"
+        " are those of the program that l2t_jax.export writes to OUT.stablehlo"
+      )
+    paths = iter(paths)
+    while batch := list(itertools.islice(paths, _BATCH_SIZE)):
+      images = np.stack([self.read(path) for path in batch])
+      # A network may have more outputs than there are classes.
+      logits = self.outputs(images, _BATCH_SIZE)[:, : len(self.class_names)]
+      probabilities = np.asarray(jax.nn.softmax(logits))
+      for path, row in zip(batch, probabilities, strict=True):
+        best = int(row.argmax())
+        yield path, self.class_names[best], float(row[best])
+
+  @functools.cached_property
+  def _apply_fn(self) -> Any:
+    apply_fn = models.as_apply_fn(self.network, ())
+
+    @jax.jit
+    @jax.default_matmul_precision("highest")  # As evaluation has it.
+    def outputs(params, model_state, images):
+      images = augmentation.normalise(
+        images, self.image_format.mean, self.image_format.std
+      )
+      return apply_fn(params, model_state, images, train=False)[0]
+
+    return outputs
+
+
+def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
+  """Load the trained target of a run.
+
+  Args:
+    run: folder of the run, or the target.safetensors in it.
+    network: the target network, for a run whose config does not name it.
+
+  Raises:
+    errors.InputError: there is no such file, or its network cannot be made.
+  """
+  path = run / "target.safetensors" if run.is_dir() else run
+  if not path.is_file():
+    raise errors.InputError(
+      f"there is no target.safetensors in {run}; a run leaves it with its first"
+      " epoch"
+    )
+  metadata = weight_files.read_metadata(path)
+  if "config" not in metadata:
+    raise errors.InputError(
+      f"{path} holds converted weights, not a run of l2t_jax: it does not say"
+      " which images and classes it is for"
+    )
+  config = json.loads(metadata["config"])
+  size = config["data"]["image_size"]
+  image_format = formats.ImageFormat(
+    size,
+    int(metadata["channels"]),
+    tuple(json.loads(metadata["mean"])),
+    tuple(json.loads(metadata["std"])),
+  )
+  if network is None:
+    network, params, model_state, _ = weight_files.load_network(path)
+    weight_files.check_shapes(
+      models.trace(network, image_format.shape),
+      {"params": params, **model_state},
+      str(path),
+    )
+  else:
+    model_state, _ = weight_files.load(path)
+    params = model_state.pop("params")
+  return Predictor(
+    network,
+    params,
+    model_state,
+    image_format,
+    tuple(json.loads(metadata["class_names"])),
+    config["target"]["task"],
+    data.make_eval_resize(size, config["data"]["eval_resize"]),
+  )
