@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
       from_config.check(config)
       plan.show(plan.make(from_config.resolve(config)))
     else:
-      from_config.train_and_evaluate(config, args.workdir)
+      from_config.train_and_evaluate(config, {config.seed: args.workdir})
 
 
 if __name__ == "__main__":

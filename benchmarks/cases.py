@@ -85,9 +85,11 @@ def compile_iteration(
   """Compile a step as `train.py` does; its state is donated."""
   _, precision = compilation.PRECISIONS[setting.precision]
   with jax.default_matmul_precision(precision):
-    return setups.compile_step(
-      *iteration, num_seeds=setting.num_seeds, mode=setting.mode
-    ).result()
+    setup, state, batch = iteration
+    step = setups.jit_step(
+      setup, state, num_seeds=setting.num_seeds, mode=setting.mode
+    )
+    return compilation.compile_ahead(step, state, setup.sources, batch).result()
 
 
 def _random_images(setting):

@@ -157,13 +157,17 @@ def config_of(task, folder, source, method, epochs):
 
 def main(workdir: pathlib.Path) -> dict[tuple[str, str], float]:
   """Train the source and all targets; return (task, method) -> accuracy."""
-  from_config.train_and_evaluate(digits_source.get_config(), workdir / "source")
+  from_config.train_and_evaluate(
+    digits_source.get_config(), {0: workdir / "source"}
+  )
   source = workdir / "source" / "target.safetensors"
   results = {}
   for task in TASKS:
     for method in ("scratch", "l2t_ww"):
       config = config_of(task, workdir / "data", source, method, epochs=40)
-      summary = from_config.train_and_evaluate(config, workdir / task / method)
+      (summary,) = from_config.train_and_evaluate(
+        config, {config.seed: workdir / task / method}
+      )
       results[task, method] = summary["test_accuracy"]
   for (task, method), accuracy in results.items():
     print(f"{task:10} {method:10} {accuracy:.3f}")

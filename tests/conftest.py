@@ -8,7 +8,6 @@ import hypothesis
 import jax
 import pytest
 
-from l2t_jax.run import from_config
 from l2t_jax.runtime import cpu_lowering
 from tests.support import small_runs
 
@@ -69,5 +68,5 @@ def source(tmp_path_factory):
 def finished(source, tmp_path_factory):
   """A finished run of three epochs."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
-  from_config.train_and_evaluate(small_runs.small_config(source), workdir)
+  small_runs.train(small_runs.small_config(source), workdir)
   return workdir

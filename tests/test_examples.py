@@ -8,7 +8,6 @@ import pytest
 
 from configs import digits, digits_source
 from examples import noisy_labels, tasks
-from l2t_jax.run import from_config
 from tests.support import small_runs
 
 pytestmark = pytest.mark.long
@@ -26,7 +25,7 @@ def test_a_transformer_teaches_a_convnet(tmp_path):
   source_config.target.model = "examples.networks:vit"
   source_config.optimizer.learning_rate = 0.05
   source_config.epochs = 7
-  source = from_config.train_and_evaluate(source_config, tmp_path / "vit")
+  source = small_runs.train(source_config, tmp_path / "vit")
   assert source["test_accuracy"] > 0.3
   config = digits.get_config()
   config.source.weights = str(tmp_path / "vit" / "target.safetensors")
@@ -36,7 +35,7 @@ def test_a_transformer_teaches_a_convnet(tmp_path):
   config.optimizer.learning_rate = 0.05
   config.transfer.beta = 0.02
   config.epochs = 20
-  summary = from_config.train_and_evaluate(config, tmp_path / "convnext")
+  summary = small_runs.train(config, tmp_path / "convnext")
   assert summary["test_accuracy"] > 0.3
   losses = [
     record["train_matching_loss"]
@@ -57,7 +56,7 @@ def test_a_transformer_teaches_a_convnet(tmp_path):
 def test_tasks(task, method, guess, source, tmp_path):
   config = tasks.config_of(task, tmp_path, source, method, epochs=8)
   config.bilevel.num_inner_steps = 1
-  summary = from_config.train_and_evaluate(config, tmp_path / "run")
+  summary = small_runs.train(config, tmp_path / "run")
   assert summary["test_accuracy"] > guess + 0.05
 
 

@@ -319,15 +319,6 @@ def make_losses(
       )
     return logits, outputs, new_state
 
-  def sum_of_auxiliary(params, weights, outputs, batch):
-    loss = jnp.zeros(())
-    metrics: dict[str, Any] = {}
-    for name, loss_fn in auxiliary.items():
-      one, more = loss_fn(params, weights, outputs, batch.source)
-      loss += one
-      metrics |= {f"{name}_loss": one, **more}
-    return loss, metrics
-
   def on_labels(logits, batch):
     loss = task_loss(task, logits, batch.labels)
     accuracy = jnp.mean(task_accuracy(task, logits, batch.labels))
@@ -339,16 +330,26 @@ def make_losses(
     loss, metrics = on_labels(logits, batch)
     return loss, Aux(model_state, metrics)
 
-  def auxiliary_loss(params, weights, model_state, batch):
-    _, outputs, model_state = on_all_images(params, model_state, batch)
-    loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
-    return loss, Aux(model_state, metrics)
+  def make_loss(*, with_target):
+    def loss_fn(params, weights, model_state, batch):
+      logits, outputs, model_state = on_all_images(params, model_state, batch)
+      metrics: dict[str, Any] = {}
+      if with_target:
+        target_loss, metrics = on_labels(logits, batch)
+      loss = jnp.zeros(())
+      for name, auxiliary_fn in auxiliary.items():
+        one, more = auxiliary_fn(params, weights, outputs, batch.source)
+        loss += one
+        metrics |= {f"{name}_loss": one, **more}
+      if with_target:
+        loss += target_loss
+        metrics["loss"] = loss
+      return loss, Aux(model_state, metrics)
 
-  def total(params, weights, model_state, batch):
-    logits, outputs, model_state = on_all_images(params, model_state, batch)
-    target_loss, target_metrics = on_labels(logits, batch)
-    loss, metrics = sum_of_auxiliary(params, weights, outputs, batch)
-    loss += target_loss
-    return loss, Aux(model_state, {**metrics, **target_metrics, "loss": loss})
+    return loss_fn
 
-  return Losses(target, auxiliary_loss, total)
+  return Losses(
+    target,
+    make_loss(with_target=False),
+    make_loss(with_target=True),
+  )

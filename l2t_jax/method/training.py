@@ -133,9 +133,12 @@ def make_train_step(
     optimizer = recipe.optimizer_fn(recipe.learning_rate_fn(state.step))
     data = _with_sources(problem, sources, batch)
     weights = _weights_of(problem, state.meta_params, data)
-    inner, metrics = _real_update(
-      problem, optimizer, state.inner, weights, data
-    )
+    # Step 1, the real update.
+    grads, (model_state, metrics) = jax.grad(
+      problem.losses.total, has_aux=True
+    )(state.inner.params, weights, state.inner.model_state, data)
+    inner = bilevel.apply_gradients(optimizer, state.inner, grads, model_state)
+    _record_update(metrics, problem.pairs, weights, grads)
     is_good = jnp.bool_(True)
     if recipe.skip_bad_numbers:
       is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
@@ -177,26 +180,21 @@ def _weights_of(problem, meta_params, data):
   return problem.weights_fn(meta_params, data.source.matching.pooled)
 
 
-def _real_update(problem, optimizer, inner, weights, data):
-  """Step 1: one step with the total loss; return (inner state, metrics)."""
-  pairs = problem.pairs
-  grads, (model_state, metrics) = jax.grad(problem.losses.total, has_aux=True)(
-    inner.params, weights, inner.model_state, data
-  )
+def _record_update(metrics, pairs, weights, grads):
+  """Add the gradient's norm and what was transferred to `metrics`."""
   metrics["grad_norm"] = optax.tree.norm(grads)
-  inner = bilevel.apply_gradients(optimizer, inner, grads, model_state)
-  if weights is not None:
-    stack = lambda values: jnp.stack([values[p.name] for p in pairs])
-    mean = lambda x: jnp.mean(x, axis=0)
-    metrics["transfer"] = {
-      "pair_weights": stack(jax.tree.map(mean, weights.pair)),
-      "distances": stack(metrics.pop("distances")),
-      "regressor_grad_norms": stack(
-        {name: optax.tree.norm(g) for name, g in grads["regressors"].items()}
-      ),
-      "channel_weights": jax.tree.map(mean, weights.channel),
-    }
-  return inner, metrics
+  if weights is None:
+    return
+  stack = lambda values: jnp.stack([values[pair.name] for pair in pairs])
+  mean = lambda x: jnp.mean(x, axis=0)
+  metrics["transfer"] = {
+    "pair_weights": stack(jax.tree.map(mean, weights.pair)),
+    "distances": stack(metrics.pop("distances")),
+    "regressor_grad_norms": stack(
+      {name: optax.tree.norm(g) for name, g in grads["regressors"].items()}
+    ),
+    "channel_weights": jax.tree.map(mean, weights.channel),
+  }
 
 
 def _meta_update(problem, recipe, optimizer, inner, meta, data):

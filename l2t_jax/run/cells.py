@@ -191,7 +191,7 @@ def _train_logged(
       (folder / "train.log").open("a") as log,
       contextlib.redirect_stdout(log),
     ):
-      return from_config.train_together(job.config, job.workdirs), ""
+      return from_config.train_and_evaluate(job.config, job.workdirs), ""
   except (errors.Interrupted, errors.StorageError):
     raise  # It ends the whole table.
   except Exception as error:

@@ -1,8 +1,8 @@
 """An experiment: what is trained, as objects and numbers.
 
-`from_config.resolve` makes one from a config, `fit.fit` from the objects of a
-notebook, and `train.train` trains it. Nothing in it is a name that has to be
-looked up.
+`from_config.resolve` makes one from a config, `fit.fit` from objects, and
+`train.train` trains it. Networks, images and losses are there as objects, never
+as names that have to be looked up.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ class Source(NamedTuple):
   """A trained network whose features are transferred."""
 
   network: models.Network
-  # None where an NNX module holds them.
+  # None if the network is an NNX module, which holds them.
   params: types.PyTree | None = None
   # Its other collections, such as {"batch_stats": ...}.
   model_state: types.PyTree | None = None
-  # A name or glob of its layers, or several; () for the last one of each
-  # resolution.
+  # Names or globs of layers; () for the last layer of each resolution.
   taps: str | tuple[str, ...] = ()
-  # The images that it was trained on; 0 and () for those of the target.
+  # The images that it was trained on; 0 and () mean those of the target.
   image_size: int = 0  # Height and width in pixels.
   channels: int = 0  # 1 (grey) or 3 (RGB).
   mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
   std: tuple[float, ...] = ()
-  class_names: tuple[str, ...] = ()  # () where they are not known.
-  # For messages: the file that it was read from.
-  origin: str = ""
+  class_names: tuple[str, ...] = ()  # () if unknown.
+  origin: str = ""  # The file that it was read from, for messages.
 
 
 class Transfer(NamedTuple):
-  """What is compared with what; the fields of config.transfer."""
+  """Matching of features; the fields of config.transfer."""
 
   pairs: str | tuple[str, ...]
   beta: float
@@ -84,8 +82,8 @@ class Bilevel(NamedTuple):
 class Settings(NamedTuple):
   """The numbers of an experiment: fields of a config, by the same names.
 
-  Their meanings and rules stand in l2t_jax/config.py. None has a default here:
-  what the paper fixes is decided in a config.
+  l2t_jax/config.py holds their meanings and rules. None has a default here:
+  what the paper fixes stands in the configs.
   """
 
   method: str
@@ -107,7 +105,7 @@ class Settings(NamedTuple):
 
 
 class Experiment(NamedTuple):
-  """What is trained."""
+  """What is trained: networks, images, losses and numbers."""
 
   target: models.Network
   images: data.ImageSet
@@ -116,16 +114,16 @@ class Experiment(NamedTuple):
   sources: Mapping[str, Source] = {}
   task: types.Task = objectives.CLASSIFICATION
   target_taps: tuple[str, ...] = ()  # Names or globs; () for the default ones.
-  # Weights to use in place of learned ones, which also say the pairs.
+  # Fixed transfer weights, which also determine the pairs; None to learn.
   frozen: transfer.TransferMap | None = None
-  # Content of config.json; None to derive it, by `describe`.
+  # Content of config.json; None for that of `describe`.
   description: Mapping[str, Any] | None = None
-  # Fields of the description that may differ when a run is resumed.
+  # Fields of the description in which a resumed run may differ.
   free_fields: tuple[str, ...] = ()
 
   @property
   def method(self) -> objectives.Method:
-    """What is added to L_org."""
+    """The training method that `settings.method` names."""
     return objectives.get_method(self.settings.method)
 
 
@@ -145,8 +143,8 @@ def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
 def describe(experiment: Experiment) -> dict[str, Any]:
   """Describe an experiment of objects as the config of a file would.
 
-  Arrays, weights and networks are replaced by names with digests, so that a
-  folder which holds a run of other ones is told apart.
+  Arrays, weights and networks become names with digests, so that a folder with
+  a run of other ones is recognised.
   """
   sources = {
     name: {
@@ -187,16 +185,16 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   if experiment.frozen and not experiment.settings.transfer.map:
     digest = fingerprints.fingerprint(experiment.frozen)
     described["transfer"]["map"] = f"map {digest}"
-  return json.loads(json.dumps(described))  # As a file would give it back.
+  return json.loads(json.dumps(described))  # With lists, as read from a file.
 
 
 def _describe_images(images, reading):
-  """Return the fields of the images: where they are, or a digest of them."""
+  """Return the fields of the images; a digest replaces pixels in memory."""
   fields = dataclasses.asdict(reading)
-  del fields["in_memory"]  # No field of a config.
+  del fields["in_memory"]  # Not a field of a config.
   parts = (images.train, images.test or images.train)
   if reading.source and any(part.pixels is None for part in parts):
-    return fields  # Files, which source, name and path lead to.
+    return fields  # Files that source, name and path identify.
   arrays = [(part.pixels, part.labels, part.targets) for part in parts]
   told = (arrays, images.num_official_val, images.class_names)
   return fields | {"source": "arrays", "name": fingerprints.fingerprint(told)}
@@ -211,16 +209,15 @@ def variables_of(source: Source) -> tuple[types.PyTree, types.PyTree]:
   """Return (params, model_state) of a source network.
 
   Raises:
-    errors.InputError: it has no params, and is no NNX module that holds them.
+    errors.InputError: it has no params, and is not an NNX module.
   """
   if source.params is not None:
     return source.params, dict(source.model_state or {})
   if not isinstance(source.network, nnx.Module):
     raise errors.InputError(
-      f"source {_name(source.network)} has no params; give those that it was"
-      " trained to"
+      f"source {_name(source.network)} has no params; give its trained params"
     )
-  # The module's own: key and shape do not matter.
+  # An NNX module returns its own values: key and shape do not matter.
   return models.init(source.network, jax.random.key(0), (1, 1, 1))
 
 
@@ -236,8 +233,8 @@ def _name(network):
 
 
 def _describe(network, variables):
-  """Name a network so that another one has another name, in any process."""
-  # Functions have no representation that lasts: their names have to do.
+  """Name a network so that different ones have different names."""
+  # The representation of a function changes from process to process.
   what = _without_addresses(repr(network)) * isinstance(network, nn.Module)
   digest = fingerprints.fingerprint((what, variables))
   return f"{_name(network)} {digest}"

@@ -1,7 +1,7 @@
-"""From a config to an experiment, and on to what it trains.
+"""Turn a config into an experiment, and train it.
 
-The modules beside this one take objects and numbers; this one, and `fit` for
-its numbers, read configs.
+The other modules of this folder take objects and numbers. Only this one, the
+cells of a table and `fit`, for its numbers, read configs.
 """
 
 from __future__ import annotations
@@ -26,33 +26,20 @@ from l2t_jax.runtime import compilation, tracking
 
 
 def train_and_evaluate(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
-  """Train what a config says, resuming where an earlier call was cut off.
-
-  Args:
-    config: the fields of l2t_jax/config.py.
-    workdir: folder of the run; see `train.train`.
-
-  Returns:
-    The content of summary.json.
-
-  Raises:
-    errors.Stop: as `train.train`, and for a config that cannot work.
-  """
-  (summary,) = train_together(config, {config.seed: workdir})
-  return summary
-
-
-def train_together(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]],
 ) -> list[dict[str, Any]]:
-  """Train several seeds of a config side by side; see `train.train_together`.
+  """Train what a config says, resuming where an earlier call was cut off.
 
   Args:
-    config: the fields of l2t_jax/config.py, except `seed`.
-    workdirs: seed -> folder of its run.
+    config: the fields of l2t_jax/config.py; `seed` is not read.
+    workdirs: seed -> folder of its run. Several seeds train side by side.
+
+  Returns:
+    The contents of the summary.json files, in the order of `workdirs`.
+
+  Raises:
+    errors.Stop: as `train.train_together`, and for a config that cannot work.
   """
   check(config, workdirs)
   summaries = train.completed(workdirs)
@@ -67,15 +54,15 @@ def check(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]] | None = None,
 ) -> None:
-  """Refuse what cannot run, before anything is loaded or written.
+  """Refuse a config that cannot run, before anything is loaded or written.
 
   Args:
     config: the fields of l2t_jax/config.py, except `seed`.
     workdirs: seed -> folder of its run; None for a single run without a folder.
 
   Raises:
-    errors.InputError: for a wrong value, source weights that are missing, and a
-      folder that holds a run of another config.
+    errors.InputError: a value is wrong, source weights are missing, or a folder
+      holds a run of another config.
   """
   for seed in workdirs or (config.seed,):
     one = copy.deepcopy(config)
@@ -95,13 +82,13 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
-  """Look up and load all that a config names.
+  """Load everything that a config names.
 
   Args:
-    config: the fields of l2t_jax/config.py, which `check` has seen.
+    config: the fields of l2t_jax/config.py, accepted by `check`.
 
   Raises:
-    errors.InputError: images, weights or a network cannot be had.
+    errors.InputError: images, weights or a network cannot be loaded.
   """
   method = objectives.get_method(config.method)
   dtype, _ = compilation.PRECISIONS[config.precision]
@@ -137,7 +124,7 @@ def data_fields(config: ml_collections.ConfigDict) -> data.DataFields:
   """Take the fields of the images out of a config."""
   fields = config.data.to_dict()
   if not objectives.get_method(config.method).losses:
-    # Nothing reads images without labels.
+    # No loss of this method reads images without labels.
     fields |= {"unlabeled": False, "unlabeled_path": ""}
   return data.DataFields(**fields)
 

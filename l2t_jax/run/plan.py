@@ -42,7 +42,12 @@ def make(experiment: experiments.Experiment) -> Plan:
     setup = setups.build(experiment)
     batch = sharding.shard(setup.blank_batch, setup.mesh)
     compiling = {
-      mode: setups.compile_step(setup, setup.state_shapes, batch, mode=mode)
+      mode: compilation.compile_ahead(
+        setups.jit_step(setup, setup.state_shapes, mode=mode),
+        setup.state_shapes,
+        setup.sources,
+        batch,
+      )
       for mode in (setup.modes if setup.learns else setup.modes[:1])
     }
   state = setup.create_state(settings.seed)

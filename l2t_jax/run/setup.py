@@ -7,7 +7,6 @@ Everything that training needs is put together here, once, from plain objects;
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from concurrent import futures
 import contextlib
 import functools
 from typing import Any, NamedTuple
@@ -177,21 +176,20 @@ def build(experiment: experiments.Experiment) -> Setup:
   )
 
 
-def compile_step(
+def jit_step(
   setup: Setup,
   state: types.TrainState,
-  batch: types.Batch,
   *,
   mode: str,
   num_seeds: int = 1,
   update_meta: bool = True,
-) -> futures.Future[compilation.Program]:
-  """Compile an iteration; its state is donated.
+) -> jax.stages.Wrapped:
+  """Return the jitted iteration, (state, sources, batch) -> (state, metrics).
 
   Args:
     setup: from `build`.
-    state: of one seed, or of several along a leading axis; or its shapes.
-    batch: on the mesh; with the same leading axis.
+    state: of one seed, or of several along a leading axis; or its shapes with
+      shardings. The state that the iteration is called with is donated.
     mode: how the hypergradient is computed.
     num_seeds: how many seeds train together.
     update_meta: whether the iteration has a meta update.
@@ -201,11 +199,8 @@ def compile_step(
   )
   if num_seeds > 1:
     step = jax.vmap(step, in_axes=(0, None, 0))
-  return compilation.compile_ahead(
+  return jax.jit(
     step,
-    state,
-    setup.sources,
-    batch,
     donate_argnums=0,
     out_shardings=(
       jax.tree.map(lambda leaf: leaf.sharding, state),

@@ -1,7 +1,7 @@
-"""Train an experiment: its folder, its records, its resumption.
+"""Train an experiment in a folder, or resume it there.
 
-Seeds of one experiment can train together; each keeps a folder of its own,
-which looks as if it had trained alone.
+Seeds of one experiment can train together. Each has a folder of its own, with
+the same files as if it had trained alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from l2t_jax.runtime import (
 
 CHECKPOINTS = "checkpoints"
 _VERSIONED = (jax, jaxlib, flax, optax, np)
-# Accuracies may be errors with a minus: any finite one is better.
+# Below any finite accuracy; that of a task may be a negated error.
 _WORST = -sys.float_info.max
 
 
@@ -58,12 +58,12 @@ def train(
     The content of summary.json.
 
   Raises:
-    errors.InputError: for data or networks that cannot work together, and where
-      workdir holds a run of another experiment.
+    errors.InputError: the data and networks cannot work together, or workdir
+      holds a run of another experiment.
     errors.BadNumbersError: a loss, a gradient or a parameter is not finite; the
       last checkpoint is from before that.
     errors.StorageError: the folder can no longer be written.
-    errors.Interrupted: on SIGTERM, after saving; the same call goes on.
+    errors.Interrupted: on SIGTERM, after saving; the same call resumes.
   """
   (summary,) = train_together(experiment, {experiment.settings.seed: workdir})
   return summary
@@ -113,7 +113,14 @@ def train_together(
       stack.enter_context(run_folder.lock(workdir))
     while left:
       group = {workdir: left.pop(workdir) for workdir in _first_group(left)}
-      summaries |= _train(group, requests)
+      setup = setups.build(next(iter(group.values())))
+      trainer = trainers.Trainer(
+        setup,
+        [one.settings.seed for one in group.values()],
+        update_every=experiment.settings.meta.update_every,
+      )
+      summaries |= _train(setup, trainer, group, requests)
+      del setup, trainer  # Their arrays, before the next group has its own.
   return [summaries[seed] for seed in workdirs]
 
 
@@ -179,31 +186,26 @@ def _with_seed(experiment, seed):
 
 
 def _first_group(workdirs):
-  """Choose the runs that go on from the same iteration, with the first."""
+  """Choose the runs that resume from the same iteration as the first."""
   steps = {w: checkpoint.steps_in(w / CHECKPOINTS) for w in workdirs}
   if set.intersection(*steps.values()):
-    return list(steps)  # Some had come a little further: they go back.
+    return list(steps)  # Those that are ahead go back to it.
   newest = [max(one, default=0) for one in steps.values()]
   return [w for w, step in zip(steps, newest, strict=True) if step == newest[0]]
 
 
-def _train(group, requests):
+def _train(setup, trainer, group, requests):
   """Train some seeds from where they are; return seed -> summary."""
   first, *_ = group.values()
   settings = first.settings
-  setup = setups.build(first)
-  seeds = [experiment.settings.seed for experiment in group.values()]
-  trainer = trainers.Trainer(
-    setup, seeds, update_every=settings.meta.update_every
-  )
   tracking.import_trackers(settings.trackers)
-  # Before anything in the folders changes: it may not fit.
+  # It may raise `DoesNotFit`, so before the folders change.
   trainer.compile()
   for workdir, experiment in group.items():
     run_folder.write_json(workdir / "config.json", experiment.description)
   display = logs.Progress(
     settings.epochs * setup.dataset.steps_per_epoch,
-    settings.batch_size * len(seeds),
+    settings.batch_size * len(group),
     quiet=not distributed.is_first(),
   )
   with contextlib.ExitStack() as stack:
@@ -215,7 +217,7 @@ def _train(group, requests):
         setup.dataset.with_seed(experiment.settings.seed),
         stack.enter_context(checkpoint.Checkpoints(workdir / CHECKPOINTS)),
         {"seconds": 0.0, "val_accuracy": _WORST, "inputs": setup.inputs},
-        f"seed {experiment.settings.seed}: " if len(seeds) > 1 else "",
+        f"seed {experiment.settings.seed}: " if len(group) > 1 else "",
       )
       for workdir, experiment in group.items()
     ]
@@ -235,7 +237,7 @@ def _train(group, requests):
 
 
 def _open_logs(runs, step, stack):
-  """Let the process that writes record what comes after an iteration."""
+  """Open the logs of each seed after a step, in the process that writes."""
   if distributed.is_first():
     for run in runs:
       log = logs.MetricsLog(
@@ -248,13 +250,13 @@ def _open_logs(runs, step, stack):
 
 
 def _restore(runs, states, display):
-  """Resume from the newest checkpoint that all seeds have and that is whole.
+  """Restore the newest undamaged checkpoint that all seeds share.
 
   Returns:
     (iterations done, states).
 
   Raises:
-    errors.StorageError: it was damaged, and there is none before it.
+    errors.StorageError: the only one is damaged, or the seeds share none.
   """
   while True:
     shared = set.intersection(*(set(run.checkpoints.steps()) for run in runs))
@@ -316,7 +318,7 @@ def _write_transfer_map(setup, run):
 
 
 def _summarise(setup, trainer, run, num_seeds):
-  """Write what a run that is complete leaves at its end."""
+  """Write the summary and the transfer map of a run at its end."""
   summary = _summary(setup, trainer, run, num_seeds)
   if distributed.is_first():
     if setup.problem.weights_fn:
@@ -335,11 +337,11 @@ def _summary(setup, trainer, run, num_seeds):
     "test_accuracy": progress["test_accuracy"],
     "best_epoch": progress["best_epoch"],
     "epochs": settings.epochs,
-    # Of training and evaluation, without compiling the training step; where
-    # several seeds trained together, this one's share.
+    # Training and evaluation, without compiling the training step; if several
+    # seeds trained together, the share of this one.
     "seconds": round(progress["seconds"], 1),
     "compile_seconds": round(program.seconds, 1),
-    # Of the training step, for all seeds that trained together.
+    # The training step, for all seeds that trained together.
     "memory_bytes": program.memory_bytes,
     "flops": program.flops,
     "hypergradient_mode": trainer.mode,
@@ -359,7 +361,7 @@ def _summary(setup, trainer, run, num_seeds):
 
 
 def _headline(setup, experiment):
-  """Say what is about to be trained on what."""
+  """Return lines on the network, the images and what the user should know."""
   dataset = setup.dataset
   params = setup.state_shapes.inner.params["target"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ class Trainer:
   def __init__(
     self, setup: setups.Setup, seeds: Sequence[int], *, update_every: int = 1
   ):
-    """Begin to compile, and make first states meanwhile; see `compile`.
+    """Start compiling, and make the first states meanwhile; see `compile`.
 
     Args:
       setup: what is trained.
@@ -42,14 +41,14 @@ class Trainer:
     self._shapes = setup.state_shapes
     if self._num_seeds > 1:
       self._shapes = sharding.stacked(self._shapes, self._num_seeds)
-    self._compile_step = functools.partial(
-      setups.compile_step,
-      setup,
+    self._step_inputs = (
       self._shapes,
+      setup.sources,
       self._shard([setup.blank_batch] * self._num_seeds),
-      num_seeds=self._num_seeds,
     )
-    self._compiling = self._compile_step(mode=setup.modes[0])
+    self._compiling = compilation.compile_ahead(
+      self._jit_step(setup.modes[0]), *self._step_inputs
+    )
     self.first_states = [setup.create_state(seed) for seed in seeds]
     self._eval_step = self._jit_eval_step()
     self._state: types.TrainState | None = None
@@ -58,23 +57,26 @@ class Trainer:
     """Wait for the training step, in the first mode that fits into memory.
 
     Raises:
-      DoesNotFit: seeds together need more memory than is good.
-      errors.InputError: a single one needs more than there is.
+      DoesNotFit: several seeds together do not fit.
+      errors.InputError: a single seed does not fit.
     """
     for mode in self._setup.modes:
       if mode != self._setup.modes[0]:
-        self._compiling = self._compile_step(mode=mode)
+        self._compiling = compilation.compile_ahead(
+          self._jit_step(mode), *self._step_inputs
+        )
       program = self._compiling.result()
       if compilation.fits(program):
         break
     else:
       self._check_memory(program, mode)
-    self.mode = mode if self._setup.learns else None  # Of the hypergradient.
+    # How the hypergradient is computed.
+    self.mode = mode if self._setup.learns else None
     self.program = program
     self._without_meta = program
     if self._update_every > 1:
-      self._without_meta = self._compile_step(
-        mode=mode, update_meta=False
+      self._without_meta = compilation.compile_ahead(
+        self._jit_step(mode, update_meta=False), *self._step_inputs
       ).result()
 
   def start(self, states: Sequence[types.TrainState]) -> None:
@@ -157,6 +159,15 @@ class Trainer:
         f" {mib(compilation.memory_limit())}: {slimmer}lower config.batch_size"
         " or config.data.image_size"
       )
+
+  def _jit_step(self, mode, *, update_meta=True):
+    return setups.jit_step(
+      self._setup,
+      self._shapes,
+      mode=mode,
+      num_seeds=self._num_seeds,
+      update_meta=update_meta,
+    )
 
   def _jit_eval_step(self):
     eval_step = self._setup.eval_step

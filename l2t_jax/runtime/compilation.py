@@ -13,7 +13,7 @@ What each trick buys:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 import contextlib
 import functools
@@ -77,17 +77,16 @@ def garbage_collection_paused() -> Iterator[None]:
 
 @garbage_collection_paused()
 def compile_ahead(
-  function: Callable[..., Any], *args: Any, **jit_options: Any
+  function: jax.stages.Wrapped, *args: Any
 ) -> futures.Future[Program]:
   """Trace a function now, and compile it in the background.
 
   Args:
-    function: a pure function, not jitted.
+    function: made by `jax.jit`.
     *args: pytrees of arrays or of `jax.ShapeDtypeStruct`s.
-    **jit_options: arguments of `jax.jit`, such as `donate_argnums`.
   """
   start = time.perf_counter()
-  lowered = jax.jit(function, **jit_options).lower(*args)
+  lowered = function.lower(*args)
   seconds = time.perf_counter() - start
   compiler_options = options()
 

@@ -105,7 +105,7 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
       raise errors.InputError("no")
     return [{"val_accuracy": 0.5, "test_accuracy": 0.5}]
 
-  monkeypatch.setattr(from_config, "train_together", train_together)
+  monkeypatch.setattr(from_config, "train_and_evaluate", train_together)
   table_cells.run_job(job)
   assert asked == [[0, 1], [0], [1]]
   failed = [(w / "error.txt").exists() for w in job.workdirs.values()]
@@ -118,7 +118,7 @@ def test_accuracies_of_a_task_are_shown_as_they_are(
   monkeypatch.setattr(table_cells, "CONSOLE", console.Console(soft_wrap=True))
   monkeypatch.setattr(
     from_config,
-    "train_together",
+    "train_and_evaluate",
     lambda *_: [{"val_accuracy": -4.2, "test_accuracy": 0.5}],
   )
   for task, said in (

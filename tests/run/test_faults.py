@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from l2t_jax import errors, types
 from l2t_jax.data import memory
-from l2t_jax.run import from_config, loop, train
+from l2t_jax.run import loop, train
 from l2t_jax.runtime import checkpoint, run_folder
 from tests.support import small_runs, small_setup
 
@@ -72,7 +72,7 @@ def test_a_run_that_is_cut_off_ends_bit_equal(
 ):
   config = small_runs.small_config(source)
   config.checkpoint_steps = 2  # Of the 3 that epoch and interval have.
-  train_once = lambda: from_config.train_and_evaluate(config, tmp_path)
+  train_once = lambda: small_runs.train(config, tmp_path)
   small_runs.kill_in_epoch(3, train_once, monkeypatch)
   assert _checkpoints(tmp_path) == {6, 8}
   if is_damaged:
@@ -90,7 +90,7 @@ def test_the_best_so_far_is_remembered(source, tmp_path, monkeypatch):
   config = small_runs.small_config(source, epochs=2)
   config.method, config.seed = "scratch", 1
   config.optimizer.learning_rate = 1e-12  # Epochs differ by chance alone.
-  train_once = lambda: from_config.train_and_evaluate(config, tmp_path)
+  train_once = lambda: small_runs.train(config, tmp_path)
   small_runs.kill_in_epoch(2, train_once, monkeypatch)
   summary = train_once()
   first, second = small_runs.records(tmp_path, "epoch")
@@ -288,7 +288,7 @@ def _raw_state(workdir):
 
 def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
-  from_config.train_and_evaluate(config, tmp_path)
+  small_runs.train(config, tmp_path)
   (tmp_path / "summary.json").unlink()
   (step,) = _checkpoints(tmp_path)
   _flip_a_bit(tmp_path, random.Random(0))
@@ -296,7 +296,7 @@ def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
   with pytest.raises(
     errors.StorageError, match="only checkpoint, of iteration"
   ):
-    from_config.train_and_evaluate(config, tmp_path)
+    small_runs.train(config, tmp_path)
   assert _checkpoints(tmp_path) == {step}
   assert (tmp_path / "metrics.jsonl").read_bytes() == written
 
@@ -325,7 +325,7 @@ def test_two_runs_in_one_folder_are_refused(source, tmp_path):
   with run_folder.lock(tmp_path):
     message = "another process is training in"
     with pytest.raises(errors.InputError, match=message):
-      from_config.train_and_evaluate(small_runs.small_config(source), tmp_path)
+      small_runs.train(small_runs.small_config(source), tmp_path)
   assert not (tmp_path / "config.json").exists()
 
 
@@ -344,7 +344,7 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
 
   def train_once(arrays):
     np.savez(config.data.path, **arrays)
-    return from_config.train_and_evaluate(config, tmp_path / "run")
+    return small_runs.train(config, tmp_path / "run")
 
   small_runs.kill_in_epoch(2, lambda: train_once(arrays), monkeypatch)
   changed = "{} changed since iteration 1; bring"
@@ -372,7 +372,7 @@ def test_checkpoints_of_an_unknown_config_are_refused(source, tmp_path):
     checkpoints.save(3, _STATE, {})
   message = "holds a checkpoint of iteration 3, but no config.json"
   with pytest.raises(errors.InputError, match=message):
-    from_config.train_and_evaluate(small_runs.small_config(source), tmp_path)
+    small_runs.train(small_runs.small_config(source), tmp_path)
 
 
 @pytest.fixture
@@ -399,7 +399,7 @@ def test_bad_numbers_are_named(source, tmp_path, bad_batch):
   config = small_runs.small_config(source)
   config.checkpoint_steps = 1
   with pytest.raises(errors.BadNumbersError) as error:
-    from_config.train_and_evaluate(config, tmp_path)
+    small_runs.train(config, tmp_path)
   message = str(error.value)
   assert message.startswith("iteration 2: not finite: distances of all 2 pairs")
   for what in ("grad_norm (nan)", "loss (nan)"):
@@ -412,7 +412,7 @@ def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
   config = small_runs.small_config(source)
   config.bad_numbers = "skip"
   config.log_every = 1  # An interval of nothing else is no reason to stop.
-  summary = from_config.train_and_evaluate(config, tmp_path)
+  summary = small_runs.train(config, tmp_path)
   assert np.isfinite(summary["val_accuracy"])
   printed = capsys.readouterr().out
   assert "iteration 2 is skipped: not finite: distances of" in printed
@@ -434,7 +434,7 @@ def test_a_run_that_only_skips_stops(
   config.bad_numbers = "skip"
   _spoil(monkeypatch, lambda epoch, number: epoch == 1)
   with pytest.raises(errors.BadNumbersError, match=message) as error:
-    from_config.train_and_evaluate(config, tmp_path)
+    small_runs.train(config, tmp_path)
   assert "bad_numbers" not in str(error.value)  # It skips already.
 
 
@@ -472,9 +472,9 @@ def test_a_meta_update_that_overflows_never_takes_place(source, tmp_path):
   config.checkpoint_steps = 1
   message = r"iteration 1: not finite: meta_update_norm \(nan|inf\);"
   with pytest.raises(errors.BadNumbersError, match=message):
-    from_config.train_and_evaluate(config, tmp_path / "stop")
+    small_runs.train(config, tmp_path / "stop")
   config.bad_numbers = "skip"
-  from_config.train_and_evaluate(config, tmp_path / "skip")
+  small_runs.train(config, tmp_path / "skip")
   (*_, last) = small_runs.records(tmp_path / "skip", "epoch")
   assert "train_loss" in last and "train_meta_update_norm" not in last
   # f stays at zero, and w uniform.

@@ -39,7 +39,7 @@ def test_a_method_is_switched_by_its_name_alone(source, tmp_path, method):
   config.transfer.pairs = ""
   if method == "finetune":  # Needs the source's architecture.
     config.target.model = "resnet_tiny"
-  summary = from_config.train_and_evaluate(config, tmp_path)
+  summary = small_runs.train(config, tmp_path)
   assert summary["method"] == method
   (record,) = small_runs.records(tmp_path, "epoch")
   losses = {
@@ -129,7 +129,7 @@ def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
   with config.ignore_type():
     config.update_from_flattened_dict(fields)
   with pytest.raises(errors.InputError, match=re.escape(message)) as error:
-    from_config.train_and_evaluate(config, tmp_path / "run")
+    small_runs.train(config, tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "config.json").exists()
 
@@ -212,7 +212,7 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   )
   alone, *_ = models.as_apply_fn(module)(*variables, grey, train=False)
   np.testing.assert_allclose(seen, alone, rtol=1e-3, atol=1e-4)
-  from_config.train_and_evaluate(config, tmp_path)
+  small_runs.train(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
   assert set(content["source_shares"]) == {"digits", "mnist"}
   np.testing.assert_allclose(sum(content["source_shares"].values()), 1)
@@ -223,10 +223,10 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   config.method = "fm_single"
   config.transfer.pairs = ""
   config.log_every = 1
-  from_config.train_and_evaluate(config, tmp_path / "fixed")
+  small_runs.train(config, tmp_path / "fixed")
   config.method = "l2t_ww"
   config.transfer.map = str(tmp_path / "fixed" / "transfer_map.json")
-  from_config.train_and_evaluate(config, tmp_path / "reused")
+  small_runs.train(config, tmp_path / "reused")
   fixed, reused = (
     small_runs.records(tmp_path / name, "train") for name in ("fixed", "reused")
   )
@@ -244,7 +244,7 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   edited = tmp_path / "edited.json"
   edited.write_text(json.dumps(content))
   config.transfer.map = str(edited)
-  from_config.train_and_evaluate(config, tmp_path / "edited")
+  small_runs.train(config, tmp_path / "edited")
   first = small_runs.records(tmp_path / "edited", "train")[0]
   np.testing.assert_allclose(
     first["matching_loss"], 3 * fixed[0]["matching_loss"], rtol=1e-4
@@ -256,7 +256,7 @@ def test_meta_updates_now_and_then(source, tmp_path):
   config.log_every = 1
   config.meta.update_every = 2
   config.transfer.pair_activation = "softplus"
-  from_config.train_and_evaluate(config, tmp_path)
+  small_runs.train(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
   assert content["start"] == pytest.approx(1.31, abs=0.01)
   assert content["maximum"] is None
@@ -314,10 +314,10 @@ def test_images_without_labels(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   config.method = "fm_single"
   config.transfer.pairs = ""
-  from_config.train_and_evaluate(config, tmp_path / "without")
+  small_runs.train(config, tmp_path / "without")
   config.data.unlabeled = True
   config.data.unlabeled_batch_size = 24
-  summary = from_config.train_and_evaluate(config, tmp_path / "with")
+  summary = small_runs.train(config, tmp_path / "with")
   assert summary["num_unlabeled"] == 5000 - 2 * 100 - 50
   assert summary["num_train"] == 50
   ours, theirs = (
@@ -327,7 +327,7 @@ def test_images_without_labels(source, tmp_path):
   assert ours["matching_loss"] != theirs["matching_loss"]
   # A method that transfers nothing never opens them.
   config.method = "scratch"
-  summary = from_config.train_and_evaluate(config, tmp_path / "scratch")
+  summary = small_runs.train(config, tmp_path / "scratch")
   assert summary["num_unlabeled"] == 0
 
 
@@ -345,9 +345,9 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
   config = together_config(source)
   for seed in (0, 1):
     config.seed = seed
-    from_config.train_and_evaluate(config, tmp_path / f"alone{seed}")
+    small_runs.train(config, tmp_path / f"alone{seed}")
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-  train_once = lambda: from_config.train_together(config, workdirs)
+  train_once = lambda: from_config.train_and_evaluate(config, workdirs)
   small_runs.kill_in_epoch(2, train_once, monkeypatch)
   summaries = train_once()
   for seed, summary in zip((0, 1), summaries, strict=True):
@@ -371,7 +371,7 @@ def test_nothing_is_lost_where_seeds_cannot_train_together(
   config = together_config(source)
   config.method = "fm_single"
   workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-  train_one = lambda: from_config.train_and_evaluate(config, workdirs[0])
+  train_one = lambda: small_runs.train(config, workdirs[0])
   small_runs.kill_in_epoch(2, train_one, monkeypatch)
   before = small_runs.records(workdirs[0], "epoch")
   assert [record["epoch"] for record in before] == [1]
@@ -382,9 +382,9 @@ def test_nothing_is_lost_where_seeds_cannot_train_together(
   with monkeypatch.context() as patch:
     patch.setattr(trainer.Trainer, "compile", does_not_fit)
     with pytest.raises(trainer.DoesNotFit):
-      from_config.train_together(config, workdirs)
+      from_config.train_and_evaluate(config, workdirs)
   assert small_runs.records(workdirs[0], "epoch") == before
-  from_config.train_together(config, workdirs)
+  from_config.train_and_evaluate(config, workdirs)
   after = small_runs.records(workdirs[0], "epoch")
   assert after[0] == before[0]
   for workdir in workdirs.values():

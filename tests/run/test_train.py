@@ -52,7 +52,7 @@ def test_it_learns(source, tmp_path):
   config = small_runs.small_config(source, epochs=30)
   config.method = "scratch"
   config.data.per_class = 20
-  summary = from_config.train_and_evaluate(config, tmp_path)
+  summary = small_runs.train(config, tmp_path)
   losses = [r["train_loss"] for r in small_runs.records(tmp_path, "epoch")]
   assert losses[-1] < 0.5 * losses[0]
   assert summary["test_accuracy"] > 0.5  # Chance is 0.1.
@@ -62,7 +62,7 @@ def test_the_same_command_again_says_that_it_is_complete(
   source, finished, capsys
 ):
   before = (finished / "metrics.jsonl").read_bytes()
-  from_config.train_and_evaluate(small_runs.small_config(source), finished)
+  small_runs.train(small_runs.small_config(source), finished)
   assert "nothing to do" in capsys.readouterr().out
   assert (finished / "metrics.jsonl").read_bytes() == before
 
@@ -82,7 +82,7 @@ def test_a_target_becomes_a_source(source, finished, tmp_path):
   config.method = "fm_single"
   config.target.model = "resnet_tiny"
   config.transfer.pairs = ""
-  from_config.train_and_evaluate(config, tmp_path)
+  small_runs.train(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
   pair = content["pairs"][0]
   assert (pair["source"], pair["target"]) == ("conv3", "stage3_block1")
@@ -155,7 +155,7 @@ def test_training_that_waits_for_images_says_so(
   config.data.num_workers = workers
   monkeypatch.setattr(os, "cpu_count", lambda: 16)
   config.method = "scratch"
-  from_config.train_and_evaluate(config, tmp_path / "fast")
+  small_runs.train(config, tmp_path / "fast")
   assert "waited" not in capsys.readouterr().out
   read = memory.InMemoryDataset.train_batches
 
@@ -167,7 +167,7 @@ def test_training_that_waits_for_images_says_so(
   monkeypatch.setattr(memory.InMemoryDataset, "train_batches", read_slowly)
   monkeypatch.setattr(loop, "_WAITING_SECONDS", 0.0)
   monkeypatch.setattr(loop, "_WAITING_SHARE", 0.0)
-  from_config.train_and_evaluate(config, tmp_path / "slow")
+  small_runs.train(config, tmp_path / "slow")
   printed = capsys.readouterr().out
   assert re.search(r"waited \d+ of \d+ s for images; " + advice, printed)
 

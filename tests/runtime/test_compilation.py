@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_computed_with_less_memory(
   answers = iter([False, True])
   monkeypatch.setattr(compilation, "fits", lambda program: next(answers))
   config = small_runs.small_config(source, epochs=1)
-  summary = from_config.train_and_evaluate(config, tmp_path)
+  summary = small_runs.train(config, tmp_path)
   assert summary["hypergradient_mode"] == "mixed"
 
 
@@ -84,7 +84,7 @@ def test_what_fits_in_no_way_is_refused(
   config = small_runs.small_config(source, epochs=1)
   config.bilevel.mode = mode
   with pytest.raises(errors.InputError, match=advice) as error:
-    from_config.train_and_evaluate(config, tmp_path)
+    small_runs.train(config, tmp_path)
   assert "and there are 1 MiB" in str(error.value)
 
 
@@ -96,7 +96,7 @@ def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
   try:
     assert compilation.options() == {}
     program = compilation.compile_ahead(
-      jnp.dot, jnp.eye(8), jnp.eye(8)
+      jax.jit(jnp.dot), jnp.eye(8), jnp.eye(8)
     ).result()
   finally:
     compilation._accepted_options.cache_clear()
@@ -114,7 +114,9 @@ def test_what_follows_does_not_wait_for_the_compiler(monkeypatch):
     return compile_lowered(lowered, **kwargs)
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile_when_told)
-  compiling = compilation.compile_ahead(jnp.dot, jnp.eye(8), jnp.eye(8))
+  compiling = compilation.compile_ahead(
+    jax.jit(jnp.dot), jnp.eye(8), jnp.eye(8)
+  )
   assert not compiling.done()
   may_compile.set()
   assert compiling.result().call(jnp.eye(8), jnp.eye(8)).sum() == 8

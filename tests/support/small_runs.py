@@ -11,6 +11,7 @@ from PIL import Image
 import pytest
 
 from configs import digits
+from l2t_jax.run import from_config
 from l2t_jax.runtime import logs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -121,6 +122,12 @@ def _save_images(folder):
     "test_fraction": 0.1,
     "per_class": 50,
   }
+
+
+def train(config, workdir):
+  """Train one seed of a config; return its summary."""
+  (summary,) = from_config.train_and_evaluate(config, {config.seed: workdir})
+  return summary
 
 
 def records(workdir, kind):

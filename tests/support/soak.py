@@ -22,7 +22,6 @@ import PIL.Image
 
 from l2t_jax import data, models
 from l2t_jax.models import weight_files
-from l2t_jax.run import from_config
 from l2t_jax.runtime import logs
 from tests.support import small_runs
 
@@ -74,7 +73,7 @@ def training(folder: pathlib.Path, sample: Callable[[int], None]) -> None:
       sample(values["epoch"])
 
   logs.MetricsLog.write = write_and_sample
-  from_config.train_and_evaluate(config, folder / "run")
+  small_runs.train(config, folder / "run")
 
 
 def streaming(folder: pathlib.Path, sample: Callable[[int], None]) -> None:
