@@ -38,7 +38,11 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       pair_activation="relu6",
       map="",
     ),
-    losses={},
+    losses={
+      "lwf": {"temperature": 2.0, "weight": 1.0},
+      "at": {"beta": 1000.0},
+      "kd": {"temperature": 4.0, "weight": 1.0},
+    },
     optimizer=experiments.Optimizer(
       learning_rate=0.1,
       schedule="cosine",
