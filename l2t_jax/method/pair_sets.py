@@ -35,7 +35,7 @@ def make_pairs(
   source_taps: TapShapes,
   target_taps: TapShapes,
   *,
-  no_taps: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+  untappable: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
 ) -> tuple[Pair, ...]:
   """Choose the set C of candidate pairs.
 
@@ -47,7 +47,8 @@ def make_pairs(
       list as one string, separated by commas.
     source_taps: the source's taps from shallow to deep.
     target_taps: the target's taps from shallow to deep.
-    no_taps: of source and target, layers that cannot be listed, and why.
+    untappable: for source and target, layer -> reason why it cannot be tapped;
+      errors about listed pairs quote it.
 
   Returns:
     The pairs, in source-major order or as listed.
@@ -91,7 +92,7 @@ def make_pairs(
       f"unknown pair set {pair_set!r}; use one of {', '.join(PAIR_SETS)}, or a"
       " list such as 'stage1_block5->conv2, stage3_block5->conv8'"
     )
-  return _listed_pairs(pair_set, (source_taps, target_taps), no_taps)
+  return _listed_pairs(pair_set, (source_taps, target_taps), untappable)
 
 
 def by_target(pairs):
@@ -106,7 +107,7 @@ def _resolutions(taps):
   return ", ".join(f"{name} {h}x{w}" for name, (h, w, _) in taps.items())
 
 
-def _listed_pairs(pair_list, all_taps, no_taps):
+def _listed_pairs(pair_list, all_taps, all_untappable):
   pairs = []
   for entry in pair_list:
     parts = entry.split("->") if isinstance(entry, str) else tuple(entry)
@@ -115,11 +116,11 @@ def _listed_pairs(pair_list, all_taps, no_taps):
         f"pair {entry!r} is not of the form 'source->target'"
       )
     pair = Pair(*(part.strip() for part in parts))
-    for side, tap, taps, others in zip(
-      ("source", "target"), pair, all_taps, no_taps, strict=True
+    for side, tap, taps, untappable in zip(
+      ("source", "target"), pair, all_taps, all_untappable, strict=True
     ):
-      if tap in others:
-        raise errors.InputError(f"pair {pair.name!r}: {others[tap]}")
+      if tap in untappable:
+        raise errors.InputError(f"pair {pair.name!r}: {untappable[tap]}")
       if tap not in taps:
         raise errors.InputError(
           f"pair {pair.name!r}: unknown {side} tap {tap!r}; the {side}'s taps"
