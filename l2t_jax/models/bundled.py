@@ -73,11 +73,9 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
       `num_classes` or the dtype.
   """
   make = find(name)
-  if name in MODELS:
-    return make(num_classes=num_classes, dtype=dtype)
-  arguments = inspect.signature(make).parameters
-  options = {"num_classes": num_classes}
-  if "dtype" in arguments:
+  signature = inspect.signature(make)
+  options: dict[str, Any] = {"num_classes": num_classes}
+  if "dtype" in signature.parameters:
     options["dtype"] = dtype
   elif dtype is not None:
     raise errors.InputError(
@@ -85,12 +83,11 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
       " tf32"
     )
   try:
-    inspect.signature(make).bind_partial(**options)
+    signature.bind_partial(**options)
   except TypeError as error:
     raise errors.InputError(
       f"the model {name!r} cannot be called with num_classes: {error}"
     ) from error
-  make = functools.partial(make, **options)
-  if "rngs" in arguments:
-    return lambda rngs: make(rngs=rngs)
-  return make()
+  if "rngs" in signature.parameters:
+    return lambda rngs: make(rngs=rngs, **options)
+  return make(**options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import nnx, traverse_util
@@ -12,10 +12,8 @@ from l2t_jax import errors, types
 from l2t_jax.models import pure_functions
 
 
-def from_nnx(
-  model: nnx.Module | Callable[[nnx.Rngs], Any],
-) -> pure_functions.PureNetwork:
-  """Convert an NNX module, or a function that makes one.
+def from_nnx(model: Any) -> pure_functions.PureNetwork:
+  """Convert an NNX module, or a function `make(rngs)` that makes one.
 
   Params are the module's `nnx.Param`s. The model state holds everything else:
   batch statistics, PRNG keys, and plain arrays among the attributes.
@@ -25,19 +23,13 @@ def from_nnx(
   """
   is_module = isinstance(model, nnx.Module)
   abstract: Any = nnx.clone(model) if is_module else _make_abstract(model)
-  mode = lambda train: pure_functions.mode_arguments(
-    type(abstract).__call__, train
-  )
+  call = type(abstract).__call__
+  mode = functools.partial(pure_functions.mode_arguments, call)
   graphs = {}
   for train in (False, True):
     abstract.train() if train else abstract.eval()
     graphs[train] = nnx.graphdef(abstract)
   abstract_states = _split(abstract)
-  statistics = [
-    tuple(map(str, path))
-    for path, leaf in nnx.to_flat_state(abstract_states[1])
-    if isinstance(leaf, nnx.BatchStat)
-  ]
 
   def init(key, images):
     del images
@@ -58,11 +50,10 @@ def from_nnx(
       model_state = _to_dict(_split(merged)[1])
     return output, pure_functions.name_outputs(calls), model_state
 
-  def statistics_of(model_state):
-    flat = traverse_util.flatten_dict(model_state)
-    return [flat[path] for path in statistics]
+  def statistics(model_state):
+    return _from_dict(abstract_states[1], model_state).filter(nnx.BatchStat)
 
-  return pure_functions.PureNetwork(init, apply, statistics_of)
+  return pure_functions.PureNetwork(init, apply, statistics)
 
 
 def _split(module):

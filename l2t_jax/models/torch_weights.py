@@ -88,25 +88,18 @@ def convert(
       are those of a deeper network.
   """
   tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
-  converted, mapped, problems = {}, {}, []
+  converted, mapped = {}, {}
   for path, leaf in traverse_util.flatten_dict(variables).items():
     name = torch_name(path)
-    wanted = jax.eval_shape(to_torch_layout, leaf).shape
-    if name not in tensors:
-      problems.append(f"{name} {list(wanted)} is missing")
-    elif tensors[name].shape != wanted:
-      problems.append(
-        f"{name} has shape {list(tensors[name].shape)}, not {list(wanted)}"
+    expected = list(jax.eval_shape(to_torch_layout, leaf).shape)
+    found = list(tensors[name].shape) if name in tensors else "missing"
+    if found != expected:
+      raise errors.InputError(
+        f"the checkpoint does not fit the network: {name} is {found}, expected"
+        f" {expected}; choose the network that it was trained with"
       )
-    else:
-      converted[path] = from_torch_layout(np.asarray(tensors[name]))
-      mapped[name] = "/".join(path)
-  if problems:
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    raise errors.InputError(
-      f"the checkpoint does not fit the network: {'; '.join(problems[:3])}"
-      f"{more}; choose the network that it was trained with"
-    )
+    converted[path] = from_torch_layout(np.asarray(tensors[name]))
+    mapped[name] = "/".join(path)
   left_over = tuple(
     name
     for name in tensors
