@@ -48,7 +48,7 @@ def main(overrides: list[str]) -> None:
   place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if _DISTRIBUTED.value or place != (None, None, None):
     distributed.start(*place)
-  with distributed.ending_together():
+  with distributed.exit_together():
     config = cli.load_config(_CONFIG.value, overrides)
     if _PLAN.value:
       from_config.check(config)

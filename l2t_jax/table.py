@@ -92,7 +92,7 @@ def main(overrides: list[str]) -> int:
   try:
     with signals.StopRequests() as requests:
       for job in jobs:
-        if requests.were_made():
+        if requests.received():
           raise errors.Interrupted("asked to stop")
         if job.workdirs:
           run_job(job)

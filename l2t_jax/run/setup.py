@@ -574,7 +574,7 @@ def _make_first_state(method, plan, sources, target, recipe):
 
 def _shardings(settings, mesh):
   """Return tree -> the sharding of each of its arrays."""
-  choose = sharding.split if settings.shard_params else sharding.copied
+  choose = sharding.split if settings.shard_params else sharding.replicate
   return functools.partial(choose, mesh=mesh)
 
 
