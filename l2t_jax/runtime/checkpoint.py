@@ -160,7 +160,7 @@ class Checkpoints:
     """Raise an InputError if a shape differs from the checkpoint's."""
     stored = self._manager.item_metadata(step)["state"].tree
     shapes = lambda tree: {
-      "/".join(path): leaf.shape
+      "/".join(path): list(leaf.shape)
       for path, leaf in ocp.tree.to_flat_dict(tree).items()
       if hasattr(leaf, "shape")
     }
@@ -169,8 +169,8 @@ class Checkpoints:
       if found.get(name) != expected.get(name):
         raise errors.InputError(
           f"checkpoint {self._path(step)} is of another network: {name} is"
-          f" {_shape(found, name)} in it, {_shape(expected, name)} in this run;"
-          " use another --workdir"
+          f" {found.get(name, 'missing')} in it,"
+          f" {expected.get(name, 'missing')} in this run; use another --workdir"
         )
 
   def _path(self, step):
@@ -198,10 +198,6 @@ def steps_in(folder: pathlib.Path) -> set[int]:
     return set()
   with Checkpoints(folder) as checkpoints:
     return set(checkpoints.steps())
-
-
-def _shape(shapes, name):
-  return list(shapes[name]) if name in shapes else "missing"
 
 
 def _check_finite(step, state):

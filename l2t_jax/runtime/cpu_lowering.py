@@ -123,28 +123,33 @@ def _faster_convolution(lhs, rhs, *, dimension_numbers, **params):
   """Return a product of patches, or a convolution with channels last."""
   if lhs.ndim <= 2:
     return None
-  orders = dimension_numbers
-  if _suits_plain_product(lhs.shape, rhs.shape, tuple(orders), params):
-    return functools.partial(_plain_product, orders=tuple(orders), **params)
-  lhs_order = _channels_last(orders.lhs_spec)
-  rhs_order = (*orders.rhs_spec[2:], orders.rhs_spec[1], orders.rhs_spec[0])
-  out_order = _channels_last(orders.out_spec)
-  maps = tuple(lhs.shape[i] for i in lhs_order[1:-1])
-  window = tuple(rhs.shape[i] for i in rhs_order[:-2])
+  orders = tuple(dimension_numbers)
+  if _suits_plain_product(lhs.shape, rhs.shape, orders, params):
+    return functools.partial(_plain_product, orders=orders, **params)
+  convolve: Callable[..., Any]
+  maps, window = _maps_and_window(lhs.shape, rhs.shape, orders)
   if len(window) == 2 and _is_tiny(maps, window, params):
     convolve = functools.partial(_product_in_groups, **params)
   else:
-    convolve = functools.partial(_channels_last_convolution, **params)
-    if orders == _channels_last_numbers(lhs.ndim):
+    channels_last = _channels_last_numbers(lhs.ndim)
+    if dimension_numbers == channels_last:
       return None
+    convolve = functools.partial(
+      jax.lax.conv_general_dilated_p.bind,
+      dimension_numbers=channels_last,
+      **params,
+    )
+  lhs_order = _channels_last(orders[0])
+  rhs_order = (*orders[1][2:], orders[1][1], orders[1][0])
+  out_order = _channels_last(orders[2])
 
-  def in_other_order(lhs, rhs):
+  def transposed_convolution(lhs, rhs):
     out = convolve(
       jax.lax.transpose(lhs, lhs_order), jax.lax.transpose(rhs, rhs_order)
     )
     return jax.lax.transpose(out, [out_order.index(i) for i in range(out.ndim)])
 
-  return in_other_order
+  return transposed_convolution
 
 
 def _suits_plain_product(lhs_shape, rhs_shape, orders, params):
@@ -239,21 +244,13 @@ def _plain_product(
 
 
 def _product_in_groups(
-  lhs,
-  rhs,
-  *,
-  padding,
-  feature_group_count,
-  batch_group_count,
-  precision,
-  preferred_element_type,
-  **_,
+  lhs, rhs, *, padding, precision, preferred_element_type, **params
 ):
   """Convolve [B, H, W, C] with [h, w, C, D], in groups, as one product."""
+  groups = (params["batch_group_count"], params["feature_group_count"])
   window, (inputs, outputs) = rhs.shape[:2], rhs.shape[2:]
   sizes = _output_sizes(lhs.shape[1:3], window, padding)
   patches = _patches(lhs, padding, offsets=window, sizes=sizes)
-  groups = (batch_group_count, feature_group_count)
   out = jnp.einsum(
     "pbhwkqi,kipqo->bhwpqo",
     patches.reshape(
@@ -284,13 +281,6 @@ def _patches(x, padding, *, offsets, sizes):
       for i, j in itertools.product(*map(range, offsets))
     ],
     axis=3,
-  )
-
-
-def _channels_last_convolution(lhs, rhs, **params):
-  numbers = _channels_last_numbers(lhs.ndim)
-  return jax.lax.conv_general_dilated_p.bind(
-    lhs, rhs, dimension_numbers=numbers, **params
   )
 
 

@@ -137,7 +137,7 @@ class Progress:
     task = self._bar.tasks[self._task]
     if (
       self._bar.disable
-      and time.time() - self._last_line_at > tracking.SECONDS_OF_SILENCE
+      and time.time() - self._last_line_at > tracking.FLUSH_SECONDS
     ):
       self.say(f"step {task.completed:.0f}/{task.total:.0f}  {shown}")
 
