@@ -15,7 +15,7 @@ PAIR_SETS = ("single", "one_to_one", "nearest", "all_to_all")
 
 
 class Pair(NamedTuple):
-  """A source tap that a target tap is pulled towards."""
+  """A source tap and the target tap that is pulled towards it."""
 
   source: str
   target: str
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def tap_name(source: str, tap: str) -> str:
-  """Name a tap of one of several sources; of a single one, "", plainly."""
+  """Return "source/tap", or only the tap for a single source, named ""."""
   return f"{source}/{tap}" if source else tap
 
 
@@ -40,11 +40,10 @@ def make_pairs(
   """Choose the set C of candidate pairs.
 
   Args:
-    pair_set: "single" (last source tap to the last target tap), "one_to_one"
-      (taps of equal resolution), "nearest" (each target tap with the source
-      tap of the nearest resolution, the deepest of several), "all_to_all", or a
-      list of pairs, each as "source->target" or (source, target); or such a
-      list as one string, separated by commas.
+    pair_set: "single" (the last taps), "one_to_one" (taps of equal resolution),
+      "nearest" (each target tap with the deepest source tap of the nearest
+      resolution), "all_to_all", or a list of pairs, each "source->target" or
+      (source, target); or such a list as one string, separated by commas.
     source_taps: the source's taps from shallow to deep.
     target_taps: the target's taps from shallow to deep.
     untappable: for source and target, layer -> reason why it cannot be tapped;
@@ -54,8 +53,8 @@ def make_pairs(
     The pairs, in source-major order or as listed.
 
   Raises:
-    errors.InputError: for an unknown set or tap, a pair named twice, and where
-      no pair is left.
+    errors.InputError: a set or tap is unknown, a pair is listed twice, or there
+      are no pairs.
   """
   if pair_set == "single":
     return (Pair(list(source_taps)[-1], list(target_taps)[-1]),)
@@ -96,7 +95,7 @@ def make_pairs(
 
 
 def by_target(pairs):
-  """Target tap -> its pairs, in their order."""
+  """Group pairs: target tap -> its pairs, in the given order."""
   groups: dict[str, list[Pair]] = {}
   for pair in pairs:
     groups.setdefault(pair.target, []).append(pair)

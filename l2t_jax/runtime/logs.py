@@ -128,17 +128,14 @@ class Progress:
       for name, key in _SHOWN.items()
       if key in values
     )
-    speed = self._bar.tasks[self._task].speed
-    if speed:
-      shown += f"  {speed * self._batch_size:.0f} images/s"
+    task = self._bar.tasks[self._task]
+    if task.speed:
+      shown += f"  {task.speed * self._batch_size:.0f} images/s"
     self._bar.update(
       self._task, advance=steps, where=f"epoch {epoch}", values=shown
     )
-    task = self._bar.tasks[self._task]
-    if (
-      self._bar.disable
-      and time.time() - self._last_line_at > tracking.FLUSH_SECONDS
-    ):
+    silence = time.time() - self._last_line_at
+    if self._bar.disable and silence > tracking.FLUSH_SECONDS:
       self.say(f"step {task.completed:.0f}/{task.total:.0f}  {shown}")
 
   def say(self, line: str) -> None:

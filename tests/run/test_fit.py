@@ -234,7 +234,7 @@ def test_tasks_of_ones_own(arrays, capsys):
       tasks.INK.accuracy,
       r"shape \[50, 8, 8\] for 50",
     ),
-    (tasks.INK.loss, lambda o, t: (o > 0) == t, "one value an image"),
+    (tasks.INK.loss, lambda o, t: (o > 0) == t, "one value per image"),
   ],
 )
 def test_tasks_that_cannot_be(arrays, loss, accuracy, message):
