@@ -46,7 +46,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
   place = (args.coordinator, args.num_processes, args.process_id)
   if args.distributed or place != (None, None, None):
     distributed.start(*place)
-  with distributed.ending_together():
+  with distributed.exit_together():
     config = cli.load_config(args.config, overrides)
     if args.plan:
       from_config.check(config)

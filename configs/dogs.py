@@ -6,8 +6,8 @@
 
 The paper reports 58.1 % from scratch, 67.3 % with one-to-one feature matching
 and 78.1 % with l2t_ww (10,800 training and 1,200 validation images: 90 and 10
-of each class, as here; which ones, differs). A folder with one subfolder per
-class works as well: --config.data.source=folder --config.data.path=FOLDER.
+per class, as here, but other ones). A folder with one subfolder per class works
+as well: --config.data.source=folder --config.data.path=FOLDER.
 Not run with this code so far: 33,600 iterations need a GPU.
 Preparing the tfds data set needs TensorFlow once; reading it does not.
 """

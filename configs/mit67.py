@@ -7,8 +7,8 @@
 
 DOWNLOADS holds indoorCVPR_09.tar, TrainImages.txt and TestImages.txt. The paper
 reports 48.9 % from scratch, 54.9 % with one-to-one feature matching and 64.9 %
-with l2t_ww. The authors published no split; the validation share is ours: 10 %
-of each class of the 5,360 training images, 4,824 against 536.
+with l2t_ww. The authors published no split; ours takes 10 % of each class of
+the 5,360 training images for validation: 4,824 and 536 images.
 Not run with this code so far: 15,000 iterations need a GPU.
 """
 

@@ -8,8 +8,8 @@
 DOWNLOADS holds Stanford40_JPEGImages.zip and Stanford40_ImageSplits.zip. The
 paper reports 36.9 % from scratch, 44.5 % with one-to-one feature matching and
 63.1 % with l2t_ww, with a larger meta learning rate than elsewhere. The authors
-published no split; the validation share is ours: 10 % of each class of the
-4,000 training images, 3,600 against 400.
+published no split; ours takes 10 % of each class of the 4,000 training images
+for validation: 3,600 and 400 images.
 Not run with this code so far: 11,200 iterations need a GPU.
 """
 

@@ -6,11 +6,11 @@
 
 The paper reports 65.2 % from scratch, 76.4 % with one-to-one feature matching
 and 78.3 % with l2t_ww (test accuracy at the best validation epoch, 4,500
-training and 500 validation images). The authors' very images, for an npz
-file in the official order (tfds shuffles):
+training and 500 validation images). The authors' split needs an npz file in the
+official order (tfds shuffles):
 --config.data.split_file=FILE.npz --config.data.split_prefix=stl10.
 Measured with this code so far: speed and the first epochs on 2 CPU cores, about
-11 s an iteration (benchmarks/RESULTS.md). A GPU is needed for all 200 epochs.
+11 s per iteration (benchmarks/RESULTS.md). All 200 epochs need a GPU.
 Preparing the tfds data set needs TensorFlow once; reading it does not.
 """
 

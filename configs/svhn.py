@@ -4,9 +4,10 @@
       weights/tinyimagenet_resnet32.safetensors --model=resnet32
     python train.py --config=configs/svhn.py --workdir=runs/svhn
 
-Not in the paper's Table 1; the authors' code reads it. The validation share is
-ours: 10 % of each class of the 73,257 training images, about 65,930 against
-7,330; the 531,131 extra images are not used. Digits are not mirrored.
+Not in the paper's Table 1, but supported by the authors' code. Our split takes
+10 % of each class of the 73,257 training images for validation: about 65,930
+and 7,330 images. The 531,131 extra images are not used; digits are not
+mirrored.
 Not run with this code so far: 103,000 iterations need a GPU.
 Preparing the tfds data set needs TensorFlow once; reading it does not.
 """

@@ -1,4 +1,4 @@
-"""Errors that end a run or a command, and the exit code of each."""
+"""Errors that end a run or a command, each with its exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-  """Parser that reports a wrong command line as one line on stderr."""
+  """Argument parser that reports a wrong command line in one line on stderr."""
 
   def __init__(self, description: str | None):
     super().__init__(
@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
 class Stop(Exception):
   """A run cannot start or continue; the message gives the reason in one line.
 
-  `train.py` and the package's commands print it without a traceback and exit
-  with `exit_code`, which tells a scheduler whether to start them again.
+  `train.py` and the package's commands print the message without a traceback
+  and exit with `exit_code`, which tells a scheduler whether to restart them.
   """
 
   exit_code = 1
@@ -37,7 +37,7 @@ class Stop(Exception):
 
 
 class InputError(Stop, ValueError):
-  """The user's input is wrong; the message says what would be right."""
+  """The user's input is wrong; the message says what to do."""
 
   exit_code = 2
 
@@ -50,13 +50,13 @@ class BadNumbersError(Stop, ArithmeticError):
 
 
 class StorageError(Stop, OSError):
-  """Something could not be written: the disk is full or read-only."""
+  """A file could not be read or written: the disk is full or it fails."""
 
   exit_code = 4
 
 
 class LostProcessError(Stop):
-  """Another process of the run ended or stopped answering."""
+  """Another process of the run ended or stopped responding."""
 
   exit_code = 5
 
@@ -70,7 +70,7 @@ class Interrupted(Stop):
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-  """Turn a `Stop` into one line on stderr and exit with its code."""
+  """Context manager: print a `Stop` in one line and exit with its code."""
   try:
     yield
   except Stop as stop:

@@ -1,14 +1,15 @@
-"""Take the trained target elsewhere.
+"""Export the trained target of a run.
 
     python -m l2t_jax.export RUN OUT.pt
     python -m l2t_jax.export RUN OUT.safetensors
     python -m l2t_jax.export RUN OUT.stablehlo
 
-RUN is the folder of a run, or its target.safetensors. The first two are a
-PyTorch state dict, names and layouts as in torchvision's ResNet and the
-authors' networks, by torch.save (needs torch) or as safetensors. The last one
-is a program for CPUs, GPUs and TPUs, from images uint8 [B, H, W, C] of any
-number to the network's outputs, weights and normalisation included:
+RUN is the folder of a run, or its target.safetensors. The first two formats
+are a PyTorch state dict with names and layouts as in torchvision's ResNet and
+the authors' networks, written by torch.save (needs torch) or as safetensors.
+The third is a program for CPU, GPU and TPU that maps images, uint8 [B, H, W, C]
+with any B, to the network's outputs. It includes the weights and the
+normalisation:
 
     program = jax.export.deserialize(open("OUT.stablehlo", "rb").read())
     outputs = program.call(images)
@@ -35,10 +36,10 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def to_state_dict(predictor: predictors.Predictor) -> dict[str, np.ndarray]:
-  """Name and lay out the target's variables as PyTorch does.
+  """Convert the target's variables to PyTorch's names and layouts.
 
   Raises:
-    errors.InputError: a variable has no counterpart in PyTorch.
+    errors.InputError: PyTorch has no name for a variable.
   """
   variables = {"params": predictor.params, **predictor.model_state}
   tensors = {}
@@ -56,7 +57,7 @@ def to_state_dict(predictor: predictors.Predictor) -> dict[str, np.ndarray]:
 
 
 def to_stablehlo(predictor: predictors.Predictor) -> bytes:
-  """Serialise the target as a program; `jax.export.deserialize` reads it."""
+  """Serialise the target as a program for `jax.export.deserialize`."""
   (batch,) = jax.export.symbolic_shape("batch")
   shape = (batch, *predictor.image_format.shape)
   exported = jax.export.export(jax.jit(predictor.apply), platforms=_PLATFORMS)(

@@ -1,11 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
 import errno
-import os
 import pathlib
 import tempfile
 import uuid
@@ -22,16 +21,16 @@ def write(
 
   Args:
     path: the file.
-    content: of the file.
-    shared: whether several processes may write it at once.
+    content: its new content; text is encoded as UTF-8.
+    shared: whether several processes may write the file at the same time.
 
   Raises:
-    OSError: what the operating system says.
+    OSError: the file cannot be written.
   """
   if isinstance(content, str):
     content = content.encode()
   path.parent.mkdir(parents=True, exist_ok=True)
-  # One name where that is safe: what a killed process leaves is overwritten.
+  # Without a unique part the next write overwrites what a killed process left.
   unique = f".{uuid.uuid4().hex}" if shared else ""
   partial = path.with_name(f"{path.name}{unique}.partial")
   try:
@@ -39,18 +38,20 @@ def write(
     partial.replace(path)
   except OSError:
     with contextlib.suppress(OSError):
-      partial.unlink()  # Of use to nobody, on a disk that may be full.
+      partial.unlink()  # The disk may be full.
     raise
 
 
 def check_place(path: pathlib.Path) -> None:
-  """Find out before some work whether its result can be written.
+  """Check that a file can be written, before the work for its content.
+
+  Creates parent folders.
 
   Raises:
-    OSError: what the operating system says.
+    OSError: the file cannot be written.
   """
   if path.is_dir():
-    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise IsADirectoryError(errno.EISDIR, "Is a directory")
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryFile(dir=path.parent):
     pass
@@ -58,7 +59,11 @@ def check_place(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def output_errors(path: pathlib.Path) -> Iterator[None]:
-  """Turn an OSError met while writing what a user named into an InputError."""
+  """Context manager: turn an OSError into an InputError about an output.
+
+  Args:
+    path: the file that a user named.
+  """
   try:
     yield
   except OSError as error:

@@ -1,4 +1,4 @@
-"""Digests that tell arrays apart, in any process and on any machine."""
+"""Digests of arrays, the same in any process and on any machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from l2t_jax import types
 
 
 def fingerprint(tree: types.PyTree) -> str:
-  """Return 16 hex digits of the paths, shapes, dtypes and bytes of all arrays.
+  """Return a digest of the paths, shapes, dtypes and bytes of all arrays.
 
   Args:
     tree: a PyTree of NumPy or JAX arrays that this process can read; strings
-      and other leaves count as NumPy arrays of them.
+      and other leaves are converted to NumPy arrays.
 
   Returns:
-    The digits, equal for equal trees.
+    16 hex digits of a SHA-256, equal for equal trees.
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

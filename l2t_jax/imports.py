@@ -1,4 +1,4 @@
-"""Imports of what may be absent: optional packages, and users' own code."""
+"""Imports that can fail: optional packages and the user's own modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from l2t_jax import errors
 def require(
   module: str, *, needed_for: str, package: str = "", otherwise: str = ""
 ) -> Any:
-  """Import a module that is heavy or may be absent, when it is needed.
+  """Import an optional or slow module when it is needed.
 
   Args:
-    module: its name.
-    needed_for: what cannot go on without it, for the message.
-    package: what installs it, where that has another name.
-    otherwise: what would do without it, for the message.
+    module: the module's name.
+    needed_for: the feature that needs the module, for the error message.
+    package: the package to install, if it has another name than the module.
+    otherwise: what to do without the module, for the error message.
 
   Raises:
-    errors.InputError: it is absent, or fails to be imported.
+    errors.InputError: the module is not installed or cannot be imported.
   """
   try:
     return importlib.import_module(module)
@@ -33,25 +33,26 @@ def require(
 
 
 def is_installed(module: str) -> bool:
-  """Return whether there is a module, without importing it."""
+  """Return whether a module is installed, without importing it."""
   spec = importlib.util.find_spec(module)
-  return spec is not None and spec.origin is not None  # No mere folder.
+  # A plain folder of that name in the working directory has no origin.
+  return spec is not None and spec.origin is not None
 
 
 def by_name(name: str, what: str) -> Any:
   """Import "package.module:attribute".
 
   Args:
-    name: of the attribute; see above.
-    what: for messages, such as "model".
+    name: "package.module:attribute".
+    what: what the attribute is, such as "model", for the error message.
 
   Raises:
-    errors.InputError: there is no such thing.
+    errors.InputError: the module cannot be imported or has no such attribute.
   """
   module, _, attribute = name.partition(":")
   try:
     return getattr(importlib.import_module(module), attribute)
-  except Exception as error:  # The module is a user's: it may raise anything.
+  except Exception as error:  # A user's module may raise anything.
     raise errors.InputError(
       f"cannot import the {what} {name!r}: {type(error).__name__}: {error}"
     ) from error

@@ -1,13 +1,14 @@
-"""Source weights: from PyTorch checkpoints to a file that training reads.
+"""Convert a PyTorch checkpoint to a weight file that training reads.
 
     python -m l2t_jax.pretrained IN.pth OUT.safetensors --model=resnet32
 
-The result is a safetensors file: plain arrays, no code, no torch. A tensor
-"params/block1/conv1/kernel" of it is that leaf of the Flax variables; its
-metadata hold the model's name, the number of classes and where it came from.
+The weight file is a safetensors file: plain arrays that are read without torch
+and without running code. Its tensor "params/block1/conv1/kernel" is the Flax
+variable with that path; its metadata hold the model's name, the number of
+classes, and the name and SHA-256 of the checkpoint.
 
-Submodules are named as in PyTorch, but for the dot before a number:
-"blocks2.0.bn1.running_mean" is "batch_stats/blocks2_0/bn1/mean".
+Submodules are named as in PyTorch, with "_" for the dot before a number:
+"blocks2.0.bn1.running_mean" becomes "batch_stats/blocks2_0/bn1/mean".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def make_parser() -> errors.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-  """Convert a checkpoint, and list what became of its tensors."""
+  """Convert a checkpoint and list its tensors."""
   report = torch_weights.convert_file(args.checkpoint, args.output, args.model)
   for name, new_name in report.mapped.items():
     print(f"{name:40} -> {new_name}")

@@ -117,7 +117,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   try:
     with signals.StopRequests() as requests:
       for job in jobs:
-        if requests.were_made():
+        if requests.received():
           raise errors.Interrupted("asked to stop")
         if job.workdirs:
           table_cells.run_job(job)

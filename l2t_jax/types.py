@@ -1,4 +1,4 @@
-"""The vocabulary: states, batches and the functions that a user hands in."""
+"""Shared types: batches, states, tasks, and the signatures of functions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PyTree = Any
 
 
 class Batch(NamedTuple):
-  """One mini-batch of labelled images, with others that have no labels."""
+  """A mini-batch of labelled images and, optionally, unlabelled ones."""
 
   images: jax.Array  # [B, H, W, C] float32, normalised.
-  # [B] int32, 0 .. num_classes - 1; or [B, ...], what another task reads.
+  # [B] int32, 0 .. num_classes - 1; or [B, ...] targets of another task.
   labels: jax.Array
   unlabeled: jax.Array | None = None  # [U, H, W, C], or None.
 
 
 class EvalBatch(NamedTuple):
-  """A batch of fixed size whose last images may be padding."""
+  """A batch of a fixed size, in which the last images may be padding."""
 
   images: jax.Array  # [B, H, W, C] float32, normalised.
   labels: jax.Array  # As in Batch.
@@ -30,32 +30,32 @@ class EvalBatch(NamedTuple):
 
 
 class InnerState(NamedTuple):
-  """What one step of inner training reads and writes."""
+  """The state that one step of inner training updates."""
 
-  params: PyTree  # What the inner optimizer updates.
-  opt_state: PyTree  # Its state: the momentum buffer is in here.
-  model_state: PyTree  # Carried but not differentiated: batch statistics.
+  params: PyTree  # Updated by the inner optimizer.
+  opt_state: PyTree  # State of the inner optimizer, such as momentum.
+  model_state: PyTree  # Batch statistics; not differentiated.
 
 
 class TrainState(NamedTuple):
-  """Everything that a run needs to go on; what a checkpoint holds."""
+  """The complete state of a training, which a checkpoint holds."""
 
   step: jax.Array  # [] int32, iterations done.
   inner: InnerState  # Target and regressors after the last real update.
-  meta_params: PyTree  # Parameters of f and g; empty where none is learned.
+  meta_params: PyTree  # Parameters of f and g; empty if none is learned.
   meta_opt_state: PyTree  # Adam's moments for meta_params.
 
 
 class Task(NamedTuple):
-  """What the target learns from labelled images: L_org, and how it is judged.
+  """What the target learns from labelled images: a loss and an accuracy.
 
-  Outputs are what the network returns in the place of logits, [B, ...]; labels
-  are what the data hold for each image, [B, ...].
+  Both take (outputs, labels): the network's outputs, [B, ...], logits in
+  classification, and the labels of the data, [B, ...].
   """
 
-  loss: Callable[[chex.Array, chex.Array], chex.Array]  # -> [], a mean.
-  # -> [B], one value an image, more being better: what the best epoch is chosen
-  # by, and recorded as "accuracy".
+  loss: Callable[[chex.Array, chex.Array], chex.Array]  # L_org, -> [], a mean.
+  # -> [B], one value per image; higher is better. Chooses the best epoch and is
+  # recorded as "accuracy".
   accuracy: Callable[[chex.Array, chex.Array], chex.Array]
 
 
@@ -69,7 +69,10 @@ class InnerLossFn(Protocol):
     model_state: PyTree,
     batch: PyTree,
   ) -> tuple[chex.Array, PyTree]:
-    """Return (loss [], new model_state); differentiable in the first two."""
+    """Return (loss [], new model_state).
+
+    It must be differentiable in params and meta_params.
+    """
 
 
 class ApplyFn(Protocol):

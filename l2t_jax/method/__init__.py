@@ -1,1 +1,1 @@
-"""The paper as pure functions: no Flax, no files, no processes."""
+"""The paper as pure functions, without Flax, files or processes."""

@@ -4,19 +4,20 @@ Meta-parameters φ shape an inner training run of parameters θ,
 
     θ_{k+1} = θ_k + update(∇_θ L_inner(θ_k, φ, batch_k)),    k = 0 .. T-1,
 
-and are judged by an outer loss at its end, L_outer(θ_T, φ). The hypergradient
-is dL_outer/dφ through all T steps, the state of the optimizer included.
+and are evaluated by an outer loss at its end, L_outer(θ_T, φ). The
+hypergradient is dL_outer/dφ through all T steps, including the state of the
+optimizer.
 
-Nothing here knows a network, a data set or Flax: parameters are pytrees, the
-losses are functions that the caller hands in (`types.InnerLossFn`), the inner
-optimizer is any differentiable optax transformation. A step reads nothing but
-its arguments:
+This module does not depend on a network, a data set or Flax: parameters are
+pytrees, losses are functions that the caller passes in (`types.InnerLossFn`),
+and the inner optimizer is any differentiable optax transformation. A step reads
+only its arguments:
 
   * `params` and `opt_state` are differentiated through;
-  * `meta_params` is what the hypergradient is taken with respect to;
+  * the hypergradient is taken with respect to `meta_params`;
   * `model_state` (batch statistics) and `batch` are constants, with a
-    `stop_gradient` in every mode. An array that is to be learned, such as
-    images, belongs in `meta_params`.
+    `stop_gradient` in every mode. Arrays that should be learned, such as
+    images, belong in `meta_params`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ import optax
 
 from l2t_jax import errors, types
 
-# How the hypergradient is computed. All modes agree to rounding.
-#   reverse:    plain reverse over reverse; the graphs of all steps are kept.
-#   remat:      the same, with each step recomputed in the backward pass
+# How the hypergradient is computed. All modes agree up to rounding.
+#   reverse:    reverse over reverse; keeps the graphs of all steps.
+#   remat:      like reverse, but recomputes each step in the backward pass
 #               (jax.checkpoint).
 #   mixed:      forward over reverse: in the backward pass one jvp of the joint
 #               gradient gives the Hessian-vector and the mixed product. Between
-#               the passes a step keeps its inputs only.
-#   linearized: the same products, from a linearization that each step keeps:
+#               the passes a step keeps only its inputs.
+#   linearized: the same products from a linearization that each step keeps:
 #               nothing is computed twice, and memory grows with T.
 MODES = ("reverse", "remat", "mixed", "linearized")
 
@@ -67,8 +68,8 @@ def make_inner_step(
     metric, with a `stop_gradient`.
 
   Raises:
-    errors.InputError: for an unknown mode, and when the step is traced with an
-      optimizer that `check_differentiable` refuses.
+    errors.InputError: the mode is unknown; or, when the step is traced,
+      `check_differentiable` refuses the optimizer.
   """
   if mode not in MODES:
     raise errors.InputError(
@@ -123,10 +124,10 @@ def unroll(
       is given, one batch that every step uses.
     num_steps: T, if every step uses the same batch.
     rolled: whether the steps after the first, if there are several, are a
-      `lax.scan`, which compiles once for any T. The first step stays outside
-      the loop, because its start does not depend on the meta-parameters: its
-      backward pass needs no Hessian-vector product, and a loop would compute
-      one.
+      `lax.scan`, whose body is compiled once for any T. The first step stays
+      outside the loop: its start does not depend on the meta-parameters, so
+      that its backward pass needs no Hessian-vector product, but a loop would
+      compute one.
 
   Returns:
     The state after the last step and the losses [T] before each step.
@@ -162,18 +163,18 @@ def hypergradient(
   meta_params: types.PyTree,
   batch: types.PyTree,
 ) -> tuple[chex.Array, types.PyTree]:
-  """Differentiate the outer loss after a look-ahead, by meta-parameters.
+  """Differentiate the outer loss after a look-ahead in the meta-parameters.
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`, made of inner steps.
     outer_loss_fn: loss of the state after the look-ahead; its new model_state
-      is dropped.
+      is discarded.
     state: start of the look-ahead; a constant.
-    meta_params: what the gradient is taken with respect to.
+    meta_params: φ; the gradient is taken with respect to them.
     batch: argument of `look_ahead` and `outer_loss_fn`.
 
   Returns:
-    (outer loss [], its gradient), the gradient a pytree like `meta_params`.
+    (outer loss [], gradient); the gradient is a pytree like `meta_params`.
   """
 
   def outer(meta_params):
@@ -185,7 +186,7 @@ def hypergradient(
 
 
 def _gradient(loss_fn):
-  """Return the gradient in params, (...) -> (grads, loss [], model_state)."""
+  """Return (...) -> (gradient in params, loss [], model_state)."""
 
   def gradient(params, meta_params, model_state, batch):
     (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -205,8 +206,8 @@ def _mixed_gradient(loss_fn):
 
       (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ) = d/dε (∇_θ L, ∇_φ L)(θ + ε v, φ) at ε = 0.
 
-  A loss whose derivatives are not those of its value (a straight-through
-  estimator, say) has no symmetric Hessian: use another mode for it.
+  If the derivatives of a loss are not those of its value, as with a
+  straight-through estimator, its Hessian is not symmetric: use another mode.
   """
   plain_gradient = _gradient(loss_fn)
   gradient = jax.custom_vjp(plain_gradient)
@@ -271,26 +272,27 @@ def check_differentiable(
   """Refuse an optimizer whose updates have no finite derivative at 0.
 
   Gradients that are exactly zero are common (a parameter that a loss does not
-  reach), and there sqrt has an infinite derivative: optax's Adam with
-  eps_root=0 turns the whole hypergradient into NaN.
+  depend on), and sqrt has an infinite derivative there: optax's Adam with
+  eps_root=0 makes the whole hypergradient NaN.
 
-  One update is probed, on parameters of shape [2, ..., 2] whose gradient is 0
-  in one element. What is infinite only where all gradients are 0, as in
-  `optax.clip_by_global_norm`, passes (`optimizers.clip_by_global_norm` is
-  finite there), and so does what cannot be probed: traced hyper-parameters, and
-  optimizers that do not run on small arrays.
+  The check differentiates one update of parameters of shape [2, ..., 2] whose
+  gradient is 0 in one element. It accepts an optimizer whose derivative is
+  infinite only if all gradients are 0, such as `optax.clip_by_global_norm`
+  (`optimizers.clip_by_global_norm` is finite there too). It also accepts an
+  optimizer that cannot be checked, because its hyper-parameters are traced or
+  it does not run on small arrays.
 
   Args:
     optimizer: the inner optimizer.
     params: the parameters that it updates.
 
   Raises:
-    errors.InputError: for an optimizer that is not differentiable.
+    errors.InputError: the optimizer is not differentiable.
   """
   try:
     with jax.ensure_compile_time_eval():
       is_finite = _has_finite_slopes(optimizer, params)
-  except Exception:  # Traced hyper-parameters, or arrays that are too small.
+  except Exception:  # Traced hyper-parameters, or arrays are too small.
     return
   if not is_finite:
     raise errors.InputError(
@@ -300,8 +302,8 @@ def check_differentiable(
 
 
 def _has_finite_slopes(optimizer, params):
-  """Differentiate the sum of one update by gradients of which some are 0."""
-  # Optimizers may depend on the names, ranks and types of parameters.
+  """Differentiate the sum of one update in the gradients, some of them 0."""
+  # Optimizers may depend on the names, ranks and dtypes of parameters.
   ones = jax.tree.map(
     lambda x: np.ones(np.minimum(np.shape(x), 2), jnp.result_type(x)), params
   )

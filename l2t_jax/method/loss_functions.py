@@ -11,7 +11,14 @@ from l2t_jax.method import transfer
 
 
 def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-  """Mean softmax cross-entropy of logits [B, K] and labels [B]; in nats."""
+  """Compute the mean softmax cross-entropy [] in nats.
+
+  Differentiable in `logits`.
+
+  Args:
+    logits: [B, K].
+    labels: [B], integers.
+  """
   chex.assert_rank([logits, labels], [2, 1])
   return jnp.mean(
     optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -19,14 +26,19 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
 
 
 def is_right(logits: chex.Array, labels: chex.Array) -> chex.Array:
-  """Whether the largest logit is the label's, [B, K], [B] -> [B], 0 or 1."""
+  """Return [B], 1 for each image whose largest logit is the label's, else 0.
+
+  Args:
+    logits: [B, K].
+    labels: [B], integers.
+  """
   return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
 
 
 def softened_cross_entropy(
   logits: chex.Array, source_logits: chex.Array, *, temperature: float
 ) -> chex.Array:
-  """Imitate softened outputs.
+  """Compute the cross-entropy with softened outputs of the source.
 
       mean over images of -Σ_k softmax(z_s / T)_k log softmax(z / T)_k
 
@@ -36,7 +48,7 @@ def softened_cross_entropy(
   Args:
     logits: z, [N, K].
     source_logits: z_s, [N, K].
-    temperature: T; they use 2.
+    temperature: T; the paper uses 2.
 
   Returns:
     The loss in nats, [].
@@ -53,9 +65,11 @@ def softened_cross_entropy(
 def distillation_loss(
   logits: chex.Array, source_logits: chex.Array, *, temperature: float
 ) -> chex.Array:
-  """Imitate softened outputs, whatever the temperature equally strongly.
+  """Compute the knowledge-distillation loss.
 
       T² · mean over images of KL(softmax(z_s / T) ‖ softmax(z / T))
+
+  The factor T² keeps gradients from shrinking with the temperature.
 
   Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network",
   2015 (arXiv 1503.02531), section 2. Differentiable in `logits`.
@@ -75,20 +89,20 @@ def distillation_loss(
 
 
 def attention_map(features: chex.Array) -> chex.Array:
-  """Where a layer looks: mean over channels of x², scaled to length 1.
+  """Compute where a layer looks: mean over channels of x², of unit length.
 
   Args:
     features: [N, H, W, C].
 
   Returns:
-    [N, H·W], rows of Euclidean length 1 (0 where all features are 0).
+    [N, H·W], rows of Euclidean norm 1 (0 if all features of an image are 0).
   """
   chex.assert_rank(features, 4)
   features = transfer.at_least_float32(features)
   energy = jnp.mean(jnp.square(features), axis=-1)
   energy = energy.reshape(len(energy), -1)
   square = jnp.sum(jnp.square(energy), axis=-1, keepdims=True)
-  # A map of zeros has no direction, and its length no derivative.
+  # The norm of a map of zeros has no derivative.
   tiny = jnp.finfo(square.dtype).tiny
   return energy * jax.lax.rsqrt(jnp.where(square > tiny, square, tiny))
 
@@ -96,13 +110,13 @@ def attention_map(features: chex.Array) -> chex.Array:
 def attention_loss(
   source_features: chex.Array, target_features: chex.Array
 ) -> chex.Array:
-  """Look where the source looks.
+  """Compute the distance between the attention maps of source and target.
 
       mean over images and positions of (Q(S) - Q(T))²,  Q = `attention_map`
 
   Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017
-  (arXiv 1612.03928), equation 2 with p = 2, squared and averaged as in their
-  code, which β = 1000 goes with.
+  (arXiv 1612.03928), equation 2 with p = 2, squared and averaged as in the
+  authors' code, for which β = 1000. Differentiable in both arguments.
 
   Args:
     source_features: S, [N, H, W, C_m].

@@ -1,11 +1,11 @@
-"""Training methods: what is added to the cross-entropy, and from where.
+"""Training methods: the auxiliary losses that they add to the task's loss.
 
-A method's loss is L_org, the cross-entropy, plus auxiliary losses that pull
-the target towards its sources. Each of those is a short function here, with
-its paper; `make_losses` puts them together into losses with one signature,
-`LossFn`. They read `params = {"target": ..., and what the auxiliary
-losses train along}`, the transfer weights of the batch in the place of the
-meta-parameters, the target's batch statistics, and a `TransferBatch`.
+A method's loss is L_org (the cross-entropy, or the loss of another task) plus
+auxiliary losses that pull the target towards its sources. `make_losses`
+combines them into three losses with one signature, `LossFn`. Their arguments
+are the parameters, {"target": ..., and those of the auxiliary losses, such as
+"regressors"}; the transfer weights of the batch, in place of meta-parameters;
+the target's batch statistics; and a `TransferBatch`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from l2t_jax.method import loss_functions, pair_sets, transfer
 
 
 class Method(NamedTuple):
-  """What a value of `config.method` stands for."""
+  """The meaning of a value of `config.method`."""
 
   losses: tuple[str, ...] = ()  # Added to L_org: matching, attention, lwf, kd.
-  pair_set: str | None = None  # The pairs that they compare, where they do.
+  pair_set: str | None = None  # Default pairs; None if no pairs are compared.
   learn_channels: bool = False  # Whether f is learned.
   learn_pairs: bool = False  # Whether g is learned.
   starts_from_source: bool = False  # Whether the source's weights are copied.
@@ -38,22 +38,22 @@ class Method(NamedTuple):
 METHODS = {
   # Cross-entropy alone.
   "scratch": Method(),
-  # The same, from the source's weights where the shapes agree.
+  # The same, starting from the source's weights where shapes agree.
   "finetune": Method(starts_from_source=True),
   # Learning without Forgetting, attention transfer, and both.
   "lwf": Method(("lwf",)),
   "at": Method(("attention",), "one_to_one"),
   "lwf_at": Method(("lwf", "attention"), "one_to_one"),
-  # Knowledge distillation, where the classes agree.
+  # Knowledge distillation; source and target have the same classes.
   "kd": Method(("kd",)),
   # Feature matching with fixed, uniform weights.
   "fm_single": Method(("matching",), "single"),
   "fm_one_to_one": Method(("matching",), "one_to_one"),
   "fm_all_to_all": Method(("matching",), "all_to_all"),
-  # What to transfer: channel weights alone are learned.
+  # What to transfer: only channel weights are learned.
   "l2t_w_single": Method(("matching",), "single", learn_channels=True),
   "l2t_w_one_to_one": Method(("matching",), "one_to_one", learn_channels=True),
-  # What and where: the paper's method.
+  # What and where to transfer: the paper's method.
   "l2t_ww": Method(
     ("matching",), "all_to_all", learn_channels=True, learn_pairs=True
   ),
@@ -61,30 +61,30 @@ METHODS = {
 
 
 class SourceOutputs(NamedTuple):
-  """What the auxiliary losses read of the sources; constants."""
+  """Outputs of the sources for the auxiliary losses; constants."""
 
   logits: dict[str, jax.Array]  # source -> [N, K_s].
-  matching: transfer.SourceMaps  # Empty where no pairs are compared.
+  matching: transfer.SourceMaps  # Empty if no pairs are compared.
 
 
 class TransferBatch(NamedTuple):
-  """A mini-batch with what is read of the sources."""
+  """A mini-batch with the outputs of the sources for it."""
 
   images: jax.Array  # [B, H, W, C].
   labels: jax.Array  # [B].
   unlabeled: jax.Array | None = None  # [U, H, W, C].
-  source: SourceOutputs | None = None  # Of all N = B + U images.
+  source: SourceOutputs | None = None  # For all N = B + U images.
 
 
 class TargetOutputs(NamedTuple):
-  """The target in train mode, on all images: labelled, then unlabelled."""
+  """Outputs of the target in train mode: labelled images, then unlabelled."""
 
   logits: jax.Array  # [N, K].
   features: dict[str, jax.Array]  # tap -> [N, H, W, C].
 
 
 class AuxiliaryLoss(Protocol):
-  """A loss that reads no labels."""
+  """A loss that does not read labels."""
 
   def __call__(
     self,
@@ -93,18 +93,21 @@ class AuxiliaryLoss(Protocol):
     target: TargetOutputs,
     source: SourceOutputs,
   ) -> tuple[chex.Array, dict[str, Any]]:
-    """Return (loss [], metrics); differentiable in params, weights, target."""
+    """Return (loss [], metrics).
+
+    Differentiable in params, weights and target.
+    """
 
 
 class Aux(NamedTuple):
-  """What a loss returns beside its value."""
+  """What a loss returns in addition to its value."""
 
   model_state: types.PyTree  # The target's batch statistics after the batch.
   metrics: dict[str, Any]  # Name -> scalar, or pair -> scalar.
 
 
 class LossFn(Protocol):
-  """A loss of the target; all three of a method have this signature."""
+  """The signature of the three losses of a method."""
 
   def __call__(
     self,
@@ -120,12 +123,12 @@ class Losses(NamedTuple):
   """The three losses of a method."""
 
   target: LossFn  # L_org.
-  auxiliary: LossFn  # The sum of what is added; L_wfm in the paper's method.
+  auxiliary: LossFn  # Sum of the auxiliary losses; L_wfm in the paper's method.
   total: LossFn  # L_org + auxiliary.
 
 
 def get_method(name: str) -> Method:
-  """Look a method up; raise `errors.InputError` for an unknown name."""
+  """Return a method by name; raise `errors.InputError` if it is unknown."""
   if name not in METHODS:
     raise errors.InputError(
       f"unknown method {name!r}; the methods are {', '.join(METHODS)}"
@@ -139,11 +142,10 @@ CLASSIFICATION = types.Task(
 
 
 def get_task(name: str) -> types.Task:
-  """Find a task.
+  """Return a task by name.
 
   Args:
-    name: "classification"; or "package.module:NAME", a `types.Task` to be
-      imported.
+    name: "classification", or "package.module:NAME", a `types.Task` to import.
 
   Raises:
     errors.InputError: there is no such task.
@@ -167,12 +169,15 @@ def get_task(name: str) -> types.Task:
 def init_heads(
   key: chex.PRNGKey, num_features: int, num_classes: Mapping[str, int]
 ) -> dict[str, types.PyTree]:
-  """Initialise LwF's second heads, one a source, as PyTorch does.
+  """Initialise LwF's second heads, one per source, as PyTorch does.
 
   Args:
-    key: consumed.
-    num_features: channels of the feature that they read.
+    key: PRNG key; consumed.
+    num_features: number of channels of the feature that the heads read.
     num_classes: source -> number of its classes.
+
+  Returns:
+    source -> {kernel [num_features, K_s], bias [K_s]}.
   """
   keys = jax.random.split(key, len(num_classes))
   return {
@@ -182,7 +187,7 @@ def init_heads(
 
 
 def matching(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
-  """L_wfm, `transfer.matching_loss`, with params["regressors"].
+  """Return L_wfm, `transfer.matching_loss` with params["regressors"].
 
   Its metric "distances" is pair -> mean over the batch of Σ_c w_c d_c.
   """
@@ -202,7 +207,7 @@ def matching(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
 
 
 def attention(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
-  """β times the sum of `attention_loss` over pairs of layers."""
+  """Return β times the sum over pairs of `loss_functions.attention_loss`."""
 
   def loss_fn(params, weights, target, source):
     del params, weights
@@ -219,9 +224,11 @@ def attention(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
 
 
 def lwf(tap: str, *, temperature: float, weight: float) -> AuxiliaryLoss:
-  """`softened_cross_entropy` of a second head, params["heads"], a source.
+  """Return LwF's loss: weight times a sum over sources.
 
-  The head is linear on the mean over positions of the target's `tap`.
+  Each term is the `loss_functions.softened_cross_entropy` of a second head,
+  params["heads"][source], which is linear in the mean over positions of the
+  target's `tap`.
   """
 
   def loss_fn(params, weights, target, source):
@@ -242,7 +249,7 @@ def lwf(tap: str, *, temperature: float, weight: float) -> AuxiliaryLoss:
 
 
 def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
-  """`distillation_loss` of the logits, summed over the sources."""
+  """Return weight times the sum over sources of the distillation loss."""
 
   def loss_fn(params, weights, target, source):
     del params, weights
@@ -260,7 +267,7 @@ def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
 def task_loss(
   task: types.Task, outputs: chex.Array, labels: chex.Array
 ) -> chex.Array:
-  """Compute L_org; raise `errors.InputError` where it is no scalar."""
+  """Compute L_org []; raise `errors.InputError` if it is not a scalar."""
   loss = task.loss(transfer.at_least_float32(outputs), labels)
   if jnp.shape(loss):
     raise errors.InputError(
@@ -273,12 +280,12 @@ def task_loss(
 def task_accuracy(
   task: types.Task, outputs: chex.Array, labels: chex.Array
 ) -> chex.Array:
-  """Compute each image's accuracy, [B]; raise `errors.InputError` otherwise."""
+  """Compute accuracies [B]; raise `errors.InputError` for other shapes."""
   accuracy = task.accuracy(transfer.at_least_float32(outputs), labels)
   if jnp.shape(accuracy) != (len(labels),):
     raise errors.InputError(
       f"the task's accuracy returned the shape {list(jnp.shape(accuracy))} for"
-      f" {len(labels)} images; it must return one value an image"
+      f" {len(labels)} images; it must return one value per image"
     )
   return accuracy
 
@@ -290,19 +297,19 @@ def make_losses(
 ) -> Losses:
   """Build the losses of a target network in train mode.
 
-  Images without labels pass through the target apart from the labelled ones:
-  L_org, the batch statistics that it is computed with, and those that are
-  kept, are the same with and without them.
+  Unlabelled images pass through the target separately: L_org, the batch
+  statistics that it is computed with, and the running statistics are the same
+  with and without them.
 
   Args:
     apply_fn: the target network.
-    auxiliary: name -> loss; what is added to L_org.
-    task: L_org, and what is recorded as "accuracy".
+    auxiliary: name -> loss to add to L_org.
+    task: defines L_org and the metric "accuracy".
 
   Returns:
-    The losses. Their metrics are the scalars "target_loss" and "accuracy" (of
-    `target`), "NAME_loss" for each auxiliary loss and what that one reports
-    (of `auxiliary`); `total` has all of them, and "loss".
+    The losses. The metrics of `target` are the scalars "target_loss" and
+    "accuracy"; those of `auxiliary` are "NAME_loss" and the metrics of each
+    auxiliary loss; those of `total` are all of these and "loss".
   """
 
   def forward(params, model_state, images):

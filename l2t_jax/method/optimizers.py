@@ -16,15 +16,16 @@ OptimizerFn = Callable[[chex.Numeric], optax.GradientTransformation]
 def sgd(
   *, momentum: float, weight_decay: float, clip_norm: float = 0.0
 ) -> OptimizerFn:
-  """SGD as in PyTorch: L2 in the gradient of every parameter, heavy ball.
+  """Return SGD as in PyTorch: L2 in the gradient, heavy-ball momentum.
 
   Args:
-    momentum: share of the buffer that stays.
-    weight_decay: factor of L2.
-    clip_norm: of `clip_by_global_norm`, before L2 is added; 0 for no clipping.
+    momentum: decay rate of the momentum buffer.
+    weight_decay: factor of the parameters in the gradient.
+    clip_norm: largest norm of the gradient before L2 is added; 0 for no
+      clipping. See `clip_by_global_norm`.
 
   Returns:
-    learning rate -> optax transformation.
+    Function: learning rate -> optax transformation.
   """
 
   def optimizer_fn(learning_rate):
@@ -40,12 +41,12 @@ def sgd(
 def adam_l2(
   learning_rate: float, weight_decay: float, clip_norm: float = 0.0
 ) -> optax.GradientTransformation:
-  """Adam with L2 in the gradient (not decoupled), as torch.optim.Adam.
+  """Return Adam with L2 in the gradient (not decoupled), as torch.optim.Adam.
 
   Args:
-    learning_rate: of Adam.
-    weight_decay: factor of L2.
-    clip_norm: of `clip_by_global_norm`, before L2 is added; 0 for no clipping.
+    learning_rate: Adam's learning rate.
+    weight_decay: see `sgd`.
+    clip_norm: see `sgd`.
   """
   return optax.chain(
     *_clipping(clip_norm),
@@ -59,10 +60,10 @@ def _clipping(norm):
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """Scale gradients whose norm over all arrays is larger down to max_norm.
+  """Scale gradients down to a global norm of `max_norm` if it is larger.
 
-  As optax's, but its own derivative is finite where the gradients are 0: the
-  look-ahead is differentiated through it.
+  Like optax's function, but with a finite derivative if all gradients are 0,
+  because the hypergradient differentiates through it.
   """
 
   def update(updates, state, params=None):
@@ -77,15 +78,15 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def cosine_by_epoch(
   learning_rate: float, *, epochs: int, steps_per_epoch: int
 ) -> Callable[[chex.Numeric], chex.Numeric]:
-  """Cosine from the learning rate to 0, constant within an epoch.
+  """Return a cosine decay to 0 that is constant within an epoch.
 
   Args:
-    learning_rate: in the first epoch.
-    epochs: length of the run.
+    learning_rate: the learning rate of the first epoch.
+    epochs: number of epochs of the run.
     steps_per_epoch: iterations per epoch.
 
   Returns:
-    iteration (from 0) -> learning rate.
+    Function: iteration (from 0) -> learning rate.
   """
   schedule = optax.cosine_decay_schedule(learning_rate, decay_steps=epochs)
   return lambda step: schedule(step // steps_per_epoch)
@@ -94,10 +95,9 @@ def cosine_by_epoch(
 def steps_by_epoch(
   learning_rate: float, *, epochs: int, steps_per_epoch: int
 ) -> Callable[[chex.Numeric], chex.Numeric]:
-  """The learning rate, a tenth of it from half of the run, then a hundredth.
+  """Return a schedule that divides the rate by 10 at 1/2 and 3/4 of the run.
 
-  The second step is at three quarters. Arguments and result are those of
-  `cosine_by_epoch`.
+  Arguments and result are those of `cosine_by_epoch`.
   """
   boundaries = (math.ceil(epochs / 2), math.ceil(epochs * 3 / 4))
   schedule = optax.piecewise_constant_schedule(
@@ -106,5 +106,5 @@ def steps_by_epoch(
   return lambda step: schedule(step // steps_per_epoch)
 
 
-# config.optimizer.schedule -> what makes it.
+# config.optimizer.schedule -> function that makes the schedule.
 SCHEDULES = {"cosine": cosine_by_epoch, "step": steps_by_epoch}

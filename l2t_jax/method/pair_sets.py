@@ -15,7 +15,7 @@ PAIR_SETS = ("single", "one_to_one", "nearest", "all_to_all")
 
 
 class Pair(NamedTuple):
-  """A source tap that a target tap is pulled towards."""
+  """A source tap and the target tap that is pulled towards it."""
 
   source: str
   target: str
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def tap_name(source: str, tap: str) -> str:
-  """Name a tap of one of several sources; of a single one, "", plainly."""
+  """Return "source/tap", or only the tap for a single source, named ""."""
   return f"{source}/{tap}" if source else tap
 
 
@@ -35,26 +35,26 @@ def make_pairs(
   source_taps: TapShapes,
   target_taps: TapShapes,
   *,
-  no_taps: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+  untappable: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
 ) -> tuple[Pair, ...]:
   """Choose the set C of candidate pairs.
 
   Args:
-    pair_set: "single" (last source tap to the last target tap), "one_to_one"
-      (taps of equal resolution), "nearest" (each target tap with the source
-      tap of the nearest resolution, the deepest of several), "all_to_all", or a
-      list of pairs, each as "source->target" or (source, target); or such a
-      list as one string, separated by commas.
+    pair_set: "single" (the last taps), "one_to_one" (taps of equal resolution),
+      "nearest" (each target tap with the deepest source tap of the nearest
+      resolution), "all_to_all", or a list of pairs, each "source->target" or
+      (source, target); or such a list as one string, separated by commas.
     source_taps: the source's taps from shallow to deep.
     target_taps: the target's taps from shallow to deep.
-    no_taps: of source and target, layers that cannot be listed, and why.
+    untappable: for source and target, layer -> reason why it cannot be tapped;
+      errors about listed pairs quote it.
 
   Returns:
     The pairs, in source-major order or as listed.
 
   Raises:
-    errors.InputError: for an unknown set or tap, a pair named twice, and where
-      no pair is left.
+    errors.InputError: a set or tap is unknown, a pair is listed twice, or there
+      are no pairs.
   """
   if pair_set == "single":
     return (Pair(list(source_taps)[-1], list(target_taps)[-1]),)
@@ -91,11 +91,11 @@ def make_pairs(
       f"unknown pair set {pair_set!r}; use one of {', '.join(PAIR_SETS)}, or a"
       " list such as 'stage1_block5->conv2, stage3_block5->conv8'"
     )
-  return _listed_pairs(pair_set, (source_taps, target_taps), no_taps)
+  return _listed_pairs(pair_set, (source_taps, target_taps), untappable)
 
 
 def by_target(pairs):
-  """Target tap -> its pairs, in their order."""
+  """Group pairs: target tap -> its pairs, in the given order."""
   groups: dict[str, list[Pair]] = {}
   for pair in pairs:
     groups.setdefault(pair.target, []).append(pair)
@@ -106,7 +106,7 @@ def _resolutions(taps):
   return ", ".join(f"{name} {h}x{w}" for name, (h, w, _) in taps.items())
 
 
-def _listed_pairs(pair_list, all_taps, no_taps):
+def _listed_pairs(pair_list, all_taps, all_untappable):
   pairs = []
   for entry in pair_list:
     parts = entry.split("->") if isinstance(entry, str) else tuple(entry)
@@ -115,11 +115,11 @@ def _listed_pairs(pair_list, all_taps, no_taps):
         f"pair {entry!r} is not of the form 'source->target'"
       )
     pair = Pair(*(part.strip() for part in parts))
-    for side, tap, taps, others in zip(
-      ("source", "target"), pair, all_taps, no_taps, strict=True
+    for side, tap, taps, untappable in zip(
+      ("source", "target"), pair, all_taps, all_untappable, strict=True
     ):
-      if tap in others:
-        raise errors.InputError(f"pair {pair.name!r}: {others[tap]}")
+      if tap in untappable:
+        raise errors.InputError(f"pair {pair.name!r}: {untappable[tap]}")
       if tap not in taps:
         raise errors.InputError(
           f"pair {pair.name!r}: unknown {side} tap {tap!r}; the {side}'s taps"

@@ -1,4 +1,4 @@
-"""Which pixels the channels that are transferred look at."""
+"""Saliency maps of the transferred channels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def saliency(
   images: chex.Array,
   channel_weights: chex.Array,
 ) -> jax.Array:
-  """Weigh pixels by how much they matter to the weighted channels.
+  """Compute how strongly each pixel affects the weighted channels.
 
       max over colours of |∂/∂x Σ_c w_c mean over positions of S_c²|
 
-  The sum is what the matching loss of a pair asks of a target whose features
-  are still 0. Saliency as in Simonyan, Vedaldi and Zisserman, "Deep Inside
+  The sum is the matching loss of a pair if the target's features are 0.
+  Saliency is defined as in Simonyan, Vedaldi and Zisserman, "Deep Inside
   Convolutional Networks", 2014 (arXiv 1312.6034), section 3; the paper shows
   such maps with uniform and with learned weights side by side. The weights
-  count as constants.
+  carry a `stop_gradient`.
 
   Args:
     features_fn: images -> S, [B, h, w, C].
@@ -32,7 +32,7 @@ def saliency(
     channel_weights: w, [B, C].
 
   Returns:
-    [B, H, W], not negative; its scale is that of S².
+    [B, H, W], non-negative.
   """
 
   def weighted_energy(images):

@@ -1,12 +1,13 @@
 """One iteration of the method, and evaluation, as pure functions.
 
-One iteration, all of it on one mini-batch (paper, algorithm 1):
+An iteration uses one mini-batch (paper, algorithm 1):
 
   1. real update: one step of the inner optimizer with L_org + L_wfm;
-  2. look-ahead from there: T steps with L_wfm alone, then one with L_org;
-  3. meta update: Adam with the gradient of L_org after the look-ahead with
-     respect to the parameters of f and g, through all T + 1 steps;
-  4. the look-ahead is thrown away.
+  2. look-ahead from the result: T steps with L_wfm alone, then one with L_org;
+  3. meta update: one step of Adam with the gradient of L_org after the
+     look-ahead with respect to the parameters of f and g, through all T + 1
+     steps;
+  4. the look-ahead is discarded.
 """
 
 from __future__ import annotations
@@ -26,45 +27,46 @@ WeightsFn = Callable[
   [types.PyTree, Mapping[str, chex.Array]], transfer.TransferWeights
 ]
 
-# What the T steps of the look-ahead minimise.
-#   auxiliary: L_wfm, and one step with L_org follows them; the paper's scheme.
-#   total: L_org + L_wfm, and nothing follows; the usual bilevel scheme.
+# The loss of the T steps of the look-ahead.
+#   auxiliary: L_wfm, followed by one step with L_org; the paper's scheme.
+#   total: L_org + L_wfm, without a further step; the usual bilevel scheme.
 LOOK_AHEAD_LOSSES = ("auxiliary", "total")
 
 
 class Variables(NamedTuple):
-  """What a network computes with: its weights, and its batch statistics."""
+  """The variables of a network: parameters and batch statistics."""
 
   params: types.PyTree
   model_state: types.PyTree
 
 
 class Problem(NamedTuple):
-  """What is learned, and from which sources."""
+  """What is learned and from which sources."""
 
-  losses: objectives.Losses  # Of the target.
-  # Name -> source network. The names stand in those of the taps ("NAME/tap"),
-  # except for a single source named "".
+  losses: objectives.Losses  # The target's losses.
+  # Name -> source network. Taps are named "NAME/tap", or "tap" if the only
+  # source is named "".
   source_fns: Mapping[str, types.ApplyFn] = {}
   pairs: tuple[pair_sets.Pair, ...] = ()  # The set C.
   target_taps: pair_sets.TapShapes = {}  # noqa: RUF012
-  # (meta_params, pooled features) -> w and λ; None where no loss reads them.
+  # (meta_params, pooled features) -> w and λ; None if no loss reads them.
   weights_fn: WeightsFn | None = None
 
 
 class Recipe(NamedTuple):
   """How a problem is trained."""
 
-  optimizer_fn: optimizers.OptimizerFn  # Of the real update and look-ahead.
+  # Learning rate -> optimizer of the real update and of the look-ahead.
+  optimizer_fn: optimizers.OptimizerFn
   learning_rate_fn: Callable[[chex.Numeric], chex.Numeric]  # Iteration -> rate.
   meta_optimizer: optax.GradientTransformation
   num_inner_steps: int = 2  # T.
   look_ahead_loss: str = "auxiliary"  # One of `LOOK_AHEAD_LOSSES`.
-  mode: str = "linearized"  # Of the hypergradient, one of `bilevel.MODES`.
-  rolled: bool = True  # Whether the T steps are a rolled loop.
-  # Whether an iteration whose loss or gradient is NaN or infinite leaves
-  # everything except the count of iterations unchanged. A meta update that is
-  # not finite never takes place.
+  # How the hypergradient is computed, one of `bilevel.MODES`.
+  mode: str = "linearized"
+  rolled: bool = True  # Whether the T steps are a `lax.scan`.
+  # Whether an iteration whose loss or gradient is NaN or infinite changes only
+  # the count of iterations. A meta update that is not finite is always skipped.
   skip_bad_numbers: bool = False
 
 
@@ -74,14 +76,14 @@ def create_state(
   meta_params: types.PyTree,
   recipe: Recipe,
 ) -> types.TrainState:
-  """Put initial values and both optimizers' first states together.
+  """Create the state before the first iteration.
 
   Args:
-    params: {"target": ..., and what the auxiliary losses train along, such as
+    params: {"target": ..., and the parameters of the auxiliary losses, such as
       "regressors"}.
-    model_state: of the target network.
-    meta_params: of f and g; empty where none is learned.
-    recipe: its two optimizers are initialised.
+    model_state: the target's batch statistics.
+    meta_params: parameters of f and g; empty if none is learned.
+    recipe: contains the two optimizers to initialise.
   """
   optimizer = recipe.optimizer_fn(0.0)
   return types.TrainState(
@@ -100,28 +102,30 @@ def make_train_step(
 ]:
   """Build one iteration of the method; the caller jits it.
 
-  A state without meta-parameters takes the real update alone.
+  Without meta-parameters an iteration is only the real update.
 
   Args:
     problem: what is learned.
-    recipe: how.
-    update_meta: whether there are a look-ahead and a meta update at all.
+    recipe: how it is learned.
+    update_meta: whether to do the look-ahead and the meta update.
 
   Returns:
-    `train_step(state, sources, batch) -> (state, metrics)`, where `sources` are
-    the variables of each source network. Metrics are the scalars of
-    `objectives.make_losses` before the real update and "grad_norm" of their
-    gradient; "outer_loss" after the look-ahead, "meta_grad_norm",
-    "meta_grad_norms" of each pair's part of it, [P] in the order of the pairs,
-    and "meta_update_norm" of what the meta optimizer makes of it; with
-    `skip_bad_numbers` "skipped", 1 or 0; and, where there are weights,
-    "transfer": "pair_weights" and "distances" (Σ_c w_c d_c), [P], and
-    "channel_weights", pair -> [C_m], all of them means over the batch, and
-    "regressor_grad_norms", [P].
+    `train_step(state, sources, batch) -> (state, metrics)`, where `sources`
+    maps the name of each source to its variables. The metrics, with P the
+    number of pairs and [P] in their order, are
+
+      * the scalars of `objectives.make_losses` before the real update, and
+        "grad_norm" of the gradient of the total loss;
+      * with a meta update: "outer_loss" after the look-ahead, "meta_grad_norm",
+        "meta_grad_norms" of the part of each pair, [P], and "meta_update_norm";
+      * with `skip_bad_numbers`: "skipped", 1 or 0;
+      * with transfer weights: "transfer", a dict of "pair_weights" [P],
+        "distances" (Σ_c w_c d_c) [P] and "channel_weights", pair -> [C_m], all
+        of them means over the batch, and "regressor_grad_norms" [P].
 
   Raises:
-    errors.InputError: for an unknown look-ahead loss or mode, and an optimizer
-      that `bilevel.check_differentiable` refuses.
+    errors.InputError: the look-ahead loss or the mode is unknown; or, when the
+      step is traced, `bilevel.check_differentiable` refuses the optimizer.
   """
   if recipe.look_ahead_loss not in LOOK_AHEAD_LOSSES:
     raise errors.InputError(
@@ -146,7 +150,7 @@ def make_train_step(
       metrics["skipped"] = 1.0 - is_good
     meta = (state.meta_params, state.meta_opt_state)
     if update_meta and jax.tree.leaves(state.meta_params):
-      # With a rate that is no tracer, so that it can be probed.
+      # A traced learning rate could not be checked.
       bilevel.check_differentiable(recipe.optimizer_fn(1.0), inner.params)
       updated, meta_metrics = _meta_update(
         problem, recipe, optimizer, inner, meta, data
@@ -162,7 +166,7 @@ def make_train_step(
 
 
 def _with_sources(problem, sources, batch):
-  """Run the sources: once per batch, outside of all that is differentiated."""
+  """Run the sources, once per batch and outside of any differentiation."""
   if not problem.source_fns:
     return objectives.TransferBatch(*batch)
   images = batch.images
@@ -198,7 +202,7 @@ def _record_update(metrics, pairs, weights, grads):
 
 
 def _meta_update(problem, recipe, optimizer, inner, meta, data):
-  """Steps 2 and 3; return ((meta_params, meta_opt_state), metrics)."""
+  """Do steps 2 and 3; return ((meta_params, meta_opt_state), metrics)."""
   meta_params, meta_opt_state = meta
   outer_loss, grads = bilevel.hypergradient(
     _make_look_ahead(problem, recipe, optimizer),
@@ -227,7 +231,7 @@ def _meta_update(problem, recipe, optimizer, inner, meta, data):
 
 def _make_look_ahead(problem, recipe, optimizer):
   """Build step 2: (inner state, meta_params, data) -> inner state."""
-  # Jitted, so that T steps are traced and lowered as one.
+  # Jitted, so that the T steps are traced and lowered once.
   make_step = lambda loss_fn: jax.jit(
     bilevel.make_inner_step(
       _without_metrics(loss_fn), optimizer, mode=recipe.mode
@@ -239,7 +243,7 @@ def _make_look_ahead(problem, recipe, optimizer):
   target_step = make_step(losses.target)
 
   def look_ahead(inner, meta_params, data):
-    # w and λ do not depend on the target: they are the same in all steps.
+    # w and λ do not depend on the target and are the same in all steps.
     weights = _weights_of(problem, meta_params, data)
     inner, _ = bilevel.unroll(
       inner_step,
@@ -257,7 +261,7 @@ def _make_look_ahead(problem, recipe, optimizer):
 
 
 def _without_metrics(loss_fn: objectives.LossFn) -> types.InnerLossFn:
-  """Adapt a loss to `bilevel`, which carries nothing but the model state."""
+  """Adapt a loss to `bilevel`, whose losses return no metrics."""
 
   def inner_loss(params, weights, model_state, batch):
     loss, aux = loss_fn(params, weights, model_state, batch)
@@ -274,13 +278,13 @@ def run_sources(
   """Run the sources in eval mode.
 
   Args:
-    source_fns: name of a source -> its function.
-    sources: name of a source -> its variables.
+    source_fns: source -> its network.
+    sources: source -> its variables.
     images: [B, H, W, C].
 
   Returns:
-    (logits, features): name of a source -> [B, its classes], and what pairs
-    call a tap -> its features.
+    (logits, features): source -> [B, K_s], and tap, named as in pairs ->
+    [B, h, w, C_m].
   """
   logits: dict[str, jax.Array] = {}
   features: dict[str, jax.Array] = {}
@@ -293,7 +297,7 @@ def run_sources(
 
 
 def _choose(condition, tree, otherwise):
-  """Return one of two trees, by a traced bool."""
+  """Return `tree` if a traced condition is true, else `otherwise`."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, otherwise)
 
 
@@ -302,16 +306,20 @@ def make_eval_step(
 ) -> Callable[[types.InnerState, types.EvalBatch], dict[str, chex.Array]]:
   """Build the evaluation of one batch in eval mode; the caller jits it.
 
+  Args:
+    target_fn: the target network.
+    task: defines the loss and the accuracy.
+
   Returns:
-    `eval_step(inner, batch)` -> sums over the images that are no padding:
-    {"loss", "accuracy", "count"}.
+    `eval_step(inner, batch) -> {"loss", "accuracy", "count"}`, sums [] over the
+    images that are not padding.
   """
 
   def eval_step(inner, batch):
     logits, _, _ = target_fn(
       inner.params["target"], inner.model_state, batch.images, train=False
     )
-    # Image by image, so that padding can be left out.
+    # One loss per image, so that the mask can leave out padding.
     losses = jax.vmap(
       lambda *one: objectives.task_loss(task, *(x[None] for x in one))
     )(logits, batch.labels)

@@ -1,14 +1,15 @@
-"""What and where to transfer: the paper's equations. Knows no model.
+"""What and where to transfer: the paper's equations, for any networks.
 
 Symbols, for a pair (m, n) of a source tap m and a target tap n and an image x:
 
   S^m(x), T^n(x)  features of source and target, [B, H, W, C]
   r^{m,n}         regressor, a 1x1 convolution with bias, C_n -> C_m
   w^{m,n}         channel weights, *what* to transfer, a softmax over C_m
-  λ^{m,n}         pair weight, *where* and how much, in [0, 6], one an image
+  λ^{m,n}         pair weight, *where* and how much to transfer, one per image,
+                  in [0, 6]
 
-Several sources are several sets of taps: their names then carry the source's,
-as in "imagenet/stage1_block3".
+With several sources the names of taps include the source, as in
+"imagenet/stage1_block3".
 
 Source: Jang, Lee, Hwang and Shin, "Learning What and Where to Transfer",
 ICML 2019 (arXiv 1905.05901), sections 2.1 and 2.2.
@@ -29,9 +30,9 @@ import numpy as np
 from l2t_jax import types
 from l2t_jax.method import pair_sets
 
-# What turns g's output into λ. relu6 is the paper's; the derivative of
-# `jax.nn.relu6` compares floats for equality, which fusions can break; see
-# `models.layers.max_pool`.
+# The activation that turns g's output into λ. The paper's is relu6, written as
+# a clamp because the derivative of `jax.nn.relu6` compares floats for equality,
+# which XLA's fusions can break; see `models.layers.max_pool`.
 PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
   "relu6": lambda x: jax.lax.clamp(0.0, x, 6.0),
   "relu": jax.nn.relu,
@@ -40,9 +41,10 @@ PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
 
 
 class SourceMaps(NamedTuple):
-  """What the matching reads of the source: one pass a batch, constants."""
+  """Features of the sources for the matching loss; constants."""
 
-  # n -> [B, H, W, ΣC_m]: the maps of its pairs at its size, in their order.
+  # n -> [B, H, W, ΣC_m]: the source maps of n's pairs, resized to n's map and
+  # concatenated in the order of the pairs.
   maps: dict[str, jax.Array]
   pooled: dict[str, jax.Array]  # m -> [B, C_m], mean over positions.
 
@@ -55,7 +57,7 @@ class TransferWeights(NamedTuple):
 
 
 class TransferMap(NamedTuple):
-  """What and where to transfer, the same for every image."""
+  """What and where to transfer, the same for all images."""
 
   channel: Mapping[str, chex.Array]  # pair -> [C_m], w; sums to 1.
   pair: Mapping[str, float]  # pair -> λ.
@@ -67,10 +69,19 @@ def init_regressors(
   source_taps: pair_sets.TapShapes,
   target_taps: pair_sets.TapShapes,
 ) -> dict[str, types.PyTree]:
-  """Initialise r: per pair a kernel [C_n, C_m] and a bias [C_m].
+  """Initialise r: a kernel [C_n, C_m] and a bias [C_m] per pair.
 
-  Both are uniform within ±1/sqrt(C_n), PyTorch's default for a convolution. A
-  pair's values do not depend on which other pairs there are.
+  Both are uniform within ±1/sqrt(C_n), PyTorch's default for a convolution. The
+  values of a pair do not depend on the other pairs.
+
+  Args:
+    key: PRNG key; consumed.
+    pairs: the set C.
+    source_taps: shapes of the source's taps.
+    target_taps: shapes of the target's taps.
+
+  Returns:
+    pair -> {kernel, bias}.
   """
   return {
     pair.name: torch_linear(
@@ -93,12 +104,19 @@ def init_meta_params(
   """Initialise the meta-networks f ("channel") and g ("pair").
 
   f starts at zero, so that w is uniform; g's kernel is uniform within
-  ±1/sqrt(C_m) and its bias 1, so that λ starts near 1.
+  ±1/sqrt(C_m) and its bias is 1, so that λ starts near 1.
+
+  Args:
+    key: PRNG key; consumed.
+    pairs: the set C.
+    source_taps: shapes of the source's taps.
+    learn_channels: whether f is learned.
+    learn_pairs: whether g is learned.
 
   Returns:
     {"channel": {pair: {kernel [C_m, C_m], bias [C_m]}},
-     "pair": {pair: {kernel [C_m, 1], bias [1]}}}; what is not learned is
-    absent.
+     "pair": {pair: {kernel [C_m, 1], bias [1]}}}, without the meta-networks
+    that are not learned.
   """
   meta_params: dict[str, types.PyTree] = {}
   if learn_channels:
@@ -121,7 +139,9 @@ def init_meta_params(
 
 
 def start_and_maximum(activation: str) -> tuple[float, float]:
-  """Return where λ starts, but for g's small kernel, and where it ends, or inf.
+  """Return the initial value of λ and its upper bound, or inf.
+
+  The initial value ignores g's small random kernel.
 
   Args:
     activation: a key of `PAIR_ACTIVATIONS`.
@@ -137,8 +157,8 @@ def prepare_source(
 ) -> SourceMaps:
   """Resize the source's maps to the target's, once per pair of resolutions.
 
-  Bilinear with half-pixel centres and without antialiasing, as the authors'
-  code resizes. Everything returned carries a `stop_gradient`.
+  As in the authors' code, resizing is bilinear with half-pixel centres and
+  without antialiasing. The result carries a `stop_gradient`.
 
   Args:
     features: source tap -> [B, H, W, C_m].
@@ -178,7 +198,7 @@ def prepare_source(
 def source_map(
   source_maps: SourceMaps, pair: pair_sets.Pair, pairs: Sequence[pair_sets.Pair]
 ) -> chex.Array:
-  """Look a pair's source map up, [B, H, W, C_m] at its target tap's size."""
+  """Return a pair's source map [B, H, W, C_m], at the target tap's size."""
   group = pair_sets.by_target(pairs)[pair.target]
   widths = [source_maps.pooled[other.source].shape[-1] for other in group]
   start = sum(widths[: group.index(pair)])
@@ -193,18 +213,18 @@ def transfer_weights(
   *,
   activation: str = "relu6",
 ) -> TransferWeights:
-  """Decide what and where to transfer.
+  """Compute what and where to transfer.
 
       w^{m,n} = softmax(f^{m,n}(pool S^m(x))),  λ^{m,n} = relu6(g^{m,n}(...))
 
-  Where f or g is absent from `meta_params`, w is uniform (1/C_m) or λ is 1:
-  fixed feature matching. Differentiable in `meta_params`.
+  If `meta_params` lacks f, w is uniform (1/C_m); if it lacks g, λ is 1. Without
+  both this is fixed feature matching. Differentiable in `meta_params`.
 
   Args:
     meta_params: from `init_meta_params`.
     pooled: source tap -> [B, C_m], its mean over positions.
     pairs: the set C.
-    activation: what g's output goes through, a key of `PAIR_ACTIVATIONS`.
+    activation: activation of g's output, a key of `PAIR_ACTIVATIONS`.
   """
   channel, pair_weight = {}, {}
   for pair in pairs:
@@ -229,7 +249,7 @@ def repeat_map(
 
   Args:
     transfer_map: w [C_m] and λ of each pair.
-    pooled: source tap -> [B, C_m]; says how many images there are.
+    pooled: source tap -> [B, C_m]; gives the number of images.
   """
   like = next(iter(pooled.values()))
   num_images = len(like)
@@ -248,7 +268,7 @@ def channel_distances(
   source_maps: SourceMaps,
   pairs: Sequence[pair_sets.Pair],
 ) -> dict[str, chex.Array]:
-  """Measure how far the target is from the source, channel by channel.
+  """Compute the distance between source and target for each channel.
 
       d^{m,n}_c = mean over positions of (S^m - r^{m,n}(T^n))²_c
 
@@ -264,7 +284,7 @@ def channel_distances(
   distances: dict[str, jax.Array] = {}
   for target, group in pair_sets.by_target(pairs).items():
     wanted = source_maps.maps[target]
-    # All regressors of a tap in one matrix product.
+    # One matrix product for all regressors of a tap.
     layers = [regressors[pair.name] for pair in group]
     together = jax.tree.map(
       lambda *parts: jnp.concatenate(parts, axis=-1), *layers
@@ -286,11 +306,11 @@ def matching_loss(
   *,
   beta: float,
 ) -> chex.Array:
-  """Pull the target towards the source, where and as the weights say.
+  """Compute the weighted feature-matching loss.
 
       L_wfm = β Σ_(m,n) mean over the batch of λ^{m,n} Σ_c w^{m,n}_c d^{m,n}_c
 
-  Differentiable in distances and weights.
+  Differentiable in `distances` and `weights`.
 
   Args:
     distances: pair -> d [B, C_m].
@@ -315,11 +335,11 @@ def linear(layer: Mapping[str, chex.Array], x: chex.Array) -> chex.Array:
 
 
 def _linear_by_image(layer, x):
-  """`linear` on [B, H, W, I], with a derivative by the kernel that is fast.
+  """Apply `linear` to [B, H, W, I], with a fast derivative in the kernel.
 
-  That derivative sums over all positions of all images. Where an image has
-  more positions than channels, the sum over an image's positions is taken
-  first: two to three times faster on CPU than one product of a great depth.
+  That derivative is a sum over all positions of all images. If an image has
+  more positions than channels, each image is summed on its own first: on CPU
+  this is two to three times faster than a single deep product.
   """
   num_images, height, width, channels = x.shape
   if height * width <= channels:
@@ -335,7 +355,13 @@ def _linear_by_image(layer, x):
 def torch_linear(
   key: chex.PRNGKey, fan_in: int, fan_out: int
 ) -> dict[str, jax.Array]:
-  """Initialise {kernel [I, O], bias [O]}, uniform within ±1/sqrt(I)."""
+  """Initialise {kernel [I, O], bias [O]}, uniform within ±1/sqrt(I).
+
+  Args:
+    key: PRNG key; consumed.
+    fan_in: I.
+    fan_out: O.
+  """
   kernel_key, bias_key = jax.random.split(key)
   bound = fan_in**-0.5
   return {
@@ -353,5 +379,5 @@ def _pair_key(key, pair):
 
 
 def at_least_float32(x: chex.Array) -> chex.Array:
-  """Widen bfloat16 features and outputs: losses read them in float32."""
+  """Convert bfloat16 features and outputs to float32, as losses need them."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

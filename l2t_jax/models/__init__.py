@@ -1,16 +1,15 @@
 """Networks: the bundled ones by name, and any other Flax network.
 
-`networks` says what a network is and what its taps are.
+`models.networks` defines what a network is and what its taps are.
 """
 
-from l2t_jax.models.bundled import MODELS, create, find, image_size
+from l2t_jax.models.bundled import MODELS, create, find
 from l2t_jax.models.networks import as_apply_fn, init, trace, training_notes
 from l2t_jax.models.pure_functions import Functions, Network
 from l2t_jax.models.tapping import (
   Layout,
+  explain_untappable,
   last_tap,
-  no_taps,
-  propose_taps,
   select_taps,
 )
 
@@ -21,12 +20,10 @@ __all__ = [
   "Network",
   "as_apply_fn",
   "create",
+  "explain_untappable",
   "find",
-  "image_size",
   "init",
   "last_tap",
-  "no_taps",
-  "propose_taps",
   "select_taps",
   "trace",
   "training_notes",

@@ -1,10 +1,10 @@
-"""List the taps of a network, and propose pairs with those of another.
+"""List the taps of a network, or of two networks with pairs of their taps.
 
     python -m l2t_jax.models resnet32
     python -m l2t_jax.models resnet32 --target=my_package.my_module:make
 
-"default" marks what is taken where a config names no taps. The pairs are those
-of config.transfer.pairs=nearest.
+The column "default" marks the taps that are used if a config names none. Pairs
+are those of config.transfer.pairs=nearest.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def make_parser() -> errors.Parser:
     "model",
     help=f"{', '.join(bundled.MODELS)}, or package.module:function",
   )
-  parser.add_argument("--target", help="another, to propose pairs with")
+  parser.add_argument("--target", help="the target network of the pairs")
   parser.add_argument(
-    "--image_size", type=int, help="pixels (32; 224 for ours for ImageNet)"
+    "--image_size", type=int, help="side in pixels (32; 224 for ImageNet)"
   )
   parser.add_argument("--channels", type=int, default=3)
   return parser

@@ -1,4 +1,4 @@
-"""The networks that come with the package, by name."""
+"""Networks by name: those of the package, and a user's own."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def find(name: str) -> Callable[..., Any]:
-  """Find what makes a network.
+  """Return the function that makes a network.
 
   Args:
-    name: a key of `MODELS`; or "package.module:function", to be imported.
+    name: a key of `MODELS`, or "package.module:function", which is imported.
 
   Raises:
-    errors.InputError: there is no such network.
+    errors.InputError: there is no such function.
   """
   if name in MODELS:
     return MODELS[name]
@@ -51,7 +51,7 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def image_size(network: Network) -> int:
-  """Return the side in pixels of the images that a network is made for."""
+  """Return the side in pixels of the images that a network is designed for."""
   return getattr(network, "image_size", 32)
 
 
@@ -59,23 +59,23 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
   """Create a network by name.
 
   Args:
-    name: what `find` takes. A function of one's own is called with
-      `num_classes`, and with `dtype` where it has such an argument. It returns
-      a Linen module; where it has an argument `rngs`, it is what makes an NNX
-      module.
+    name: see `find`. A user's function is called with `num_classes`, and with
+      `dtype` if it has that argument, and returns a Linen module. If it has an
+      argument `rngs`, it returns an NNX module and is called later.
     num_classes: K, the number of logits.
-    dtype: of the activations; None for that of the parameters.
+    dtype: dtype of the activations; None for that of the parameters.
+
+  Returns:
+    A network; see `models.networks`.
 
   Raises:
-    errors.InputError: for an unknown name, and a dtype that the network does
-      not take.
+    errors.InputError: the name is unknown, or the function does not take
+      `num_classes` or the dtype.
   """
   make = find(name)
-  if name in MODELS:
-    return make(num_classes=num_classes, dtype=dtype)
-  arguments = inspect.signature(make).parameters
-  options = {"num_classes": num_classes}
-  if "dtype" in arguments:
+  signature = inspect.signature(make)
+  options: dict[str, Any] = {"num_classes": num_classes}
+  if "dtype" in signature.parameters:
     options["dtype"] = dtype
   elif dtype is not None:
     raise errors.InputError(
@@ -83,12 +83,11 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
       " tf32"
     )
   try:
-    inspect.signature(make).bind_partial(**options)
+    signature.bind_partial(**options)
   except TypeError as error:
     raise errors.InputError(
       f"the model {name!r} cannot be called with num_classes: {error}"
     ) from error
-  make = functools.partial(make, **options)
-  if "rngs" in arguments:
-    return lambda rngs: make(rngs=rngs)
-  return make()
+  if "rngs" in signature.parameters:
+    return lambda rngs: make(rngs=rngs, **options)
+  return make(**options)

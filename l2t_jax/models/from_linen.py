@@ -12,12 +12,18 @@ from l2t_jax import errors
 from l2t_jax.models import pure_functions
 
 
-def pure(module):
-  mode = lambda train: pure_functions.mode(module.__call__, train)
+def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
+  """Convert a Linen module.
+
+  Its model state holds the collections other than "params". If the module
+  draws random numbers in training, the state also holds a PRNG key, as
+  {"rng": {"key": its data}}, which every call in train mode replaces.
+  """
+  mode = lambda train: pure_functions.mode_arguments(module.__call__, train)
 
   def init(key, images):
     keys = {"params": key, "dropout": key}
-    # Without the names of axes that `nn.with_partitioning` puts around arrays.
+    # Unboxed: `nn.with_partitioning` wraps arrays in boxes with axis names.
     variables = dict(nn.unbox(module.init(keys, images, **mode(False))))
     variables.pop("intermediates", None)
 
@@ -33,7 +39,7 @@ def pure(module):
     except flax.errors.InvalidRngError:
       after, draws = after_training(keys), True
     shape_of = lambda tree: jax.tree.map(jnp.shape, tree)
-    # What a module sows grows with every call: it is an output and no state.
+    # A sown collection grows with every call: it is an output, not a state.
     variables = {
       name: values
       for name, values in variables.items()
@@ -49,7 +55,7 @@ def pure(module):
     rng = state.pop("rng", None)
     if train and rng:
       keys = jax.random.split(jax.random.wrap_key_data(rng["key"]), 3)
-      # Flax takes streams of other names from "params".
+      # Flax derives streams of other names from "params".
       rngs = {"dropout": keys[0], "params": keys[1]}
       rng = {"key": jax.random.key_data(keys[2])}
     is_tap = lambda path: (
@@ -68,17 +74,17 @@ def pure(module):
       )
     except flax.errors.ModifyScopeVariableError as error:
       raise errors.InputError(
-        "the network changes its state in eval mode, too;"
-        f" {pure_functions.SAY_IT}"
+        "the network also changes its state in eval mode;"
+        f" {pure_functions.HOW_TO_TELL}"
       ) from error
     changed = dict(changed)
-    outputs = pure_functions.by_path(
+    outputs = pure_functions.name_outputs(
       traverse_util.flatten_dict(changed.pop("intermediates", {}))
     )
     if train:
       model_state = changed | ({"rng": rng} if rng else {})
     return output, outputs, model_state
 
-  return pure_functions.Pure(
+  return pure_functions.PureNetwork(
     init, apply, lambda state: state.get("batch_stats", {})
   )

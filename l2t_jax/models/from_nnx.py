@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from flax import nnx, traverse_util
 import jax
 
-from l2t_jax import errors
+from l2t_jax import errors, types
 from l2t_jax.models import pure_functions
 
 
-def pure(model):
-  """A module that exists, or a function that makes one."""
-  exists = isinstance(model, nnx.Module)
-  blank = nnx.clone(model) if exists else _make_abstract(model)
-  mode = lambda train: pure_functions.mode(type(blank).__call__, train)
+def from_nnx(model: Any) -> pure_functions.PureNetwork:
+  """Convert an NNX module, or a function `make(rngs)` that makes one.
+
+  Params are the module's `nnx.Param`s. The model state holds everything else:
+  batch statistics, PRNG keys, and plain arrays among the attributes.
+
+  Raises:
+    errors.InputError: the function does not make an NNX module.
+  """
+  is_module = isinstance(model, nnx.Module)
+  abstract: Any = nnx.clone(model) if is_module else _make_abstract(model)
+  call = type(abstract).__call__
+  mode = functools.partial(pure_functions.mode_arguments, call)
   graphs = {}
   for train in (False, True):
-    blank.train() if train else blank.eval()
-    graphs[train] = nnx.graphdef(blank)
-  blanks = _params_and_others(blank)
-  statistics = [
-    tuple(map(str, path))
-    for path, leaf in nnx.to_flat_state(blanks[1])
-    if isinstance(leaf, nnx.BatchStat)
-  ]
+    abstract.train() if train else abstract.eval()
+    graphs[train] = nnx.graphdef(abstract)
+  abstract_states = _split(abstract)
 
   def init(key, images):
     del images
-    made = model if exists else _make(model, key)
-    params, others = map(_to_dict, _params_and_others(made))
-    return params, others
+    params, others = _split(model if is_module else _make(model, key))
+    return _to_dict(params), _to_dict(others)
 
   def apply(params, model_state, images, train, taps):
     del taps
-    states = map(_from_dict, blanks, (params, model_state))
+    states = map(_from_dict, abstract_states, (params, model_state))
     merged = nnx.merge(graphs[train], *states)
     output, outputs = nnx.capture(
       lambda merged: merged(images, **mode(train)),
@@ -42,47 +47,49 @@ def pure(model):
     )(merged)
     calls = {path: x.get_value() for path, x in nnx.to_flat_state(outputs)}
     if train:
-      model_state = _to_dict(_params_and_others(merged)[1])
-    return output, pure_functions.by_path(calls), model_state
+      model_state = _to_dict(_split(merged)[1])
+    return output, pure_functions.name_outputs(calls), model_state
 
-  def statistics_of(model_state):
-    flat = traverse_util.flatten_dict(model_state)
-    return [flat[path] for path in statistics]
+  def statistics(model_state):
+    return _from_dict(abstract_states[1], model_state).filter(nnx.BatchStat)
 
-  return pure_functions.Pure(init, apply, statistics_of)
+  return pure_functions.PureNetwork(init, apply, statistics)
 
 
-def _params_and_others(module):
+def _split(module):
+  """Return the NNX states (parameters, everything else)."""
   return nnx.state(module, nnx.Param, ...)
 
 
 def _make(make, key):
-  made = make(nnx.Rngs(key))
-  for _, node in nnx.iter_graph(made):
+  """Make a module, also while `make` is traced."""
+  module = make(nnx.Rngs(key))
+  for _, node in nnx.iter_graph(module):
     if isinstance(node, nnx.Pytree):
       for name, value in list(vars(node).items()):
-        # NNX takes arrays that are traced for static attributes.
+        # NNX would treat a traced array as a static attribute.
         if isinstance(value, jax.core.Tracer):
           setattr(node, name, nnx.data(value))
-  return made
+  return module
 
 
 def _make_abstract(make):
+  """Make a module whose arrays are shapes."""
   try:
-    made = nnx.eval_shape(lambda: _make(make, 0))
+    module = nnx.eval_shape(lambda: _make(make, 0))
   except TypeError as error:
     raise errors.InputError(
       f"{make!r} does not make a network from rngs: {error}"
     ) from error
-  if not isinstance(made, nnx.Module):
+  if not isinstance(module, nnx.Module):
     raise errors.InputError(
-      f"{make!r} made a {type(made).__name__}; it must make an NNX module"
+      f"{make!r} made a {type(module).__name__}; it must make an NNX module"
     )
-  return made
+  return module
 
 
-def _to_dict(state):
-  """An NNX state as a nested dict with names as keys, of plain arrays."""
+def _to_dict(state: nnx.State) -> types.PyTree:
+  """Convert an NNX state to a nested dict of plain arrays with string keys."""
   plain = lambda x: jax.random.key_data(x) if pure_functions.is_key(x) else x
   return traverse_util.unflatten_dict(
     {
@@ -92,7 +99,7 @@ def _to_dict(state):
   )
 
 
-def _from_dict(like, tree):
+def _from_dict(like: nnx.State, tree: types.PyTree) -> nnx.State:
   """Undo `_to_dict`; `like` is a state of the same structure."""
   flat = traverse_util.flatten_dict(tree)
   leaves = []
@@ -106,5 +113,5 @@ def _from_dict(like, tree):
 
 
 def _value(leaf):
-  """The array of a variable; a module may also hold arrays as they are."""
+  """Return the array of a variable; a module may also hold plain arrays."""
   return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf

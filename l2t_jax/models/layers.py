@@ -1,7 +1,8 @@
-"""Layers that the networks share, with PyTorch's conventions."""
+"""Layers that the bundled networks share, with PyTorch's conventions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -18,7 +19,10 @@ TORCH_LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_linear_bias(fan_in: int):
-  """PyTorch's default for a linear layer's bias: within ±1/sqrt(fan in)."""
+  """Return PyTorch's initializer of a linear layer's bias.
+
+  It is uniform within ±1/sqrt(fan in).
+  """
   bound = fan_in**-0.5
 
   def init(key, shape, dtype=jnp.float32):
@@ -36,13 +40,12 @@ def conv(
   dtype: Any = None,
   name: str,
 ) -> nn.Conv:
-  """A convolution padded as in PyTorch: kernel_size // 2 on every side."""
-  padding = kernel_size // 2
+  """Make a convolution padded by kernel_size // 2 on every side."""
   return nn.Conv(
     features,
     (kernel_size, kernel_size),
-    strides=(strides, strides),
-    padding=((padding, padding), (padding, padding)),
+    strides=strides,
+    padding=kernel_size // 2,
     use_bias=use_bias,
     kernel_init=KAIMING_FAN_OUT,
     dtype=dtype,
@@ -53,9 +56,9 @@ def conv(
 class BatchNorm(nn.Module):
   """Batch normalisation of [B, H, W, C] with PyTorch's conventions.
 
-  Its variables are those of `flax.linen.BatchNorm`; the running variance is
-  unbiased, as PyTorch keeps it. The derivative is written out (see
-  `normalize`), which halves its passes over memory.
+  Its variables are named as in `flax.linen.BatchNorm`; the running variance is
+  unbiased, as in PyTorch. The derivative is written by hand (see `normalize`),
+  which halves the number of passes over memory.
   """
 
   train: bool
@@ -79,7 +82,7 @@ class BatchNorm(nn.Module):
     y, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon)
     if not self.is_initializing():
       count = x.size // x.shape[-1]
-      unbiased = batch_var * count / max(count - 1, 1)  # As in PyTorch.
+      unbiased = batch_var * count / max(count - 1, 1)
       for kept, new in ((mean, batch_mean), (var, unbiased)):
         new = jax.lax.stop_gradient(new)
         kept.value = self.momentum * kept.value + (1 - self.momentum) * new
@@ -94,12 +97,12 @@ def normalize(
 
       y = γ (x - μ) ρ + β,  ρ = 1 / sqrt(σ² + ε)
 
-  Ioffe and Szegedy, "Batch Normalization", ICML 2015, algorithm 1. Its
-  derivative along (ẋ, γ̇, β̇), with x̂ = (x - μ) ρ and means over the batch, is
+  Ioffe and Szegedy, "Batch Normalization", ICML 2015, algorithm 1. With
+  x̂ = (x - μ) ρ and means over the batch, its derivative along (ẋ, γ̇, β̇) is
 
-      ẏ = γρ ẋ + (β̇ - γρ mean(ẋ)) + x̂ (γ̇ - γρ mean(x̂ ẋ)),
+      ẏ = γρ ẋ + (β̇ - γρ mean(ẋ)) + x̂ (γ̇ - γρ mean(x̂ ẋ)).
 
-  and transposed it reads the cotangent in two sums alone.
+  The transpose of this form, the backward pass, sums over the batch only twice.
 
   Args:
     x: [B, H, W, C].
@@ -108,11 +111,11 @@ def normalize(
     epsilon: ε.
 
   Returns:
-    (y, μ [C], σ² [C]), σ² being the biased variance.
+    (y [B, H, W, C], μ [C], σ² [C]), with σ² the biased variance.
   """
   mean = _mean(x)
   var = _mean(jnp.square(x)) - jnp.square(mean)
-  var = jnp.where(var > 0, var, 0)  # The difference may round below 0.
+  var = jnp.where(var > 0, var, 0)  # Rounding can make it negative.
   factor = scale * jax.lax.rsqrt(var + epsilon)
   return (x - mean) * factor + bias, mean, var
 
@@ -140,17 +143,20 @@ def _mean(x):
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-  """Max-pool [B, H, W, C] by pairwise choices, along W, then along H.
+  """Max-pool [B, H, W, C] by pairwise comparisons, along W and then along H.
 
-  Unlike `nn.max_pool`, its second derivative does not go through XLA's
-  select-and-scatter, which is slow on CPU. Where entries are equal, the first
-  one takes the gradient, as in PyTorch.
+  The second derivative of `nn.max_pool` goes through XLA's select-and-scatter,
+  which is slow on CPU; this one does not. Among equal entries the first one
+  receives the gradient, as in PyTorch.
 
-  The choice is a comparison of the operands. The derivative of `jnp.maximum`
-  (and of `jnp.max`) compares an operand with the *result* for equality
-  instead; when XLA recomputes one of the two in another fusion with another
-  rounding, neither is equal and the gradient is silently lost (seen on CPU
-  with jaxlib 0.10.1, at batch sizes that are no multiple of 4).
+  The operands are compared with each other. The derivative of `jnp.maximum`
+  (and of `jnp.max`) compares an operand with the *result* for equality instead.
+  If XLA recomputes one of the two in another fusion, with other rounding,
+  neither operand equals the result and the gradient is silently lost (seen on
+  CPU with jaxlib 0.10.1, at batch sizes that are not a multiple of 4).
+
+  Raises:
+    errors.InputError: the maps are smaller than the window.
   """
   if padding:
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -161,17 +167,17 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
       f" {window}x{window}; use larger images or a network with fewer pools"
     )
   for axis in (2, 1):
-    entries = _entries_of_windows(x, axis, window, stride)
-    x = functools.reduce(_first_of_largest, entries)
+    entries = _window_entries(x, axis, window, stride)
+    x = functools.reduce(_first_maximum, entries)
   return x
 
 
-def _first_of_largest(a, b):
-  return jnp.where((a >= b) | jnp.isnan(a), a, b)  # NaN stays, as in PyTorch.
+def _first_maximum(a, b):
+  return jnp.where((a >= b) | jnp.isnan(a), a, b)  # Keeps NaN, as PyTorch does.
 
 
-def _entries_of_windows(x, axis, window, stride):
-  """All windows' first entries along an axis, their second ones, and so on."""
+def _window_entries(x, axis, window, stride):
+  """Return the first entry of every window along an axis, the second, etc."""
   count = (x.shape[axis] - window) // stride + 1
   if stride != window:
     return [
@@ -180,9 +186,43 @@ def _entries_of_windows(x, axis, window, stride):
       )
       for start in range(window)
     ]
-  # Windows that lie side by side are split: its derivative joins them again,
-  # where those of slices are padded and added.
+  # Adjacent windows are split with `jax.lax.split`: its backward pass is a
+  # concatenation, while that of slices pads and adds.
   x = jax.lax.slice_in_dim(x, 0, count * window, axis=axis)
   x = x.reshape(*x.shape[:axis], count, window, *x.shape[axis + 1 :])
   parts = jax.lax.split(x, (1,) * window, axis + 1)
   return [jnp.squeeze(part, axis + 1) for part in parts]
+
+
+def conv_and_norm(
+  train: bool, dtype: Any
+) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm]]:
+  """Return `conv` and `BatchNorm` for one mode and one dtype."""
+  return (
+    functools.partial(conv, dtype=dtype),
+    functools.partial(BatchNorm, train, dtype=dtype),
+  )
+
+
+def classify(
+  x: jax.Array,
+  features: dict[str, jax.Array],
+  num_classes: int,
+  **dense_options: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Classify the mean over positions with a linear layer.
+
+  Args:
+    x: [B, H, W, C].
+    features: the network's taps so far.
+    num_classes: K.
+    **dense_options: dtype, initializers and name of the linear layer.
+
+  Returns:
+    (logits [B, K], at least float32; the features with the tap "penultimate"
+    [B, 1, 1, C], the input of the linear layer).
+  """
+  x = jnp.mean(x, axis=(1, 2), keepdims=True)
+  logits = nn.Dense(num_classes, **dense_options)(x[:, 0, 0])
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return logits, features | {"penultimate": x}

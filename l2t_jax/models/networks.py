@@ -6,17 +6,17 @@ A network is one of
   * an NNX module, or a function `make(rngs)` that makes one;
   * `Functions`.
 
-It turns images into logits, or into (logits, features), where features is a
-dict tap -> [B, H, W, C]. Where it returns no such dict, the output of every
-submodule is a tap, named by the submodule's path, such as "stages_1/blocks_0";
-outputs of further calls of the same submodule are "stages_1/blocks_0#1" and so
-on. Taps are maps [B, H, W, C] or tokens [B, N, C] of a square grid, with a
-class token before them or without; tokens become maps.
+It maps images to logits, or to (logits, features), where features is a dict
+tap -> [B, H, W, C]. If it returns no such dict, the output of every submodule
+is a tap, named by the submodule's path, such as "stages_1/blocks_0"; outputs of
+further calls of the same submodule are "stages_1/blocks_0#1" and so on. Taps
+are maps [B, H, W, C] or tokens [B, N, C] of a square grid, with or without a
+class token in front; tokens are reshaped to maps, without the class token.
 
-Modules that behave differently in training have an argument `train`,
-`training`, `is_training`, `deterministic` or `use_running_average` (or, in NNX,
-follow `.train()` and `.eval()`). Dropout draws from a key that is a part of the
-model state.
+A module that behaves differently in training has an argument `train`,
+`training`, `is_training`, `deterministic` or `use_running_average`, or, in NNX,
+follows `.train()` and `.eval()`. The PRNG key of dropout is part of the model
+state.
 """
 
 from __future__ import annotations
@@ -36,23 +36,29 @@ from l2t_jax.models import from_linen, from_nnx, pure_functions, tapping
 def as_apply_fn(
   network: pure_functions.Network, taps: Collection[str] | None = None
 ) -> types.ApplyFn:
-  """Turn a network into a pure function; in eval mode its state stays.
+  """Convert a network to a pure function.
 
   Args:
-    network: see above.
-    taps: those that the features are wanted of; None for all.
+    network: see the module's docstring.
+    taps: names of the features to return; None for all.
+
+  Returns:
+    `apply_fn(params, model_state, images, *, train)`, jitted, which returns
+    (logits [B, K], features, model_state). In eval mode it returns the
+    model_state that it was given.
   """
-  pure = _pure(network)
+  pure = _to_pure(network)
 
   def apply_fn(params, model_state, images, *, train):
     output, outputs, model_state = pure.apply(
       params, model_state, images, train, taps
     )
-    logits, features = tapping.split(output, outputs)
-    features = {name: tapping.as_map(x) for name, x in features.items()}
-    wanted = lambda name: taps is None or name in taps
+    logits, outputs = tapping.split(output, outputs)
     features = {
-      name: x for name, x in features.items() if x is not None and wanted(name)
+      name: x
+      for name, output in outputs.items()
+      if taps is None or name in taps
+      if (x := tapping.as_map(output)) is not None
     }
     return logits, features, model_state
 
@@ -64,31 +70,36 @@ def init(
 ) -> tuple[types.PyTree, types.PyTree]:
   """Initialise a network; return (params, model_state).
 
-  An NNX module that exists already keeps its values, whatever the key.
+  An NNX module keeps the values that it has, whatever the key.
+
+  Args:
+    network: see the module's docstring.
+    key: PRNG key; consumed.
+    image_shape: (H, W, C) of its images.
   """
   images = jnp.zeros((1, *image_shape))
-  return jax.jit(_pure(network).init)(key, images)
+  return jax.jit(_to_pure(network).init)(key, images)
 
 
 def trace(
   network: pure_functions.Network, image_shape: tapping.Shape
 ) -> tapping.Layout:
-  """Find out what a network consists of, without running it.
+  """Find the variables, outputs and taps of a network without running it.
 
   Args:
-    network: see above.
+    network: see the module's docstring.
     image_shape: (H, W, C) of its images.
 
   Raises:
-    errors.InputError: it is no network, the images are empty, or its variables
-      are no nested dicts of plain arrays.
+    errors.InputError: this is not a network, the images are empty, or the
+      variables are not nested dicts of plain arrays.
   """
   if min(image_shape) < 1:
     raise errors.InputError(
       f"images are {list(image_shape)}, [H, W, C]; all of these must be at"
       " least 1"
     )
-  pure = _pure(network)
+  pure = _to_pure(network)
 
   def run(key, images):
     params, model_state = pure.init(key, images)
@@ -103,12 +114,13 @@ def trace(
   jaxpr, (variables, logits, features) = jax.make_jaxpr(run, return_shape=True)(
     jax.random.key(0), images
   )
+  # Variable of the jaxpr -> (equation that computes it, index in its outputs).
   computed = {
     variable: (i, j)
     for i, equation in enumerate(jaxpr.jaxpr.eqns)
     for j, variable in enumerate(equation.outvars)
   }
-  # They are the last outputs; a dict's leaves are in the order of its keys.
+  # Features are the last outputs, in the order of the sorted names.
   outvars = jaxpr.jaxpr.outvars[-len(features) :] if features else []
   position = {
     name: computed.get(variable, (-1, 0))
@@ -116,35 +128,35 @@ def trace(
   }
   # A module that returns its child's output comes after the child.
   order = lambda name: (position[name], -name.count("/"))
-  taps, others = {}, {}
+  taps, untappable = {}, {}
   for name in sorted(features, key=order):
     as_map = jax.eval_shape(tapping.as_map, features[name])
     if as_map is None:
-      others[name] = features[name].shape[1:]
+      untappable[name] = features[name].shape[1:]
     else:
       taps[name] = as_map.shape[1:]
   default_taps = tuple(getattr(network, "default_taps", None) or ())
   return tapping.Layout(
-    image_shape, variables, logits.shape[1:], taps, others, default_taps
+    image_shape, variables, logits.shape[1:], taps, untappable, default_taps
   )
 
 
 def training_notes(
   network: pure_functions.Network, layout: tapping.Layout, batch_size: int
 ) -> tuple[str, ...]:
-  """Say what may not be meant where a network trains, a line each.
+  """Return warnings about a network that is to be trained, one line each.
 
-  Batch statistics that never move belong to a network that is meant to keep
-  them, or to one that is not told that it trains.
+  If training does not change the batch statistics, they are either frozen on
+  purpose, or nothing tells the network that it trains.
 
   Args:
-    network: see above.
-    layout: of it, from `trace`.
-    batch_size: of its images in training.
+    network: see the module's docstring.
+    layout: the network's layout, from `trace`.
+    batch_size: number of images in a training batch.
   """
   if isinstance(network, pure_functions.Functions):
-    return ()  # What they keep, and how they know, is theirs.
-  pure = _pure(network)
+    return ()  # Which part of their state is batch statistics is unknown.
+  pure = _to_pure(network)
   model_state = dict(layout.variables)
   params = model_state.pop("params")
 
@@ -158,19 +170,19 @@ def training_notes(
   if not jaxpr.outvars or not all(x in jaxpr.invars for x in jaxpr.outvars):
     return ()
   return (
-    "training does not move the target's batch statistics; if it is meant to,"
-    f" {pure_functions.SAY_IT}",
+    "training does not update the target's batch statistics; if it should,"
+    f" {pure_functions.HOW_TO_TELL}",
   )
 
 
-def _pure(network) -> pure_functions.Pure:
+def _to_pure(network) -> pure_functions.PureNetwork:
   if isinstance(network, nn.Module):
-    return from_linen.pure(network)
+    return from_linen.from_linen(network)
   if isinstance(network, pure_functions.Functions):
-    return pure_functions.pure(network)
+    return pure_functions.from_functions(network)
   if isinstance(network, nnx.Module) or callable(network):
-    return from_nnx.pure(network)
+    return from_nnx.from_nnx(network)
   raise errors.InputError(
-    f"{network!r} is no network: a Linen module, an NNX module, a function that"
-    " makes one from rngs, or l2t_jax.models.Functions is needed"
+    f"{network!r} is no network; give a Linen module, an NNX module, a function"
+    " that makes one from rngs, or l2t_jax.models.Functions"
   )

@@ -1,4 +1,4 @@
-"""What networks of all libraries have in common as pure functions."""
+"""The form in which networks of all libraries are used: pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 from l2t_jax import errors, types
 
-# Arguments of a module that say whether it trains, and what says that it does.
+# Argument that tells a module whether it trains -> its value in training.
 _MODES = {
   "train": True,
   "training": True,
@@ -21,17 +21,17 @@ _MODES = {
   "deterministic": False,
   "use_running_average": False,
 }
-SAY_IT = (
+HOW_TO_TELL = (
   f"let its __call__ have one of the arguments {', '.join(_MODES)}; a module of"
   " NNX may follow .train() and .eval() instead"
 )
 
 
 class Functions(NamedTuple):
-  """A network by hand.
+  """A network given as two pure functions.
 
-  Params and model state are nested dicts of plain arrays, their keys strings.
-  Without a state it may return None for it, and is handed {}.
+  Params and model state are nested dicts of plain arrays with strings as keys.
+  A network without a state may return None for it; its `apply` then gets {}.
   """
 
   # key -> (params, model_state).
@@ -43,45 +43,20 @@ class Functions(NamedTuple):
 Network = nn.Module | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | Functions
 
 
-class Pure(NamedTuple):
-  """What the libraries have in common."""
+class PureNetwork(NamedTuple):
+  """A network of any library as pure functions."""
 
   # (key, images) -> (params, model_state).
   init: Callable[[chex.PRNGKey, jax.Array], tuple[types.PyTree, types.PyTree]]
   # (params, model_state, images, train, taps) -> (output, outputs of
-  # submodules by path, model_state); taps None: of all submodules.
+  # submodules by path, model_state). With taps None all outputs are returned.
   apply: Callable[..., tuple[Any, dict[str, Any], types.PyTree]]
   # model_state -> the batch statistics that training updates (no PRNG keys).
   statistics: Callable[[types.PyTree], types.PyTree]
 
 
-def check_variables(name, tree):
-  """Make sure that files can name every array, and hold it."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    keys = [getattr(entry, "key", None) for entry in path]  # None in a tuple.
-    is_named = keys and all(isinstance(k, str) and "/" not in k for k in keys)
-    is_number = isinstance(leaf, int | float)
-    is_array = hasattr(leaf, "dtype") and not is_key(leaf)
-    if not (is_named and (is_number or is_array)):
-      raise errors.InputError(
-        f"the network's {name}{jax.tree_util.keystr(path)} cannot be saved:"
-        " params and model state must be nested dicts of plain arrays, with"
-        " strings without '/' as keys; of a random key, keep"
-        " jax.random.key_data(key)"
-      )
-
-
-def mode(call, train):
-  """Keyword arguments that tell a module whether it trains."""
-  names = inspect.signature(call).parameters
-  return {
-    name: train == when_training
-    for name, when_training in _MODES.items()
-    if name in names
-  }
-
-
-def pure(functions):
+def from_functions(functions: Functions) -> PureNetwork:
+  """Convert `Functions`."""
   or_empty = lambda tree: tree if jax.tree.leaves(tree) else {}
 
   def init(key, images):
@@ -96,15 +71,50 @@ def pure(functions):
     )
     return (logits, features), {}, or_empty(model_state)
 
-  return Pure(init, apply, lambda model_state: {})
+  return PureNetwork(init, apply, lambda model_state: {})
 
 
-def is_key(x):
+def check_variables(name: str, tree: types.PyTree) -> None:
+  """Raise `errors.InputError` if a file cannot name or hold every array."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    keys = [getattr(entry, "key", None) for entry in path]  # None in a tuple.
+    is_named = keys and all(isinstance(k, str) and "/" not in k for k in keys)
+    is_number = isinstance(leaf, int | float)
+    is_array = hasattr(leaf, "dtype") and not is_key(leaf)
+    if not (is_named and (is_number or is_array)):
+      raise errors.InputError(
+        f"the network's {name}{jax.tree_util.keystr(path)} cannot be saved:"
+        " params and model state must be nested dicts of plain arrays, with"
+        " strings without '/' as keys; store a PRNG key as"
+        " jax.random.key_data(key)"
+      )
+
+
+def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
+  """Return the keyword arguments that tell a module whether it trains."""
+  names = inspect.signature(call).parameters
+  return {
+    name: train == when_training
+    for name, when_training in _MODES.items()
+    if name in names
+  }
+
+
+def is_key(x: Any) -> bool:
+  """Return whether an array consists of typed PRNG keys."""
   return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def by_path(outputs):
-  """{(module, ..., "__call__"): outputs of its calls} -> {name: output}."""
+def name_outputs(outputs: dict[tuple[Any, ...], Any]) -> dict[str, Any]:
+  """Name the outputs of submodules by their paths.
+
+  Args:
+    outputs: (module, submodule, ..., method) -> outputs of its calls.
+
+  Returns:
+    "module/submodule" -> output of its first call of `__call__`, and
+    "module/submodule#1" and so on -> outputs of further calls.
+  """
   return {
     "/".join(map(str, path)) + (f"#{i}" if i else ""): output
     for (*path, method), calls in outputs.items()

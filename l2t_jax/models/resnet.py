@@ -1,19 +1,20 @@
 """Residual networks (He et al., 2016) for small images and for ImageNet.
 
 Submodules are named as in the authors' code (CIFAR) and in torchvision
-(ImageNet), "blocks2.0" being "blocks2_0", so that `pretrained` maps weights by
-name. Taps are the blocks' outputs after the ReLU, "stage2_block5" being the
-fifth block of the second stage, and what enters the classifier.
+(ImageNet), with "_" for the dot before a number: "blocks2.0" is "blocks2_0".
+`l2t_jax.pretrained` maps weights by these names. Taps are the outputs of the
+blocks after the ReLU, such as "stage2_block5" for the fifth block of the second
+stage, and "penultimate", the input of the classifier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
 from l2t_jax.models import layers
 
@@ -27,14 +28,12 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    norm = lambda name: layers.BatchNorm(train, dtype=self.dtype, name=name)
-    y = layers.conv(
-      self.features, strides=self.strides, dtype=self.dtype, name="conv1"
-    )(x)
-    y = nn.relu(norm("bn1")(y))
-    y = layers.conv(self.features, dtype=self.dtype, name="conv2")(y)
-    y = norm("bn2")(y)
-    return nn.relu(y + _shortcut(self, x, y, norm))
+    conv, norm = layers.conv_and_norm(train, self.dtype)
+    y = conv(self.features, strides=self.strides, name="conv1")(x)
+    y = nn.relu(norm(name="bn1")(y))
+    y = conv(self.features, name="conv2")(y)
+    y = norm(name="bn2")(y)
+    return nn.relu(y + _shortcut(x, y, self.strides, conv, norm))
 
 
 class BottleneckBlock(nn.Module):
@@ -48,18 +47,14 @@ class BottleneckBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    norm = lambda name: layers.BatchNorm(train, dtype=self.dtype, name=name)
-    y = layers.conv(self.features, 1, dtype=self.dtype, name="conv1")(x)
-    y = nn.relu(norm("bn1")(y))
-    y = layers.conv(
-      self.features, strides=self.strides, dtype=self.dtype, name="conv2"
-    )(y)
-    y = nn.relu(norm("bn2")(y))
-    y = layers.conv(
-      self.features * self.expansion, 1, dtype=self.dtype, name="conv3"
-    )(y)
-    y = norm("bn3")(y)
-    return nn.relu(y + _shortcut(self, x, y, norm))
+    conv, norm = layers.conv_and_norm(train, self.dtype)
+    y = conv(self.features, 1, name="conv1")(x)
+    y = nn.relu(norm(name="bn1")(y))
+    y = conv(self.features, strides=self.strides, name="conv2")(y)
+    y = nn.relu(norm(name="bn2")(y))
+    y = conv(self.features * self.expansion, 1, name="conv3")(y)
+    y = norm(name="bn3")(y)
+    return nn.relu(y + _shortcut(x, y, self.strides, conv, norm))
 
 
 class CifarResNet(nn.Module):
@@ -70,43 +65,36 @@ class CifarResNet(nn.Module):
   widths: Sequence[int] = (16, 32, 64)
   dtype: Any = None
 
-  image_size = 32  # What it was designed for; others work too.
+  image_size = 32  # The size it was designed for; others work too.
+
+  @property
+  def stage_sizes(self) -> tuple[int, ...]:
+    """The number of blocks in each stage."""
+    return (self.blocks_per_stage,) * len(self.widths)
 
   @property
   def default_taps(self) -> tuple[str, ...]:
     """The last block of each stage, as in the paper."""
-    return tuple(
-      f"stage{stage}_block{self.blocks_per_stage}"
-      for stage in range(1, len(self.widths) + 1)
-    )
+    return _last_blocks(self.stage_sizes)
 
   @nn.compact
   def __call__(
     self, images: jax.Array, train: bool
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
-    x = layers.conv(
-      self.widths[0], use_bias=True, dtype=self.dtype, name="conv1"
-    )(images)
-    x = nn.relu(layers.BatchNorm(train, dtype=self.dtype, name="bn1")(x))
-    features = {}
-    for stage, width in enumerate(self.widths):
-      for block in range(self.blocks_per_stage):
-        first = block == 0
-        x = BasicBlock(
-          width,
-          strides=2 if stage > 0 and first else 1,
-          dtype=self.dtype,
-          name=(
-            f"block{2 * stage + 1}"
-            if first
-            else f"blocks{2 * stage + 2}_{block - 1}"
-          ),
-        )(x, train)
-        features[f"stage{stage + 1}_block{block + 1}"] = x
-    x = jnp.mean(x, axis=(1, 2), keepdims=True)
-    features["penultimate"] = x
-    return _classify(x[:, 0, 0], self.num_classes, self.dtype), features
+    conv, norm = layers.conv_and_norm(train, self.dtype)
+    x = conv(self.widths[0], use_bias=True, name="conv1")(images)
+    x = nn.relu(norm(name="bn1")(x))
+
+    def block_name(stage, block):
+      if block == 0:
+        return f"block{2 * stage + 1}"
+      return f"blocks{2 * stage + 2}_{block - 1}"
+
+    make_block = functools.partial(BasicBlock, dtype=self.dtype)
+    stages = zip(self.widths, self.stage_sizes, strict=True)
+    x, features = _run_stages(x, train, make_block, stages, block_name)
+    return _classify(x, features, self.num_classes, self.dtype)
 
 
 class ResNet(nn.Module):
@@ -117,59 +105,72 @@ class ResNet(nn.Module):
   num_classes: int
   dtype: Any = None
 
-  image_size = 224  # What it was designed for; others work too.
+  image_size = 224  # The size it was designed for; others work too.
 
   @property
   def default_taps(self) -> tuple[str, ...]:
     """The outputs of the four stages, as in the paper."""
-    return tuple(
-      f"stage{stage}_block{size}"
-      for stage, size in enumerate(self.stage_sizes, start=1)
-    )
+    return _last_blocks(self.stage_sizes)
 
   @nn.compact
   def __call__(
     self, images: jax.Array, train: bool
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
-    x = layers.conv(64, 7, strides=2, dtype=self.dtype, name="conv1")(images)
-    x = nn.relu(layers.BatchNorm(train, dtype=self.dtype, name="bn1")(x))
+    conv, norm = layers.conv_and_norm(train, self.dtype)
+    x = conv(64, 7, strides=2, name="conv1")(images)
+    x = nn.relu(norm(name="bn1")(x))
     x = layers.max_pool(x, window=3, stride=2, padding=1)
-    features = {}
-    for stage, size in enumerate(self.stage_sizes):
-      for block in range(size):
-        x = self.block(
-          64 * 2**stage,
-          strides=2 if stage > 0 and block == 0 else 1,
-          dtype=self.dtype,
-          name=f"layer{stage + 1}_{block}",
-        )(x, train)
-        features[f"stage{stage + 1}_block{block + 1}"] = x
-    x = jnp.mean(x, axis=(1, 2), keepdims=True)
-    features["penultimate"] = x
-    return _classify(x[:, 0, 0], self.num_classes, self.dtype), features
+    block_name = lambda stage, block: f"layer{stage + 1}_{block}"
+    make_block = functools.partial(self.block, dtype=self.dtype)
+    stages = [(64 * 2**i, size) for i, size in enumerate(self.stage_sizes)]
+    x, features = _run_stages(x, train, make_block, stages, block_name)
+    return _classify(x, features, self.num_classes, self.dtype)
 
 
-def _shortcut(block, x, y, norm):
-  """The identity, or a strided 1x1 convolution where the shape changes."""
+def _last_blocks(stage_sizes):
+  """Return the tap of the last block of each stage."""
+  return tuple(
+    f"stage{stage}_block{size}"
+    for stage, size in enumerate(stage_sizes, start=1)
+  )
+
+
+def _run_stages(x, train, make_block, stages, block_name):
+  """Run the residual stages; return (x, features).
+
+  Args:
+    x: [B, H, W, C].
+    train: whether batch normalisation uses the statistics of the batch.
+    make_block: (width, strides=, name=) -> a block.
+    stages: (width, number of blocks) of each stage.
+    block_name: (stage, block), both from 0 -> name of the submodule.
+  """
+  features = {}
+  for stage, (width, size) in enumerate(stages):
+    for block in range(size):
+      strides = 2 if stage > 0 and block == 0 else 1
+      name = block_name(stage, block)
+      x = make_block(width, strides=strides, name=name)(x, train)
+      features[f"stage{stage + 1}_block{block + 1}"] = x
+  return x, features
+
+
+def _shortcut(x, y, strides, conv, norm):
+  """Return x, or a strided 1x1 convolution of it where the shape changes."""
   if x.shape == y.shape:
     return x
-  x = layers.conv(
-    y.shape[-1],
-    1,
-    strides=block.strides,
-    dtype=block.dtype,
-    name="downsample_0",
-  )(x)
-  return norm("downsample_1")(x)
+  x = conv(y.shape[-1], 1, strides=strides, name="downsample_0")(x)
+  return norm(name="downsample_1")(x)
 
 
-def _classify(x, num_classes, dtype):
-  logits = nn.Dense(
+def _classify(x, features, num_classes, dtype):
+  return layers.classify(
+    x,
+    features,
     num_classes,
     kernel_init=layers.TORCH_LINEAR,
     bias_init=layers.torch_linear_bias(x.shape[-1]),
     dtype=dtype,
     name="fc",
-  )(x)
-  return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  )

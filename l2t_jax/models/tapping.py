@@ -1,4 +1,4 @@
-"""Which layers of a network can be tapped, and which are by default."""
+"""The layers of a network that can be tapped, and the choice of taps."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Mapping, Sequence
 import fnmatch
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from l2t_jax import errors, types
 
-Shape = tuple[int, int, int]
-# As many taps are proposed where all have the same resolution.
+Shape = tuple[int, int, int]  # (H, W, C).
+# Number of taps to propose if all layers have the same resolution.
 _NUM_PROPOSED = 4
 
 
 class Layout(NamedTuple):
-  """What a network consists of."""
+  """The variables, outputs and taps of a network."""
 
   image_shape: Shape
-  # Shapes: {"params": ..., and the collections of its model state}.
+  # Shapes of {"params": ..., and the collections of the model state}.
   variables: types.PyTree
-  output_shape: tuple[int, ...]  # Of what it makes of one image.
+  output_shape: tuple[int, ...]  # The shape of the output for one image.
   taps: dict[str, Shape]  # Tap -> (H, W, C), in the order of computation.
-  # Outputs that cannot be tapped: name -> shape.
-  others: dict[str, tuple[int, ...]]
+  # Outputs that cannot be tapped: name -> shape without the batch axis.
+  untappable: dict[str, tuple[int, ...]]
   default_taps: tuple[str, ...]  # The network's own choice; () for none.
 
 
@@ -34,35 +34,41 @@ def select_taps(
   """Choose taps by name.
 
   Args:
-    layout: of the network, from `trace`.
-    patterns: names, or globs such as "stages_*/blocks_2", where * stands for
-      any part of one name and ** for several. None: the network's
-      `default_taps`, or else `propose_taps`.
+    layout: the network's layout, from `trace`.
+    patterns: names, or globs such as "stages_*/blocks_2", in which * matches
+      any part of one name and ** also several names. If empty, the network's
+      `default_taps` or, if it has none, `propose_taps`.
 
   Returns:
     Tap -> (H, W, C), in the order of computation.
 
   Raises:
-    errors.InputError: for a pattern that no tap fits.
+    errors.InputError: no tap matches a pattern.
   """
   chosen = set()
   for pattern in patterns or layout.default_taps or propose_taps(layout.taps):
-    found = [name for name in layout.taps if _fits(name, pattern)]
+    found = [name for name in layout.taps if _matches(name, pattern)]
     if not found:
-      raise errors.InputError(_no_tap(pattern, layout))
+      for name, reason in explain_untappable(layout).items():
+        if _matches(name, pattern):
+          raise errors.InputError(reason)
+      raise errors.InputError(
+        f"unknown tap {pattern!r}; the network's taps are"
+        f" {', '.join(layout.taps)}"
+      )
     chosen.update(found)
   return {name: x for name, x in layout.taps.items() if name in chosen}
 
 
-def no_taps(layout: Layout) -> dict[str, str]:
-  """Say of the layers that cannot be tapped why; name -> reason."""
+def explain_untappable(layout: Layout) -> dict[str, str]:
+  """Return layer -> reason why it cannot be tapped."""
   return {
     name: (
       f"tap {name!r} has the shape {['B', *shape]}; taps are maps [B, H, W, C],"
       " or tokens [B, N, C] where N is a square number, or one more with a"
       " class token; none of these is 0"
     )
-    for name, shape in layout.others.items()
+    for name, shape in layout.untappable.items()
   }
 
 
@@ -78,19 +84,19 @@ def last_tap(shapes: Mapping[str, Shape]) -> str:
 
 
 def propose_taps(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-  """Propose taps where none are named: the last one of each resolution.
+  """Propose the last tap of each resolution.
 
-  Where all have the same, as in a transformer, four of the blocks that repeat,
-  evenly spaced.
+  If all taps have the same resolution, as in a transformer, propose four of the
+  repeated blocks, evenly spaced.
 
   Args:
     shapes: tap -> (H, W, C), in the order of computation.
 
   Raises:
-    errors.InputError: there are none.
+    errors.InputError: there are no taps.
   """
   last = last_tap(shapes)
-  # Small maps say little, and deep paths lead into the parts of a block.
+  # Leave out maps of one position, and deep paths, which lead into blocks.
   maps = {n: s[:2] for n, s in shapes.items() if s[0] * s[1] > 1}
   if len(maps) < 2:
     return (*maps,) or (last,)
@@ -109,8 +115,19 @@ def propose_taps(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
   return tuple(blocks[(i + 1) * len(blocks) // count - 1] for i in range(count))
 
 
-def split(output, outputs):
-  """Return (logits, features) of what a network and its submodules return."""
+def split(
+  output: Any, outputs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+  """Return (logits, features) from the outputs of a network and its submodules.
+
+  Args:
+    output: what the network returned.
+    outputs: name -> output of a submodule; the features of a network that
+      returns none itself.
+
+  Raises:
+    errors.InputError: the output is neither an array nor (logits, features).
+  """
   if isinstance(output, tuple) and len(output) == 2:
     logits, features = output
     if isinstance(features, Mapping):
@@ -120,11 +137,15 @@ def split(output, outputs):
       f"the network returns a {type(output).__name__}; it must return logits or"
       " (logits, features), a dict of arrays"
     )
-  return output, outputs
+  return output, dict(outputs)
 
 
-def as_map(x):
-  """[B, H, W, C] as it is, tokens [B, N, C] as a square map, else None."""
+def as_map(x: Any) -> Any:
+  """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None.
+
+  N must be a square number, or one more than that with a class token in front,
+  which is dropped.
+  """
   if not hasattr(x, "ndim") or not x.size:
     return None
   if x.ndim == 4:
@@ -132,26 +153,17 @@ def as_map(x):
   if x.ndim != 3:
     return None
   size, num_tokens, channels = x.shape
-  for first in (0, 1):  # Without a class token, and with one.
+  for first in (0, 1):  # Without and with a class token.
     side = math.isqrt(max(num_tokens - first, 0))
     if side and side**2 == num_tokens - first:
       return x[:, first:].reshape(size, side, side, channels)
   return None
 
 
-def _fits(name, pattern):
+def _matches(name, pattern):
   if "**" in pattern:
     return fnmatch.fnmatchcase(name, pattern)
   parts, patterns = name.split("/"), pattern.split("/")
   return len(parts) == len(patterns) and all(
     map(fnmatch.fnmatchcase, parts, patterns)
-  )
-
-
-def _no_tap(pattern, layout):
-  for name, reason in no_taps(layout).items():
-    if _fits(name, pattern):
-      return reason
-  return (
-    f"unknown tap {pattern!r}; the network's taps are {', '.join(layout.taps)}"
   )

@@ -1,4 +1,4 @@
-"""Weights of PyTorch: names, layouts and checkpoints."""
+"""PyTorch weights: names, layouts and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from l2t_jax import errors, files, imports, models, types
 from l2t_jax.models import bundled, weight_files
 
-# Leaves of Flax variables and what PyTorch calls them.
+# Name of a leaf in Flax -> its name in PyTorch.
 _TORCH_LEAVES = {
   "kernel": "weight",
   "scale": "weight",
@@ -24,25 +24,23 @@ _TORCH_LEAVES = {
   "mean": "running_mean",
   "var": "running_var",
 }
-# Tensors that carry no weight of the network.
-_BOOKKEEPING = re.compile(r"num_batches_tracked$")
 
 
 class Report(NamedTuple):
-  """What a conversion did."""
+  """The result of a conversion."""
 
-  mapped: dict[str, str]  # Torch name -> name in the file.
-  left_over: tuple[str, ...]  # Torch tensors that the network has no place for.
+  mapped: dict[str, str]  # PyTorch name -> name in the weight file.
+  left_over: tuple[str, ...]  # PyTorch tensors that the network does not have.
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-  """Name a leaf of the variables as PyTorch does.
+  """Return the PyTorch name of a leaf of the variables.
 
   Args:
-    path: such as ("params", "blocks2_0", "conv1", "kernel").
+    path: path of the leaf, such as ("params", "blocks2_0", "conv1", "kernel").
 
   Returns:
-    Such as "blocks2.0.conv1.weight".
+    The name, such as "blocks2.0.conv1.weight".
   """
   _, *modules, leaf = path
   modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
@@ -50,19 +48,22 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def has_torch_name(path: tuple[str, ...]) -> bool:
-  """Return whether `torch_name` knows such a leaf."""
+  """Return whether PyTorch has a name for a leaf; see `torch_name`."""
   return path[0] in ("params", "batch_stats") and path[-1] in _TORCH_LEAVES
 
 
 def to_torch_layout(kernel: Any) -> Any:
-  """[H, W, I, O] -> [O, I, H, W] and [I, O] -> [O, I]; others as they are."""
+  """Transpose [H, W, I, O] to [O, I, H, W], and [I, O] to [O, I].
+
+  Arrays of other ranks are returned unchanged.
+  """
   if kernel.ndim == 4:
     return kernel.transpose(3, 2, 0, 1)
   return kernel.T if kernel.ndim == 2 else kernel
 
 
 def from_torch_layout(weight: Any) -> Any:
-  """[O, I, H, W] -> [H, W, I, O] and [O, I] -> [I, O]; others as they are."""
+  """Undo `to_torch_layout`."""
   if weight.ndim == 4:
     return weight.transpose(2, 3, 1, 0)
   return weight.T if weight.ndim == 2 else weight
@@ -74,46 +75,40 @@ def convert(
   """Map PyTorch tensors to a network's variables by name.
 
   Args:
-    tensors: a state dict as numpy arrays; a leading "module." (from
-      DataParallel) is ignored.
-    variables: {"params": ..., "batch_stats": ...} of the network; shapes
-      suffice.
+    tensors: a state dict of NumPy arrays; the prefix "module." of names, from
+      DataParallel, is ignored.
+    variables: {"params": ..., "batch_stats": ...} of the network, arrays or
+      shapes.
 
   Returns:
-    The variables as numpy arrays, and what was mapped and left over.
+    (variables as NumPy arrays, report).
 
   Raises:
-    errors.InputError: where a tensor is missing or has another shape, or where
-      the tensors are those of a deeper network.
+    errors.InputError: a tensor is missing or has another shape, or the tensors
+      are those of a deeper network.
   """
   tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
-  converted, mapped, problems = {}, {}, []
+  converted, mapped = {}, {}
   for path, leaf in traverse_util.flatten_dict(variables).items():
     name = torch_name(path)
-    wanted = jax.eval_shape(to_torch_layout, leaf).shape
-    if name not in tensors:
-      problems.append(f"{name} {list(wanted)} is missing")
-    elif tensors[name].shape != wanted:
-      problems.append(
-        f"{name} has shape {list(tensors[name].shape)}, not {list(wanted)}"
+    expected = list(jax.eval_shape(to_torch_layout, leaf).shape)
+    found = list(tensors[name].shape) if name in tensors else "missing"
+    if found != expected:
+      raise errors.InputError(
+        f"the checkpoint does not fit the network: {name} is {found}, expected"
+        f" {expected}; choose the network that it was trained with"
       )
-    else:
-      converted[path] = from_torch_layout(np.asarray(tensors[name]))
-      mapped[name] = "/".join(path)
-  if problems:
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    raise errors.InputError(
-      f"the checkpoint does not fit the network: {'; '.join(problems[:3])}"
-      f"{more}; choose the network that it was trained with"
-    )
+    converted[path] = from_torch_layout(np.asarray(tensors[name]))
+    mapped[name] = "/".join(path)
   left_over = tuple(
     name
     for name in tensors
-    if name not in mapped and not _BOOKKEEPING.search(name)
+    if name not in mapped and not name.endswith("num_batches_tracked")
   )
-  unnumbered = lambda name: re.sub(r"\d+", "", name)
-  kinds = set(map(unnumbered, mapped))
-  if deeper := [name for name in left_over if unnumbered(name) in kinds]:
+  # A tensor of a missing layer differs from a mapped one only in its numbers.
+  without_numbers = lambda name: re.sub(r"\d+", "", name)
+  kinds = set(map(without_numbers, mapped))
+  if deeper := [name for name in left_over if without_numbers(name) in kinds]:
     raise errors.InputError(
       f"the checkpoint has layers that the network lacks: {len(deeper)}"
       f" tensors, such as {deeper[0]}; choose the network that it was trained"
@@ -125,10 +120,13 @@ def convert(
 def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Read a state dict from `.safetensors` or, with torch installed, `.pth`.
 
-  A pickle is only ever read with `weights_only=True`, which runs no code.
+  Pickles are read with `weights_only=True`, which runs none of their code.
+
+  Returns:
+    Name -> array, in PyTorch's layout.
 
   Raises:
-    errors.InputError: for a file that is missing, damaged, or not a checkpoint.
+    errors.InputError: the file is missing, damaged, or not a checkpoint.
   """
   if not path.is_file():
     raise errors.InputError(f"no checkpoint at {path}")
@@ -136,7 +134,7 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     return weight_files.read_safetensors(path)
   torch = imports.require("torch", needed_for=f"reading {path.name}")
   try:
-    with warnings.catch_warnings(action="ignore"):  # Of old formats.
+    with warnings.catch_warnings(action="ignore"):  # About old formats.
       content = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     code = re.search(r"GLOBAL (\S+)", str(error))
@@ -167,12 +165,21 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 def convert_file(
   checkpoint: pathlib.Path, output: pathlib.Path, model: str
 ) -> Report:
-  """Convert a checkpoint of a known network; see the module's docstring.
+  """Convert a checkpoint of a bundled network to a weight file.
 
   The number of classes is that of the checkpoint's classifier.
+
+  Args:
+    checkpoint: see `read_torch`.
+    output: the weight file to write.
+    model: a key of `models.MODELS`.
+
+  Raises:
+    errors.InputError: the checkpoint cannot be read or does not fit the
+      network, or the output cannot be written.
   """
   tensors = read_torch(checkpoint)
-  # The classifier is the one linear layer of all networks here.
+  # All bundled networks have a single linear layer, the classifier.
   classes = [v.shape[0] for k, v in tensors.items() if v.ndim == 2]
   if len(classes) != 1:
     raise errors.InputError(
@@ -181,7 +188,7 @@ def convert_file(
     )
   module = bundled.create(model, num_classes=classes[0])
   size = bundled.image_size(module)
-  # The first convolution is the one with the fewest inputs.
+  # The first convolution has the fewest input channels.
   inputs = [v.shape[1] for v in tensors.values() if v.ndim == 4]
   image_shape = (size, size, min(inputs, default=3))
   variables = models.trace(module, image_shape).variables

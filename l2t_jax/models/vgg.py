@@ -1,8 +1,9 @@
 """VGG with batch normalisation (Simonyan and Zisserman, 2015).
 
-Submodules carry the index that they have in PyTorch's `Sequential`, so that
-`pretrained` maps weights by name. Taps are the convolutions' outputs after
-batch normalisation and ReLU, counted from 1, and what enters the classifier.
+Submodules carry the index that they have in PyTorch's `Sequential`;
+`l2t_jax.pretrained` maps weights by these names. Taps are the outputs of the
+convolutions after batch normalisation and ReLU, counted from "conv1", and
+"penultimate", the input of the classifier.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
 from l2t_jax.models import layers
 
@@ -28,7 +28,7 @@ class VGG(nn.Module):
   num_classes: int
   dtype: Any = None
 
-  image_size = 32  # What it was designed for; others work too.
+  image_size = 32  # The size it was designed for; others work too.
 
   @property
   def default_taps(self) -> tuple[str, ...]:
@@ -45,6 +45,7 @@ class VGG(nn.Module):
     self, images: jax.Array, train: bool
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
+    conv, norm = layers.conv_and_norm(train, self.dtype)
     x, index = images, 0
     features: dict[str, jax.Array] = {}
     for entry in self.plan:
@@ -52,22 +53,16 @@ class VGG(nn.Module):
         x = layers.max_pool(x, window=2, stride=2, padding=0)
         index += 1
         continue
-      x = layers.conv(
-        entry, use_bias=True, dtype=self.dtype, name=f"features_{index}"
-      )(x)
-      x = layers.BatchNorm(
-        train, dtype=self.dtype, name=f"features_{index + 1}"
-      )(x)
-      x = nn.relu(x)
+      x = conv(entry, use_bias=True, name=f"features_{index}")(x)
+      x = nn.relu(norm(name=f"features_{index + 1}")(x))
       index += 3
       features[f"conv{len(features) + 1}"] = x
-    # One position is left of a 32x32 image; a larger one is averaged.
-    x = jnp.mean(x, axis=(1, 2), keepdims=True)
-    features["penultimate"] = x
-    logits = nn.Dense(
+    # A 32x32 image has one position left; larger images are averaged.
+    return layers.classify(
+      x,
+      features,
       self.num_classes,
       kernel_init=nn.initializers.normal(0.01),
       dtype=self.dtype,
       name="classifier",
-    )(x[:, 0, 0])
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), features
+    )

@@ -1,12 +1,10 @@
-"""Files of weights that name their network, in safetensors format."""
+"""Weight files: safetensors with the name of their network as metadata."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import contextlib
-import json
 import pathlib
-from types import NoneType
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -17,31 +15,28 @@ import safetensors.numpy
 from l2t_jax import errors, files, models, types
 from l2t_jax.models import bundled
 
-# What a file says of itself in JSON; all but the classes may be absent.
-_RECORDED: Mapping[str, tuple[type, ...]] = {
-  "num_classes": (int,),
-  "channels": (int, NoneType),
-  "mean": (list, NoneType),
-  "std": (list, NoneType),
-}
-
 
 def save(
   path: pathlib.Path, variables: types.PyTree, metadata: Mapping[str, str]
 ) -> None:
-  """Write variables and metadata to a safetensors file, all or nothing.
+  """Write variables and metadata to a safetensors file, atomically.
+
+  Args:
+    path: the file.
+    variables: nested dicts of arrays; "a/b" names the array at ["a"]["b"].
+    metadata: see `read_metadata`.
 
   Raises:
-    OSError: what the operating system says.
+    OSError: the file cannot be written.
   """
   flat = traverse_util.flatten_dict(variables, sep="/")
   arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
-  # Its `save_file` does not tell a full disk from anything else.
+  # `save_file` of the library does not report a full disk as an OSError.
   files.write(path, safetensors.numpy.save(arrays, dict(metadata)))
 
 
 def check_exists(path: pathlib.Path) -> None:
-  """Raise `errors.InputError` where there is no such file of weights."""
+  """Raise `errors.InputError` if there is no such weight file."""
   if not path.is_file():
     raise errors.InputError(
       f"no source weights at {path}; convert a checkpoint (python -m"
@@ -50,10 +45,11 @@ def check_exists(path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
-  """Read what `save` wrote; return (variables, metadata).
+  """Read a weight file; return (variables, metadata).
 
   Raises:
-    errors.InputError: for a file that is missing, damaged, or not converted.
+    errors.InputError: the file is missing or damaged, was not written by
+      `save`, or holds NaN or infinite values.
   """
   metadata = read_metadata(path)
   arrays = read_safetensors(path)
@@ -71,17 +67,17 @@ class Loaded(NamedTuple):
 
 
 def load_network(path: pathlib.Path, dtype: Any = None) -> Loaded:
-  """Read a file that `save` wrote and make the network that it names.
+  """Read a weight file and create the network that it names.
 
-  Whether the weights fit the network is for `check_shapes` to say, which needs
-  the size of the images.
+  Use `check_shapes` to check that the weights fit the network; it needs the
+  size of the images.
 
   Args:
-    path: of the weights.
-    dtype: of the activations; None for that of the parameters.
+    path: the weight file.
+    dtype: dtype of the activations; None for that of the parameters.
 
   Raises:
-    errors.InputError: as `load` does, and where there is no such network.
+    errors.InputError: see `load`; or there is no such network.
   """
   variables, metadata = load(path)
   name, num_classes = metadata["model"], int(metadata["num_classes"])
@@ -95,15 +91,15 @@ def load_network(path: pathlib.Path, dtype: Any = None) -> Loaded:
 def check_shapes(
   layout: models.Layout, variables: types.PyTree, name: str
 ) -> None:
-  """Make sure that variables are those of a network.
+  """Check that variables have the names and shapes of a network's.
 
   Args:
-    layout: of the network, from `models.trace`.
-    variables: {"params": ..., and the collections of its model state}.
-    name: of the network, for messages.
+    layout: the network's layout, from `models.trace`.
+    variables: {"params": ..., and the collections of the model state}.
+    name: the name of the network for the error message.
 
   Raises:
-    errors.InputError: naming the first variable that does not fit.
+    errors.InputError: a variable does not fit; the message names it.
   """
   expected = traverse_util.flatten_dict(layout.variables)
   given = traverse_util.flatten_dict(variables)
@@ -121,10 +117,19 @@ def check_shapes(
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
-  """Read what a file that `save` wrote says of itself; errors as in `load`."""
+  """Read the metadata of a weight file.
+
+  Returns:
+    "model" and "num_classes", and what else the writer told `save`: "channels",
+    "mean", "std" and others, as JSON.
+
+  Raises:
+    errors.InputError: the file is missing, damaged, or was not written by
+      `save`.
+  """
   check_exists(path)
   with (
-    _naming_damage(path),
+    _report_damage(path),
     safetensors.safe_open(path, framework="numpy") as file,
   ):
     metadata = file.metadata() or {}
@@ -133,43 +138,47 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
       f"{path} was not written by l2t_jax; convert it first:"
       f" python -m l2t_jax.pretrained {path} OUT.safetensors --model=..."
     )
-  for name, kind in _RECORDED.items():
-    if not isinstance(_from_json(metadata.get(name, "null")), kind):
-      raise errors.InputError(
-        f"{path} says that its {name} is {metadata[name]!r}, which no run"
-        " writes; convert or train it again"
-      )
   return metadata
 
 
-class Adopted(NamedTuple):
-  """Variables that start from those of another network."""
+class Copied(NamedTuple):
+  """Variables, some of which were replaced by those of another network."""
 
   variables: types.PyTree
-  copied: tuple[str, ...]  # Names of the arrays that were taken over.
-  kept: tuple[str, ...]  # Of those without a namesake of the same shape.
+  copied: tuple[str, ...]  # Names of the arrays that were replaced.
+  kept: tuple[str, ...]  # Names of the arrays without a counterpart.
 
 
-def adopt(variables: types.PyTree, others: types.PyTree) -> Adopted:
-  """Take over every array that has a namesake of the same shape.
+def copy_matching(
+  variables: types.PyTree, source_variables: types.PyTree
+) -> Copied:
+  """Replace every array that the source has by the same name and shape.
 
   Args:
-    variables: of the network that is to be trained, params and batch_stats.
-    others: of the network that it starts from.
+    variables: {"params": ..., and the collections of the model state} of the
+      network to be trained.
+    source_variables: those of the network to copy from.
   """
-  flat = {}
-  copied: list[str] = []
-  kept: list[str] = []
-  flat_others = traverse_util.flatten_dict(others)
-  for path, leaf in traverse_util.flatten_dict(variables).items():
-    other = flat_others.get(path)
-    agrees = other is not None and other.shape == leaf.shape
-    flat[path] = jnp.asarray(other, leaf.dtype) if agrees else leaf
-    (copied if agrees else kept).append("/".join(path))
-  return Adopted(traverse_util.unflatten_dict(flat), tuple(copied), tuple(kept))
+  flat = traverse_util.flatten_dict(variables)
+  source = traverse_util.flatten_dict(source_variables)
+  copied, kept = [], []
+  for path, leaf in flat.items():
+    name = "/".join(path)
+    if path in source and source[path].shape == leaf.shape:
+      flat[path] = jnp.asarray(source[path], leaf.dtype)
+      copied.append(name)
+    else:
+      kept.append(name)
+  return Copied(traverse_util.unflatten_dict(flat), tuple(copied), tuple(kept))
 
 
-def check_finite(path, arrays):
+def check_finite(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Raise `errors.InputError` if an array holds NaN or infinite values.
+
+  Args:
+    path: the file that the arrays come from, for the error message.
+    arrays: name -> array.
+  """
   for name, values in arrays.items():
     if not np.isfinite(values).all():
       raise errors.InputError(
@@ -179,21 +188,19 @@ def check_finite(path, arrays):
       )
 
 
-def _from_json(text):
-  try:
-    return json.loads(text)
-  except ValueError:
-    return text
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Read the arrays of a safetensors file by name.
 
-
-def read_safetensors(path):
-  with _naming_damage(path):
+  Raises:
+    errors.InputError: the file is damaged.
+  """
+  with _report_damage(path):
     return safetensors.numpy.load_file(path)
 
 
 @contextlib.contextmanager
-def _naming_damage(path):
-  """Turn what the library raises on broken files into an InputError."""
+def _report_damage(path):
+  """Turn the library's error about a damaged file into an InputError."""
   try:
     yield
   except safetensors.SafetensorError as error:

@@ -236,7 +236,7 @@ class Loop:
       step += 1
       is_last = step == last_step
       # At the end of an epoch, `_end_epoch` evaluates before it saves.
-      leaves = not is_last and self._requests.after(step)
+      leaves = not is_last and self._requests.should_stop_after(step)
       every = settings.checkpoint_steps
       saves = leaves or (every and step % every == 0 and not is_last)
       ends_interval = is_last or step % settings.log_every == 0
@@ -300,7 +300,7 @@ class Loop:
         _save_target(self._setup, seed, inner, epoch)
       seed.record("epoch", step, record)
       self._display.say(seed.label + _epoch_line(record, seed.experiment))
-    leaves = self._requests.after(step)
+    leaves = self._requests.should_stop_after(step)
     is_end = epoch == settings.epochs
     if leaves or is_end or epoch % settings.checkpoint_every == 0:
       self._save(step)

@@ -380,9 +380,9 @@ def _plan_transfer(experiment, sources, target_layout):
       wanted,
       source_taps,
       target_taps,
-      no_taps=(
-        _merged(s.named(models.no_taps(s.layout)) for s in sources),
-        models.no_taps(target_layout),
+      untappable=(
+        _merged(s.named(models.explain_untappable(s.layout)) for s in sources),
+        models.explain_untappable(target_layout),
       ),
     )
   else:
@@ -487,7 +487,7 @@ def _make_target(experiment, sources, image_format):
     params, model_state = fresh(key)
     if not others:
       return params, model_state
-    variables, *_ = weight_files.adopt(
+    variables, *_ = weight_files.copy_matching(
       {"params": params, **model_state}, others
     )
     return variables.pop("params"), variables
@@ -514,7 +514,7 @@ def _source_to_start_from(layout, sources, image_format):
   (source,) = sources
   params, model_state = source.variables
   others = {"params": params, **model_state}
-  _, copied, fresh = weight_files.adopt(layout.variables, others)
+  _, copied, fresh = weight_files.copy_matching(layout.variables, others)
   if len(copied) < len(fresh):
     raise errors.InputError(
       "fine-tuning needs a source of the target's architecture, but only"
@@ -569,7 +569,7 @@ def _make_first_state(method, plan, sources, target, recipe):
 
 def _shardings(settings, mesh):
   """Return tree -> the sharding of each of its arrays."""
-  choose = sharding.split if settings.shard_params else sharding.copied
+  choose = sharding.split if settings.shard_params else sharding.replicate
   return functools.partial(choose, mesh=mesh)
 
 

@@ -131,7 +131,7 @@ def completed(
   summaries = {}
   for seed, workdir in workdirs.items():
     summary_file = pathlib.Path(workdir) / "summary.json"
-    if distributed.agree(summary_file.exists()):
+    if distributed.from_first(summary_file.exists()):
       if distributed.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
       summaries[seed] = run_folder.read_json(summary_file)
@@ -260,7 +260,7 @@ def _restore(runs, states, display):
   """
   while True:
     shared = set.intersection(*(set(run.checkpoints.steps()) for run in runs))
-    step = distributed.agree(max(shared, default=0))
+    step = distributed.from_first(max(shared, default=0))
     if not step:
       if any(run.checkpoints.steps() for run in runs):
         raise errors.StorageError(

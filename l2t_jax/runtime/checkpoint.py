@@ -1,12 +1,13 @@
 """Save and restore the whole state of a run, with Orbax.
 
-A checkpoint appears under its iteration once it is complete, so that one that a
-kill cut short is never read. A checksum reveals later changes on disk.
+A checkpoint gets its final name, the iteration, once it is complete, so that an
+incomplete one is never read. A checksum reveals later damage on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import copy
 import errno
 import json
@@ -29,7 +30,10 @@ class DamagedError(Exception):
 
 
 class Checkpoints:
-  """Context manager: the checkpoints of one run; it waits for writes."""
+  """The checkpoints of one run, the newest two of them.
+
+  A context manager that waits for unfinished writes at its end.
+  """
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder.absolute()
@@ -46,16 +50,13 @@ class Checkpoints:
     return self
 
   def __exit__(self, _, error: BaseException | None, traceback) -> None:
-    if error and not distributed.is_found_by_all(error):
+    if error and not distributed.is_raised_by_all(error):
       return  # Closing would wait for the other processes.
-    try:
+    with self._write_errors():
       self._manager.close()
-    except Exception as error:
-      self._check_storage(error)
-      raise
 
   def steps(self) -> list[int]:
-    """Return the iterations that have a checkpoint, in order."""
+    """Return the iterations that have a checkpoint, in ascending order."""
     return sorted(self._manager.all_steps())
 
   def save(
@@ -66,20 +67,20 @@ class Checkpoints:
     Args:
       step: iterations done.
       state: parameters, optimizer states and batch statistics.
-      progress: what the training loop has to remember, as JSON.
+      progress: state of the training loop, serializable as JSON.
 
     Raises:
       errors.BadNumbersError: the state is not finite; nothing is saved.
-      errors.StorageError: this checkpoint, or the one before, cannot be
+      errors.StorageError: this checkpoint or the previous one cannot be
         written.
     """
     _check_finite(step, state)
     content = {
-      # A copy, because it is written in the background.
+      # Copied, because the caller changes it during the background write.
       "progress": copy.deepcopy(dict(progress)),
       "checksum": _checksum(state, progress),
     }
-    try:
+    with self._write_errors():
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -87,9 +88,6 @@ class Checkpoints:
           progress=ocp.args.JsonSave(content),
         ),
       )
-    except Exception as error:
-      self._check_storage(error)
-      raise
 
   def restore(
     self, step: int, like: types.TrainState
@@ -98,16 +96,16 @@ class Checkpoints:
 
     Args:
       step: one of `steps`.
-      like: a state with the shapes of the checkpoint, and with the shardings
-        that the restored state gets.
+      like: a state with the checkpoint's shapes and with the shardings for the
+        restored state.
 
     Returns:
       (state, progress).
 
     Raises:
-      DamagedError: it cannot be read, or its checksum is wrong.
-      errors.InputError: it belongs to another network.
-      errors.StorageError: the disk fails; the checkpoint may be good.
+      DamagedError: the checkpoint cannot be read, or its checksum is wrong.
+      errors.InputError: the checkpoint belongs to another network.
+      errors.StorageError: the disk fails; the checkpoint may be intact.
     """
     self._manager.wait_until_finished()
     reason = ""
@@ -123,12 +121,12 @@ class Checkpoints:
       content = restored["progress"]
       checksum, progress = content["checksum"], content["progress"]
     except Exception as error:
-      if isinstance(error, errors.Stop) or distributed.is_of_another(error):
+      if isinstance(error, errors.Stop) or distributed.is_process_loss(error):
         raise
-      if _is_of_storage(error):
+      if _is_storage_error(error):
         raise errors.StorageError(
           f"cannot read the checkpoint {self._path(step)}: {_reason(error)};"
-          " mend that, and the same command goes on from it"
+          " mend that, and the same command resumes from it"
         ) from error
       reason = _reason(error)
     if not distributed.is_true_for_all(not reason):
@@ -139,7 +137,7 @@ class Checkpoints:
     return state, progress
 
   def set_aside(self, step: int) -> pathlib.Path:
-    """Move a damaged checkpoint out of the way, and return its new path."""
+    """Move a damaged checkpoint out of the way and return its new path."""
     place = self._folder.with_name(f"damaged_checkpoint_{step}")
     if distributed.is_first():
       number = 1
@@ -152,17 +150,17 @@ class Checkpoints:
     return place
 
   def drop_after(self, step: int) -> None:
-    """Delete checkpoints of later iterations, which will be repeated."""
+    """Delete the checkpoints of later iterations; training repeats these."""
     self._manager.wait_until_finished()
     for later in self.steps():
       if later > step:
         self._manager.delete(later)
 
   def _check_shapes(self, step, like):
-    """Raise an InputError that names the first array that differs."""
+    """Raise an InputError if a shape differs from the checkpoint's."""
     stored = self._manager.item_metadata(step)["state"].tree
     shapes = lambda tree: {
-      "/".join(path): leaf.shape
+      "/".join(path): list(leaf.shape)
       for path, leaf in ocp.tree.to_flat_dict(tree).items()
       if hasattr(leaf, "shape")
     }
@@ -171,34 +169,35 @@ class Checkpoints:
       if found.get(name) != expected.get(name):
         raise errors.InputError(
           f"checkpoint {self._path(step)} is of another network: {name} is"
-          f" {_shape(found, name)} in it, {_shape(expected, name)} in this run;"
-          " use another --workdir"
+          f" {found.get(name, 'missing')} in it,"
+          f" {expected.get(name, 'missing')} in this run; use another --workdir"
         )
 
   def _path(self, step):
     return self._folder / str(step)
 
-  def _check_storage(self, error):
-    """Raise a StorageError if the disk is why a write failed."""
-    if _is_of_storage(error):
+  @contextlib.contextmanager
+  def _write_errors(self) -> Iterator[None]:
+    """Turn an error of the disk during a write into a StorageError."""
+    try:
+      yield
+    except Exception as error:
+      if not _is_storage_error(error):
+        raise
       kept = self.steps()
       where = f"from iteration {kept[-1]}" if kept else "from the start"
       raise errors.StorageError(
         f"cannot write a checkpoint into {self._folder}: {_reason(error)}; make"
-        f" room or mend that, and the same command goes on {where}"
+        f" room or mend that, and the same command resumes {where}"
       ) from error
 
 
 def steps_in(folder: pathlib.Path) -> set[int]:
-  """Return the iterations that have a checkpoint in a folder."""
+  """Return the iterations that have a checkpoint in a folder, if any."""
   if not folder.exists():
     return set()
   with Checkpoints(folder) as checkpoints:
     return set(checkpoints.steps())
-
-
-def _shape(shapes, name):
-  return list(shapes[name]) if name in shapes else "missing"
 
 
 def _check_finite(step, state):
@@ -226,11 +225,11 @@ def _checksum(state, progress):
 
 @jax.jit
 def _sums_of_bits(tree):
-  """Sum the bits of each array as unsigned integers that wrap around."""
   return [_sum_of_bits(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _sum_of_bits(leaf):
+  """Sum the bits of an array as unsigned 32-bit integers that wrap around."""
   if jnp.iscomplexobj(leaf):
     leaf = jnp.stack([leaf.real, leaf.imag])
   if leaf.dtype == bool:
@@ -240,15 +239,15 @@ def _sum_of_bits(leaf):
   return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
 
 
-def _is_of_storage(error):
-  """Return whether an error comes from the disk."""
+def _is_storage_error(error):
+  """Return whether the disk is the cause of an error."""
   if isinstance(error, OSError):
     return not isinstance(error, FileNotFoundError)
   return _error_number(error) not in (None, errno.ENOENT)
 
 
 def _error_number(error):
-  """Return the system's error number, also from tensorstore's text."""
+  """Return the system's error number, also from TensorStore's text."""
   if isinstance(error, OSError):
     return error.errno
   code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -256,12 +255,12 @@ def _error_number(error):
 
 
 def _reason(error):
-  """Extract the reason from a library's error, which may be a page long."""
+  """Extract the cause from a library's error, which may be a page long."""
   while error.__cause__:
     error = error.__cause__
-  if _is_of_storage(error) and (number := _error_number(error)):
+  if _is_storage_error(error) and (number := _error_number(error)):
     return os.strerror(number)
-  # Tensorstore appends [key='value', ...] to the reason.
-  said, *_ = re.split(r" \[\w+=", str(error))
-  lines = [line.strip() for line in said.splitlines() if line.strip()]
+  # TensorStore appends [key='value', ...] to the cause.
+  text, *_ = re.split(r" \[\w+=", str(error))
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   return lines[-1][-200:] if lines else type(error).__name__

@@ -1,14 +1,16 @@
-"""Compile programs ahead of their first call, and report what they cost.
+"""Compile programs ahead of their first call and report their cost.
 
 What each trick buys:
 
-  * `compile_ahead` compiles in a thread, while the caller reads images and
-    draws initial values; and time and memory are known before training starts.
-  * `garbage_collection_paused` makes tracing a quarter faster.
-  * `_OPTIONS` make XLA:CPU's convolution gradients two to three times faster
-    and halve the memory of a step. They are probed, because a jaxlib that does
-    not know an option refuses to compile.
-  * `use_cache` keeps programs on disk, so that a second start does not compile.
+  * `compile_ahead` compiles in a thread while the caller reads images and draws
+    initial values. It also reports the memory that a program needs, before
+    training starts.
+  * `garbage_collection_paused` makes tracing faster by a quarter.
+  * `_OPTIONS` make the convolution gradients of XLA:CPU two to three times
+    faster and halve the memory of a training step. They are tried on a small
+    program first, because a jaxlib that lacks an option refuses to compile.
+  * `use_cache` stores programs on disk, so that the second start of the same
+    experiment does not compile.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ PRECISIONS = {
   "tf32": (None, "tensorfloat32"),
   "bf16": (jnp.bfloat16, "default"),
 }
-# Per backend. XLA:CPU (jaxlib 0.10.1) hands convolutions to YNNPACK, which
-# takes two to three times as long as XLA's own code for the gradient with
-# respect to the kernel; and it schedules for concurrency, which needs twice the
-# memory and is slower on few cores. Measured in benchmarks/RESULTS.md.
+# XLA's options for each backend. XLA:CPU (jaxlib 0.10.1) passes convolutions to
+# YNNPACK, which takes two to three times as long as XLA's own code for the
+# gradient with respect to the kernel. It also schedules for concurrency, which
+# needs twice the memory and is slower on few cores. Measured in
+# benchmarks/RESULTS.md.
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -43,17 +46,17 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
   },
 }
 
-# A thread is enough: XLA releases the GIL while it compiles or reads its cache.
+# A thread suffices: XLA releases the GIL while it compiles or reads its cache.
 _COMPILER = futures.ThreadPoolExecutor(1, "compiler")
 
 
 class Program(NamedTuple):
-  """A compiled function."""
+  """A compiled function and its cost."""
 
   call: Any  # Takes arguments of the shapes that it was compiled for.
   seconds: float  # Time of tracing and compiling.
-  # XLA's count; None if unknown or if there is a loop, whose body XLA counts
-  # once.
+  # FLOPs per call. None if unknown, or if the program has a loop: XLA counts
+  # the body of a loop only once.
   flops: float | None
   # Arguments, results and temporaries; None if unknown.
   memory_bytes: int | None
@@ -63,8 +66,8 @@ class Program(NamedTuple):
 def garbage_collection_paused() -> Iterator[None]:
   """Context manager and decorator: trace without Python's garbage collector.
 
-  Tracing allocates so many small objects that the cyclic collector runs again
-  and again, and hardly any of them is garbage.
+  Tracing allocates so many small objects that the collector runs very often,
+  but hardly any of them is garbage.
   """
   was_enabled = gc.isenabled()
   gc.disable()
@@ -79,7 +82,7 @@ def garbage_collection_paused() -> Iterator[None]:
 def compile_ahead(
   function: jax.stages.Wrapped, *args: Any
 ) -> futures.Future[Program]:
-  """Trace a function now, and compile it in the background.
+  """Trace a function now and compile it in the background.
 
   Args:
     function: made by `jax.jit`.
@@ -103,15 +106,24 @@ def compile_ahead(
   return _COMPILER.submit(compile_lowered)
 
 
+@functools.cache
 def options() -> dict[str, str | bool]:
-  """Return XLA's options for this backend, for `jax.jit` and `compile`."""
-  return dict(_accepted_options(jax.default_backend()))
+  """Return the compiler options for `jax.jit` on the default backend.
+
+  They are empty if this jaxlib does not accept all of them.
+  """
+  wanted: dict[str, str | bool] = {**_OPTIONS.get(jax.default_backend(), {})}
+  try:
+    jax.jit(lambda x: x).lower(jnp.zeros(())).compile(wanted)
+  except (jax.errors.JaxRuntimeError, ValueError):
+    return {}
+  return wanted
 
 
 def memory_limit() -> int:
-  """Return the memory of the first local device, in bytes.
+  """Return the memory of the first local device in bytes.
 
-  On CPU, limits of containers and job schedulers count.
+  On CPU this respects the limits of containers and job schedulers.
   """
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
@@ -121,16 +133,16 @@ def memory_limit() -> int:
 
 
 def fits(program: Program) -> bool:
-  """Return whether a program leaves a tenth of the memory free."""
+  """Return whether a program leaves a tenth of the device's memory free."""
   if program.memory_bytes is None:
     return True
   return program.memory_bytes <= 0.9 * memory_limit()
 
 
 def use_cache() -> None:
-  """Keep compiled programs, including small ones, in ~/.cache/l2t_jax.
+  """Store compiled programs, including small ones, in ~/.cache/l2t_jax.
 
-  JAX_COMPILATION_CACHE_DIR chooses another folder, and
+  JAX_COMPILATION_CACHE_DIR chooses another folder;
   JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
   """
   wanted: dict[str, Any] = {
@@ -146,7 +158,11 @@ def use_cache() -> None:
 
 
 def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
-  """Return the memory limits of this process's control groups, in bytes."""
+  """Return the memory limits of this process's control groups in bytes.
+
+  Args:
+    root: the root of the file system; tests use another one.
+  """
   limits = []
   groups = root / "proc/self/cgroup"
   for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -159,17 +175,6 @@ def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
       with contextlib.suppress(OSError, ValueError):  # No file, or "max".
         limits.append(int(file.read_text()))
   return limits
-
-
-@functools.cache
-def _accepted_options(backend):
-  """Return the backend's options, or none if this jaxlib refuses them."""
-  wanted = _OPTIONS.get(backend, {})
-  try:
-    jax.jit(lambda x: x).lower(jnp.zeros(())).compile(dict(wanted))
-  except (jax.errors.JaxRuntimeError, ValueError):
-    return {}
-  return wanted
 
 
 def _flops(compiled):

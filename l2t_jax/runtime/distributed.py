@@ -1,6 +1,6 @@
-"""The processes of a run: their start, their agreement, the loss of one.
+"""Runs of several processes: start, agreement, and the loss of a process.
 
-With a single process, as in most runs, the functions do nothing.
+In a run of a single process these functions have nothing to do.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import numpy as np
 
 from l2t_jax import errors
 
-# Seconds without a sign of life after which a process counts as lost.
+# Seconds without a heartbeat after which a process counts as lost.
 _HEARTBEAT_TIMEOUT = 30
-# Seconds that the processes have to find one another.
+# Seconds that the processes have to connect.
 _START_TIMEOUT = 300
-# Seconds that process 0 waits before it leaves with an error, so that others
+# Seconds that process 0 waits before it exits with an error, so that the others
 # can report theirs.
 _GRACE = 3
-# Words in JAX's errors that tell that another process is the reason.
-_OF_ANOTHER = re.compile(
+# Words in errors of JAX that are caused by the loss of another process.
+_PROCESS_LOSS = re.compile(
   r"gloo|nccl|collective|coordination|barrier|heartbeat|UNAVAILABLE"
   r"|DEADLINE_EXCEEDED|Connection (reset|closed|refused)|Socket closed",
   re.IGNORECASE,
@@ -42,13 +42,13 @@ def start(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Join the other processes of the run, before anything is computed.
+  """Join the other processes of the run; call this before any computation.
 
-  All arguments are None where Slurm, Open MPI, Kubernetes or a TPU pod tells.
+  Under Slurm, Open MPI, Kubernetes or on a TPU pod no argument is needed.
 
   Args:
     coordinator: HOST:PORT of process 0, with a free port.
-    num_processes: how many processes there are.
+    num_processes: number of processes.
     process_id: index of this process, from 0.
 
   Raises:
@@ -59,17 +59,17 @@ def start(
     raise errors.InputError(
       f"--coordinator={coordinator} must be HOST:PORT, such as node0:1234"
     )
-  is_told = None not in (coordinator, num_processes, process_id)
-  # While JAX waits for the others, no Python handler would run.
+  is_explicit = None not in (coordinator, num_processes, process_id)
+  # Python's handlers do not run while JAX waits for the others.
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  # The others would wait for a process that saves and leaves alone.
+  # Ctrl-C must not save and exit: the others would wait for this process.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     jax.distributed.initialize(
       coordinator,
       num_processes,
       process_id,
-      cluster_detection_method="deactivate" if is_told else None,
+      cluster_detection_method="deactivate" if is_explicit else None,
       initialization_timeout=_START_TIMEOUT,
       heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
     )
@@ -82,38 +82,41 @@ def start(
     raise errors.LostProcessError(
       f"the processes did not find one another: {_in_one_line(error)}"
     ) from error
-  ctypes.CDLL(None).signal(signal.SIGABRT, _leave_on_abort)
+  ctypes.CDLL(None).signal(signal.SIGABRT, _exit_on_abort)
 
 
 def are_several() -> bool:
-  """Return whether this is one of several processes of a run."""
+  """Return whether the run consists of several processes."""
   return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-  """Return whether this process is the one that writes and prints."""
+  """Return whether this is process 0, which writes and prints."""
   return jax.process_index() == 0
 
 
-def is_found_by_all(error: BaseException) -> bool:
+def is_raised_by_all(error: BaseException) -> bool:
   """Return whether every process raises an error at the same iteration."""
   return not are_several() or getattr(error, "meets_all_processes", False)
 
 
-def is_of_another(error: BaseException) -> bool:
-  """Return whether an error says that another process was lost."""
-  return are_several() and bool(_OF_ANOTHER.search(str(error)))
+def is_process_loss(error: BaseException) -> bool:
+  """Return whether an error was caused by the loss of another process."""
+  return are_several() and bool(_PROCESS_LOSS.search(str(error)))
 
 
-def agree(number: int) -> int:
-  """Return process 0's number: file systems may show other processes less."""
+def from_first(number: int) -> int:
+  """Return the number that process 0 passes; all must call this.
+
+  Processes can see different files, because file systems may lag behind.
+  """
   if not are_several():
     return number
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def is_true_for_all(condition: bool) -> bool:
-  """Return whether a condition holds in every process; all must call this."""
+  """Return whether a condition is true in every process; all must call this."""
   if not are_several():
     return condition
   return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
@@ -126,42 +129,42 @@ def wait_for_all(where: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-  """Exit all processes together.
+def exit_together() -> Iterator[None]:
+  """Context manager for a whole command: exit all processes together.
 
-  Wraps a whole command. A process that fails alone ends at once, without JAX's
-  shutdown, which would wait for the others; its end ends them too, so that they
-  do not hang in a collective.
+  A process that fails alone exits at once, without JAX's shutdown, which would
+  wait for the others. Its exit ends the others too, so that they do not hang in
+  a collective.
   """
   try:
     yield
   except (Exception, KeyboardInterrupt) as error:
-    if is_found_by_all(error):
+    if is_raised_by_all(error):
       wait_for_all("the end")
       raise
     if is_first():
-      time.sleep(_GRACE)  # Its end ends the others.
+      time.sleep(_GRACE)  # The exit of process 0 ends the others.
     if isinstance(error, errors.Stop):
-      _leave(str(error), error.exit_code)
+      _exit(str(error), error.exit_code)
     traceback.print_exc()
-    if is_of_another(error):
-      _leave(_LOST, errors.LostProcessError.exit_code)
+    if is_process_loss(error):
+      _exit(_LOST, errors.LostProcessError.exit_code)
     if isinstance(error, KeyboardInterrupt):
-      _leave("interrupted", 130)
-    _leave("this process failed, as told above", 1)
+      _exit("interrupted", 130)
+    _exit("this process failed; see the traceback above", 1)
   else:
     wait_for_all("the end")
 
 
 _LOST = (
   "another process of the run ended or no longer answers, or JAX itself failed"
-  " (its own words stand above); the others' output says more. Start all"
-  " processes again, also on other machines or another number of them: they go"
-  " on from the last checkpoint"
+  " (see its messages above and the output of the other processes); start all"
+  " processes again, on any machines and in any number: they resume from the"
+  " last checkpoint"
 )
 
 
-def _leave(message: str, exit_code: int) -> NoReturn:
+def _exit(message: str, exit_code: int) -> NoReturn:
   print(f"error: {message}", file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
@@ -169,12 +172,12 @@ def _leave(message: str, exit_code: int) -> NoReturn:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _leave_on_abort(_):
-  """Handle the abort() by which JAX ends when a process is lost.
+def _exit_on_abort(_):
+  """Handle the abort() that JAX calls when a process is lost.
 
-  JAX calls it in a thread of its own, where no Python handler runs.
+  This is a C handler: JAX aborts in a thread in which Python's do not run.
   """
-  _leave(_LOST, errors.LostProcessError.exit_code)
+  _exit(_LOST, errors.LostProcessError.exit_code)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Output of a running training: metrics.jsonl, trackers, a progress bar."""
+"""Output during training: metrics.jsonl, trackers and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich import console, progress
 from l2t_jax import files
 from l2t_jax.runtime import run_folder, tracking
 
-# Name in the progress line -> metric.
+# Name in the progress bar -> metric.
 _SHOWN = {
   "loss": "loss",
   "target": "target_loss",
@@ -25,12 +25,13 @@ _SHOWN = {
 
 
 class MetricsLog:
-  """Append records to metrics.jsonl and hand scalars to trackers.
+  """Append records to metrics.jsonl and pass scalars to trackers.
 
-  A context manager that closes both and tells trackers how the run ended.
+  A context manager that closes the file and the trackers, and tells trackers
+  how the run ended.
 
-  Records after the iteration that a run resumes from are dropped, so that each
-  iteration is in the file once.
+  Records after the iteration that a run resumes from are dropped, so that the
+  file has every iteration once.
   """
 
   def __init__(
@@ -47,7 +48,7 @@ class MetricsLog:
       workdir: folder of the run.
       from_step: iterations done.
       trackers: names in `tracking.TRACKERS`.
-      config: fields of the run, as nested dicts, for the trackers.
+      config: fields of the run as nested dicts, for the trackers.
 
     Raises:
       errors.InputError: a tracker is not installed.
@@ -67,7 +68,7 @@ class MetricsLog:
     Args:
       kind: "train" (one logging interval) or "epoch".
       step: iterations done.
-      values: serializable as JSON; numbers, nested ones too, go to trackers.
+      values: serializable as JSON. Numbers go to the trackers, nested ones too.
     """
     record = {"kind": kind, "step": step, **values}
     self._file.write(json.dumps(record) + "\n")
@@ -88,12 +89,12 @@ class MetricsLog:
 
 
 class Progress:
-  """Context manager: a live bar on a terminal, else a line now and then."""
+  """Context manager: a live bar on a terminal, else a line every 30 seconds."""
 
   def __init__(self, total_steps: int, batch_size: int, *, quiet: bool = False):
     self.console = console.Console(quiet=quiet)
     self._batch_size = batch_size
-    self._said_at = time.time()
+    self._last_line_at = time.time()
     self._bar = progress.Progress(
       progress.TextColumn("{task.fields[where]}"),
       progress.BarColumn(),
@@ -111,14 +112,14 @@ class Progress:
     self._bar.start()
 
   def begin(self, done: int) -> None:
-    """Show that training begins, with `done` steps behind it."""
+    """Show that training begins after `done` steps."""
     self._bar.reset(self._task, completed=done)
 
   def update(self, epoch: int, steps: int, values: Mapping[str, float]) -> None:
     """Show that more steps are done.
 
     Args:
-      epoch: the running epoch, from 1.
+      epoch: the current epoch, from 1.
       steps: steps since the last call.
       values: metrics by name.
     """
@@ -127,22 +128,19 @@ class Progress:
       for name, key in _SHOWN.items()
       if key in values
     )
-    speed = self._bar.tasks[self._task].speed
-    if speed:
-      shown += f"  {speed * self._batch_size:.0f} images/s"
+    task = self._bar.tasks[self._task]
+    if task.speed:
+      shown += f"  {task.speed * self._batch_size:.0f} images/s"
     self._bar.update(
       self._task, advance=steps, where=f"epoch {epoch}", values=shown
     )
-    task = self._bar.tasks[self._task]
-    if (
-      self._bar.disable
-      and time.time() - self._said_at > tracking.SECONDS_OF_SILENCE
-    ):
+    silence = time.time() - self._last_line_at
+    if self._bar.disable and silence > tracking.FLUSH_SECONDS:
       self.say(f"step {task.completed:.0f}/{task.total:.0f}  {shown}")
 
   def say(self, line: str) -> None:
     """Print a line above the bar."""
-    self._said_at = time.time()
+    self._last_line_at = time.time()
     self.console.print(line, highlight=False, soft_wrap=True)
 
   def __enter__(self) -> Progress:

@@ -1,4 +1,4 @@
-"""Metrics of iterations: transfer to the host, averages, bad numbers."""
+"""Metrics of iterations: their transfer to the host, averages, NaN values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from l2t_jax import types
 
-# Metrics in "transfer" with one value per pair, causes before consequences.
+# Metrics in "transfer" with one value per pair, causes of NaN values first.
 _PER_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
 _META_UPDATE = {
   "outer_loss",
@@ -29,12 +29,12 @@ class Packed(NamedTuple):
 
 
 def pack(metrics: types.PyTree) -> Packed:
-  """Flatten metrics on the device, without waiting for them."""
+  """Flatten metrics on the device without waiting for them."""
   return Packed(_ravel(metrics), jax.tree.map(jax.typeof, metrics))
 
 
 def fetch(iterations: Sequence[Packed]) -> list[types.PyTree]:
-  """Wait for packed metrics and return them as arrays on the host."""
+  """Wait for packed metrics and return them as NumPy arrays."""
   fetched = jax.device_get([packed.numbers for packed in iterations])
   return [
     _unravel(numbers, packed.like)
@@ -48,17 +48,17 @@ def _ravel(metrics):
 
 
 def _unravel(numbers, like):
-  """Undo `_ravel` with NumPy: JAX's own would put each array on a device."""
+  """Undo `_ravel` with NumPy; JAX's function would use arrays on a device."""
   ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(like)])
   parts = iter(np.split(numbers, ends[:-1]))
   return jax.tree.map(lambda leaf: next(parts).reshape(leaf.shape), like)
 
 
 class Averages:
-  """Mean of each metric over the iterations that have it.
+  """The mean of each metric over the iterations that have it.
 
-  Sums are in float64 and taken in the order of iterations, so that means do not
-  depend on where a run was cut off and resumed.
+  Sums are float64 and follow the order of iterations, so that means do not
+  depend on where a run was interrupted and resumed.
   """
 
   def __init__(self):
@@ -66,7 +66,7 @@ class Averages:
     self._counts: dict[str, int] = {}
 
   def add(self, iterations: Sequence[Mapping[str, types.PyTree]]) -> None:
-    """Add the metrics of iterations: name -> number or tree of arrays."""
+    """Add the metrics of iterations, name -> number or tree of arrays."""
     for name in {name: None for metrics in iterations for name in metrics}:
       values = [metrics[name] for metrics in iterations if name in metrics]
       before = [self._sums[name]] if name in self._sums else []
@@ -98,12 +98,12 @@ class Averages:
 
 
 def _sum_in_order(*values):
-  """Sum one value after the other; `np.sum` would add in pairs."""
+  """Sum one value after the other; `np.sum` would add pairwise."""
   return np.add.accumulate(np.array(values, np.float64))[-1]
 
 
 def scalars(metrics: Mapping[str, types.PyTree]) -> dict[str, float]:
-  """Return the metrics that are a single number."""
+  """Return the metrics that are single numbers."""
   return {
     name: float(value)
     for name, value in metrics.items()
@@ -114,10 +114,10 @@ def scalars(metrics: Mapping[str, types.PyTree]) -> dict[str, float]:
 def bad_numbers(
   metrics: Mapping[str, types.PyTree], pair_names: Sequence[str] = ()
 ) -> list[str]:
-  """Name the quantities that are NaN or infinite, with their pairs.
+  """Name the metrics that are NaN or infinite, with their pairs.
 
   Args:
-    metrics: of one iteration, as `training.make_train_step` returns them.
+    metrics: metrics of one iteration, as the training step returns them.
     pair_names: names of the pairs, in the order of the metrics' entries.
   """
   transferred = metrics.get("transfer", {})
@@ -139,6 +139,10 @@ def bad_numbers(
 def without_bad_numbers(
   metrics: Mapping[str, types.PyTree],
 ) -> dict[str, types.PyTree]:
-  """Drop the metrics of a skipped iteration, or of its skipped meta update."""
+  """Drop the metrics of a skipped iteration, or of a skipped meta update.
+
+  Args:
+    metrics: metrics of one iteration, some of which are NaN or infinite.
+  """
   kept = () if metrics["skipped"] else metrics.keys() - _META_UPDATE
   return {name: metrics[name] for name in ("skipped", *kept)}

@@ -7,14 +7,13 @@ import contextlib
 import errno
 import json
 import pathlib
-import tempfile
 from typing import Any
 
 from l2t_jax import errors, files
 from l2t_jax.runtime import distributed
 
 METRICS = "metrics.jsonl"
-# The operating system's errors when a folder cannot be written.
+# Error numbers of the operating system when a folder cannot be written.
 _STORAGE_ERRORS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -29,7 +28,7 @@ _STORAGE_ERRORS = (
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
   """Read the records of a run's `metrics.jsonl`.
 
-  An incomplete last line, which a run that was stopped may leave, is dropped.
+  An incomplete last line, which an interrupted run may leave, is dropped.
 
   Args:
     workdir: the folder of the run.
@@ -38,12 +37,12 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
     One dict per line, in the file's order.
 
   Raises:
-    InputError: the file is missing, or a line is not a JSON object.
+    errors.InputError: the file is missing, or a line is not a JSON object.
   """
   path = pathlib.Path(workdir) / METRICS
   if not path.is_file():
     raise errors.InputError(
-      f"{path} does not exist; name the folder of a run that was started."
+      f"{path} does not exist; name the folder of a run that was started"
     )
   lines = path.read_bytes().split(b"\n")
   records = []
@@ -58,27 +57,25 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
       if number == len(lines):
         break
       raise errors.InputError(
-        f"{path}, line {number}: not a JSON object ({error}); "
-        "mend or delete that line."
+        f"{path}, line {number}: not a JSON object ({error}); mend or delete"
+        " that line"
       ) from error
     records.append(record)
   return records
 
 
 def make(workdir: pathlib.Path) -> None:
-  """Make the folder of a run.
+  """Make the folder of a run and check that it can be written.
 
   Raises:
-    errors.InputError: a file is in its place.
-    errors.StorageError: it cannot be written.
+    errors.InputError: there is a file of that name.
+    errors.StorageError: the folder cannot be made or written.
   """
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
+    files.check_place(workdir / METRICS)
   except OSError as error:
-    in_place = isinstance(error, FileExistsError | NotADirectoryError)
-    stop = errors.InputError if in_place else errors.StorageError
+    is_file = isinstance(error, FileExistsError | NotADirectoryError)
+    stop = errors.InputError if is_file else errors.StorageError
     raise stop(
       f"cannot use --workdir={workdir}: {error.strerror}; give a folder that"
       " can be written"
@@ -92,31 +89,26 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   Raises:
     errors.InputError: another run holds the lock.
   """
-  if not distributed.is_first():
+  with contextlib.ExitStack() as stack:
+    if distributed.is_first():
+      file = stack.enter_context((workdir / ".lock").open("a"))
+      try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise errors.InputError(
+          f"another process is training in {workdir}; wait until it ends or use"
+          " another --workdir"
+        ) from error
+      except (ImportError, OSError):
+        pass  # Some systems and file systems have no locks.
     yield
-    return
-  with (workdir / ".lock").open("a") as file:
-    _lock_file(file, workdir)
-    yield
-
-
-def _lock_file(file, workdir):
-  try:
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise errors.InputError(
-      f"another process is training in {workdir}; wait for its end or use"
-      " another --workdir"
-    ) from error
-  except (ImportError, OSError):
-    pass  # The system or the file system has no such locks.
 
 
 @contextlib.contextmanager
 def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
-  """Turn an OSError about files in these folders into a StorageError."""
+  """Context manager: turn an OSError about folders into a StorageError."""
   try:
     yield
   except errors.Stop:
@@ -130,18 +122,18 @@ def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
     place = error.filename or f"into {', '.join(map(str, workdirs))}"
     raise errors.StorageError(
       f"cannot write {place}: {error.strerror}; make room or mend that, and the"
-      " same command goes on from the last checkpoint"
+      " same command resumes from the last checkpoint"
     ) from error
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Write a file atomically, in the first process."""
+  """Write a JSON file atomically; processes other than 0 do nothing."""
   if distributed.is_first():
     files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Read a file; raise `errors.InputError` if it is damaged."""
+  """Read a JSON file; raise `errors.InputError` if it is damaged."""
   try:
     return json.loads(path.read_text())
   except ValueError as error:

@@ -1,7 +1,8 @@
-"""Shardings over one mesh: batches are split, other arrays replicated or split.
+"""Shardings over a mesh of devices with one axis.
 
-Under one `jax.jit` losses and batch statistics are those of the global batch;
-XLA inserts the collectives.
+Batches are split over the devices; other arrays are replicated or split. Under
+`jax.jit` losses and batch statistics are those of the global batch, and XLA
+inserts the collectives.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MIN_SPLIT_SIZE = 2**12
 def make_mesh(
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """Lay out devices along one axis; by default those of all processes."""
+  """Make a mesh with one axis of devices, by default those of all processes."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
     (len(devices),),
@@ -36,12 +37,12 @@ def make_mesh(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Return the sharding of an array that every device has a copy of."""
+  """Return the sharding of a replicated array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def copied(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Return a sharding per array that replicates it."""
+def replicate(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Choose shardings that replicate all arrays; one sharding per array."""
   return jax.tree.map(lambda _: replicated(mesh), tree)
 
 
@@ -72,8 +73,8 @@ def split(
     min_size: arrays with fewer elements are replicated.
 
   Returns:
-    A sharding per array: along its longest axis that is divisible by the number
-    of devices, or replicated if there is none.
+    One sharding per array: along its longest axis that is divisible by the
+    number of devices, or replicated if there is none.
   """
 
   def choose(array):
@@ -89,14 +90,14 @@ def split(
 def with_shardings(
   shapes: types.PyTree, shardings: types.PyTree
 ) -> types.PyTree:
-  """Attach shardings to shapes (`jax.ShapeDtypeStruct`)."""
+  """Attach one sharding to each `jax.ShapeDtypeStruct`."""
   return jax.tree.map(
     lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings
   )
 
 
 def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
-  """Give shapes a leading axis that is not split.
+  """Add a leading axis that is not split to shapes.
 
   Args:
     shapes: `jax.ShapeDtypeStruct`s from `with_shardings`.
@@ -114,7 +115,7 @@ def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
 
 
 def gather(tree: types.PyTree) -> types.PyTree:
-  """Copy whole arrays to the host; all processes must call this."""
+  """Copy global arrays to the host; all processes must call this."""
 
   def copy(array):
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -135,11 +136,7 @@ def shard(
     axis: the axis of rows.
 
   Returns:
-    Arrays with the rows of all processes.
+    Global arrays with the rows of all processes.
   """
   sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
-  if jax.process_count() == 1:
-    return jax.device_put(tree, sharding)
-  return jax.tree.map(
-    lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree
-  )
+  return jax.make_array_from_process_local_data(sharding, tree)

@@ -18,22 +18,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequests:
   """Context manager that records SIGTERM or Ctrl-C instead of exiting.
 
-  A second Ctrl-C does what it did before. Nested instances share the request.
-  Ctrl-C stays ignored where a shell's `&` has it ignored. With several
-  processes JAX listens in place of this class, so that all processes stop at
-  the same iteration.
+  A second Ctrl-C is handled as if there were no context manager. Nested
+  instances share the request. If Ctrl-C is ignored, as under a shell's `&`, it
+  stays ignored. With several processes JAX listens to SIGTERM instead, so that
+  all processes stop at the same iteration.
 
-  An instance for a whole command (`for_command`) raises `errors.Interrupted` as
-  soon as it is asked, unless a nested instance takes the time to save. From
-  then on signals are ignored: the command is leaving.
+  With `for_command` the context manager wraps a whole command. It then raises
+  `errors.Interrupted` at once, unless a nested instance wants to save first;
+  further signals are ignored, because the command is exiting.
   """
 
   def __init__(self, *, for_command: bool = False):
     self._for_command = for_command
     self._outermost = self  # The instance that holds the request.
-    self._num_saving = 0  # Instances that want to save before they leave.
-    self._asked: signal.Signals | None = None  # By which signal.
-    self._usual: dict[signal.Signals, Any] = {}  # Handlers before.
+    self._num_saving = 0  # Active instances that save before the exit.
+    self._received: signal.Signals | None = None
+    self._previous: dict[signal.Signals, Any] = {}  # Signal -> its old handler.
 
   def __enter__(self) -> StopRequests:
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -42,7 +42,7 @@ class StopRequests:
       if isinstance(around, StopRequests):
         self._outermost = around
       else:
-        self._listen()
+        self._install_handlers()
     self._outermost._num_saving += not self._for_command
     return self
 
@@ -50,51 +50,51 @@ class StopRequests:
     outermost = self._outermost
     outermost._num_saving -= not self._for_command
     if outermost._for_command:
-      is_leaving = outermost._asked and not outermost._num_saving
-      if is_leaving or self._for_command:
+      is_exiting = outermost._received and not outermost._num_saving
+      if is_exiting or self._for_command:
         _ignore_signals()
     elif outermost is self:
-      for number, usual in self._usual.items():
-        signal.signal(number, usual)
-      # A request that came too late to be obeyed is passed on.
-      usual = self._usual.get(self._asked) if self._asked else None
-      is_told = error and usual is signal.default_int_handler
-      if callable(usual) and not is_told:
-        usual(self._asked, None)
+      for number, handler in self._previous.items():
+        signal.signal(number, handler)
+      # A request that came after the last check goes to the previous handler.
+      handler = self._previous.get(self._received) if self._received else None
+      is_handled = error and handler is signal.default_int_handler
+      if callable(handler) and not is_handled:
+        handler(self._received, None)
 
-  def were_made(self) -> bool:
-    """Return whether this process, and no other, received a request."""
-    return self._outermost._asked is not None
+  def received(self) -> bool:
+    """Return whether this process received a request."""
+    return self._outermost._received is not None
 
-  def after(self, step: int) -> bool:
-    """Return whether to leave after an iteration; to be called after each."""
+  def should_stop_after(self, step: int) -> bool:
+    """Return whether to stop after an iteration; call this after each one."""
     if (
       distributed.are_several()
       and multihost_utils.reached_preemption_sync_point(step)
     ):
-      self._outermost._asked = signal.SIGTERM
-    return self.were_made()
+      self._outermost._received = signal.SIGTERM
+    return self.received()
 
-  def _listen(self) -> None:
+  def _install_handlers(self) -> None:
     for number in _SIGNALS:
-      usual = signal.getsignal(number) or signal.SIG_DFL
-      if number == signal.SIGTERM or usual is not signal.SIG_IGN:
-        self._usual[number] = usual
-        signal.signal(number, self._ask)
+      handler = signal.getsignal(number) or signal.SIG_DFL
+      if number == signal.SIGTERM or handler is not signal.SIG_IGN:
+        self._previous[number] = handler
+        signal.signal(number, self._handle)
 
-  def _ask(self, number: int, _) -> None:
-    self._asked = signal.Signals(number)
+  def _handle(self, number: int, _) -> None:
+    self._received = signal.Signals(number)
     if not self._num_saving:
-      self._leave()
+      self._exit()
     if number == signal.SIGINT:
-      # Not print: the signal may have interrupted another print.
+      # Not print, which the signal may have interrupted.
       os.write(2, b"stopping after this iteration; Ctrl-C again: at once\n")
-      again = self._leave if self._for_command else self._usual[signal.SIGINT]
-      signal.signal(number, again)
+      previous = self._previous[signal.SIGINT]
+      signal.signal(number, self._exit if self._for_command else previous)
 
-  def _leave(self, *_) -> None:
+  def _exit(self, *_) -> None:
     _ignore_signals()
-    raise errors.Interrupted("asked to stop; the same command goes on")
+    raise errors.Interrupted("asked to stop; the same command resumes")
 
 
 def _ignore_signals() -> None:

@@ -12,25 +12,25 @@ from flax import traverse_util
 
 from l2t_jax import errors, imports
 
-SECONDS_OF_SILENCE = 30
-_PROJECT = "l2t_jax"  # The project or experiment that runs belong to.
+FLUSH_SECONDS = 30  # Longest time without output.
+_PROJECT = "l2t_jax"  # Name of the project or experiment in trackers.
 
 
 class Tracker(Protocol):
-  """A destination of scalars, beside metrics.jsonl."""
+  """A destination of scalars in addition to metrics.jsonl."""
 
   def write(self, scalars: Mapping[str, float], step: int) -> None:
     """Record scalars by name."""
 
   def close(self, error: BaseException | None) -> None:
-    """Flush what is buffered; `error` is what ended the run, if anything."""
+    """Flush buffers and close; `error` is the exception that ended the run."""
 
 
 class _TensorBoard:
-  """Event files, written in the thread of the run.
+  """TensorBoard event files, written in the calling thread.
 
-  tensorboardX's SummaryWriter writes them in a thread of its own, which a full
-  disk ends; then the run waits for it forever.
+  tensorboardX's SummaryWriter writes in a thread of its own. A full disk ends
+  that thread, and then the run waits for it forever.
   """
 
   def __init__(self, workdir, from_step, config):
@@ -41,7 +41,7 @@ class _TensorBoard:
     self._events = self._library.event_file_writer.EventsWriter(
       str(folder / "events")
     )
-    # Hides what an earlier process wrote for the steps from here on.
+    # START makes TensorBoard hide earlier records of the steps from here on.
     start = self._library.proto.event_pb2.SessionLog(status="START")
     self._add(from_step + 1, session_log=start)
     self._flushed = time.monotonic()
@@ -49,7 +49,7 @@ class _TensorBoard:
   def write(self, scalars, step):
     for name, value in scalars.items():
       self._add(step, summary=self._library.summary.scalar(name, value))
-    if time.monotonic() - self._flushed > SECONDS_OF_SILENCE:
+    if time.monotonic() - self._flushed > FLUSH_SECONDS:
       self._events.flush()
       self._flushed = time.monotonic()
 
@@ -92,19 +92,19 @@ class _MLflow:
   def __init__(self, workdir, from_step, config):
     del from_step
     self._mlflow = mlflow = _tracker_module("mlflow")
-    # By the client: seeds that train together, or users, have active runs.
+    # The client, because the fluent API allows only one active run, and seeds
+    # that train together have one each.
     self._client = client = mlflow.MlflowClient()
     known = client.get_experiment_by_name(_PROJECT)
-    id_ = known.experiment_id if known else client.create_experiment(_PROJECT)
-    tags = {"l2t_jax.id": _id_of(workdir)}
-    found = client.search_runs(
-      [id_], f"tags.`l2t_jax.id` = '{_id_of(workdir)}'"
-    )
-    run = found[0] if found else client.create_run(id_, tags=tags)
-    self._run_id = run.info.run_id
+    group = known.experiment_id if known else client.create_experiment(_PROJECT)
+    id_ = _id_of(workdir)
+    found = client.search_runs([group], f"tags.`l2t_jax.id` = '{id_}'")
     if found:
+      self._run_id = found[0].info.run_id
       client.update_run(self._run_id, "RUNNING")
     else:
+      run = client.create_run(group, tags={"l2t_jax.id": id_})
+      self._run_id = run.info.run_id
       fields = traverse_util.flatten_dict(config, sep=".")
       mlflow.log_params(fields, run_id=self._run_id)
 
@@ -128,7 +128,7 @@ TRACKERS: Mapping[str, Callable[..., Tracker]] = {
 
 
 def check_trackers(names: Iterable[str]) -> None:
-  """Raise `errors.InputError` for an unknown or missing tracker."""
+  """Raise `errors.InputError` if a tracker is unknown or not installed."""
   for name in names:
     if name not in TRACKERS:
       raise errors.InputError(
@@ -142,13 +142,13 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def import_trackers(names: Iterable[str]) -> None:
-  """Import the libraries of trackers early: this may take seconds."""
+  """Import the libraries of trackers early, because it can take seconds."""
   for name in names:
     _tracker_module(name)
 
 
 def _mlflow_name(name):
-  """Replace characters that MLflow does not allow in names."""
+  """Replace the characters that MLflow does not allow in names."""
   return re.sub(r"[^/\w.\- ]", "_", name.replace("->", " to "))
 
 

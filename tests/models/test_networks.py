@@ -117,7 +117,7 @@ class NnxFrozen(NnxNet):
 @pytest.mark.parametrize("network", [Wrapped(), WithAttribute(), NnxFrozen])
 def test_networks_that_do_not_know_when_they_train_say_so(network):
   (note,) = models.training_notes(network, models.trace(network, IMAGES), 4)
-  assert "does not move the target's batch statistics" in note
+  assert "does not update the target's batch statistics" in note
 
 
 @pytest.mark.parametrize("network", [LinenNet(), NnxNet, BY_HAND])

@@ -200,7 +200,7 @@ def test_a_run_says_that_batch_statistics_stay(arrays, capsys):
     [lambda x: x.mean((1, 2)), nn.BatchNorm(True), nn.Dense(10)]
   )
   fit.fit(network, arrays, config=small_config("scratch", 1))
-  assert "does not move the target's batch stat" in capsys.readouterr().out
+  assert "does not update the target's batch stat" in capsys.readouterr().out
 
 
 def test_too_few_outputs(arrays):
@@ -234,7 +234,7 @@ def test_tasks_of_ones_own(arrays, capsys):
       tasks.INK.accuracy,
       r"shape \[50, 8, 8\] for 50",
     ),
-    (tasks.INK.loss, lambda o, t: (o > 0) == t, "one value an image"),
+    (tasks.INK.loss, lambda o, t: (o > 0) == t, "one value per image"),
   ],
 )
 def test_tasks_that_cannot_be(arrays, loss, accuracy, message):

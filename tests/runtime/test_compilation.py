@@ -92,14 +92,14 @@ def test_what_fits_in_no_way_is_refused(
 def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
   assert compilation.options()
   monkeypatch.setattr(compilation, "_OPTIONS", {"cpu": {"no_such": "1"}})
-  compilation._accepted_options.cache_clear()
+  compilation.options.cache_clear()
   try:
     assert compilation.options() == {}
     program = compilation.compile_ahead(
       jax.jit(jnp.dot), jnp.eye(8), jnp.eye(8)
     ).result()
   finally:
-    compilation._accepted_options.cache_clear()
+    compilation.options.cache_clear()
   assert program.flops == 2 * 8**3
   assert program.memory_bytes == 3 * 8 * 8 * 4
 

@@ -13,9 +13,9 @@ def test_a_stop_request_is_seen_and_forgotten():
   # Else what came would be handed on to this process's own.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   with signals.StopRequests() as requests:
-    assert not requests.after(1)
+    assert not requests.should_stop_after(1)
     signal.raise_signal(signal.SIGTERM)
-    assert requests.after(2)
+    assert requests.should_stop_after(2)
   assert signal.signal(signal.SIGTERM, usual) == signal.SIG_IGN
   assert signal.getsignal(signal.SIGTERM) == usual
 
@@ -23,7 +23,7 @@ def test_a_stop_request_is_seen_and_forgotten():
 def test_control_c_for_the_second_time_is_what_it_was():
   with pytest.raises(errors.Interrupted), signals.StopRequests() as requests:
     signal.raise_signal(signal.SIGINT)
-    assert requests.were_made()
+    assert requests.received()
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
     raise errors.Interrupted("asked to stop")  # And that is what is told.
@@ -36,7 +36,7 @@ def test_control_c_asks_all_and_then_is_what_it_was(capfd):
     signals.StopRequests(),
   ):
     signal.raise_signal(signal.SIGINT)
-    assert outer.were_made()
+    assert outer.received()
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
     raise errors.Interrupted("asked to stop")
@@ -49,7 +49,7 @@ def test_control_c_that_is_ignored_stays_so():
   try:
     with signals.StopRequests() as requests:
       signal.raise_signal(signal.SIGINT)
-      assert not requests.were_made()
+      assert not requests.received()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
   finally:
     signal.signal(signal.SIGINT, usual)
@@ -59,7 +59,7 @@ def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
   with signals.StopRequests() as outer:
     with signals.StopRequests():
       signal.raise_signal(signal.SIGTERM)
-    assert outer.were_made()
+    assert outer.received()
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_command_waits_for_what_saves(usual_handlers, capfd):
   with signals.StopRequests(for_command=True):
     with signals.StopRequests() as outer, signals.StopRequests() as requests:
       signal.raise_signal(signal.SIGTERM)
-      assert requests.after(1) and outer.were_made()
+      assert requests.should_stop_after(1) and outer.received()
       signal.raise_signal(signal.SIGINT)
       with pytest.raises(errors.Interrupted, match="asked to stop"):
         signal.raise_signal(signal.SIGINT)

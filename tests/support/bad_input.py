@@ -801,8 +801,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A checkpoint without a tensor",
       _CONVERTED,
-      "the checkpoint does not fit the network: fc.bias [5] is missing; "
-      "choose the network that it was trained with",
+      "the checkpoint does not fit the network: fc.bias is missing, expected "
+      "[5]; choose the network that it was trained with",
       _checkpoint({"fc.bias": None}),
       command=CONVERT,
     ),

@@ -45,8 +45,8 @@ def save(path, tree):
 
 def main(path, coordinator, num_processes, process_id):
   distributed.start(coordinator, int(num_processes), int(process_id))
-  with distributed.ending_together():
-    assert distributed.agree(int(process_id)) == 0
+  with distributed.exit_together():
+    assert distributed.from_first(int(process_id)) == 0
     assert not distributed.is_true_for_all(distributed.is_first())
     save(path, run(sharding.make_mesh()))
 
