@@ -28,7 +28,7 @@ def make_parser() -> errors.Parser:
     "--output", type=pathlib.Path, default=pathlib.Path("report.html")
   )
   parser.add_argument(
-    "--images", type=int, default=6, help="to show saliency of (6); 0: none"
+    "--images", type=int, default=6, help="images with saliency; 0 for none"
   )
   return parser
 
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
   cpu_lowering.install()
   runs = find_runs(args.runs)
   with files.output_errors(args.output):
-    files.check_place(args.output)  # Before the work.
+    files.check_place(args.output)  # Fail early, not after the work.
   content = make_page(runs, args.images)
   with files.output_errors(args.output):
     files.write(args.output, content)
@@ -57,7 +57,7 @@ def make_page(runs: Sequence[run_reader.Run], num_images: int) -> str:
   """Return the page of some runs, with the saliency of `num_images` images."""
   saliency: dict[str, saliency_images.Saliency | str] = {}
   learned = [run for run in runs if run.learned_channels and num_images]
-  # The seeds of an experiment look alike: one of them is shown closely.
+  # Seeds of an experiment look alike: the saliency of one is enough.
   for run, *_ in run_reader.by_experiment(learned):
     try:
       saliency[run.name] = saliency_images.compute_saliency(run, num_images)

@@ -16,6 +16,7 @@ from l2t_jax.results import plotly_figures, run_reader, run_warnings, tables
 
 _TEMPLATES = {"light": "plotly_white", "dark": "plotly_dark"}
 _CLEAR = "rgba(0,0,0,0)"
+_MARGIN = {"l": 60, "r": 20, "t": 30, "b": 50}
 
 
 def make_page(
@@ -98,6 +99,7 @@ def _draw_map(run: run_reader.Run) -> dict[str, graph_objects.Figure]:
 
 
 def _why_no_map(run: run_reader.Run) -> str:
+  """Say why a run has no transfer map."""
   if run.summary is None and not run.epochs:
     return "no epoch is finished yet"
   if run.epochs and run.epochs[-1].get("pair_weights"):
@@ -107,26 +109,21 @@ def _why_no_map(run: run_reader.Run) -> str:
 
 def _to_script(figure: graph_objects.Figure) -> str:
   """Return a figure as JavaScript; the page chooses its template."""
-  figure.update_layout(
-    paper_bgcolor=_CLEAR,
-    plot_bgcolor=_CLEAR,
-    modebar_bgcolor=_CLEAR,
-    template=None,
-  )
-  if figure.layout.margin.t is None:
-    figure.update_layout(margin=plotly_figures.MARGIN)
-  if figure.layout.height is None:
-    figure.update_layout(height=380)
+  layout = figure.layout
+  layout.paper_bgcolor = layout.plot_bgcolor = layout.modebar.bgcolor = _CLEAR
+  layout.template = None
+  layout.margin = {**_MARGIN, **layout.margin.to_plotly_json()}
+  layout.height = layout.height or 380
   return _in_script(figure.to_json())
 
 
 def _in_script(text: str) -> str:
-  """Escape JSON for a script element, where HTML's escapes mean nothing."""
+  """Escape JSON for a script element, where HTML's escapes have no effect."""
   return text.replace("<", "\\u003c")
 
 
 def _command(run: run_reader.Run) -> str:
-  """Return the command that repeats a run; "" if none can."""
+  """Return the command that repeats a run; "" if no command can."""
   if run.config["data"]["source"] == "arrays":
     return ""
   path = run.workdir / "config.json"

@@ -15,13 +15,12 @@ from plotly import io as plotly_io
 from l2t_jax.results import run_reader, transfer_map
 
 _EPOCHS = {"tickformat": "d", "minallowed": 0}
-MARGIN = {"l": 60, "r": 20, "t": 30, "b": 50}
 
 
 def draw_curves(
   runs: Sequence[run_reader.Run], metric: str, title: str, factor: float = 1.0
 ) -> graph_objects.Figure:
-  """Draw a metric over the epochs: a line per run, a colour per method.
+  """Draw a metric over the epochs: one line per run, one colour per method.
 
   Runs of the same method on other data have another colour.
 
@@ -35,29 +34,27 @@ def draw_curves(
     The figure; its legend shows and hides all runs of a colour.
   """
   colors = itertools.cycle(plotly_io.templates["plotly"].layout.colorway)
-  names = _names_of_kinds(runs)
+  names = _legend_names(runs)
   color_of = dict(zip(dict.fromkeys(names), colors, strict=False))
   figure = graph_objects.Figure()
-  named = set()
-  for run, name in zip(runs, names, strict=True):
+  for i, (run, name) in enumerate(zip(runs, names, strict=True)):
     figure.add_scatter(
       x=[record["epoch"] for record in run.epochs],
       y=[factor * record[metric] for record in run.epochs],
       mode=_mode(run.epochs),
       name=name,
       legendgroup=name,
-      showlegend=name not in named,
+      showlegend=name not in names[:i],
       hovertemplate=f"{html.escape(run.name)}<br>epoch %{{x}}: %{{y:.4g}}"
       "<extra></extra>",
       line_color=color_of[name],
     )
-    named.add(name)
   figure.update_layout(yaxis_title=title, showlegend=True)
   figure.update_xaxes(title_text="epoch", **_EPOCHS)
   return figure
 
 
-def _names_of_kinds(runs):
+def _legend_names(runs):
   """Name each run by its method, and by its data if they are not all equal."""
   methods = [run.config["method"] for run in runs]
   fields = [run.config["data"] for run in runs]
@@ -78,12 +75,11 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
     content: of a transfer_map.json.
   """
   epochs = content["epochs"][-1:] if content["fixed"] else content["epochs"]
-  last = len(epochs) - 1
   figure = graph_objects.Figure(
     graph_objects.Heatmap(
       x=[tap["name"] for tap in content["target_taps"]],
       y=[tap["name"] for tap in content["source_taps"]],
-      **_cells(content, epochs[-1]),
+      **_map_cells(content, epochs[-1]),
       texttemplate="%{text}",
       hovertemplate="%{y} → %{x}<br>pair weight %{z:.3f}<br>%{customdata}"
       "<extra></extra>",
@@ -93,13 +89,7 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
       zmax=max(2.0, *(max(pair["history"]) for pair in content["pairs"])),
       xgap=2,
       ygap=2,
-    ),
-    frames=[
-      graph_objects.Frame(
-        data=[graph_objects.Heatmap(**_cells(content, epoch))], name=str(epoch)
-      )
-      for epoch in (epochs if last else ())
-    ],
+    )
   )
   figure.update_layout(
     xaxis_title="target layer",
@@ -109,29 +99,46 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
   )
   figure.update_xaxes(automargin=True, type="category")
   figure.update_yaxes(automargin=True, type="category")
-  if last:
-    instantly = {"mode": "immediate", "frame": {"duration": 0}}
-    steps = [
-      {
-        "label": str(epoch),
-        "method": "animate",
-        "args": [[str(epoch)], instantly],
-      }
-      for epoch in epochs
-    ]
-    slider = {"active": last, "currentvalue": {"prefix": "epoch "}}
-    figure.update_layout(sliders=[{**slider, "pad": {"t": 60}, "steps": steps}])
+  if len(epochs) > 1:
+    _add_slider(figure, content, epochs)
   return figure
 
 
-def _cells(content: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-  """Return pair weights of an epoch, and what the map tells of each cell."""
+def _add_slider(figure, content, epochs):
+  """Add a slider that shows the cells of any epoch, the last one first."""
+  figure.frames = [
+    graph_objects.Frame(
+      data=[graph_objects.Heatmap(**_map_cells(content, epoch))],
+      name=str(epoch),
+    )
+    for epoch in epochs
+  ]
+  at_once = {"mode": "immediate", "frame": {"duration": 0}}
+  step = lambda name: {
+    "label": name,
+    "method": "animate",
+    "args": [[name], at_once],
+  }
+  figure.update_layout(
+    sliders=[
+      {
+        "active": len(epochs) - 1,
+        "currentvalue": {"prefix": "epoch "},
+        "pad": {"t": 60},
+        "steps": [step(str(epoch)) for epoch in epochs],
+      }
+    ]
+  )
+
+
+def _map_cells(content: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+  """Return the pair weights of an epoch, and what a cell says when hovered."""
   sources = [tap["name"] for tap in content["source_taps"]]
   targets = [tap["name"] for tap in content["target_taps"]]
   index = content["epochs"].index(epoch)
   total = sum(pair["history"][index] for pair in content["pairs"])
   weights = np.full((len(sources), len(targets)), np.nan)
-  told = np.full(weights.shape, "no pair", object)
+  hover = np.full(weights.shape, "no pair", object)
   for pair in content["pairs"]:
     place = sources.index(pair["source"]), targets.index(pair["target"])
     weight = pair["history"][index]
@@ -140,12 +147,12 @@ def _cells(content: Mapping[str, Any], epoch: int) -> dict[str, Any]:
       f"{c['channel']} ({c['weight'] / c['uniform']:.1f}×)"
       for c in pair["top_channels"]
     )
-    told[place] = (
+    hover[place] = (
       f"share of all {weight / total if total else 0:.0%}"
       f"<br>top channels in the end {top}"
     )
   texts = [["" if np.isnan(w) else f"{w:.2f}" for w in row] for row in weights]
-  return {"z": weights.tolist(), "text": texts, "customdata": told.tolist()}
+  return {"z": weights.tolist(), "text": texts, "customdata": hover.tolist()}
 
 
 def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
@@ -162,56 +169,44 @@ def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
       mode=_mode(content["epochs"]),
       name=transfer_map.pair_name(pair),
     )
-  figure.update_layout(yaxis_title="pair weight")
+  figure.update_layout(yaxis_title="pair weight", yaxis_rangemode="tozero")
   figure.update_xaxes(title_text="epoch", **_EPOCHS)
-  figure.update_yaxes(rangemode="tozero")
   return figure
 
 
 def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Draw channel weights of the pair that the reader chooses, by size.
+  """Draw the channel weights, by size, of the pair chosen from a menu.
 
   Args:
     content: of a transfer_map.json.
   """
   pairs = transfer_map.strongest_first(content)
   figure = graph_objects.Figure()
+  buttons = []
   for i, pair in enumerate(pairs):
     weights = np.array(pair["channel_weights"]) * pair["num_channels"]
     order = np.argsort(-weights, kind="stable")
+    name = transfer_map.pair_name(pair)
     figure.add_bar(
       x=list(range(1, len(order) + 1)),
       y=weights[order].tolist(),
       customdata=order.tolist(),
       hovertemplate="channel %{customdata}<br>%{y:.2f} × 1/C<extra></extra>",
       visible=i == 0,
-      name=transfer_map.pair_name(pair),
+      name=name,
       marker_line_width=0,
     )
-  buttons = [
-    {
-      "label": transfer_map.pair_name(pair),
-      "method": "update",
-      "args": [{"visible": [j == i for j in range(len(pairs))]}],
-    }
-    for i, pair in enumerate(pairs)
-  ]
+    shown = {"visible": [j == i for j in range(len(pairs))]}
+    buttons.append({"label": name, "method": "update", "args": [shown]})
+  menu = {"buttons": buttons, "x": 0, "xanchor": "left"}
   figure.add_hline(y=1, line_dash="dot")
   figure.update_layout(
     xaxis_title="source channels, strongest first",
     yaxis_title="weight, multiple of 1/C",
     showlegend=False,
     bargap=0.1,
-    updatemenus=[
-      {
-        "buttons": buttons,
-        "x": 0,
-        "xanchor": "left",
-        "y": 1.22,
-        "yanchor": "top",
-      }
-    ],
-    margin={**MARGIN, "t": 70},
+    updatemenus=[{**menu, "y": 1.22, "yanchor": "top"}],
+    margin_t=70,
   )
   return figure
 
@@ -220,7 +215,7 @@ def draw_shares(content: Mapping[str, Any]) -> graph_objects.Figure:
   """Draw each source's share of all pair weights.
 
   Args:
-    content: of a transfer_map.json, with several sources.
+    content: of a transfer_map.json with several sources.
   """
   shares = content["source_shares"]
   figure = graph_objects.Figure(

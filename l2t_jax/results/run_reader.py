@@ -16,10 +16,11 @@ from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
 UNKNOWN = "–"  # Stands for a number that is not known.
+_RUN_FIELDS = {"method", "epochs", "data"}  # Every config of a run has them.
 
 
 def is_classification(task: str) -> bool:
-  """True if accuracies are shares of images, and not numbers of any scale."""
+  """True if accuracies are shares of images, not numbers of any scale."""
   return task == "classification"
 
 
@@ -31,7 +32,7 @@ def accuracy_text(value: float, task: str, digits: int) -> str:
 class Accuracies(NamedTuple):
   """An accuracy of several seeds, in % for a classifier."""
 
-  values: tuple[float, ...]  # Seed by seed.
+  values: tuple[float, ...]  # One per seed.
   in_percent: bool
 
   @property
@@ -44,14 +45,14 @@ class Accuracies(NamedTuple):
     """Sample standard deviation, over n - 1; None for fewer than two seeds."""
     return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-  def text(self, unit: bool = False) -> str:
+  def text(self, *, std: bool = True, unit: bool = False) -> str:
     """Format as "mean ± std", followed by " %" if asked for and in %."""
     if self.mean is None:
       return UNKNOWN
-    # What is not in % is of any scale.
+    # Accuracies that are not in % can have any scale.
     of_mean, of_std = (".1f", ".1f") if self.in_percent else (".4g", ".2g")
     text = f"{self.mean:{of_mean}}"
-    if self.std is not None:
+    if std and self.std is not None:
       text += f" ± {self.std:{of_std}}"
     return f"{text} %" if unit and self.in_percent else text
 
@@ -118,13 +119,12 @@ def find_runs(
   """
   configs: dict[pathlib.Path, dict[str, Any]] = {}
   for folder in folders:
-    paths = sorted(folder.rglob("config.json"))
-    found = {path.parent.resolve(): read_json(path) for path in paths}
-    # Other programs leave files of that name, too.
-    is_run = lambda config: (
-      isinstance(config, dict) and {"method", "epochs", "data"} <= set(config)
-    )
-    found = {path: config for path, config in found.items() if is_run(config)}
+    found = {}
+    for path in sorted(folder.rglob("config.json")):
+      config = run_folder.read_json(path)
+      # Other programs write a config.json, too.
+      if isinstance(config, dict) and set(config) >= _RUN_FIELDS:
+        found[path.parent.resolve()] = config
     if not found:
       raise errors.InputError(
         f"there is no run in {folder}: no config.json of one; name the"
@@ -147,7 +147,7 @@ def find_runs(
         json.dumps(fixed, sort_keys=True),
         read_summary(workdir),
         [record for record in metrics if record.get("kind") == "epoch"],
-        read_json(workdir / transfer_map.FILE),
+        run_folder.read_json(workdir / transfer_map.FILE),
       )
     )
   return runs
@@ -155,21 +155,7 @@ def find_runs(
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
   """Read the summary.json of a run; None if the run is not finished."""
-  return read_json(workdir / "summary.json")
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Read a file of a run; None if there is none.
-
-  Raises:
-    errors.InputError: the file is no JSON.
-  """
-  if not path.exists():
-    return None
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise errors.InputError(f"{path} is damaged: {error}") from error
+  return run_folder.read_json(workdir / "summary.json")
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ _SATURATED = 5.9  # A pair weight above this is at relu6's ceiling.
 
 
 def find_warnings(runs: Sequence[run_reader.Run]) -> list[str]:
-  """List what a reader of the results should not overlook.
+  """List what a reader of results should not overlook.
 
   Args:
     runs: from `run_reader.find_runs`.
@@ -66,7 +66,7 @@ def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
   found = []
   for group in groups:
     scratch = baselines.get(_task_of(group[0]))
-    if scratch and _validation(group) < _validation(scratch):
+    if scratch and _validation(group).mean < _validation(scratch).mean:
       found.append(
         f"negative transfer: {run_reader.common_name(group)} reaches"
         f" {_validation_text(group)}, {run_reader.common_name(scratch)}"
@@ -76,27 +76,20 @@ def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
 
 
 def _validation(group):
-  """Return the mean validation accuracy of finished runs."""
+  """Return the validation accuracies of finished runs."""
   summaries = [run.summary for run in group]
-  in_percent = group[0].in_percent
-  return run_reader.accuracies(summaries, "val_accuracy", in_percent).mean
+  return run_reader.accuracies(summaries, "val_accuracy", group[0].in_percent)
 
 
 def _validation_text(group):
-  mean = run_reader.Accuracies((_validation(group),), group[0].in_percent)
-  return f"{mean.text(unit=True)} on validation (mean of {len(group)})"
+  mean = _validation(group).text(std=False, unit=True)
+  return f"{mean} on validation (mean of {len(group)})"
 
 
 def _task_of(run):
-  """Return all settings that scratch reads: those of a run and its baseline."""
-  fields = {
-    name: run.config[name]
-    for name in ("target", "epochs", "batch_size", "optimizer")
-  }
-  fields["target"] = {k: v for k, v in fields["target"].items() if k != "taps"}
-  fields["data"] = {
-    name: value
-    for name, value in run.config["data"].items()
-    if not name.startswith("unlabeled") and name != "num_workers"
-  }
-  return json.dumps(fields, sort_keys=True)
+  """Return all settings that scratch reads, as text to compare."""
+  free = ("target.taps", "data.unlabeled", "data.num_workers")
+  names = ("target", "epochs", "batch_size", "optimizer", "data")
+  fields = run_reader.flatten({name: run.config[name] for name in names})
+  read = {k: v for k, v in fields.items() if not k.startswith(free)}
+  return json.dumps(read, sort_keys=True)

@@ -21,7 +21,7 @@ from l2t_jax.results import run_reader, style, tables
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES: Any = ("-", (0, (4, 1.5)))
 _ROW = 0.36  # Height of a method's row, in inches.
-# Width of the numbers at the right of a panel, in inches: in %, or longer ones.
+# Width in inches of the numbers at the right of a panel: in %, or of any scale.
 _VALUE, _LONG_VALUE = 0.95, 1.4
 _PAPER_MARKER: Any = {
   "marker": "D",
@@ -72,18 +72,15 @@ def _sweep(columns: Sequence[str]) -> tuple[str, dict[float, str]] | None:
     (name of the field, value -> column by rising value), or None if they are
     something else.
   """
-  names, values = set(), {}
-  for column in columns:
-    name, _, value = column.rpartition("=")
-    names.add(name)
-    try:
-      values[float(value)] = column
-    except ValueError:
-      return None
-  same = len(names) == 1 and "" not in names and all(map(math.isfinite, values))
-  if not same or not len(columns) == len(values) > 1:
+  field, _, _ = columns[0].rpartition("=")
+  try:
+    values = {float(name.removeprefix(f"{field}=")): name for name in columns}
+  except ValueError:
     return None
-  return names.pop(), dict(sorted(values.items()))
+  is_one_field = field and all(map(math.isfinite, values))
+  if not is_one_field or not 1 < len(values) == len(columns):
+    return None
+  return field, dict(sorted(values.items()))
 
 
 def _draw_panels(grid: tables.Grid) -> figure.Figure:
@@ -181,12 +178,11 @@ def _band(test: run_reader.Accuracies) -> tuple[float, float]:
 
 
 def _draw_sweep(
-  grid: tables.Grid, name: str, columns: Mapping[float, str]
+  grid: tables.Grid, field: str, columns: Mapping[float, str]
 ) -> figure.Figure:
   """Draw accuracy against the value of a field, a line for each method."""
   missing = any(
-    not cell.num_seeds or len(cell.summaries) < cell.num_seeds
-    for cell in grid.cells.values()
+    len(cell.summaries) < max(1, cell.num_seeds) for cell in grid.cells.values()
   )
   tall = max(3.4, 0.35 * len(grid.methods))
   page = style.Page(tall + 1.85 + 0.25 * missing)
@@ -195,17 +191,21 @@ def _draw_sweep(
   if missing:
     note = "Some seeds are missing: table.md says which."
     page.write(0.35, page.height - 0.35, note, 8.5)
-  labels = _end_labels(grid, columns)
-  longest = max(len(label.text) for label in labels)
-  wide = min(7.2, style.WIDTH - 1.6 - 0.09 * longest)
+  names = style.shorten(grid.methods, 24)
+  wide = min(7.0, 7.6 - 0.09 * max(map(len, names)))
   ax = page.panel(0.85, 1.1, wide, tall)
   style.plain_axes(ax)
   ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-  known: list[float] = []
-  for i, method in enumerate(grid.methods):
+  known: list[float] = []  # Every value that the axis has to show.
+  drawn = []
+  for i, (method, name) in enumerate(zip(grid.methods, names, strict=True)):
     tests = {x: grid.cells[method, c].test for x, c in columns.items()}
     tests = {x: test for x, test in tests.items() if test.values}
-    _draw_line(ax, i, tests, faint=0.16 if len(grid.methods) < 5 else 0.07)
+    line = _draw_line(
+      ax, i, tests, faint=0.16 if len(grid.methods) < 5 else 0.07
+    )
+    line.set_label(_line_label(name, tests, max(columns)))
+    drawn.append(line)
     known += [end for test in tests.values() for end in _band(test)]
   if known:
     ax.set_ylim(*_limits(known, grid.in_percent[grid.columns[0]]))
@@ -213,38 +213,24 @@ def _draw_sweep(
   else:
     ax.set(ylim=(0, 1), yticks=[])
   _set_values(ax, list(columns), wide)
-  (short_name,) = style.shorten([name], 60)
-  ax.set_xlabel(short_name, size=9, color=style.SOFT)
+  ax.set_xlabel(style.shorten([field], 60)[0], size=9, color=style.SOFT)
   # The columns are all of one kind.
   title = _axis_title(grid, grid.columns[0])
   ax.set_ylabel(title, size=9, color=style.SOFT)
-  style.label_lines(ax, labels)
+  style.name_lines(ax, drawn)
   return page.figure
 
 
-def _end_labels(
-  grid: tables.Grid, columns: Mapping[float, str]
-) -> list[style.Label]:
-  """Label each method's line with its last mean and its name."""
-  labels = []
-  names = style.shorten(grid.methods, 24)
-  for i, (method, name) in enumerate(zip(grid.methods, names, strict=True)):
-    tests = {x: grid.cells[method, c].test for x, c in columns.items()}
-    done = [x for x, test in tests.items() if test.values]
-    if not done:
-      text = f"{tables.UNKNOWN}  {name}"
-      labels.append(style.Label(text, style.SOFT, None))
-      continue
-    last = tests[done[-1]]
-    assert last.mean is not None
-    # A number beside a line that ends early would be taken for that of the
-    # last value, and a full join for more results.
-    early = done[-1] != list(columns)[-1]
-    text = last._replace(values=(last.mean,)).text()
-    text = f"{name} (to {done[-1]:g})" if early else f"{text}  {name}"
-    color = style.COLORS[i % len(style.COLORS)]
-    labels.append(style.Label(text, color, (done[-1], last.mean), early))
-  return labels
+def _line_label(
+  name: str, tests: Mapping[float, run_reader.Accuracies], last: float
+) -> str:
+  """Return a method's name, and its mean at the last value of the field."""
+  if not tests:
+    return f"{run_reader.UNKNOWN}  {name}"
+  end = max(tests)
+  if end < last:  # Its mean would be taken for that of the last value.
+    return f"{name} (to {end:g})"
+  return f"{tests[end].text(std=False)}  {name}"
 
 
 def _draw_line(
@@ -252,7 +238,7 @@ def _draw_line(
   index: int,
   tests: Mapping[float, run_reader.Accuracies],
   faint: float,
-) -> None:
+) -> lines.Line2D:
   """Draw one method's means and the band of their standard deviations."""
   num_colors = len(style.COLORS)
   color = style.COLORS[index % num_colors]
@@ -263,6 +249,7 @@ def _draw_line(
   (line,) = ax.plot(list(tests), means, color=color, linewidth=2, clip_on=False)
   line.set(marker=_MARKERS[index % num_colors], markersize=5)
   line.set_linestyle(_DASHES[index // num_colors % 2])
+  return line
 
 
 def _set_values(ax: axes.Axes, values: Sequence[float], wide: float) -> None:
@@ -272,13 +259,10 @@ def _set_values(ax: axes.Axes, values: Sequence[float], wide: float) -> None:
     ax.set_xscale("log")
   at = np.log(values) if log else np.array(values)
   inches = wide * (at - at[0]) / (at[-1] - at[0])
-  labels, taken = [], -math.inf
+  labels, last = [], -math.inf
   for value, x in zip(values, inches, strict=True):
-    label = f"{value:g}"
-    half = 0.04 * len(label) + 0.04
-    fits = x - half > taken
-    labels.append(label if fits else "")
-    taken = x + half if fits else taken
+    labels.append(f"{value:g}" if x - last > 0.5 else "")
+    last = x if labels[-1] else last
   ax.set_xticks(values, labels)
   ax.minorticks_off()
   margin = 0.02 * (at[-1] - at[0])

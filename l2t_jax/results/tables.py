@@ -1,23 +1,23 @@
-"""The table of results: as csv, Markdown, text and rows of the report."""
+"""The table of results: as CSV, Markdown, text and rows of the report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 import csv
 import io
+import itertools
 import sys
+import textwrap
 from typing import Any, NamedTuple
 
 from rich import box, console, table, text
 
 from l2t_jax.results import run_reader
 
-UNKNOWN = run_reader.UNKNOWN
 _CSV_HEADER = (
   *("method", "column", "seeds", "test_mean", "test_std", "val_mean"),
   *("val_std", "paper", "seconds", "memory_mib"),
 )
-_NUM_DEPARTURES = 4  # That a note names.
 
 
 class Cell(NamedTuple):
@@ -26,7 +26,7 @@ class Cell(NamedTuple):
   method: str
   column: str  # Name of a config, or of a swept value: "per_class=50".
   summaries: tuple[dict[str, Any], ...]  # summary.json of the finished seeds.
-  num_seeds: int  # Asked for; 0 where nothing is run.
+  num_seeds: int  # Requested; 0 if nothing is run.
   errors: tuple[str, ...] = ()  # One per failed seed: "seed 2: loss is nan".
   in_percent: bool = True  # How accuracies are shown; the same in a column.
   paper: float | None = None  # Test accuracy in % that the paper reports.
@@ -47,25 +47,25 @@ class Cell(NamedTuple):
 
   @property
   def seconds(self) -> float | None:
-    """Mean over the seeds."""
+    """Mean duration of a run over the seeds."""
     known = [s["seconds"] for s in self.summaries if "seconds" in s]
     return sum(known) / len(known) if known else None
 
   @property
   def memory_mib(self) -> float | None:
-    """The largest of the seeds."""
+    """Largest memory of a run over the seeds."""
     known = [s.get("memory_bytes") or 0 for s in self.summaries]
     return max(known, default=0) / 2**20 or None
 
   @property
   def seeds(self) -> str:
-    """How many seeds are done, and of how many if some are not."""
+    """Number of finished seeds: "3", or "2 of 3" if one is missing."""
     done, asked = len(self.summaries), self.num_seeds
     return str(done) if done >= asked else f"{done} of {asked}"
 
   @property
   def is_partial(self) -> bool:
-    """True if some seeds, but not all, are done."""
+    """True if some seeds, but not all, are finished."""
     return 0 < len(self.summaries) < self.num_seeds
 
 
@@ -74,9 +74,9 @@ class Grid(NamedTuple):
 
   methods: tuple[str, ...]
   columns: tuple[str, ...]
-  cells: dict[tuple[str, str], Cell]  # Of every place, method by method.
+  cells: dict[tuple[str, str], Cell]  # One per method and column.
   in_percent: dict[str, bool]  # Column -> how its accuracies are shown.
-  departures: dict[str, tuple[str, ...]]  # Column -> those of all its cells.
+  departures: Mapping[str, Iterable[str]]  # Column -> of its cells.
 
 
 class _Table(NamedTuple):
@@ -97,23 +97,17 @@ def make_grid(cells: Sequence[Cell]) -> Grid:
   methods = tuple(dict.fromkeys(cell.method for cell in cells))
   columns = tuple(dict.fromkeys(cell.column for cell in cells))
   in_percent = {cell.column: cell.in_percent for cell in cells}
-  departures = {
-    column: tuple(
-      dict.fromkeys(
-        d for cell in cells if cell.column == column for d in cell.departures
-      )
-    )
-    for column in columns
-  }
-  places = {
-    (method, column): Cell(method, column, (), 0, (), in_percent[column])
-    for method in methods
-    for column in columns
-  }
+  departures: dict[str, dict[str, None]] = {column: {} for column in columns}
   for cell in cells:
-    if departures[cell.column]:
+    departures[cell.column] |= dict.fromkeys(cell.departures)
+  given = {(cell.method, cell.column): cell for cell in cells}
+  places = {}
+  for method, column in itertools.product(methods, columns):
+    not_run = Cell(method, column, (), 0, in_percent=in_percent[column])
+    cell = given.get((method, column), not_run)
+    if departures[column]:
       cell = cell._replace(paper=None)
-    places[cell.method, cell.column] = cell
+    places[method, column] = cell
   return Grid(methods, columns, places, in_percent, departures)
 
 
@@ -165,7 +159,7 @@ def to_markdown(grid: Grid) -> str:
     dashes = ["---"] + [dash] * (len(content.header) - 1)
     rows = [[_escape(cell) for cell in content.header], dashes]
     for method, *values in content.rows:
-      # Within backticks only a bar means something.
+      # Within backticks, only a bar needs an escape.
       rows.append([f"`{method}`".replace("|", r"\|"), *values])
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     parts.append(f"**{_escape(content.title)}**\n\n{body}")
@@ -174,7 +168,7 @@ def to_markdown(grid: Grid) -> str:
 
 
 def _escape(line: str) -> str:
-  """Keep GitHub from reading a bar as a column's end, a "<" as HTML."""
+  """Escape what GitHub would read as the end of a column or as HTML."""
   return line.replace("|", r"\|").replace("<", "&lt;")
 
 
@@ -190,41 +184,39 @@ def run_rows(runs: Sequence[run_reader.Run]) -> list[dict[str, str]]:
   """
   rows = []
   for group in run_reader.by_experiment(runs):
-    rows += [_run_row(run) for run in group]
+    for run in group:
+      known = run.summary or run.best  # Before the end, the best epoch so far.
+      cell = _cell_of(run, run.name, (known,) if known else ())
+      row = _accuracy_row(cell, str(run.config["seed"]))
+      row["best epoch"] = str(run.best.get("epoch", run_reader.UNKNOWN))
+      row["epochs"] = f"{len(run.epochs)} of {run.config['epochs']}"
+      row |= {"seconds": _seconds(cell), "memory": _memory(cell)}
+      rows.append(row)
     done = tuple(run.summary for run in group if run.summary)
     if len(done) > 1:
-      cell = Cell("", "", done, len(done), in_percent=group[0].in_percent)
-      rows.append(
-        dict.fromkeys(rows[0], "")
-        | {
-          "run": f"{run_reader.common_name(group)}: mean ± std",
-          "method": group[0].config["method"],
-          "seed": f"{len(done)} seeds",
-          "validation": cell.validation.text(unit=True),
-          "test": cell.test.text(unit=True),
-        }
-      )
+      name = f"{run_reader.common_name(group)}: mean ± std"
+      cell = _cell_of(group[0], name, done)
+      rows.append(_accuracy_row(cell, f"{len(done)} seeds"))
   return rows
 
 
-def _run_row(run: run_reader.Run) -> dict[str, str]:
-  known = run.summary or run.best  # Before the end, the best epoch so far.
-  cell = Cell("", "", (known,) if known else (), 1, in_percent=run.in_percent)
+def _cell_of(run: run_reader.Run, name: str, summaries: tuple) -> Cell:
+  method, in_percent = run.config["method"], run.in_percent
+  return Cell(method, name, summaries, len(summaries), in_percent=in_percent)
+
+
+def _accuracy_row(cell: Cell, seed: str) -> dict[str, str]:
   return {
-    "run": run.name,
-    "method": run.config["method"],
-    "seed": str(run.config["seed"]),
+    "run": cell.column,
+    "method": cell.method,
+    "seed": seed,
     "validation": cell.validation.text(unit=True),
     "test": cell.test.text(unit=True),
-    "best epoch": str(run.best.get("epoch", UNKNOWN)),
-    "epochs": f"{len(run.epochs)} of {run.config['epochs']}",
-    "seconds": _seconds(cell),
-    "memory": _memory(cell),
   }
 
 
 def _tables(grid: Grid) -> tuple[_Table, ...]:
-  """Lay out one table for one column, else one of accuracy and one of cost."""
+  """Return one table of one column, else one of accuracies and one of costs."""
   if len(grid.columns) == 1:
     return (_single_table(grid),)
   accuracies, costs = [], []
@@ -232,14 +224,13 @@ def _tables(grid: Grid) -> tuple[_Table, ...]:
     cells = [grid.cells[method, column] for column in grid.columns]
     accuracies.append((method, *map(_accuracy, cells)))
     costs.append((method, *map(_cost, cells)))
-  header = named = ("method", *grid.columns)
-  title = "Test accuracy in % at the best validation epoch"
-  if not all(grid.in_percent.values()):
-    title = "Test accuracy at the best validation epoch"
-    named = ("method", *(f"{c}{_unit(grid, c)}" for c in grid.columns))
+  in_percent = all(grid.in_percent.values())
+  accuracy = "Test accuracy in %" if in_percent else "Test accuracy"
+  named = [c if in_percent else f"{c}{_unit(grid, c)}" for c in grid.columns]
+  title = f"{accuracy} at the best validation epoch"
   return (
-    _Table(title, named, accuracies, False),
-    _Table("Time per run and memory", header, costs, False),
+    _Table(title, ("method", *named), accuracies, False),
+    _Table("Time per run and memory", ("method", *grid.columns), costs, False),
   )
 
 
@@ -254,7 +245,7 @@ def _single_table(grid: Grid) -> _Table:
   rows = [[*header, "seeds", "seconds", "memory"]]
   for method in grid.methods:
     cell = grid.cells[method, column]
-    reported = UNKNOWN if cell.paper is None else f"{cell.paper:.1f}"
+    reported = run_reader.UNKNOWN if cell.paper is None else f"{cell.paper:.1f}"
     row = [method, cell.test.text(), reported, cell.validation.text()]
     rows.append([*row, cell.seeds, _seconds(cell), _memory(cell)])
   if not has_paper(grid):
@@ -272,17 +263,22 @@ def _accuracy(cell: Cell) -> str:
 
 def _cost(cell: Cell) -> str:
   known = [_seconds(cell, " s"), _memory(cell)]
-  return ", ".join(text for text in known if text != UNKNOWN) or UNKNOWN
+  return (
+    ", ".join(text for text in known if text != run_reader.UNKNOWN)
+    or run_reader.UNKNOWN
+  )
 
 
 def _seconds(cell: Cell, unit: str = "") -> str:
-  return UNKNOWN if cell.seconds is None else f"{cell.seconds:,.0f}{unit}"
+  return (
+    run_reader.UNKNOWN if cell.seconds is None else f"{cell.seconds:,.0f}{unit}"
+  )
 
 
 def _memory(cell: Cell) -> str:
   mib = cell.memory_mib
   if mib is None:
-    return UNKNOWN
+    return run_reader.UNKNOWN
   return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
@@ -306,12 +302,8 @@ def _notes(grid: Grid) -> list[str]:
   for column, departures in grid.departures.items():
     if departures:
       where = "" if is_single else f"{column}: "
-      told = list(departures[:_NUM_DEPARTURES])
-      if len(departures) > len(told):
-        told.append(f"{len(departures) - len(told)} more")
-      notes.append(
-        f"{where}the paper's numbers are left out: {'; '.join(told)}."
-      )
+      told = textwrap.shorten("; ".join(departures), 300, placeholder=" ...")
+      notes.append(f"{where}the paper's numbers are left out: {told}.")
   if any(cell.memory_mib is not None for cell in cells):
     notes.append("Memory: what the compiled training step needs.")
   summaries = [summary for cell in cells for summary in cell.summaries]

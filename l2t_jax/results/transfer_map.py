@@ -13,8 +13,8 @@ import numpy as np
 from l2t_jax import errors
 
 FILE = "transfer_map.json"  # In the folder of a run.
-IGNORED = 0.05  # A pair weight below this counts as none.
-_TOP_CHANNELS = 5  # That are listed per pair.
+IGNORED = 0.05  # A pair with a smaller weight is ignored.
+_TOP_CHANNELS = 5  # Number of channels listed per pair.
 
 # A tap: its name and the shape (H, W, C) of its feature map.
 Tap = tuple[str, tuple[int, int, int]]
@@ -23,25 +23,31 @@ Pair = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-  """What a transfer map says of a run beside its weights."""
+  """What a transfer map records about a run, beside its weights."""
 
   method: str
   source_taps: Sequence[Tap]  # Input side first.
   target_taps: Sequence[Tap]
-  # Names of the sources where there are several; those of their taps begin with
-  # "SOURCE/".
+  # Names of the sources if there are several: the names of their taps then
+  # start with "SOURCE/".
   sources: Sequence[str] = ()
   frozen: bool = False  # Whether all weights were taken from another map.
   start: float = 1.0  # Where learned pair weights start, approximately.
-  maximum: float = 6.0  # Of learned pair weights; inf for none.
+  maximum: float = 6.0  # Upper bound of learned pair weights, or inf.
 
 
 def strongest_first(content: Mapping[str, Any]) -> list[Pair]:
-  """Return the pairs of a map by falling pair weight."""
-  return sorted(content["pairs"], key=lambda pair: -pair["pair_weight"])
+  """Sort a map's pairs by falling pair weight.
+
+  Among equals, those in which the smallest share of channels matters go first.
+  """
+  share = lambda pair: pair["channel_concentration"] / pair["num_channels"]
+  rank = lambda pair: (-pair["pair_weight"], share(pair))
+  return sorted(content["pairs"], key=rank)
 
 
 def pair_name(pair: Pair) -> str:
+  """Return the name of a pair as pictures and pages show it."""
   return f"{pair['source']} → {pair['target']}"
 
 
@@ -75,7 +81,7 @@ def collect(
   """Collect what a run learned, as the content of `transfer_map.json`.
 
   Args:
-    setting: what is known of the run beside its weights.
+    setting: of the run.
     epochs: the records of kind "epoch". If an epoch is recorded twice, as after
       a resumed run, the later record counts.
     channel_weights: "source->target" -> [C_m], mean over the last epoch.
@@ -88,8 +94,7 @@ def collect(
     pairs' share of the sum of pair weights).
 
   Raises:
-    InputError: no epoch has pair weights, or names, shapes and values of the
-      records do not fit together.
+    InputError: no epoch has pair weights, or some are missing or not finite.
   """
   by_epoch = {r["epoch"]: r for r in epochs if r.get("pair_weights")}
   if not by_epoch:
@@ -98,17 +103,19 @@ def collect(
       " that matches features, after at least one epoch, has a transfer map."
     )
   records = [by_epoch[number] for number in sorted(by_epoch)]
-  pairs = []
-  for key in records[-1]["pair_weights"]:
-    source, target, num_channels = _taps_of(key, setting, channel_weights)
-    pairs.append(
-      {
-        "source": source,
-        "target": target,
-        **_pair_fields(key, records),
-        **_channel_fields(key, channel_weights[key], num_channels),
-      }
-    )
+  taps_of = {
+    f"{source}->{target}": {"source": source, "target": target}
+    for source, _ in setting.source_taps
+    for target, _ in setting.target_taps
+  }
+  pairs = [
+    {
+      **taps_of[key],
+      **_pair_fields(key, records),
+      **_channel_fields(key, channel_weights[key]),
+    }
+    for key in records[-1]["pair_weights"]
+  ]
   taps = lambda side: [{"name": n, "shape": list(s)} for n, s in side]
   content = {
     "method": setting.method,
@@ -133,23 +140,8 @@ def collect(
   return content
 
 
-def _taps_of(key, setting, channel_weights) -> tuple[str, str, int]:
-  """Return the source tap and the target tap of a pair, and C_m."""
-  names = {
-    f"{source}->{target}": (source, target, shape[-1])
-    for source, shape in setting.source_taps
-    for target, _ in setting.target_taps
-  }
-  if key not in names or key not in channel_weights:
-    raise errors.InputError(
-      f"Pair {key!r} has a pair weight but no taps or no channel weights; "
-      f"the taps allow {sorted(names)}."
-    )
-  return names[key]
-
-
 def _pair_fields(key, records) -> dict[str, Any]:
-  """Return a pair's weight, epoch by epoch, and its share of the last sum."""
+  """Return a pair's weight in each epoch, and its share of the last sum."""
   history = [float(r["pair_weights"].get(key, np.nan)) for r in records]
   _check_finite(key, history)
   total = sum(records[-1]["pair_weights"].values())
@@ -161,16 +153,12 @@ def _pair_fields(key, records) -> dict[str, Any]:
   }
 
 
-def _channel_fields(key, weights, num_channels) -> dict[str, Any]:
+def _channel_fields(key, weights) -> dict[str, Any]:
   """Return a pair's channel weights, and which of them are the largest."""
   weights = np.asarray(weights, np.float64)
-  if weights.shape != (num_channels,):
-    raise errors.InputError(
-      f"Pair {key!r} has channel weights of shape {weights.shape}; its "
-      f"source tap has {num_channels} channels."
-    )
+  num_channels = len(weights)
   _check_finite(key, weights)
-  # Stable, so that equal channels stand in their own order.
+  # A stable sort keeps equal channels in their own order.
   top = np.argsort(-weights, kind="stable")[:_TOP_CHANNELS]
   return {
     "top_channels": [
@@ -230,16 +218,15 @@ def read_weights(
   for number, pair in enumerate(pairs, start=1):
     try:
       name = f"{pair['source']}->{pair['target']}"
-    except (KeyError, TypeError) as error:
-      raise errors.InputError(
-        f"{path}: pair {number} does not name its source and its target."
-      ) from error
-    if name in channel:
-      raise errors.InputError(f"{path} holds pair {name!r} twice.")
-    try:
       channel[name], weight[name] = _read_pair(pair)
-    except ValueError as error:
-      raise errors.InputError(f"{path}: pair {name!r} {error}.") from error
+    except (KeyError, TypeError, ValueError) as error:
+      raise errors.InputError(
+        f"{path}: pair {number} is not as a run writes it ({error}); each needs"
+        " a source, a target, a pair_weight of 0 or more, and num_channels"
+        " channel_weights of 0 or more that sum to 1."
+      ) from error
+  if len(channel) < len(pairs):
+    raise errors.InputError(f"{path} holds a pair twice; delete one of them.")
   if not any(weight.values()):
     raise errors.InputError(
       f"{path}: all pair weights are 0; that run ended without any transfer."
@@ -248,23 +235,17 @@ def read_weights(
 
 
 def _read_pair(pair: Pair) -> tuple[np.ndarray, float]:
-  """Return (channel weights, pair weight); the ValueError says what is bad."""
-  read = []
-  for key in ("channel_weights", "pair_weight", "num_channels"):
-    try:
-      read.append(np.asarray(pair.get(key), np.float64))
-    except (TypeError, ValueError) as error:
-      raise ValueError(f"has a {key} that is not of numbers") from error
-    if not (np.isfinite(read[-1]).all() and (read[-1] >= 0).all()):
-      raise ValueError(f"has a {key} that is missing, negative or not finite")
-  weights, weight, num_channels = read
-  if weight.ndim or weights.shape != (num_channels,):
+  """Return (channel weights, pair weight) of an entry that a user may edit."""
+  weights = np.asarray(pair["channel_weights"], np.float64)
+  weight = np.asarray(pair["pair_weight"], np.float64)
+  if weight.shape or weights.shape != (pair["num_channels"],):
     raise ValueError(
-      f"has a pair_weight of shape {weight.shape} and channel_weights of shape "
-      f"{weights.shape}; () and ({pair['num_channels']},) are right"
+      f"shapes are {weight.shape} and {weights.shape}, not () and"
+      f" ({pair['num_channels']},)"
     )
-  if abs(weights.sum() - 1) > 1e-3:
-    raise ValueError(
-      f"has channel_weights that sum to {weights.sum():.4g} instead of 1"
-    )
+  # Comparisons with NaN are false.
+  if not (0 <= weight < np.inf and (weights >= 0).all()):
+    raise ValueError("a weight is negative or not finite")
+  if not abs(weights.sum() - 1) <= 1e-3:
+    raise ValueError(f"channel_weights sum to {weights.sum():.4g}")
   return weights, float(weight)

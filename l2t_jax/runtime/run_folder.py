@@ -133,7 +133,13 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Read a JSON file; raise `errors.InputError` if it is damaged."""
+  """Read a JSON file of a run; None if it does not exist.
+
+  Raises:
+    errors.InputError: the file is not JSON.
+  """
+  if not path.exists():
+    return None
   try:
     return json.loads(path.read_text())
   except ValueError as error:

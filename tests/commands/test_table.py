@@ -189,7 +189,8 @@ def test_a_sweep_is_a_column_for_each_value(tmp_path):
     (
       "configs/stl10.py",
       "source.weights=SOURCE",
-      "the source is resnet_tiny of 10 classes, not resnet32 of 200 classes",
+      "the source network is 'resnet_tiny of 10 classes', not 'resnet32 of 200"
+      " classes'",
     ),
     ("configs/digits.py", "epochs=5", None),
   ],
@@ -222,8 +223,10 @@ def test_images_of_ones_own_are_not_the_papers(tmp_path):
   folder.mkdir(parents=True)
   summary = {"num_train": 800, "num_val": 100, "num_test": 300}
   (folder / "summary.json").write_text(json.dumps(summary))
-  (told,) = table_cells.results([cell])[0].departures
-  assert told.startswith("the images are 900 to learn from and 300 to test on")
+  assert table_cells.results([cell])[0].departures == (
+    "number of labelled images is 900, not 12000",
+    "number of test images is 300, not 8580",
+  )
 
 
 def cells(workdir, num_seeds=3):
