@@ -90,7 +90,7 @@ EXPERIMENT = {
   "bad_numbers": Field("stop", one_of(("stop", "skip")), may_change=True),
 }
 
-# The images. l2t_jax/data holds the rules of these fields.
+# The images. Rules about several of these fields are in l2t_jax/data.
 DATA = {
   # Where they come from: bundled, npz, folder or tfds.
   "data.source": Field("tfds"),
@@ -101,20 +101,20 @@ DATA = {
   # Labels to keep, renumbered from 0; () for all.
   "data.classes": Field(()),
   # Height and width in pixels that images are resized to.
-  "data.image_size": Field(32),
+  "data.image_size": Field(32, AT_LEAST_1),
   # 1 (grey) or 3 (RGB).
-  "data.channels": Field(3),
+  "data.channels": Field(3, Rule((1, 3).__contains__, "be 1 or 3")),
   # Normalisation of the pixels, on a scale of 0 to 1. These are ImageNet's.
-  "data.mean": Field((0.485, 0.456, 0.406)),
-  "data.std": Field((0.229, 0.224, 0.225)),
+  "data.mean": Field((0.485, 0.456, 0.406), FINITE),
+  "data.std": Field((0.229, 0.224, 0.225), ALL_POSITIVE),
   # none, crop (pad and crop) or crop_flip; for streamed images none or
   # random_resized_crop_flip.
   "data.augment": Field("crop_flip"),
   # Pixels added on each side before the random crop.
-  "data.crop_padding": Field(4),
+  "data.crop_padding": Field(4, AT_LEAST_0),
   # Length of the short side of streamed images before the central crop in
   # evaluation; 0 for 8/7 of image_size, which makes 256 of 224.
-  "data.eval_resize": Field(0),
+  "data.eval_resize": Field(0, AT_LEAST_0),
   # An npz file with the indices {split_prefix}_train, {split_prefix}_val and
   # {split_prefix}_test; "" to draw a stratified split.
   "data.split_file": Field(""),
@@ -123,18 +123,18 @@ DATA = {
   # has no images for that, and the seed by which they are drawn.
   "data.val_fraction": Field(0.1),
   "data.test_fraction": Field(0.2),
-  "data.split_seed": Field(0),
+  "data.split_seed": Field(0, AT_LEAST_0),
   # Labelled training images per class; 0 for all.
-  "data.per_class": Field(0),
+  "data.per_class": Field(0, AT_LEAST_0),
   # Add images without labels to those whose features are transferred: the ones
   # that per_class leaves over, or all images in the folder unlabeled_path.
   # L_org and scratch never see them.
   "data.unlabeled": Field(False),
   "data.unlabeled_path": Field(""),
   # Images without labels per iteration; 0 for batch_size.
-  "data.unlabeled_batch_size": Field(0),
+  "data.unlabeled_batch_size": Field(0, AT_LEAST_0),
   # Processes that decode streamed images; 0 for threads.
-  "data.num_workers": Field(8, may_change=True),
+  "data.num_workers": Field(8, AT_LEAST_0, may_change=True),
 }
 
 # The source network. In place of it `sources` holds several: a name and these

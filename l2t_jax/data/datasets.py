@@ -1,15 +1,15 @@
 """Which images are in which batch, whether they are in memory or streamed.
 
-Every draw depends on (seed, epoch, step) alone: a run can stop anywhere and go
-on with the same batches, and each process yields its rows of global batches.
-Images without labels are one stream through all epochs: permutation after
+Every random draw depends on (seed, epoch, step) alone: a run can stop anywhere
+and resume with the same batches, and each process yields its rows of the global
+batches. Images without labels are one stream over all epochs: permutation after
 permutation, cut into one batch per step of the whole training.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import copy
 import functools
 from typing import Any, NamedTuple, Self
@@ -32,6 +32,7 @@ class Subset(NamedTuple):
 
   records: records.Records
   indices: np.ndarray  # [N] int64, into records.
+  channels: int  # 1 (grey) or 3 (RGB); images are converted.
 
   @property
   def labels(self) -> np.ndarray:
@@ -40,15 +41,21 @@ class Subset(NamedTuple):
 
   @property
   def targets(self) -> np.ndarray:
-    """What batches hold as labels, [N, ...]: classes, or another target."""
+    """What batches hold as labels, [N, ...]: classes, or other targets."""
     if self.records.targets is None:
       return self.labels
     return self.records.targets[self.indices]
 
-  def read_image(self, position: int, *, channels: int) -> Image.Image:
-    """Read the image at a position from 0 to N - 1, in grey or RGB."""
+  def read(
+    self, position: int, transform: Callable[[Image.Image], Image.Image]
+  ) -> np.ndarray:
+    """Read the image at a position from 0 to N - 1, transformed.
+
+    Returns:
+      uint8 [H, W, C].
+    """
     image = self.records.read_image(int(self.indices[position]))
-    return pillow.convert(image, channels)
+    return pillow.to_array(transform(pillow.convert(image, self.channels)))
 
 
 class BatchPlan(NamedTuple):
@@ -59,7 +66,7 @@ class BatchPlan(NamedTuple):
   process_count: int
 
   def check(self, name: str) -> None:
-    """Raise an InputError, which calls the batch size by `name`."""
+    """Refuse a batch size, from the field `name`, that no run can have."""
     if self.batch_size < 1 or self.batch_size % self.process_count:
       raise errors.InputError(
         f"{name} is {self.batch_size}, but must be a positive multiple of the"
@@ -108,48 +115,53 @@ class Dataset(abc.ABC):
   """Labelled images in three splits, as batches on the device.
 
   Training batches may hold images without labels beside the labelled ones.
-  """
 
-  num_classes: int
-  class_names: tuple[str, ...]
-  image_shape: tuple[int, int, int]  # (H, W, C).
-  label_shape: tuple[int, ...]  # Of one image's label; () for a class.
-  label_dtype: np.dtype
-  num_labels: int  # num_classes; of other targets, one more than the largest.
-  num_train: int
-  num_val: int  # 0 where no validation images were asked for.
-  num_test: int
-  num_unlabeled: int  # 0 where batches hold only labelled images.
-  split_hash: str  # 16 hex digits of the indices in use.
-  fingerprint: str  # 16 hex digits of the indices, labels and images in use.
-  notes: tuple[str, ...]  # What the user should know about the split.
-  steps_per_epoch: int  # Training drops the last, smaller batch.
+  Attributes:
+    class_names: one per class.
+    num_classes: number of classes.
+    num_labels: num_classes; for other targets, one more than the largest.
+    label_shape: shape of the label of one image; () for a class.
+    label_dtype: NumPy type of the labels.
+    image_shape: (H, W, C).
+    num_train: number of labelled training images.
+    num_val: 0 if no validation images were asked for.
+    num_test: number of test images.
+    num_unlabeled: 0 if batches hold only labelled images.
+    split_hash: 16 hex digits of the indices in use.
+    fingerprint: 16 hex digits of the indices, labels and images in use.
+    notes: what the user should know about the split.
+    steps_per_epoch: number of whole training batches; the smaller batch that
+      remains is dropped.
+  """
 
   def __init__(self, contents: Contents, fields: data_fields.DataFields):
     """Set what does not depend on how images are read."""
     images, split, unlabeled, plan, unlabeled_plan, seed = contents
-    _check_seed(seed)
     self._seed = seed
     self._plan = plan
     self._unlabeled_plan = unlabeled_plan
-    # A multiple, so that the devices which divide one size divide the other.
+    # A multiple, so that devices which divide one size divide the other.
     factor = -(-MIN_EVAL_BATCH_SIZE // plan.batch_size)
     self._eval_plan = plan._replace(batch_size=factor * plan.batch_size)
+    self._eval_resize = data_fields.make_eval_resize(
+      fields.image_size, fields.eval_resize, fields.in_memory
+    )
+    test = images.test or images.train
     self._subsets = {
-      "train": Subset(images.train, split.train),
-      "val": Subset(images.train, split.val),
-      "test": Subset(images.test or images.train, split.test),
+      "train": Subset(images.train, split.train, fields.channels),
+      "val": Subset(images.train, split.val, fields.channels),
+      "test": Subset(test, split.test, fields.channels),
     }
     if unlabeled is not None:
       self._subsets["unlabeled"] = unlabeled
-    self.num_classes = len(images.class_names)
     self.class_names = images.class_names
-    self.image_shape = fields.image_shape
-    targets = self._subsets["train"].targets
-    self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
+    self.num_classes = len(images.class_names)
     self.num_labels = self.num_classes
     if images.train.targets is not None:
       self.num_labels = 1 + int(images.train.targets.max(initial=0))
+    targets = self._subsets["train"].targets
+    self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
+    self.image_shape = fields.image_shape
     self.num_train, self.num_val, self.num_test = map(len, split)
     self.num_unlabeled = 0 if unlabeled is None else len(unlabeled.indices)
     self.split_hash = splits.split_hash(
@@ -161,8 +173,9 @@ class Dataset(abc.ABC):
     self.notes = tuple(self._missing_classes())
     self.steps_per_epoch = self.num_train // plan.batch_size
 
+  @abc.abstractmethod
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
-    """Yield an epoch's batches in its own random order.
+    """Yield the batches of an epoch, in a random order of the epoch's own.
 
     Args:
       epoch: from 0; with the seed it decides order and augmentation.
@@ -170,16 +183,9 @@ class Dataset(abc.ABC):
 
     Yields:
       This process's rows of each global batch.
-
-    Raises:
-      errors.InputError: an epoch has no step `start`.
     """
-    if not 0 <= start <= self.steps_per_epoch:
-      raise errors.InputError(
-        f"start is {start}, but an epoch has {self.steps_per_epoch} steps"
-      )
-    return self._train_batches(epoch, start)
 
+  @abc.abstractmethod
   def eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
     """Yield every image of a split once, in a fixed order.
 
@@ -188,15 +194,7 @@ class Dataset(abc.ABC):
 
     Yields:
       This process's rows of each global batch; padding has mask 0.
-
-    Raises:
-      errors.InputError: there is no such split.
     """
-    if split not in ("val", "test"):
-      raise errors.InputError(
-        f"split {split!r} is unknown; possible: val, test"
-      )
-    return self._eval_batches(split)
 
   def with_seed(self, seed: int) -> Self:
     """Return the same images and split with another order and augmentation.
@@ -206,11 +204,7 @@ class Dataset(abc.ABC):
 
     Returns:
       What `load` would return; images in memory are shared, not copied.
-
-    Raises:
-      errors.InputError: the seed is negative.
     """
-    _check_seed(seed)
     dataset = copy.copy(self)
     dataset._seed = seed
     return dataset
@@ -228,14 +222,6 @@ class Dataset(abc.ABC):
           f" {records.some_of(missing)}"
         )
 
-  @abc.abstractmethod
-  def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
-    """Yield what `train_batches` does."""
-
-  @abc.abstractmethod
-  def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
-    """Yield what `eval_batches` does."""
-
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
   """Return an epoch's permutation of the labelled images, int64 [N]."""
@@ -248,9 +234,9 @@ def unlabeled_positions(
   """Return which images without labels are at some slots of their stream.
 
   Args:
-    seed: of the stream.
+    seed: seed of the stream.
     slots: consecutive numbers, int64 [u], counted from the start of training;
-      possibly more of them than there are images.
+      possibly more than there are images.
     num_images: N, the length of each of the stream's permutations.
 
   Returns:
@@ -258,15 +244,15 @@ def unlabeled_positions(
   """
   first, last = slots[0] // num_images, slots[-1] // num_images
   passes = [
-    # Draws of labelled images have entropies of two or three numbers, so none
-    # of them equals these.
+    # The entropies of draws for labelled images have two or three numbers, so
+    # none of them equals these.
     _permutation((seed, number, 0, 1), num_images)
     for number in range(first, last + 1)
   ]
   return np.concatenate(passes)[slots - first * num_images]
 
 
-# Where epochs and passes end, a few seeds use this many at once.
+# A few seeds that train together use this many at once when an epoch ends.
 @functools.lru_cache(maxsize=8)
 def _permutation(entropy: tuple[int, ...], num_images: int) -> np.ndarray:
   return np.random.default_rng(entropy).permutation(num_images)
@@ -275,15 +261,10 @@ def _permutation(entropy: tuple[int, ...], num_images: int) -> np.ndarray:
 def _sample(subset: Subset) -> tuple[Any, ...]:
   """Return what tells subsets apart: indices, labels and some of the pixels.
 
-  Files of images are not read for this.
+  Image files are not read for this.
   """
   sample = (subset.indices, subset.targets)
   if subset.records.pixels is None:
     return sample
   stride = -(-len(subset.indices) // _NUM_FINGERPRINTED) or 1
   return (*sample, subset.records.pixels[subset.indices[::stride]])
-
-
-def _check_seed(seed: int) -> None:
-  if seed < 0:
-    raise errors.InputError(f"seed is {seed}, but must be 0 or more")

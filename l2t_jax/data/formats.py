@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-import math
-import numbers
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-
-from l2t_jax import errors
 
 # Weights of red, green and blue in a grey value: ITU-R 601, as in Pillow.
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -32,39 +27,14 @@ class ImageFormat(NamedTuple):
     return (self.size, self.size, self.channels)
 
 
-def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
-  """Refuse means and standard deviations that no images can have.
-
-  Args:
-    mean: of the pixels.
-    std: of the pixels.
-
-  Raises:
-    errors.InputError: a value is no finite number, or a standard deviation is
-      not positive.
-  """
-  finite = lambda value: (
-    isinstance(value, numbers.Real) and math.isfinite(value)
-  )
-  positive = lambda value: finite(value) and value > 0
-  for what, values, holds, right in (
-    ("mean", mean, finite, "finite numbers"),
-    ("std", std, positive, "finite numbers above 0"),
-  ):
-    if not all(map(holds, values)):
-      raise errors.InputError(
-        f"{what} is {tuple(values)}; its values must be {right}"
-      )
-
-
 def convert(
   images: chex.Array, old: ImageFormat, new: ImageFormat
 ) -> chex.Array:
-  """Turn normalised images into those of another format.
+  """Convert normalised images to another format.
 
   Resizing is bilinear and antialiased. A grey image becomes three equal
-  channels, a colour image becomes its luminance. Images that have the new
-  format already are returned as they are.
+  channels, a colour image becomes its luminance. Images that already have the
+  new format are returned unchanged.
 
   Args:
     images: [B, H, W, C] in the old format.

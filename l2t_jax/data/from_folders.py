@@ -28,7 +28,6 @@ IMAGE_SUFFIXES = (
   ".webp",
 )
 
-_PARTS = ("train", "val", "test")
 # Other common names of the folder that must be called `val` here.
 _VAL_NAMES = ("dev", "valid", "validation")
 
@@ -40,33 +39,27 @@ def open_folder(path: str) -> records.ImageSet:
   """Open PATH/CLASS/*, or PATH/train/CLASS/* with optional val and test.
 
   Raises:
-    errors.InputError: there is no such folder, a class has no images, or
-      validation or test images are images of train.
+    errors.InputError: there is no such folder, a class has no images, or many
+      validation or test images are copies of training images.
   """
   root = _existing_folder(path)
-  names = _subfolders(root)
-  # A class of images may be called train, too.
-  has_parts = "train" in names and (
-    _subfolders(root / "train") or {*names} <= {*_PARTS, *_VAL_NAMES}
-  )
-  if not has_parts:
-    class_names = _class_names(root)
-    return records.ImageSet(
-      _file_records(_list_classes(root, class_names)), 0, None, class_names
-    )
-  for name in names:
-    if name in _VAL_NAMES:
-      raise errors.InputError(
-        f"folder {str(root / name)!r} would be left out: beside train,"
-        " validation images are those of val; call it so, or move it elsewhere"
-      )
-  class_names = _class_names(root / "train")
-  files = {
-    part: _list_classes(root / part, class_names)
-    for part in _PARTS
-    if part in names
+  parts = {
+    part: root / part
+    for part in ("train", "val", "test")
+    if (root / part).is_dir()
   }
-  _check_copies(root, files)
+  if "train" not in parts:
+    parts = {"train": root}
+  elif unused := [name for name in _VAL_NAMES if (root / name).is_dir()]:
+    raise errors.InputError(
+      f"folder {str(root / unused[0])!r} would be ignored; rename it to val,"
+      " where validation images belong, or move it elsewhere"
+    )
+  class_names = _subfolders(parts["train"])
+  files = {
+    part: _list_classes(folder, class_names) for part, folder in parts.items()
+  }
+  _check_copies(parts, files)
   val = files.get("val", [])
   test = _file_records(files["test"]) if "test" in files else None
   return records.ImageSet(
@@ -91,7 +84,7 @@ def open_unlabeled(path: str) -> records.Records:
 def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
   """List the images in a folder and its subfolders, sorted by path.
 
-  Hidden subfolders are passed over: programs keep previews there.
+  Hidden subfolders are skipped, because programs keep previews there.
 
   Raises:
     errors.InputError: there are no images.
@@ -123,72 +116,48 @@ def _file_records(files: _Files) -> records.Records:
   return records.Records(read_image, np.array(labels, np.int32))
 
 
-def _check_copies(root: pathlib.Path, files: Mapping[str, _Files]) -> None:
-  """Refuse validation or test images of which many are training images, too.
-
-  Found are links to training images and equal files of the same name.
-  Stores that keep equal files once make a few links.
-  """
-  training = {_identity(path) for path, _ in files["train"]}
+def _check_copies(
+  parts: Mapping[str, pathlib.Path], files: Mapping[str, _Files]
+) -> None:
+  """Compare files of val and test with those of the same name in train."""
   for part in files.keys() - {"train"}:
-    paths = [path for path, _ in files[part]]
-    copies = [
-      path
-      for path in paths
-      if _identity(path) in training
-      or _are_equal(path, root / "train" / path.relative_to(root / part))
-    ]
-    if records.are_many(len(copies), len(paths)):
-      raise errors.InputError(
-        f"{len(copies)} of {len(paths)} images of {part} are images of train,"
-        f" too, such as {copies[0]}; each image belongs into one of them"
-      )
-
-
-def _identity(path: pathlib.Path) -> tuple[object, ...]:
-  """Return what all links to a file have in common."""
-  try:
-    status = path.stat()
-  except OSError:  # A broken link, which reading will report.
-    return (path,)
-  # Some file systems number no files.
-  return (status.st_dev, status.st_ino or path)
-
-
-def _are_equal(path: pathlib.Path, other: pathlib.Path) -> bool:
-  try:
-    return filecmp.cmp(path, other, shallow=False)  # Compares sizes first.
-  except OSError:
-    return False
+    copies = []
+    for path, _ in files[part]:
+      other = parts["train"] / path.relative_to(parts[part])
+      are_files = path.is_file() and other.is_file()
+      if are_files and filecmp.cmp(path, other, shallow=False):
+        copies.append(path)
+    records.check_copies(
+      f"folder {str(parts[part].parent)!r}",
+      part,
+      num_copies=len(copies),
+      num_images=len(files[part]),
+    )
 
 
 def _existing_folder(path: str) -> pathlib.Path:
-  if not pathlib.Path(path).is_dir():
+  if not os.path.isdir(path):
     raise errors.InputError(f"there is no folder {path!r}")
   return pathlib.Path(path)
 
 
 def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
-  names = (
+  """Return the names of the classes in a folder, sorted."""
+  names = sorted(
     child.name
     for child in folder.iterdir()
     if child.is_dir() and not child.name.startswith(".")
   )
-  return tuple(sorted(names))
-
-
-def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
-  names = _subfolders(folder)
   if not names:
     raise errors.InputError(
       f"folder {str(folder)!r} has no subfolders; one per class is needed"
     )
-  return names
+  return tuple(names)
 
 
 def _list_classes(folder: pathlib.Path, class_names: tuple[str, ...]) -> _Files:
   """List every image in folder/CLASS and below."""
-  different = set(_class_names(folder)) ^ set(class_names)
+  different = set(_subfolders(folder)) ^ set(class_names)
   if different:
     raise errors.InputError(
       f"folder {str(folder)!r} must have the same classes as train; only one"

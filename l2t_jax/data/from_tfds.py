@@ -16,21 +16,23 @@ from l2t_jax import errors, imports
 from l2t_jax.data import pillow, records
 
 
-def _image_from_tfds(
-  name: str, examples: Sequence[dict[str, Any]], index: int
-) -> Image.Image:
-  encoded = io.BytesIO(examples[index]["image"])
-  return pillow.decode(encoded, name=f"{index} of tfds {name}")
-
-
 def open_tfds(name: str, path: str) -> records.ImageSet:
-  """Open a prepared tfds data set, without TensorFlow."""
+  """Open a prepared tfds data set.
+
+  Args:
+    name: of the data set, as tfds.builder takes it.
+    path: tfds's data_dir; "" for its default.
+
+  Raises:
+    errors.InputError: there is no such data set, it is not prepared for random
+      access, or it lacks the split train or the features image and label.
+  """
   tfds = imports.require(
     "tensorflow_datasets",
     needed_for=f"tfds {name!r}",
     package="tensorflow-datasets",
   )
-  builder = _tfds_builder(tfds, name, path)
+  builder = _prepared_builder(tfds, name, path)
   features, official = builder.info.features, builder.info.splits
   if not {"image", "label"} <= set(features) or not isinstance(
     features["label"], tfds.features.ClassLabel
@@ -41,8 +43,8 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
     )
 
   def read(part: str) -> records.Records:
-    # Images stay encoded until Pillow decodes them, like those of every other
-    # source: to list the labels is fast.
+    # Images stay encoded until Pillow decodes them, as in every other source:
+    # this makes it fast to list the labels.
     examples = builder.as_data_source(
       split=part, decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -62,17 +64,24 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
   except NotImplementedError as error:
     raise errors.InputError(
       f"tfds {name!r} is prepared as {builder.info.file_format.value}, which"
-      " cannot be read in any order; prepare it as array_record in another"
-      " directory and give that as path"
+      " has no random access; prepare it as array_record in another directory"
+      " and give that as path"
     ) from error
 
 
 def unless_secret(test: records.Records) -> records.Records | None:
-  """Return test images, or None where all of their labels are secret (-1)."""
+  """Return test images, or None if all of their labels are secret (-1)."""
   return test if (test.labels >= 0).any() else None
 
 
-def _tfds_builder(tfds: ModuleType, name: str, path: str) -> Any:
+def _image_from_tfds(
+  name: str, examples: Sequence[dict[str, Any]], index: int
+) -> Image.Image:
+  encoded = io.BytesIO(examples[index]["image"])
+  return pillow.decode(encoded, name=f"{index} of tfds {name}")
+
+
+def _prepared_builder(tfds: ModuleType, name: str, path: str) -> Any:
   """Find a data set that has been prepared and has a train split."""
   try:
     builder = tfds.builder(name, data_dir=path or None)
@@ -86,21 +95,17 @@ def _tfds_builder(tfds: ModuleType, name: str, path: str) -> Any:
     raise errors.InputError(
       f"tfds {name!r} cannot be opened: {str(error).splitlines()[0]}"
     ) from error
-  if not builder.info.splits:
-    raise _not_prepared(name, path)
-  if "train" not in builder.info.splits:
+  found = builder.info.splits
+  if found and "train" not in found:
     raise errors.InputError(
-      f"tfds {name!r} has no split 'train', only"
-      f" {records.listed(builder.info.splits)}"
+      f"tfds {name!r} has no split 'train', only {records.listed(found)}"
+    )
+  if not found:
+    where = f", data_dir={path!r}" if path else ""
+    raise errors.InputError(
+      f"tfds {name!r} is not prepared for random access; run once: pip install"
+      ' tensorflow && python -c "import tensorflow_datasets as tfds;'
+      f" tfds.builder({name!r}{where}).download_and_prepare("
+      "file_format='array_record')\""
     )
   return builder
-
-
-def _not_prepared(name: str, path: str) -> errors.InputError:
-  where = f", data_dir={path!r}" if path else ""
-  return errors.InputError(
-    f"tfds {name!r} is not prepared for random access; run once: pip install"
-    ' tensorflow && python -c "import tensorflow_datasets as tfds;'
-    f" tfds.builder({name!r}{where}).download_and_prepare("
-    "file_format='array_record')\""
-  )

@@ -1,12 +1,13 @@
-"""Data sets of the paper: from their official archives to folders of images.
+"""Sort the official archives of the paper's data sets into folders of images.
 
     python -m l2t_jax.data.layout NAME ARCHIVES OUT
 
-NAME is tinyimagenet, mit67 or stanford40. ARCHIVES is the folder with the
-downloads as they are published, still packed; `DATA_SETS` says which and from
-where. OUT gets the official split as train/CLASS/* and test/CLASS/*, the files
-unchanged: --config.data.source=folder --config.data.path=OUT reads them. An
-interrupted run leaves only OUT.partial, which the next one replaces.
+NAME is tinyimagenet, mit67 or stanford40. ARCHIVES is the folder of the
+downloads, still packed; `DATA_SETS` lists their names and where to get them.
+The official split is written as OUT/train/CLASS/* and OUT/test/CLASS/*, with
+the files unchanged; read it with --config.data.source=folder
+--config.data.path=OUT. An interrupted run leaves only OUT.partial, which the
+next run replaces.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import zipfile
 import zlib
 
 from l2t_jax import errors
+from l2t_jax.data import records
 
 
 class Destination(NamedTuple):
-  """Where an image belongs in the layout."""
+  """Where an image is written."""
 
   part: str  # 'train' or 'test'.
   class_name: str
@@ -34,25 +36,25 @@ class Destination(NamedTuple):
 
 
 class Published(NamedTuple):
-  """A data set as its makers publish it."""
+  """A data set as its authors publish it."""
 
-  files: tuple[str, ...]  # All that is needed; the images are in the first.
+  files: tuple[str, ...]  # The needed downloads; the first has the images.
   homepage: str
   num_train: int
   num_test: int
-  # From the folder of `files` to (member of the first of them, destination).
+  # Folder of `files` -> (member of the first of them, its destination), ...
   list_images: Callable[[pathlib.Path], Iterable[tuple[str, Destination]]]
 
 
 def make_layout(
   published: Published, archives: pathlib.Path, out: pathlib.Path
 ) -> None:
-  """Write the images of a published data set as folders, all or nothing.
+  """Write all images of a published data set into folders, or nothing.
 
   Args:
     published: an entry of `DATA_SETS`.
     archives: the folder that holds `published.files`.
-    out: the folder to make; it must not exist.
+    out: the folder to write; it must not exist.
 
   Raises:
     errors.InputError: an archive or an image is missing or damaged, the numbers
@@ -85,7 +87,7 @@ def make_layout(
 def _collect(
   images: Iterable[tuple[str, Destination]],
 ) -> dict[str, Destination]:
-  """Map members to destinations, and refuse what could do harm."""
+  """Map members to destinations, and refuse names that are no file names."""
   destinations: dict[str, Destination] = {}
   for member, destination in images:
     for name in destination:
@@ -95,12 +97,7 @@ def _collect(
           f"image {member!r} is listed with the name {name!r}, which is no"
           " plain file name; download the archives again"
         )
-    first = destinations.setdefault(member, destination)
-    if first != destination:
-      raise errors.InputError(
-        f"image {member!r} is listed for both {'/'.join(first[:2])} and"
-        f" {'/'.join(destination[:2])}; download the lists again"
-      )
+    destinations[member] = destination
   return destinations
 
 
@@ -118,26 +115,24 @@ def _extract(
       path.write_bytes(content)
       missing.discard(member)
   if missing:
-    names = sorted(missing)
-    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
     raise errors.InputError(
-      f"{archive} lacks {', '.join(names[:3])}{more}: found"
-      f" {len(destinations) - len(names)} of {len(destinations)} listed images;"
-      " download it again"
+      f"{archive} lacks {records.some_of(sorted(missing))}: it has"
+      f" {len(destinations) - len(missing)} of {len(destinations)} listed"
+      " images; download it again"
     )
 
 
 def _read_members(
   path: pathlib.Path, wanted: Collection[str]
 ) -> Iterator[tuple[str, bytes]]:
-  """Yield the name and the content of regular members, in their order."""
+  """Yield the name and the content of regular files, in archive order."""
   if path.suffix == ".zip":
     with zipfile.ZipFile(path) as archive:
       for name in archive.namelist():
         if name in wanted:
           yield name, archive.read(name)
     return
-  # As a stream: to jump between members of a compressed tar is slow.
+  # As a stream, because seeking in a compressed tar is slow.
   with tarfile.open(path, "r|*") as stream:
     for member in stream:
       name = member.name.removeprefix("./")
@@ -147,7 +142,7 @@ def _read_members(
 
 
 def _check_counts(published: Published, folder: pathlib.Path) -> None:
-  """Count the files that were written."""
+  """Compare the numbers of written files with the official ones."""
   found = [len(list(folder.glob(f"{part}/*/*"))) for part in ("train", "test")]
   expected = [published.num_train, published.num_test]
   if found != expected:
@@ -160,11 +155,12 @@ def _check_counts(published: Published, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _naming_damage(path: pathlib.Path) -> Iterator[None]:
-  """Turn what readers raise on broken files into an InputError."""
+  """Turn the errors that damaged files cause into an InputError."""
   try:
     yield
   except (
     EOFError,
+    KeyError,  # A list is missing.
     UnicodeDecodeError,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -173,16 +169,6 @@ def _naming_damage(path: pathlib.Path) -> Iterator[None]:
     raise errors.InputError(
       f"{path} is damaged ({type(error).__name__}); download it again"
     ) from error
-
-
-def _read_zip_texts(path: pathlib.Path, pattern: str) -> dict[str, list[str]]:
-  """Read the lines of the members of a zip file that match a pattern."""
-  with _naming_damage(path), zipfile.ZipFile(path) as archive:
-    return {
-      name: _lines(archive.read(name))
-      for name in archive.namelist()
-      if re.fullmatch(pattern, name)
-    }
 
 
 def _lines(content: bytes) -> list[str]:
@@ -194,24 +180,24 @@ def _lines(content: bytes) -> list[str]:
 def _list_tinyimagenet(
   archives: pathlib.Path,
 ) -> Iterator[tuple[str, Destination]]:
-  """List train as train and val as test: the official test has no labels."""
-  path = archives / "tiny-imagenet-200.zip"
+  """List train, and val as test: the official test images have no labels."""
+  root, path = "tiny-imagenet-200", archives / "tiny-imagenet-200.zip"
   with _naming_damage(path), zipfile.ZipFile(path) as archive:
     members = archive.namelist()
-  pattern = re.compile(r"tiny-imagenet-200/train/([^/]+)/images/([^/]+\.JPEG)")
-  for match in filter(None, map(pattern.fullmatch, members)):
-    yield match[0], Destination("train", match[1], match[2])
-  annotations = _read_zip_texts(
-    path, r"tiny-imagenet-200/val/val_annotations\.txt"
-  )
-  for line in (line for lines in annotations.values() for line in lines):
+    annotations = _lines(archive.read(f"{root}/val/val_annotations.txt"))
+  for member in members:
+    match = re.fullmatch(rf"{root}/train/([^/]+)/images/([^/]+\.JPEG)", member)
+    if match:
+      yield member, Destination("train", match[1], match[2])
+  for line in annotations:
     # The file, its class and a box, separated by tabs.
     file_name, class_name, *_ = [*line.split("\t"), ""]
-    member = f"tiny-imagenet-200/val/images/{file_name}"
+    member = f"{root}/val/images/{file_name}"
     yield member, Destination("test", class_name, file_name)
 
 
 def _list_mit67(archives: pathlib.Path) -> Iterator[tuple[str, Destination]]:
+  """List the images that the two text files name."""
   for part, name in (("train", "TrainImages.txt"), ("test", "TestImages.txt")):
     with _naming_damage(archives / name):
       lines = _lines((archives / name).read_bytes())
@@ -223,13 +209,16 @@ def _list_mit67(archives: pathlib.Path) -> Iterator[tuple[str, Destination]]:
 def _list_stanford40(
   archives: pathlib.Path,
 ) -> Iterator[tuple[str, Destination]]:
-  # Beside them, train.txt and test.txt repeat all images without the action.
-  pattern = r"ImageSplits/(.+)_(train|test)\.txt"
-  lists = _read_zip_texts(archives / "Stanford40_ImageSplits.zip", pattern)
-  for name, lines in lists.items():
-    action, part = re.findall(pattern, name)[0]
-    for line in lines:
-      yield f"JPEGImages/{line}", Destination(part, action, line)
+  """List the images that ACTION_train.txt and ACTION_test.txt name."""
+  path = archives / "Stanford40_ImageSplits.zip"
+  with _naming_damage(path), zipfile.ZipFile(path) as archive:
+    for name in archive.namelist():
+      # train.txt and test.txt, which repeat all images, do not match.
+      match = re.fullmatch(r"ImageSplits/(.+)_(train|test)\.txt", name)
+      if match:
+        action, part = match.groups()
+        for line in _lines(archive.read(name)):
+          yield f"JPEGImages/{line}", Destination(part, action, line)
 
 
 DATA_SETS = {

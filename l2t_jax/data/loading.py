@@ -6,7 +6,6 @@ import numpy as np
 
 from l2t_jax import errors
 from l2t_jax.data import (
-  bundled,
   data_fields,
   datasets,
   from_arrays,
@@ -36,10 +35,10 @@ def load(
       Evaluation batches are the smallest multiple that is at least
       datasets.MIN_EVAL_BATCH_SIZE.
     seed: decides the order of training images and their augmentation.
-    process_index: of this process among those that train together.
-    process_count: how many processes train together.
-    images: a data set that is open already; by default, `fields` say which to
-      open.
+    process_index: index of this process among those that train together.
+    process_count: number of processes that train together.
+    images: a data set that is already open; by default, the one that `fields`
+      name is opened.
 
   Returns:
     The data set; each process gets its own rows of the global batches.
@@ -58,11 +57,11 @@ def load(
     images = open_images(fields)
   images = records.keep_classes(images, fields.classes)
   _check_augment(fields.augment, images)
-  every = splits.make_split(images, fields)
-  split = every
+  whole_split = splits.make_split(images, fields)
+  split = whole_split
   if fields.per_class:
     split = splits.keep_per_class(
-      every, images, per_class=fields.per_class, seed=fields.split_seed
+      whole_split, images, per_class=fields.per_class, seed=fields.split_seed
     )
   if len(split.train) < batch_size:
     raise errors.InputError(
@@ -71,7 +70,7 @@ def load(
     )
   unlabeled = None
   if fields.unlabeled:
-    left_over = np.setdiff1d(every.train, split.train)
+    left_over = np.setdiff1d(whole_split.train, split.train)
     unlabeled = _open_unlabeled(fields, images.train, left_over)
   contents = datasets.Contents(
     images, split, unlabeled, plan, unlabeled_plan, seed
@@ -82,32 +81,27 @@ def load(
 
 
 def open_images(fields: data_fields.DataFields) -> records.ImageSet:
-  """Open the images that `source`, `name` and `path` say, as published.
+  """Open the images that `source`, `name` and `path` refer to, unsplit.
 
   Raises:
     errors.InputError: there is no such data set, or it is malformed.
   """
-  name, path = fields.name, fields.path
-  # Of each source: the field that it cannot do without, and how to open it.
   sources = {
-    "bundled": ("name", lambda: bundled.open_bundled(name)),
-    "npz": ("path", lambda: from_arrays.open_npz(path)),
-    "folder": ("path", lambda: from_folders.open_folder(path)),
-    "tfds": ("name", lambda: from_tfds.open_tfds(name, path)),
+    "bundled": lambda: from_arrays.open_bundled(fields.name),
+    "npz": lambda: from_arrays.open_npz(fields.path),
+    "folder": lambda: from_folders.open_folder(fields.path),
+    "tfds": lambda: from_tfds.open_tfds(fields.name, fields.path),
   }
   if fields.source not in sources:
     raise errors.InputError(
       f"source {fields.source!r} is unknown; possible:"
       f" {records.listed(sources)}"
     )
-  needed, open_source = sources[fields.source]
-  if not getattr(fields, needed):
-    raise errors.InputError(f"source {fields.source!r} needs data.{needed}")
-  return open_source()
+  return sources[fields.source]()
 
 
 def _check_augment(augment: str, images: records.ImageSet) -> None:
-  """Refuse to move images whose targets would stay where they are."""
+  """Refuse to move images when their targets would not move with them."""
   targets = images.train.targets
   if targets is not None and targets.ndim > 2 and augment != "none":
     raise errors.InputError(
@@ -119,13 +113,14 @@ def _check_augment(augment: str, images: records.ImageSet) -> None:
 def _open_unlabeled(
   fields: data_fields.DataFields, train: records.Records, left_over: np.ndarray
 ) -> datasets.Subset:
-  """Return the images without labels: a folder's, or those left over."""
+  """Return the images without labels: those of a folder, or those left over."""
   if fields.unlabeled_path:
     folder = from_folders.open_unlabeled(fields.unlabeled_path)
-    return datasets.Subset(folder, np.arange(len(folder.labels)))
+    every = np.arange(len(folder.labels))
+    return datasets.Subset(folder, every, fields.channels)
   if not len(left_over):
     raise errors.InputError(
-      f"per_class is {fields.per_class} and leaves no images over for"
-      " unlabeled; lower it or give an unlabeled_path"
+      f"unlabeled is True, but per_class={fields.per_class} keeps all images;"
+      " set it to fewer or give an unlabeled_path"
     )
-  return datasets.Subset(train, left_over)
+  return datasets.Subset(train, left_over, fields.channels)

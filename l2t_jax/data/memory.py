@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from l2t_jax import types
-from l2t_jax.data import augmentation, data_fields, datasets, pillow
+from l2t_jax.data import augmentation, data_fields, datasets
 
-# Takes the place of an epoch in the keys of images without labels.
+# Folded into the key of images without labels, as no epoch is.
 NO_EPOCH = 2**32 - 1
-
-
-class _Preparation(NamedTuple):
-  """What is done to the images of a training batch; static under jit."""
-
-  plan: datasets.BatchPlan
-  augment: str
-  padding: int
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
 
 
 class InMemoryDataset(datasets.Dataset):
@@ -36,48 +27,48 @@ class InMemoryDataset(datasets.Dataset):
     super().__init__(contents, fields)
     self._arrays = {
       name: jax.device_put(
-        (_read_resized(subset, self.image_shape), subset.targets)
+        (
+          _read_resized(subset, self.image_shape, self._eval_resize),
+          subset.targets,
+        )
       )
       for name, subset in self._subsets.items()
     }
     mean, std = tuple(fields.mean), tuple(fields.std)
-    self._preparation = _Preparation(
-      self._plan, fields.augment, fields.crop_padding, mean, std
+    self._train_batch = functools.partial(
+      _train_batch,
+      augment=fields.augment,
+      padding=fields.crop_padding,
+      mean=mean,
+      std=std,
     )
     self._eval_batch = functools.partial(_eval_batch, mean=mean, std=std)
 
-  def _train_batches(self, epoch: int, start: int) -> Iterator[types.Batch]:
+  def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
+    """See `Dataset.train_batches`."""
     key = jax.random.key(self._seed)
     unlabeled_key = jax.random.fold_in(key, NO_EPOCH)
     order = datasets.epoch_order(self._seed, epoch, self.num_train)
     for step in range(start, self.steps_per_epoch):
-      positions = order[self._plan.slots(step)]
-      batch = _train_batch(
-        self._arrays["train"],
-        positions,
+      batch = self._train_batch(
+        *self._arrays["train"],
+        order[self._plan.slots(step)],
         (key, epoch, step),
-        preparation=self._preparation,
+        plan=self._plan,
       )
       if self.num_unlabeled:
-        batch = batch._replace(
-          unlabeled=self._read_unlabeled(unlabeled_key, epoch, step)
+        slots = self._unlabeled_plan.slots(epoch * self.steps_per_epoch + step)
+        others = self._train_batch(
+          *self._arrays["unlabeled"],
+          datasets.unlabeled_positions(self._seed, slots, self.num_unlabeled),
+          (unlabeled_key, epoch, step),
+          plan=self._unlabeled_plan,
         )
+        batch = batch._replace(unlabeled=others.images)
       yield batch
 
-  def _read_unlabeled(self, key: jax.Array, epoch: int, step: int) -> jax.Array:
-    slots = self._unlabeled_plan.slots(epoch * self.steps_per_epoch + step)
-    positions = datasets.unlabeled_positions(
-      self._seed, slots, self.num_unlabeled
-    )
-    images, _ = self._arrays["unlabeled"]
-    return _train_images(
-      images,
-      positions,
-      (key, epoch, step),
-      preparation=self._preparation._replace(plan=self._unlabeled_plan),
-    )
-
-  def _eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
+  def eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
+    """See `Dataset.eval_batches`."""
     images, labels = self._arrays[split]
     for step in range(self._eval_plan.num_eval_steps(len(labels))):
       positions, mask = self._eval_plan.eval_positions(len(labels), step)
@@ -85,62 +76,54 @@ class InMemoryDataset(datasets.Dataset):
 
 
 def _read_resized(
-  subset: datasets.Subset, image_shape: tuple[int, int, int]
+  subset: datasets.Subset,
+  image_shape: tuple[int, int, int],
+  resize: Callable[[Image.Image], Image.Image],
 ) -> np.ndarray:
   """Read all images of a subset as uint8 [N, H, W, C]."""
-  height, width, channels = image_shape
   pixels = subset.records.pixels
   if pixels is not None and pixels.shape[1:] == image_shape:
     return pixels[subset.indices]
-
-  def read(position: int) -> np.ndarray:
-    image = subset.read_image(position, channels=channels)
-    return pillow.to_array(pillow.resize(image, width, height))
-
   num_images = len(subset.indices)
   resized = np.empty((num_images, *image_shape), np.uint8)
+  read = functools.partial(subset.read, transform=resize)
   with futures.ThreadPoolExecutor() as pool:
     for position, image in enumerate(pool.map(read, range(num_images))):
       resized[position] = image
   return resized
 
 
-@functools.partial(jax.jit, static_argnames="preparation")
+@functools.partial(
+  jax.jit, static_argnames=("plan", "augment", "padding", "mean", "std")
+)
 def _train_batch(
-  data: tuple[jax.Array, jax.Array],
-  positions: jax.Array,
-  draw: tuple[jax.Array, Any, Any],
-  *,
-  preparation: _Preparation,
-) -> types.Batch:
-  """Prepare this process's rows of a batch, with labels; see _train_images."""
-  images, labels = data
-  return types.Batch(
-    _train_images(images, positions, draw, preparation=preparation),
-    labels[positions],
-  )
-
-
-@functools.partial(jax.jit, static_argnames="preparation")
-def _train_images(
   images: jax.Array,
+  labels: jax.Array,
   positions: jax.Array,
   draw: tuple[jax.Array, Any, Any],
   *,
-  preparation: _Preparation,
-) -> jax.Array:
+  plan: datasets.BatchPlan,
+  augment: str,
+  padding: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> types.Batch:
   """Gather, augment and normalise this process's rows of a batch.
 
   Args:
     images: all images, uint8 [N, H, W, C].
-    positions: of the rows, [b].
+    labels: of all images, [N, ...].
+    positions: which images are in the rows, [b].
     draw: PRNG key, epoch and step.
-    preparation: what is done to them.
+    plan: says which rows of the global batch these are.
+    augment: see `DataFields`.
+    padding: width of the black border, in pixels.
+    mean: of the pixels, for normalisation.
+    std: of the pixels, for normalisation.
 
   Returns:
-    float32 [b, H, W, C].
+    Images float32 [b, H, W, C] and labels [b, ...].
   """
-  plan, augment, padding, mean, std = preparation
   batch = images[positions]
   if augment != "none":
     key, epoch, step = draw
@@ -153,7 +136,9 @@ def _train_images(
     offsets, flips = offsets[plan.rows], flips[plan.rows]
     flips = flips & (augment == "crop_flip")
     batch = augmentation.pad_crop_flip(batch, offsets, flips, padding=padding)
-  return augmentation.normalise(batch, mean, std)
+  return types.Batch(
+    augmentation.normalise(batch, mean, std), labels[positions]
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("mean", "std"))

@@ -21,7 +21,15 @@ CROP_RATIO = (3 / 4, 4 / 3)
 
 
 def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
-  """Read a whole image, or raise an InputError that names it."""
+  """Read a whole image.
+
+  Args:
+    file: path or content of the image file.
+    name: of the image, for error messages.
+
+  Raises:
+    errors.InputError: the image is damaged, or its pixels have 32 bits.
+  """
   try:
     with Image.open(file) as image:
       image.load()
@@ -36,14 +44,14 @@ def decode(file: pathlib.Path | io.BytesIO, *, name: str) -> Image.Image:
   if image.mode in ("I", "F"):
     kind = "integers" if image.mode == "I" else "floats"
     raise errors.InputError(
-      f"image {name} has pixels of 32 bits ({kind}), of which nothing says what"
-      " is black and what is white; save it with 8 bits, or with 16"
+      f"image {name} has pixels of 32 bits ({kind}), whose values for black and"
+      " white are unknown; save it with 8 or 16 bits"
     )
   return image
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
-  """Turn an image of any mode into grey (1 channel) or RGB (3)."""
+  """Convert an image of any mode to grey (1 channel) or RGB (3)."""
   if image.mode.startswith("I;16"):  # Pillow would clip, not scale.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   return image.convert("L" if channels == 1 else "RGB")
@@ -83,7 +91,7 @@ def resize_and_center_crop(
 def random_resized_crop_flip(
   image: Image.Image, rng: np.random.Generator, *, size: int
 ) -> Image.Image:
-  """Crop a random box, resize it to size x size, mirror it half of the time."""
+  """Crop a random box, resize it to size x size, and mirror half of them."""
   box = random_box(*image.size, rng)
   # The crop comes first: resize(box=...) would mix in pixels from outside.
   crop = resize(image.crop(box), size, size)

@@ -1,4 +1,4 @@
-"""Images with labels, in any order: what every source of images becomes."""
+"""Labelled images in random access: the common form of all sources."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Records(NamedTuple):
 
   # Reads one image, of any size and mode; picklable, for worker processes.
   read_image: Callable[[int], Image.Image]
-  # [N] int32, 0 .. num_classes - 1; -1 where the class is left out or secret.
+  # [N] int32, 0 .. num_classes - 1; -1 if the class is left out or secret.
   labels: np.ndarray
-  # The same images, uint8 [N, H, W, C], where they are in memory.
+  # The same images, uint8 [N, H, W, C], if they are in memory.
   pixels: np.ndarray | None = None
-  # [N, ...], what is learned from each image where that is not its class.
+  # [N, ...], what is learned from each image if that is not its class.
   targets: np.ndarray | None = None
 
 
@@ -34,7 +34,7 @@ class ImageSet(NamedTuple):
 
   train: Records  # The official training images, then the validation images.
   num_official_val: int  # Number of validation images at the end of `train`.
-  test: Records | None  # None where there is no official test set.
+  test: Records | None  # None if there is no official test set.
   class_names: tuple[str, ...]
 
 
@@ -52,7 +52,7 @@ def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
     The same images with new labels and class names.
 
   Raises:
-    errors.InputError: a class does not exist or is named twice.
+    errors.InputError: a class does not exist or is listed twice.
   """
   if not classes:
     return images
@@ -79,17 +79,35 @@ def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
   )
 
 
+def check_copies(
+  where: str, part: str, *, num_copies: int, num_images: int
+) -> None:
+  """Refuse validation or test images of which many are training images.
+
+  A few copies are accepted, because published data sets have some.
+
+  Args:
+    where: the data set, for the message.
+    part: "val" or "test".
+    num_copies: how many images of the part are training images, too.
+    num_images: how many images the part has.
+
+  Raises:
+    errors.InputError: more than a few are copies.
+  """
+  if num_copies >= MIN_COPIES and num_copies > MAX_COPIES * num_images:
+    raise errors.InputError(
+      f"{where}: {num_copies} of {num_images} images of {part} are in train,"
+      " too; each image belongs in only one of them"
+    )
+
+
 def some_of(names: Sequence[str]) -> str:
   """Return the first few of many names, for a message."""
   more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return ", ".join(names[:5]) + more
+  return listed(names[:5]) + more
 
 
 def listed(items: Iterable[Any]) -> str:
   """Join items with commas, for a message."""
-  return ", ".join(str(item) for item in items)
-
-
-def are_many(copies: int, count: int) -> bool:
-  """Return whether so many of `count` images are copies that it is a fault."""
-  return copies >= MIN_COPIES and copies > MAX_COPIES * count
+  return ", ".join(map(str, items))

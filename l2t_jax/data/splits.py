@@ -23,14 +23,13 @@ class Split(NamedTuple):
 def make_split(
   images: records.ImageSet, fields: data_fields.DataFields
 ) -> Split:
-  """Read a published split or draw one; `per_class` is not applied yet.
+  """Read a published split or draw one; `keep_per_class` comes after it.
 
   Raises:
     errors.InputError: a value is wrong, or a part that is needed is empty.
   """
-  path, prefix = fields.split_file, fields.split_prefix
-  if path:
-    split = split_from_file(images, path, prefix)
+  if fields.split_file:
+    split = split_from_file(images, fields.split_file, fields.split_prefix)
   else:
     split = seeded_split(
       images,
@@ -38,20 +37,12 @@ def make_split(
       test_fraction=fields.test_fraction,
       seed=fields.split_seed,
     )
-  empty = [
-    part for part, indices in split._asdict().items() if not len(indices)
-  ]
-  if path and empty:
-    raise errors.InputError(
-      f"{path!r}: {prefix}_{empty[0]} has no images of the classes that are"
-      " kept; give it some"
-    )
-  if "test" in empty:
+  if not len(split.test):
     raise errors.InputError(
       f"there are no test images: test_fraction={fields.test_fraction} of the"
       " training images; raise it or give a split_file"
     )
-  if "val" in empty and fields.val_fraction:
+  if fields.val_fraction and not len(split.val):
     raise errors.InputError(
       f"there are no validation images: val_fraction={fields.val_fraction}"
       " takes none of any class; raise it"
@@ -62,13 +53,13 @@ def make_split(
 
 
 def _check_classes(images: records.ImageSet, split: Split) -> None:
-  """Refuse classes that nothing can be learned of."""
+  """Refuse classes without training images."""
   unseen = without_images(images.class_names, images.train.labels[split.train])
   if unseen:
     raise errors.InputError(
       f"{len(unseen)} of {len(images.class_names)} classes have no training"
       f" images: {records.some_of(unseen)}; number the labels from 0 without"
-      " gaps, or name the classes to keep in data.classes"
+      " gaps, or list the classes to keep in data.classes"
     )
 
 
@@ -89,21 +80,21 @@ def seeded_split(
 
   Args:
     images: the data set.
-    val_fraction: share of the training images that validate; unused where
+    val_fraction: share of the training images used for validation; ignored if
       there is an official validation set.
-    test_fraction: share of the training images that test; unused where there
-      is an official test set.
+    test_fraction: share of the training images used for testing; ignored if
+      there is an official test set.
     seed: decides which images are drawn.
 
   Returns:
     The split.
 
   Raises:
-    errors.InputError: the fractions leave nothing to train on.
+    errors.InputError: the fractions leave no training images.
   """
-  shares = (val_fraction, test_fraction)
+  fractions = (val_fraction, test_fraction)
   # Written so that NaN is refused, too.
-  if not (all(share >= 0 for share in shares) and sum(shares) < 1):
+  if not (min(fractions) >= 0 and sum(fractions) < 1):
     raise errors.InputError(
       f"val_fraction {val_fraction} and test_fraction {test_fraction} must not"
       " be negative, and their sum must be below 1"
@@ -130,7 +121,7 @@ def split_from_file(images: records.ImageSet, path: str, prefix: str) -> Split:
   """Read a published split.
 
   Args:
-    images: the data set, in whose order the indices count.
+    images: the data set whose order the indices refer to.
     path: an npz file with integer arrays {prefix}_train, _val and _test.
     prefix: the name of the split in the file.
 
@@ -144,22 +135,28 @@ def split_from_file(images: records.ImageSet, path: str, prefix: str) -> Split:
   tests_on_train = images.test is None
   test_labels = (images.test or images.train).labels
   labels = (images.train.labels, images.train.labels, test_labels)
-  split = Split(
-    *(
-      _read_indices(arrays, f"{prefix}_{part}", len(part_labels), path)
-      for part, part_labels in zip(Split._fields, labels, strict=True)
-    )
-  )
-  _check_disjoint("train", split.train, "val", split.val)
-  if tests_on_train:
-    _check_disjoint("train", split.train, "test", split.test)
-    _check_disjoint("val", split.val, "test", split.test)
-  return Split(
-    *(
-      indices[part_labels[indices] >= 0]
-      for indices, part_labels in zip(split, labels, strict=True)
-    )
-  )
+  keys = [f"{prefix}_{part}" for part in Split._fields]
+  indices = [
+    _read_indices(arrays, key, len(part_labels), path)
+    for key, part_labels in zip(keys, labels, strict=True)
+  ]
+  for group in [indices] if tests_on_train else [indices[:2], indices[2:]]:
+    numbers, counts = np.unique(np.concatenate(group), return_counts=True)
+    repeated = numbers[counts > 1]
+    if len(repeated):
+      raise errors.InputError(
+        f"{path!r} lists index {repeated[0]} more than once; each image belongs"
+        f" in only one of {', '.join(keys)}"
+      )
+  kept = []
+  for key, part_indices, part_labels in zip(keys, indices, labels, strict=True):
+    kept.append(part_indices[part_labels[part_indices] >= 0])
+    if not len(kept[-1]):
+      raise errors.InputError(
+        f"{path!r}: {key} has no images of the classes that are kept; give it"
+        " some"
+      )
+  return Split(*kept)
 
 
 def keep_per_class(
@@ -198,7 +195,7 @@ def keep_per_class(
 def split_hash(parts: Iterable[np.ndarray]) -> str:
   """Return 16 hex digits that tell splits apart.
 
-  They stand in `summary.json` and in published tables, so they never change.
+  They are in `summary.json` and in published tables, so they must never change.
 
   Args:
     parts: index arrays of train, val and test and, if there are any, of the
@@ -233,10 +230,10 @@ def _draw_stratified(
 def _read_indices(
   arrays: dict[str, np.ndarray], key: str, num_records: int, path: str
 ) -> np.ndarray:
-  """Return one checked and sorted index array of a split file."""
+  """Return one checked and sorted index array of a split file, int64 [n]."""
   if key not in arrays:
     raise errors.InputError(
-      f"{path!r} lacks {key!r}; its keys are {', '.join(sorted(arrays))}"
+      f"{path!r} lacks {key!r}; its keys are {records.listed(sorted(arrays))}"
     )
   indices = arrays[key]
   if indices.dtype.kind not in "iu" or indices.ndim != 1:
@@ -250,21 +247,4 @@ def _read_indices(
       f"{path!r}: {key} goes from {indices[0]} to {indices[-1]}, but the"
       f" data set has the indices 0 to {num_records - 1}"
     )
-  duplicates = indices[1:][indices[1:] == indices[:-1]]
-  if len(duplicates):
-    raise errors.InputError(
-      f"{path!r}: {key} has index {duplicates[0]} more than once"
-    )
   return indices
-
-
-def _check_disjoint(
-  name: str, indices: np.ndarray, other_name: str, other: np.ndarray
-) -> None:
-  """Refuse images that are in two parts of a split file."""
-  common = np.intersect1d(indices, other)
-  if len(common):
-    raise errors.InputError(
-      f"the split file has {len(common)} images in both {name} and"
-      f" {other_name}, the first of them {common[0]}"
-    )

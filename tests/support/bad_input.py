@@ -163,11 +163,6 @@ def _cut(path: pathlib.Path, size: int = 60) -> None:
   path.write_bytes(path.read_bytes()[:size])
 
 
-def _link(path: pathlib.Path, other: pathlib.Path) -> None:
-  path.unlink()
-  path.symlink_to(other)
-
-
 @functools.cache
 def _variables() -> dict[str, np.ndarray]:
   """Draw weights of a ResNet for 5 classes of grey images."""
@@ -510,7 +505,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "NaN among the pixels",
       "",
       "'data.npz': x_train is float32 [64, 8, 8], but must be uint8 [N, H, "
-      "W] or [N, H, W, 1 or 3]",
+      "W] or [N, H, W, 1 or 3], and not empty",
       _data(x_train=_with_nan(_X)),
     ),
     Case(
@@ -536,27 +531,29 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A label that leaves classes without images",
       "",
       "253 of 256 classes have no training images: 2, 3, 4, 5, 6 and 248 "
-      "more; number the labels from 0 without gaps, or name the classes to "
+      "more; number the labels from 0 without gaps, or list the classes to "
       "keep in data.classes",
       _data(y_train=np.where(np.arange(64) == 5, 255, _Y)),
     ),
     Case(
       "Test images that are training images",
       "",
-      "'data.npz': 20 of 20 images of x_test are in x_train, too; each "
-      "image belongs into one of them",
+      "'data.npz': 20 of 20 images of test are in train, too; each image "
+      "belongs in only one of them",
       _data(x_test=_X[:20], y_test=_Y[:20]),
     ),
     Case(
       "A split that overlaps",
       _SPLIT,
-      "the split file has 2 images in both val and test, the first of them 50",
+      "'split.npz' lists index 50 more than once; each image belongs in only "
+      "one of a_train, a_val, a_test",
       _split(a_test=np.arange(50, 64)),
     ),
     Case(
       "A split with an index twice",
       _SPLIT,
-      "'split.npz': a_val has index 40 more than once",
+      "'split.npz' lists index 40 more than once; each image belongs in only "
+      "one of a_train, a_val, a_test",
       _split(a_val=np.array([40, 41, 40])),
     ),
     Case(
@@ -598,8 +595,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "Images without labels, but none are left over",
       "--config.data.unlabeled=True",
-      "unlabeled is True, but per_class is 0 and leaves no images over; set"
-      " it or give an unlabeled_path",
+      "unlabeled is True, but per_class=0 keeps all images; set it to fewer or "
+      "give an unlabeled_path",
     ),
     Case(
       "A class that the data have not",
@@ -621,7 +618,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A deviation of 0",
       "--config.data.std=(0.0,)",
-      "std is (0.0,); its values must be finite numbers above 0",
+      "config.data.std is (0.0,); it must hold finite numbers above 0 only",
     ),
     Case(
       "An unknown kind of data",
@@ -653,8 +650,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "Validation images under another name",
       _FOLDER,
-      "folder 'images/valid' would be left out: beside train, validation images"
-      " are those of val; call it so, or move it elsewhere",
+      "folder 'images/valid' would be ignored; rename it to val, where "
+      "validation images belong, or move it elsewhere",
       _pictures(parts=("train", "valid")),
     ),
     Case(
@@ -664,26 +661,10 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _pictures(lambda images: _cut(images / "dog" / "3.png")),
     ),
     Case(
-      "Test images that link to training images",
-      _FOLDER,
-      "5 of 32 images of test are images of train, too, such as "
-      "images/test/dog/0.png; each image belongs into one of them",
-      _pictures(
-        lambda images: [
-          _link(
-            images / "test" / "dog" / f"{number}.png",
-            images / "train" / "dog" / f"{number + 3}.png",
-          )
-          for number in range(5)
-        ],
-        parts=("train", "test"),
-      ),
-    ),
-    Case(
       "A copy of the training images as test images",
       _FOLDER,
-      "32 of 32 images of test are images of train, too, such as "
-      "images/test/cat/0.png; each image belongs into one of them",
+      "folder 'images': 32 of 32 images of test are in train, too; each image "
+      "belongs in only one of them",
       _pictures(
         lambda images: shutil.copytree(images / "train", images / "test"),
         parts=("train",),
@@ -692,8 +673,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "An image with pixels of 32 bits",
       _FOLDER,
-      "image images/dog/3.tif has pixels of 32 bits (floats), of which nothing "
-      "says what is black and what is white; save it with 8 bits, or with 16",
+      "image images/dog/3.tif has pixels of 32 bits (floats), whose values for "
+      "black and white are unknown; save it with 8 or 16 bits",
       _pictures(
         lambda images: PIL.Image.new("F", (SIZE, SIZE)).save(
           images / "dog" / "3.tif"
