@@ -763,8 +763,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A converted file where a run belongs",
       "source.safetensors data.npz",
-      "source.safetensors was converted and not trained by l2t_jax: it says"
-      " nothing of its images and classes",
+      "source.safetensors holds converted weights, not a run of l2t_jax: it"
+      " does not say which images and classes it is for",
       command=PREDICT,
     ),
     Case(
