@@ -50,7 +50,7 @@ class BadNumbersError(Stop, ArithmeticError):
 
 
 class StorageError(Stop, OSError):
-  """A file could not be read or written: the disk is full or it fails."""
+  """A file cannot be read or written: the disk is full, read-only or broken."""
 
   exit_code = 4
 

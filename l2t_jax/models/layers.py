@@ -24,11 +24,7 @@ def torch_linear_bias(fan_in: int):
   It is uniform within ±1/sqrt(fan in).
   """
   bound = fan_in**-0.5
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
-
-  return init
+  return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
 def conv(

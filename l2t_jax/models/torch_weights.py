@@ -26,7 +26,7 @@ _TORCH_LEAVES = {
 }
 
 
-class Report(NamedTuple):
+class Conversion(NamedTuple):
   """The result of a conversion."""
 
   mapped: dict[str, str]  # PyTorch name -> name in the weight file.
@@ -71,7 +71,7 @@ def from_torch_layout(weight: Any) -> Any:
 
 def convert(
   tensors: Mapping[str, np.ndarray], variables: types.PyTree
-) -> tuple[types.PyTree, Report]:
+) -> tuple[types.PyTree, Conversion]:
   """Map PyTorch tensors to a network's variables by name.
 
   Args:
@@ -114,7 +114,7 @@ def convert(
       f" tensors, such as {deeper[0]}; choose the network that it was trained"
       " with"
     )
-  return traverse_util.unflatten_dict(converted), Report(mapped, left_over)
+  return traverse_util.unflatten_dict(converted), Conversion(mapped, left_over)
 
 
 def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -164,7 +164,7 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def convert_file(
   checkpoint: pathlib.Path, output: pathlib.Path, model: str
-) -> Report:
+) -> Conversion:
   """Convert a checkpoint of a bundled network to a weight file.
 
   The number of classes is that of the checkpoint's classifier.

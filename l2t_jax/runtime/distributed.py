@@ -110,15 +110,11 @@ def from_first(number: int) -> int:
 
   Processes can see different files, because file systems may lag behind.
   """
-  if not are_several():
-    return number
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def is_true_for_all(condition: bool) -> bool:
   """Return whether a condition is true in every process; all must call this."""
-  if not are_several():
-    return condition
   return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
 
 

@@ -108,14 +108,21 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
-  """Context manager: turn an OSError about folders into a StorageError."""
+  """Context manager: raise an OSError about folders as a StorageError.
+
+  Args:
+    workdirs: the folders of the runs.
+
+  Raises:
+    errors.StorageError: a file in a folder cannot be written.
+  """
   try:
     yield
   except errors.Stop:
     raise
   except OSError as error:
-    files = pathlib.Path(str(error.filename)).absolute().parents
-    is_ours = any(workdir.absolute() in files for workdir in workdirs)
+    folders = pathlib.Path(str(error.filename)).absolute().parents
+    is_ours = any(workdir.absolute() in folders for workdir in workdirs)
     # An error while writing into an open file has no file name.
     if error.errno not in _STORAGE_ERRORS or (error.filename and not is_ours):
       raise

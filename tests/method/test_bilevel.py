@@ -1,4 +1,4 @@
-"""The bilevel step: exact in every mode, for any loss, pytree and optimizer."""
+"""Hypergradients are exact in every mode, for any loss and optimizer."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def inner_loss(params, meta_params, model_state, batch):
 
 
 def outer_loss(params, meta_params, model_state, batch):
-  """As the inner loss, unweighted, with a direct term in meta_params."""
+  """Like the inner loss, but unweighted and with a term in meta_params."""
   uniform = jax.tree.map(jnp.zeros_like, meta_params)
   loss, model_state = inner_loss(params, uniform, model_state, batch)
   return loss + 0.1 * jnp.sum(meta_params["v"] ** 2), model_state
@@ -110,7 +110,7 @@ def test_hypergradient_equals_central_differences(mode, num_steps, x64):
 
 @pytest.mark.parametrize("dropped", [0, 1], ids=["hessian", "mixed"])
 def test_without_one_of_its_products_it_does_not(dropped, x64, monkeypatch):
-  """The tolerance above is tight enough to notice either term."""
+  """The tolerance above is tight enough to notice if a term is missing."""
 
   def incomplete(loss_fn):
     rule = _MIXED_GRADIENT(loss_fn)
@@ -206,7 +206,7 @@ def test_optimizers_with_a_slope_are_not_refused(optimizer):
 
 
 def test_adam_is_refused_in_training_too():
-  """Where the learning rate is traced."""
+  """Although the learning rate is traced there."""
   state, source, pairs, target_taps = small_setup.create()
   opt_state = optax.adam(0.1).init(state.inner.params)
   state = state._replace(inner=state.inner._replace(opt_state=opt_state))
@@ -230,7 +230,7 @@ def test_unknown_mode_is_refused():
 
 @pytest.mark.parametrize("rolled", [False, True])
 def test_one_batch_per_step(rolled, x64):
-  """Stacked batches give what single steps on each of them give."""
+  """Stacked batches give the same as single steps on each of them."""
   params, meta_params, model_state, (images, labels) = problem()
   state = types.InnerState(params, sgd().init(params), model_state)
   step = bilevel.make_inner_step(inner_loss, sgd())

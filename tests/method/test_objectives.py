@@ -17,7 +17,7 @@ from l2t_jax.method import (
 
 
 def logits_of(probabilities, temperature=1.0):
-  """Logits whose softmax at a temperature is given."""
+  """Return logits whose softmax at a temperature is given."""
   return temperature * jnp.log(jnp.array(probabilities))
 
 
@@ -62,7 +62,7 @@ def test_distillation_loss(temperature, x64):
 
 
 def test_hot_distillation_matches_logits(x64):
-  """The limit of section 2.1: (z - z_s) / K where logits have mean zero."""
+  """The limit of section 2.1: (z - z_s) / K if logits have mean zero."""
   rng = np.random.default_rng(0)
   logits, source = rng.standard_normal((2, 1, 5))
   logits -= logits.mean()
@@ -82,7 +82,7 @@ def test_attention(x64):
   by_hand = ((1 / 5**0.5 - 0.6) ** 2 + (2 / 5**0.5 - 0.8) ** 2) / 2
   loss = loss_functions.attention_loss(source, target)
   np.testing.assert_allclose(loss, by_hand, rtol=1e-12)
-  # What is attended to does not depend on the scale of the features.
+  # Attention maps do not depend on the scale of the features.
   scaled = loss_functions.attention_loss(3 * source, 0.1 * target)
   np.testing.assert_allclose(scaled, by_hand, rtol=1e-12)
 
@@ -152,7 +152,7 @@ def test_kd_reads_the_targets_own_logits(x64):
 
 
 def test_bfloat16_outputs_are_compared_in_float32():
-  """Whatever the task, in the losses and where the target is evaluated."""
+  """For any task, in the losses and in evaluation."""
   narrow = lambda shape, seed: jnp.asarray(
     np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16
   )

@@ -1,4 +1,4 @@
-"""What optimizers have that optax's have not."""
+"""Optimizers: where they differ from optax."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from l2t_jax.method import optimizers
 
 
 def test_clipping(x64):
-  """As optax's where there is something to clip, and smooth at 0."""
+  """As in optax if gradients are large, and differentiable at 0."""
   clip = optimizers.clip_by_global_norm(2.0)
   apply = lambda grads: clip.update(grads, clip.init(grads))[0]
   grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}

@@ -35,7 +35,7 @@ def few(max_examples):
 
 
 def in_float64(test):
-  """Compute in float64; a fixture would not be renewed for each example."""
+  """Compute in float64; a fixture would not be set up for each example."""
 
   @functools.wraps(test)
   def wrapped(*args, **kwargs):
@@ -51,7 +51,7 @@ def close(rtol=1e-9, atol=1e-13):
 
 @dataclasses.dataclass
 class Matching:
-  """What an example of the matching reads; arrays are float64, of numpy."""
+  """Inputs of the matching loss; arrays are NumPy's, in float64."""
 
   target_taps: dict[str, tuple[int, int, int]]
   pairs: tuple[pair_sets.Pair, ...]
@@ -84,7 +84,7 @@ class Matching:
 @st.composite
 def matchings(draw):
   """Draw taps of any resolutions, pairs and values of any size."""
-  # Few of each: every operation compiles once for each shape.
+  # Few sizes, because every operation is compiled for each shape.
   side, channels = st.sampled_from((1, 2, 5)), st.sampled_from((1, 3))
   shapes = st.lists(st.tuples(side, side, channels), min_size=1, max_size=2)
   source_taps, target_taps = (
@@ -147,7 +147,7 @@ def test_channel_weights_sum_to_1(example):
 @given(matchings(), st.sampled_from(sorted(transfer.PAIR_ACTIVATIONS)))
 @in_float64
 def test_pair_weights_are_bounded(example, activation):
-  """In [0, 6] by the paper's activation; never negative by any."""
+  """In [0, 6] with the paper's activation; non-negative with all."""
   pair = np.stack(list(example.weights(activation).pair.values()))
   assert pair.min() >= 0
   if activation == "relu6":
@@ -163,7 +163,7 @@ def test_a_constant_in_the_logits_does_not_change_channel_weights(
   channel = example.weights().channel
   for layer in example.meta_params["channel"].values():
     layer["bias"] += constant
-  # As many digits as the largest logit leaves.
+  # The largest logit limits the precision.
   close(rtol=1e-7, atol=1e-12)(example.weights().channel, channel)
 
 
@@ -171,7 +171,7 @@ def test_a_constant_in_the_logits_does_not_change_channel_weights(
 @given(matchings(), st.floats(0, 10))
 @in_float64
 def test_the_matching_loss_is_numpys(example, beta):
-  """Resizing included; and it is not negative."""
+  """Including the resizing; and it is non-negative."""
   example_weights = example.weights()
   expected = 0.0
   for pair in example.pairs:
@@ -206,7 +206,7 @@ def test_the_matching_loss_is_linear_in_beta(example, one, other):
 @given(matchings(), SEEDS)
 @in_float64
 def test_the_order_of_images_does_not_matter(example, seed):
-  """It is that of the weights, and the loss stays what it was."""
+  """Weights follow the order of the images; the loss does not change."""
   weights, loss = example.weights(), example.loss()
   batch_size = len(next(iter(example.source.values())))
   order = np.random.default_rng(seed).permutation(batch_size)
@@ -222,7 +222,7 @@ def test_the_order_of_images_does_not_matter(example, seed):
 @given(matchings(), SEEDS)
 @in_float64
 def test_the_order_of_pairs_does_not_matter(example, seed):
-  """For weights, distances and loss; a step is below."""
+  """For weights, distances and loss; a test of whole steps is below."""
   before = example.weights(), example.distances(), example.loss()
   order = np.random.default_rng(seed).permutation(len(example.pairs))
   example.pairs = tuple(example.pairs[index] for index in order)
@@ -240,7 +240,7 @@ class Inner:
   seed: int
 
   def __post_init__(self):
-    # Of numpy: examples are made outside of `in_float64`.
+    # NumPy arrays, because examples are made outside of `in_float64`.
     rng = np.random.default_rng(self.seed)
     random = lambda *shape: rng.standard_normal(shape)
     self.params = {
@@ -300,7 +300,7 @@ class Inner:
 )
 @in_float64
 def test_hypergradients_agree(inner, optimizer, num_steps, rolled, mode):
-  """Of two modes, and with a central difference along a direction."""
+  """Two modes agree with each other and with a central difference."""
   optimizer = drawn_setup.OPTIMIZERS[optimizer](0.1)
   usual, other = (
     inner.hypergradient_fn(optimizer, num_steps, one, rolled)
@@ -362,7 +362,7 @@ def test_jitted_equals_unjitted(drawn):
 @given(drawn_setup.examples(resolutions=(4,)))
 @in_float64
 def test_zero_pair_weights_give_the_scratch_update(drawn):
-  """Bit by bit, where no compiler fuses the two programs: op by op."""
+  """Bit by bit if run op by op, without a compiler that fuses operations."""
   problem = drawn_setup.Problem(drawn)
   after, _ = problem.train_step(update_meta=False)(
     with_zero_pair_weights(problem.state()), problem.sources, problem.batch
@@ -382,7 +382,7 @@ def test_zero_pair_weights_give_the_scratch_update(drawn):
 @given(drawn_setup.examples())
 @in_float64
 def test_zero_pair_weights_give_it_beside_a_meta_update(drawn):
-  """In compiled programs, which fuse and therefore round differently."""
+  """In compiled programs, up to rounding: XLA fuses the two differently."""
   problem = drawn_setup.Problem(drawn)
   after, metrics = jax.jit(problem.train_step())(
     with_zero_pair_weights(problem.state()), problem.sources, problem.batch
@@ -398,7 +398,7 @@ def test_zero_pair_weights_give_it_beside_a_meta_update(drawn):
 
 
 def with_zero_pair_weights(state):
-  """g's parameters are 0: so is its output, and its derivative at 0."""
+  """With parameters of 0, g's output and its derivative are 0."""
   zeros = jax.tree.map(jnp.zeros_like, state.meta_params["pair"])
   return state._replace(meta_params=state.meta_params | {"pair": zeros})
 
@@ -474,7 +474,7 @@ def test_processes_share_the_slots_of_a_step(shares, step):
 def test_batches_of_several_processes_are_those_of_one(
   shares, seed, min_eval_batch_size
 ):
-  """Put together, augmented; and evaluation sees each image once."""
+  """With augmentation; and evaluation sees each image once."""
   labels = np.arange(45, dtype=np.int32) % 3
   pixels = np.arange(45, dtype=np.uint8)[:, None, None, None]
   pixels = np.broadcast_to(5 * pixels, (45, 2, 2, 1))
@@ -572,7 +572,7 @@ def test_fewer_images_of_each_class_are_some_of_more(counts, per_class, seed):
 def test_images_without_labels_come_pass_by_pass(
   num_images, batch_size, first, seed
 ):
-  """However the stream is cut, each pass is a permutation."""
+  """Each pass is a permutation, wherever the stream is cut."""
   plan = datasets.BatchPlan(batch_size, 0, 1)
   read = functools.partial(
     datasets.unlabeled_positions, seed, num_images=num_images

@@ -36,9 +36,9 @@ def _jitted(method, x64, **step_options):
 @pytest.mark.optimized
 @pytest.mark.parametrize("size", [3, 5])
 def test_jitted_equals_unjitted(size):
-  """Catches a compiler that computes wrong numbers (jaxlib 0.10.2 does)."""
-  # One pair and T = 1: op by op, a step is slow. Two convolutions: a max-pool
-  # by `jnp.maximum` goes wrong in them, and has to show.
+  """Catch a compiler that computes wrong numbers, such as jaxlib 0.10.2's."""
+  # One pair and T = 1, because a step is slow op by op. Two convolutions, so
+  # that the errors of a max-pool by `jnp.maximum` would show.
   target = small_setup.DEEPER_TARGET
   state, source, pairs, target_taps = small_setup.create(
     pair_set="stage1_block1->conv2", target=target
@@ -50,7 +50,7 @@ def test_jitted_equals_unjitted(size):
   after, metrics = jax.jit(train_step)(state, source, data)
   with jax.disable_jit():
     expected, expected_metrics = train_step(state, source, data)
-  # What the gradients were shows in the optimizers' moments.
+  # The optimizers' moments show the gradients.
   chex.assert_trees_all_close(
     after.inner.opt_state, expected.inner.opt_state, rtol=2e-3, atol=1e-5
   )
@@ -82,9 +82,9 @@ def test_modes_and_loops_agree(options, x64):
 
 
 def test_the_look_ahead_is_thrown_away(x64):
-  """With the same weights, fixed matching takes exactly the same update."""
+  """With the same weights, fixed matching makes exactly the same update."""
   train_step, state, source = setup()
-  # λ = 1 and w = 1/C, what fixed matching uses.
+  # λ = 1 and w = 1/C, as in fixed matching.
   meta_params = jax.tree.map(jnp.zeros_like, state.meta_params)
   for layer in meta_params["pair"].values():
     layer["bias"] += 1
@@ -114,7 +114,7 @@ def test_zero_pair_weights_are_training_from_scratch(x64):
   params = scratch.inner.params | {"target": target}
   inner = scratch.inner._replace(params=params)
   expected, _ = scratch_step(scratch._replace(inner=inner), {}, data)
-  # A bias before a batch norm has no gradient but rounding.
+  # The gradient of a bias before a batch norm is only rounding error.
   chex.assert_trees_all_close(
     after.inner.params["target"],
     expected.inner.params["target"],
@@ -126,8 +126,8 @@ def test_zero_pair_weights_are_training_from_scratch(x64):
   )
 
 
-def test_batch_statistics_move_once_an_iteration(x64):
-  """They are those of one train-mode pass, whatever the look-ahead does."""
+def test_batch_statistics_move_once_per_iteration(x64):
+  """They are those of one pass in train mode, without the look-ahead's."""
   train_step, state, source = setup()
   data = small_setup.batch(4)
   after, _ = train_step(state, source, data)

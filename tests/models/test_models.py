@@ -125,7 +125,7 @@ def test_max_pool(window, stride, padding, size):
   [([[1, 1], [1, 1]], [[1, 0], [0, 0]]), ([[0, 1], [1, 0]], [[0, 1], [0, 0]])],
 )
 def test_max_pool_gives_the_gradient_to_the_first_of_equals(values, expected):
-  """The first as one reads: row by row."""
+  """Row by row."""
   values = jnp.array(values, jnp.float32)[None, :, :, None]
   grad = jax.grad(lambda x: layers.max_pool(x, 2, 2, 0).sum())(values)
   np.testing.assert_array_equal(grad[0, :, :, 0], expected)
@@ -139,7 +139,7 @@ def test_max_pool_keeps_nan(place):
 
 @pytest.mark.parametrize("size", [3, 5, 6, 8])
 def test_max_pool_loses_no_gradient_in_fused_code(size):
-  """With `jnp.maximum` this very computation does, on CPU."""
+  """With `jnp.maximum` this computation loses gradients on CPU."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   images, kernels = draw(size, 8, 8, 3), (draw(3, 3, 3, 6), draw(3, 3, 6, 8))
@@ -164,7 +164,7 @@ def test_max_pool_loses_no_gradient_in_fused_code(size):
     return pooled, cotangent, pullback(cotangent)
 
   pooled, cotangent, (actual, _) = run(jnp.zeros(6), kernels[0])
-  # A bias before ReLU and pool moves each positive maximum as much.
+  # A bias before ReLU and pool adds the same to each positive maximum.
   expected = jnp.sum(cotangent * (pooled > 0), axis=(0, 1, 2))
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
 

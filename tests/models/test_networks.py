@@ -1,4 +1,4 @@
-"""Networks that are not ours: their taps, and that they train all the same."""
+"""Networks of other libraries: their taps and their training."""
 
 import functools
 
@@ -76,7 +76,7 @@ def test_training_and_evaluation(network):
   chex.assert_trees_all_equal(same, state)
   first, _, after = apply_fn(params, state, images, train=True)
   chex.assert_trees_all_equal_structs(after, state)
-  # Statistics and the dropout's key move, so that the next step drops others.
+  # Statistics and the key of dropout change from step to step.
   for new, old in zip(*map(jax.tree.leaves, (after, state)), strict=True):
     if new.size > 2 or new.dtype != jnp.uint32:
       assert bool((new != old).any())
@@ -93,7 +93,7 @@ def test_training_and_evaluation(network):
 
 
 class Wrapped(nn.Module):
-  """Hands on what it is called with, and names none of it."""
+  """Passes its arguments on without naming them."""
 
   @nn.compact
   def __call__(self, x, **options):
@@ -158,7 +158,7 @@ def test_nnx_modules_that_exist_keep_their_values():
 
 
 class WithConstants(nnx.Module):
-  """Arrays that are no variables: of JAX, of NumPy, drawn, and in a list."""
+  """Arrays that are not variables: of JAX, of NumPy, random, and in a list."""
 
   def __init__(self, rngs):
     self.head = nnx.Linear(3, 5, rngs=rngs)
@@ -282,7 +282,7 @@ def test_what_is_no_network():
 
 
 def with_variables(params, model_state):
-  """A network by hand that reads none of its variables."""
+  """Return a network that reads none of its variables."""
   return models.Functions(
     lambda key: (params, model_state),
     lambda params, model_state, images, *, train: (
@@ -414,14 +414,14 @@ def test_linen_and_nnx_train_alike(x64):
       )
     )
   ]
-  # Adam's first moment is the hypergradient, but for a factor.
+  # Adam's first moment is the hypergradient times a constant.
   chex.assert_trees_all_close(
     moments(linen_state), moments(nnx_state), rtol=1e-9, atol=1e-15
   )
 
 
 class Unusual(nn.Module):
-  """A scalar parameter, draws of its own, and a loss that is sown."""
+  """A scalar parameter, random numbers of its own, and a sown loss."""
 
   @nn.compact
   def __call__(self, x, train):

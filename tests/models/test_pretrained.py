@@ -1,4 +1,4 @@
-"""From PyTorch checkpoints to source weights."""
+"""Conversion of PyTorch checkpoints to weight files."""
 
 import pathlib
 import subprocess
@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def torchvision_tensors(stage_sizes, num_convs, num_classes=10, seed=0):
-  """A state dict in torchvision's layout, small but not trivial."""
+  """Return a random state dict in torchvision's layout."""
   rng = np.random.default_rng(seed)
   tensors = {}
 
@@ -134,7 +134,7 @@ def test_safetensors_round_trip_needs_no_torch(tmp_path):
   )
   command = [sys.executable, "-m", "l2t_jax.pretrained", str(checkpoint)]
   command += [str(tmp_path / "out.safetensors"), "--model=resnet18"]
-  # A torch that fails to import stands for a machine without it.
+  # A torch that cannot be imported, as on a machine without it.
   (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
   output = subprocess.run(
     command,

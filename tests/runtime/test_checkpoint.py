@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, refused, kept and dropped."""
+"""Checkpoints: damage, refusal, and which ones are kept."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def _largest_file(folder):
 
 
 def _exchange(folder):
-  """Nothing tells that these are not its numbers, but the checksum."""
+  """Replace the numbers by valid ones; only the checksum reveals it."""
   shutil.rmtree(folder / "state")
   shutil.copytree(folder.with_name("2") / "state", folder / "state")
 
@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, harm, message):
 
 
 def test_damaged_checkpoints_are_all_kept(tmp_path):
-  """Of the same iteration, too."""
+  """Also several of the same iteration."""
   for name in ("damaged_checkpoint_1", "damaged_checkpoint_1_2"):
     with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
       checkpoints.save(1, _STATE, {})

@@ -1,4 +1,4 @@
-"""Programs: options that exist, the cache, and what --plan says of them."""
+"""Compilation: XLA's options, the cache, memory, and --plan."""
 
 import gc
 import itertools
@@ -151,7 +151,7 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
   )
   program = (
     "import os, runpy, sys;"
-    # All are set by this process: by conftest.py, and by importing jax.
+    # conftest.py and the import of jax set all of these in this process.
     "[os.environ.pop(name) for name in list(os.environ)"
     " if name.startswith(('JAX_COMPILATION', 'JAX_PERSISTENT', 'TF_CPP'))];"
     "name, os.environ[name] = sys.argv[1].split('=');"

@@ -1,4 +1,4 @@
-"""Operations as this package lowers them for CPU: values and forms."""
+"""The lowering rules for CPU: values, derivatives and forms."""
 
 import functools
 import itertools
@@ -146,7 +146,7 @@ def test_one_and_three_axes(positions, x64):
   [(1, "b0f_0io->b0f"), (2, "b01f_01io->b01f"), (3, "b012f_012io->b012f")],
 )
 def test_derivatives_in_a_loop_have_the_fast_order(num_axes, order):
-  """XLA:CPU is about 100 times slower with any other one, within a loop."""
+  """In a loop XLA:CPU is about 100 times slower with any other order."""
   x = jnp.ones((4, *(8,) * num_axes, 16))
   kernel = jnp.ones((*(3,) * num_axes, 16, 16))
 
@@ -166,7 +166,7 @@ def test_derivatives_in_a_loop_have_the_fast_order(num_axes, order):
   ("shape", "channels"), [((4, 2, 2), 16), ((4, 8, 8), 3)]
 )
 def test_patches_need_no_transposed_operands(shape, channels):
-  """A kernel takes longer to transpose than to multiply by."""
+  """Transposing a kernel takes longer than multiplying by it."""
   x, kernel = jnp.ones((*shape, channels)), jnp.ones((3, 3, channels, 32))
   everything = jax.jit(
     jax.grad(lambda *xs: jnp.sum(jnp.sin(convolve(*xs))), (0, 1))
@@ -201,7 +201,7 @@ def test_sums_over_positions_are_products(shape, axes, x64):
     (np.ones((5, 8, 9, 8)), (0, 2)),
     (np.ones((5, 8, 9, 8)), ()),
     (np.ones((5, 0, 9, 8)), (0, 1, 2)),
-    (np.ones((500, 2, 8)), (0, 1)),  # Many handfuls.
+    (np.ones((500, 2, 8)), (0, 1)),  # Many small sums.
     (np.ones((512, 8)), (0,)),
     (np.ones((5, 64, 8), np.int32), (0, 1)),
     (np.ones((5, 64, 8), np.complex64), (0, 1)),
@@ -228,7 +228,7 @@ def test_a_pool_of_windows_side_by_side_joins_its_derivative():
 
 
 def test_the_slope_of_a_slope_grows_with_the_map():
-  """Not with its square: the kernel's cotangent, 3x3, meets a large window."""
+  """Linearly, although a convolution with a large window is involved."""
 
   def flops(size):
     loss = lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel)))
@@ -300,5 +300,5 @@ def test_explicit_shardings_stay(explicit):
     x, kernel = place(jnp.ones((4, 8, 8, 3))), jnp.ones((3, 3, 3, 16))
     maps = jax.jit(convolve)(x, kernel)
     sums = jax.jit(lambda x: jnp.sum(x, (1, 2)))(maps)
-  # Each border and corner position lacks what is outside.
+  # Border and corner positions have fewer neighbours.
   assert float(sums[0, 0]) == 3 * (6 * 6 * 9 + 4 * 6 * 6 + 4 * 4)

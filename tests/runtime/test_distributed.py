@@ -1,4 +1,4 @@
-"""Several devices and several processes compute what one does."""
+"""Several devices or processes compute the same as one."""
 
 import json
 import re
@@ -18,8 +18,8 @@ from l2t_jax.runtime import sharding
 from tests.support import small_runs
 
 pytestmark = pytest.mark.xdist_group("processes")
-# A process notices the end of another after 30 seconds at most; leave it time
-# to say so on a busy machine.
+# Seconds. A process notices the loss of another within 30 seconds; the rest is
+# for a busy machine.
 _BOUND = 60
 
 _ON_DEVICES = """
@@ -112,7 +112,7 @@ def _assert_close(ours, theirs):
 
 @pytest.fixture
 def train(source, tmp_path):
-  """Start train.py in so many processes, of some devices each.
+  """Start train.py in several processes with some devices each.
 
   Where there are several of either, parameters are split over them.
   """
@@ -144,7 +144,7 @@ def train(source, tmp_path):
 
 @pytest.mark.long
 def test_a_run_of_several_processes_survives(train, tmp_path):
-  """It loses processes, is asked to stop, and ends with other ones."""
+  """It loses processes, is interrupted, and ends in other processes."""
   lost, workdir = errors.LostProcessError.exit_code, tmp_path / "several"
   losses = ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP))
   losses += ((1, signal.SIGINT),)  # Ctrl-C for one alone: it does not save.
@@ -184,7 +184,7 @@ def test_a_run_of_several_processes_survives(train, tmp_path):
   other, same, one = (
     np.array([record["loss"] for record in run]) for run in runs
   )
-  # In float32 rounding grows from iteration to iteration.
+  # In float32, rounding errors grow from iteration to iteration.
   np.testing.assert_array_equal(other[:step], same[:step])
   np.testing.assert_allclose(other[step:][:5], same[step:][:5], rtol=1e-4)
   np.testing.assert_allclose(other[:5], one[:5], rtol=1e-4)
@@ -193,7 +193,7 @@ def test_a_run_of_several_processes_survives(train, tmp_path):
 
 
 def _wait_for_records(workdir, group, count):
-  """Wait until a run has recorded so many iterations more."""
+  """Wait until a run has recorded `count` more iterations."""
   path = workdir / "metrics.jsonl"
   num = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
   wanted = num() + count

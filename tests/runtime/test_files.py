@@ -1,4 +1,4 @@
-"""Files on a disk that is full, and in places where none can be."""
+"""Files on a full disk and in places that cannot be written."""
 
 import resource
 
@@ -16,7 +16,7 @@ SMALL = {"params": {"w": np.zeros(3, np.float32)}}
 
 @pytest.fixture
 def full_disk():
-  """What writes more than 40 kB into a file is told that it is too large."""
+  """Make writes of more than 40 kB into a file fail."""
   usual = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, usual[1]))
   yield

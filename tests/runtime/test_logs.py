@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl."""
+"""metrics.jsonl and the trackers."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ SCALARS = {"train/loss": 0.5, "train/pair_weights/m->n": 1.5}
 
 
 class Recorder:
-  """A tracker that remembers what it was told."""
+  """A tracker that records its calls."""
 
   def __init__(self, workdir, from_step, config):
     self.opened, self.written, self.ends = (from_step, config), [], []
@@ -124,7 +124,7 @@ def test_trackers_that_are_not_installed(tracker, tmp_path):
 
 
 def test_a_folder_is_no_tracker(tmp_path, monkeypatch):
-  """wandb and mlflow make folders of their own name where they run."""
+  """wandb and mlflow create folders of their names in the working directory."""
   monkeypatch.setattr(tracking, "_MODULES", {"wandb": "some_folder"})
   (tmp_path / "some_folder").mkdir()
   monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Metrics on the host, their averages, and the names of bad numbers."""
+"""Metrics: transfer to the host, averages, and the names of NaN values."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_bad_numbers_have_names():
 
 
 def test_metrics_arrive_as_they_left():
-  """Of several seeds, and where iterations have not the same ones."""
+  """For several seeds, and iterations with different metrics."""
   first = {"loss": jnp.array([1.0, 2.0]), "t": {"d": jnp.ones((2, 3))}}
   second = {"loss": jnp.array([3.0, jnp.nan]), "more": jnp.arange(2.0)}
   fetched = metrics.fetch([metrics.pack(first), metrics.pack(second)])

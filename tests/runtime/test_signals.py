@@ -10,7 +10,7 @@ from l2t_jax.runtime import signals
 
 def test_a_stop_request_is_seen_and_forgotten():
   usual = signal.getsignal(signal.SIGTERM)
-  # Else what came would be handed on to this process's own.
+  # Otherwise the request would be passed on to this process's handler.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   with signals.StopRequests() as requests:
     assert not requests.should_stop_after(1)
@@ -26,7 +26,7 @@ def test_control_c_for_the_second_time_is_what_it_was():
     assert requests.received()
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
-    raise errors.Interrupted("asked to stop")  # And that is what is told.
+    raise errors.Interrupted("asked to stop")  # This error is reported.
 
 
 def test_control_c_asks_all_and_then_is_what_it_was(capfd):
@@ -44,7 +44,7 @@ def test_control_c_asks_all_and_then_is_what_it_was(capfd):
 
 
 def test_control_c_that_is_ignored_stays_so():
-  """As in a shell's background."""
+  """As in the background of a shell."""
   usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     with signals.StopRequests() as requests:
@@ -64,7 +64,7 @@ def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
 
 @pytest.fixture
 def usual_handlers():
-  """Give signals back their handlers: a command leaves them ignored."""
+  """Restore the handlers at the end: a command leaves signals ignored."""
   numbers = (signal.SIGTERM, signal.SIGINT)
   usual = {number: signal.getsignal(number) for number in numbers}
   yield
@@ -81,7 +81,7 @@ def test_a_command_leaves_at_once(number, usual_handlers):
     try:
       signal.raise_signal(number)
     finally:
-      signal.raise_signal(signal.SIGTERM)  # Ignored: it is leaving.
+      signal.raise_signal(signal.SIGTERM)  # Ignored: it is exiting.
       signal.raise_signal(signal.SIGINT)
   assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
@@ -94,7 +94,7 @@ def test_a_command_waits_for_what_saves(usual_handlers, capfd):
       signal.raise_signal(signal.SIGINT)
       with pytest.raises(errors.Interrupted, match="asked to stop"):
         signal.raise_signal(signal.SIGINT)
-      signal.raise_signal(signal.SIGTERM)  # Ignored: it is leaving.
+      signal.raise_signal(signal.SIGTERM)  # Ignored: it is exiting.
     signal.raise_signal(signal.SIGTERM)
   assert capfd.readouterr().err.count("Ctrl-C again: at once") == 1
 

@@ -1,6 +1,6 @@
 """Steps of the small setup over several devices or processes, in float64.
 
-Run as a program by test_processes.py.
+Run as a program by tests/runtime/test_distributed.py.
 """
 
 import sys
