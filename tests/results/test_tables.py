@@ -52,7 +52,7 @@ def test_seeds_that_trained_at_once_are_told_of(tmp_path):
 
 
 def _errors(cells):
-  """Make of accuracies in % small errors, as a task of the user's has them."""
+  """Turn accuracies in % into small errors, as a user's task reports them."""
   return [
     cell._replace(
       summaries=tuple(
@@ -70,7 +70,7 @@ def _errors(cells):
 
 
 def _grid(num_methods, columns, *, num_seeds=3):
-  """Return made-up results; from three methods on, some are missing."""
+  """Return made-up results; with three methods or more, some are missing."""
   rng = np.random.default_rng(0)
   cells = []
   for j, column in enumerate(columns):
