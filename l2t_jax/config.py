@@ -192,7 +192,7 @@ TRANSFER = {
   "transfer.map": Field(""),
 }
 
-# The losses of other methods.
+# The losses of other methods, a group of fields for each.
 LOSSES = {
   # Learning without Forgetting: a second head imitates the source's outputs,
   # softened by the temperature.
@@ -344,7 +344,7 @@ def _check_sources(config, method):
 
 def _check_map(config, method):
   """Refuse fields that a map would silently overrule."""
-  if "attention" in method.losses:
+  if method.pair_set and "matching" not in method.losses:
     raise errors.InputError(
       f"config.transfer.map is {config.transfer.map!r}, but method"
       f" {config.method!r} matches no features; use l2t_ww"

@@ -28,12 +28,10 @@ class DataFields:
     errors.InputError: fields do not go together.
   """
 
-  # Where images come from: bundled, npz, folder or tfds. If the images are
-  # given as objects, this field and the next two are ignored.
+  # Where images come from; `loading.open_images` lists what is possible. If
+  # the images are given as objects, this field and the next two are ignored.
   source: str = ""
-  # Name of a bundled ("mnist", "digits") or tfds data set.
   name: str = ""
-  # The npz file, the folder of images, or tfds's data_dir ("" for its default).
   path: str = ""
   # Published labels to keep, renumbered from 0 in this order; () for all.
   classes: Sequence[int] = ()

@@ -61,9 +61,9 @@ def open_folder(path: str) -> records.ImageSet:
   }
   _check_copies(parts, files)
   val = files.get("val", [])
-  test = _file_records(files["test"]) if "test" in files else None
+  test = file_records(files["test"]) if "test" in files else None
   return records.ImageSet(
-    _file_records(files["train"] + val), len(val), test, class_names
+    file_records(files["train"] + val), len(val), test, class_names
   )
 
 
@@ -76,7 +76,7 @@ def open_unlabeled(path: str) -> records.Records:
   Raises:
     errors.InputError: there is no such folder, or it has no images.
   """
-  return _file_records(
+  return file_records(
     [(file, -1) for file in list_images(_existing_folder(path))]
   )
 
@@ -109,8 +109,10 @@ def _image_from_file(paths: Sequence[pathlib.Path], index: int) -> Image.Image:
   return pillow.decode(paths[index], name=str(paths[index]))
 
 
-def _file_records(files: _Files) -> records.Records:
-  """Wrap files as records, which read each image when it is asked for."""
+def file_records(
+  files: Sequence[tuple[pathlib.Path, int]],
+) -> records.Records:
+  """Wrap (path, label) of image files; each is read when it is asked for."""
   paths, labels = zip(*files, strict=True)
   read_image = functools.partial(_image_from_file, paths)
   return records.Records(read_image, np.array(labels, np.int32))

@@ -24,7 +24,7 @@ from l2t_jax.method import loss_functions, pair_sets, transfer
 class Method(NamedTuple):
   """The meaning of a value of `config.method`."""
 
-  losses: tuple[str, ...] = ()  # Added to L_org: matching, attention, lwf, kd.
+  losses: tuple[str, ...] = ()  # Names in `make_auxiliary_losses`.
   pair_set: str | None = None  # Default pairs; None if no pairs are compared.
   learn_channels: bool = False  # Whether f is learned.
   learn_pairs: bool = False  # Whether g is learned.
@@ -262,6 +262,34 @@ def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
     return weight * jnp.sum(jnp.stack(losses)), {}
 
   return loss_fn
+
+
+def make_auxiliary_losses(
+  method: Method,
+  *,
+  pairs: Sequence[pair_sets.Pair],
+  head_tap: str,
+  hyperparameters: Mapping[str, Mapping[str, float]],
+) -> dict[str, AuxiliaryLoss]:
+  """Make the losses that a method adds to L_org.
+
+  Args:
+    method: its `losses` are keys of the dict below.
+    pairs: the pairs of features that losses compare.
+    head_tap: the target's tap that LwF's heads read.
+    hyperparameters: group of the config, such as "lwf" -> name -> value.
+
+  Returns:
+    Name -> loss, for `make_losses`.
+  """
+  of = hyperparameters
+  makers = {
+    "matching": lambda: matching(pairs, **of["transfer"]),
+    "attention": lambda: attention(pairs, **of["at"]),
+    "lwf": lambda: lwf(head_tap, **of["lwf"]),
+    "kd": lambda: kd(**of["kd"]),
+  }
+  return {name: makers[name]() for name in method.losses}
 
 
 def task_loss(

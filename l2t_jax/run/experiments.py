@@ -94,7 +94,8 @@ class Settings(NamedTuple):
   shard_params: bool
   bad_numbers: str
   transfer: Transfer
-  losses: Mapping[str, Mapping[str, float]]  # "lwf", "at" and "kd".
+  # Hyper-parameters of other losses: group of the config -> name -> value.
+  losses: Mapping[str, Mapping[str, float]]
   optimizer: Optimizer
   meta: Meta
   bilevel: Bilevel

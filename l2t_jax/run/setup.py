@@ -442,14 +442,14 @@ def _make_weights_fn(experiment, pairs):
 
 
 def _make_losses(experiment, target_fn, pairs, head_tap):
-  beta, losses = experiment.settings.transfer.beta, experiment.settings.losses
-  makers = {
-    "matching": lambda: objectives.matching(pairs, beta=beta),
-    "attention": lambda: objectives.attention(pairs, **losses["at"]),
-    "lwf": lambda: objectives.lwf(head_tap, **losses["lwf"]),
-    "kd": lambda: objectives.kd(**losses["kd"]),
-  }
-  auxiliary = {name: makers[name]() for name in experiment.method.losses}
+  settings = experiment.settings
+  matching = {"transfer": {"beta": settings.transfer.beta}}
+  auxiliary = objectives.make_auxiliary_losses(
+    experiment.method,
+    pairs=pairs,
+    head_tap=head_tap,
+    hyperparameters={**settings.losses, **matching},
+  )
   return objectives.make_losses(target_fn, auxiliary, experiment.task)
 
 
