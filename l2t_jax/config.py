@@ -98,7 +98,7 @@ DATA = {
   "data.name": Field(""),
   # The npz file, the folder of images, or tfds's data_dir ("" for its own).
   "data.path": Field(""),
-  # Labels to keep, renumbered from 0; () for all.
+  # Labels to keep, renumbered from 0 in this order; () for all.
   "data.classes": Field(()),
   # Height and width in pixels that images are resized to.
   "data.image_size": Field(32, AT_LEAST_1),
@@ -343,11 +343,11 @@ def _check_sources(config, method):
 
 
 def _check_map(config, method):
-  """Refuse fields that a map would silently overrule."""
+  """Refuse a map that is not read, and fields that a map would overrule."""
   if method.pair_set and "matching" not in method.losses:
     raise errors.InputError(
       f"config.transfer.map is {config.transfer.map!r}, but method"
-      f" {config.method!r} matches no features; use l2t_ww"
+      f" {config.method!r} has no pair weights; use l2t_ww"
     )
   for name in ("pairs", "channel_weights", "pair_weights"):
     default = FIELDS[f"transfer.{name}"].default

@@ -21,7 +21,8 @@ class Records(NamedTuple):
 
   # Reads one image, of any size and mode; picklable, for worker processes.
   read_image: Callable[[int], Image.Image]
-  # [N] int32, 0 .. num_classes - 1; -1 if the class is left out or secret.
+  # [N] int32, 0 .. num_classes - 1; -1 for classes that are left out and for
+  # test labels that are kept secret.
   labels: np.ndarray
   # The same images, uint8 [N, H, W, C], if they are in memory.
   pixels: np.ndarray | None = None

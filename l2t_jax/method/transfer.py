@@ -41,7 +41,7 @@ PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
 
 
 class SourceMaps(NamedTuple):
-  """Features of the sources for the matching loss; constants."""
+  """Features of the sources for losses that compare pairs; constants."""
 
   # n -> [B, H, W, ΣC_m]: the source maps of n's pairs, resized to n's map and
   # concatenated in the order of the pairs.

@@ -104,7 +104,7 @@ def _why_no_map(run: run_reader.Run) -> str:
     return "no epoch is finished yet"
   if run.epochs and run.epochs[-1].get("pair_weights"):
     return "it is drawn when the run is finished"
-  return "the method matches no features"
+  return "the method has no pair weights"
 
 
 def _to_script(figure: graph_objects.Figure) -> str:

@@ -64,12 +64,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
   "stanford40": _AT_224 | {"meta.learning_rate": 1e-3} | _images(4_000, 5_532),
   "dogs": _AT_224 | _DOGS | _images(12_000, 8_580),
 }
-# Fields that name places, change how something is computed or drawn at random,
-# or that no method of the paper reads.
+# Fields that name places, or change how something is computed or drawn at
+# random.
 _FREE = {
   *("method", "seed", "precision", "bilevel.mode", "bilevel.loop"),
   *("data.source", "data.path", "data.split_file", "data.split_prefix"),
-  *("data.split_seed", "source.weights", "kd.temperature", "kd.weight"),
+  *("data.split_seed", "source.weights"),
 }
 
 

@@ -84,8 +84,8 @@ class Result(NamedTuple):
     """Draw what was transferred where."""
     if self.transfer_map is None:
       raise errors.InputError(
-        f"method {self.summary['method']!r} matches no features: it has no"
-        " transfer map"
+        f"method {self.summary['method']!r} has no transfer map: only fm_* and"
+        " l2t_* methods have one"
       )
     return map_picture.draw(self.transfer_map)
 

@@ -1,7 +1,7 @@
 """Turn a config into an experiment, and train it.
 
-The other modules of this folder take objects and numbers. Only this one, the
-cells of a table and `fit`, for its numbers, read configs.
+The other modules of this folder take objects and numbers. Besides this one,
+only `cells` (a table) and `fit` (for the numbers) read configs.
 """
 
 from __future__ import annotations

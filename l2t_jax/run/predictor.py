@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from l2t_jax import data, errors, models, types
-from l2t_jax.data import augmentation, formats, pillow
+from l2t_jax.data import augmentation, image_formats, pillow
 from l2t_jax.models import weight_files
 
 _BATCH_SIZE = 64
@@ -30,7 +30,7 @@ class Predictor:
   network: models.Network
   params: types.PyTree
   model_state: types.PyTree
-  image_format: formats.ImageFormat
+  image_format: image_formats.ImageFormat
   class_names: tuple[str, ...]
   task: str  # As in config.target.task.
   # An image of any size -> one of the network's size, as in evaluation.
@@ -140,7 +140,7 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     )
   config = json.loads(metadata["config"])
   size = config["data"]["image_size"]
-  image_format = formats.ImageFormat(
+  image_format = image_formats.ImageFormat(
     size,
     int(metadata["channels"]),
     tuple(json.loads(metadata["mean"])),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from l2t_jax import data, errors, fingerprints, models, types
-from l2t_jax.data import formats
+from l2t_jax.data import image_formats
 from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
@@ -31,7 +31,7 @@ class Setup(NamedTuple):
   """All that the training of an experiment needs."""
 
   dataset: data.Dataset
-  image_format: formats.ImageFormat  # What the target sees.
+  image_format: image_formats.ImageFormat  # What the target sees.
   num_outputs: int  # Size of the target's last axis.
   problem: training.Problem
   recipe: training.Recipe  # Its mode is the first of `modes`.
@@ -55,7 +55,7 @@ class _Source(NamedTuple):
   network: models.Network
   layout: models.Layout
   variables: training.Variables
-  image_format: formats.ImageFormat  # What the network sees.
+  image_format: image_formats.ImageFormat  # What the network sees.
   num_classes: int
   class_names: tuple[str, ...]  # () where they are not known.
   patterns: tuple[str, ...]  # Names or globs of its taps.
@@ -70,7 +70,7 @@ class _Source(NamedTuple):
     return {pair_sets.tap_name(self.name, t): x for t, x in taps.items()}
 
   def make_apply_fn(
-    self, taps: Collection[str], images_from: formats.ImageFormat
+    self, taps: Collection[str], images_from: image_formats.ImageFormat
   ) -> types.ApplyFn:
     """Make the function that computes some taps, named as in pairs.
 
@@ -82,7 +82,7 @@ class _Source(NamedTuple):
     )
 
     def on_target_images(params, model_state, images, *, train):
-      images = formats.convert(images, images_from, self.image_format)
+      images = image_formats.convert(images, images_from, self.image_format)
       return apply_fn(params, model_state, images, train=train)
 
     return on_target_images
@@ -95,7 +95,7 @@ class _Target(NamedTuple):
   layout: models.Layout
   # PRNG key -> the (params, model_state) that training starts from.
   init: Callable[[Any], tuple[types.PyTree, types.PyTree]]
-  head_tap: str  # What second heads read; "" for no heads.
+  head_tap: str  # The tap that the heads of LwF read; "" without LwF.
   notes: tuple[str, ...]  # What the user should know about its training.
 
 
@@ -123,7 +123,7 @@ def build(experiment: experiments.Experiment) -> Setup:
   mesh = sharding.make_mesh()
   _check_devices(experiment, mesh)
   dataset = _load_data(experiment)
-  image_format = formats.ImageFormat(
+  image_format = image_formats.ImageFormat(
     dataset.image_shape[0],
     dataset.image_shape[-1],
     tuple(experiment.reading.mean),
@@ -270,7 +270,7 @@ def _trace_sources(experiment, image_format):
 
 def _trace_source(name, source, image_format):
   """Trace a source network on images of its own format."""
-  own_format = formats.ImageFormat(
+  own_format = image_formats.ImageFormat(
     source.image_size or image_format.size,
     source.channels or image_format.channels,
     tuple(source.mean) or image_format.mean,

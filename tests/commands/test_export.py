@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from examples import networks
 from l2t_jax import errors, export, models
-from l2t_jax.data import formats
+from l2t_jax.data import image_formats
 from l2t_jax.models import torch_weights, weight_files
 from l2t_jax.run import predictor as predictors
 from tests.support import small_runs
@@ -18,7 +18,7 @@ CLASSES = tuple("abcdef")
 
 def make_predictor(network, shape):
   params, model_state = models.init(network, jax.random.key(0), shape)
-  image_format = formats.ImageFormat(shape[0], shape[-1], (0.4,), (0.3,))
+  image_format = image_formats.ImageFormat(shape[0], shape[-1], (0.4,), (0.3,))
   return predictors.Predictor(
     network,
     params,

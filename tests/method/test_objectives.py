@@ -21,7 +21,7 @@ def logits_of(probabilities, temperature=1.0):
   return temperature * jnp.log(jnp.array(probabilities))
 
 
-def test_there_are_the_methods_of_the_paper_and_two_more():
+def test_the_methods_of_the_paper_and_others():
   assert set(objectives.METHODS) == {
     "scratch", "lwf", "at", "lwf_at", "fm_single", "fm_one_to_one",
     "fm_all_to_all", "l2t_w_single", "l2t_w_one_to_one", "l2t_ww",

@@ -46,7 +46,7 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
   network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
   trained = fit.fit(network, arrays, config=small_config("scratch", 10))
   assert trained.summary["test_accuracy"] > 0.6
-  with pytest.raises(errors.InputError, match="'scratch' matches no features"):
+  with pytest.raises(errors.InputError, match="'scratch' has no transfer map"):
     trained.figure()
   source = experiments.Source(
     network, trained.predictor.params, taps="stages/*"

@@ -25,11 +25,14 @@ LOSSES = ("matching", "attention", "lwf", "kd")
 
 
 def test_lists_of_methods_agree():
-  """What the default config says are the methods that there are."""
+  """The comment above the field `method` explains each of the methods."""
   text = (small_runs.ROOT / "l2t_jax" / "config.py").read_text()
-  comment, _, _ = text.partition("config.method =")
+  _, begin, rest = text.partition("# How the target learns:")
+  comment, end, _ = rest.partition('"method": Field(')
+  assert begin
+  assert end
   for method in objectives.METHODS:
-    assert re.search(rf"\b{method}\b", comment), method
+    assert re.search(rf"^  # .*\b{method}\b", comment, re.MULTILINE), method
 
 
 @pytest.mark.parametrize("method", ["lwf", "at", "lwf_at", "kd", "finetune"])
@@ -115,7 +118,7 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
     ({"transfer.pair_activation": "gelu"}, "one of relu6, relu, softplus"),
     ({"bilevel.look_ahead_loss": "sum"}, "one of auxiliary, total"),
     ({"optimizer.schedule": "linear"}, "one of cosine, step"),
-    ({"method": "at", "transfer.map": "x.json"}, "'at' matches no features"),
+    ({"method": "at", "transfer.map": "x.json"}, "'at' has no pair weights"),
     (
       {"transfer.map": "x.json", "transfer.pair_weights": "constant"},
       "decides what config.transfer.pairs would; leave that at ''",
