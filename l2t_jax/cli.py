@@ -157,7 +157,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   rest = list(argv)
   while rest:
     argument = rest.pop(0)
-    if not _name(argument).startswith(("config.", "noconfig.")):
+    if not argument.startswith(("--config.", "--noconfig.")):
       others.append(argument)
       continue
     if "=" not in argument and rest and not rest[0].startswith("-"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 
 from PIL import Image
 
@@ -85,6 +86,10 @@ class DataFields:
           f"{name} is {tuple(values)}, but must have 1 or"
           f" channels={self.channels} values"
         )
+    if not all(0 < value < math.inf for value in self.std):
+      raise errors.InputError(
+        f"std is {tuple(self.std)}, but must be finite and above 0"
+      )
     reading, augments = "in memory", IN_MEMORY_AUGMENTS
     if self.is_streamed:
       reading, augments = "streamed", STREAMED_AUGMENTS

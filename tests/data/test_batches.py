@@ -203,6 +203,7 @@ def test_seeds_share_the_images_in_memory(npz):
     ({"process_count": 3}, "batch_size is 8, .* multiple .* 3"),
     ({"val_fraction": -0.1}, "val_fraction -0.1"),
     ({"val_fraction": 0.01}, "no validation images: val_fraction=0.01"),
+    ({"std": (-0.5,)}, r"std is \(-0.5,\), but must be finite and above 0"),
     ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\), but must have 1 or .*=3"),
     ({"unlabeled": True}, "per_class=0 keeps all images"),
     ({"unlabeled": True, "per_class": 15}, "per_class=15 keeps all images"),

@@ -67,6 +67,15 @@ def test_the_same_command_again_says_that_it_is_complete(
   assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_values_that_begin_like_a_field():
+  arguments = ("--config", "config.py", "--workdir", "config.run")
+  result = small_runs.run_python("train.py", *arguments)
+  assert result.stderr.startswith("error: --config=config.py: there is no file")
+  # A field has two dashes.
+  result = small_runs.run_python("train.py", *arguments, "-config.epochs=3")
+  assert "unexpected argument '-config.epochs=3'" in result.stderr
+
+
 def test_a_command_without_a_config(tmp_path):
   result = small_runs.run_python("train.py", f"--workdir={tmp_path / 'run'}")
   assert result.returncode == 2
