@@ -121,13 +121,20 @@ def file_records(
 def _check_copies(
   parts: Mapping[str, pathlib.Path], files: Mapping[str, _Files]
 ) -> None:
-  """Compare files of val and test with those of the same name in train."""
+  """Compare files of val and test with those of train.
+
+  Links to the same file are found whatever their names, and equal files if
+  they have the same name.
+  """
+  training = {_identity(path) for path, _ in files["train"]}
   for part in files.keys() - {"train"}:
     copies = []
     for path, _ in files[part]:
       other = parts["train"] / path.relative_to(parts[part])
       are_files = path.is_file() and other.is_file()
-      if are_files and filecmp.cmp(path, other, shallow=False):
+      if _identity(path) in training or (
+        are_files and filecmp.cmp(path, other, shallow=False)
+      ):
         copies.append(path)
     records.check_copies(
       f"folder {str(parts[part].parent)!r}",
@@ -135,6 +142,15 @@ def _check_copies(
       num_copies=len(copies),
       num_images=len(files[part]),
     )
+
+
+def _identity(path: pathlib.Path) -> tuple[object, ...]:
+  """Return what all links to a file have in common."""
+  if not path.is_file():  # A broken link, which reading will report.
+    return (path,)
+  status = path.stat()
+  # Some file systems number no files.
+  return (status.st_dev, status.st_ino or path)
 
 
 def _existing_folder(path: str) -> pathlib.Path:

@@ -142,7 +142,7 @@ def _tap_names(
     taps = [tap["name"] for tap in content[f"{side}_taps"]]
     taps = [tap for tap in taps if tap.startswith(start)]
     names = [tap.removeprefix(start) for tap in taps]
-    if max(map(len, names)) > 14:
+    if max(map(len, names), default=0) > 14:
       shared = os.path.commonprefix(names)  # noqa: RUF071
       cut = max(shared.rfind("/"), shared.rfind(".")) + 1
       names = [name[cut:] for name in names]
@@ -318,10 +318,13 @@ def _draw_table(
   if len(groups) == 1:
     return
   # Write each source's name beside its rows, and separate them by a line.
-  room = size[1] / len(rows) * min(map(len, groups.values()))
+  fewest = min(len(names) for names in groups.values() if names)
+  room = size[1] / len(rows) * fewest
   heads = style.shorten(list(groups), max(5, int(room / 0.09)))
   start = 0
   for names, head in zip(groups.values(), heads, strict=True):
+    if not names:  # No pair of this source.
+      continue
     font = {"size": 8.5, "weight": "bold", "color": style.SOFT, "rotation": 90}
     font |= {"transform": ax.get_yaxis_transform(), **style.CENTRE}
     ax.text(-1.17 / size[0], start + len(names) / 2, head, **font)

@@ -120,13 +120,18 @@ def test_folders_within_classes_are_read(tmp_path):
   assert sum(counts) == 2 * 8 + 1
 
 
+@pytest.mark.parametrize("make_link", ["symlink_to", "hardlink_to"])
 @pytest.mark.parametrize(("num_copies", "is_accepted"), [(4, True), (5, False)])
-def test_links_to_training_images_are_copies(tmp_path, num_copies, is_accepted):
+def test_links_to_training_images_are_copies(
+  tmp_path, num_copies, is_accepted, make_link
+):
   root = data_sets.save_folder(tmp_path)
   for index in range(num_copies):
     link = root / "test" / "dog" / f"{index}.png"
     link.unlink()
-    link.symlink_to(root / "train" / "dog" / f"{index}.png")
+    # Of another name, and once of another class.
+    name = "cat" if index == 0 else "dog"
+    getattr(link, make_link)(root / "train" / name / f"{index + 3}.png")
   if is_accepted:
     assert data_sets.load("folder", path=str(root)).num_test == 20
     return

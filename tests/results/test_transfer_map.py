@@ -215,6 +215,14 @@ def test_the_picture_names_each_source_and_its_share():
   assert names == ["b/x → t", "a/x → t", "b/y → t"]
 
 
+def test_a_source_without_pairs_has_a_share_of_none():
+  content = _tiny_map({"b/x->t": 1.0}, source_taps=["b/x"], sources=["a", "b"])
+  layers, table, *_ = map_picture.draw(content).axes
+  texts = [t.get_text() for t in layers.texts]
+  assert texts[1:5] == ["a", "0% of the transfer", "b", "100% of the transfer"]
+  assert [t.get_text() for t in table.texts] == ["1.00", "b"]
+
+
 @pytest.mark.parametrize(
   "weights, text",
   [
