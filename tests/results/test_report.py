@@ -133,8 +133,8 @@ def test_a_run_can_be_repeated_from_its_config(folder):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[1]", "is no config of a run"),
-    ('{"epochs": "many"}', "is no config of a run.*epochs"),
+    ("[1]", "is not the config of a run"),
+    ('{"epochs": "many"}', "is not the config of a run.*epochs"),
     ('{"epoch": 1}', "unknown field config.epoch"),
   ],
 )
