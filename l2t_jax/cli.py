@@ -36,11 +36,11 @@ def run(
 ) -> None:
   """Run a command and exit with the code that `main` returns.
 
-  An `errors.Stop`, such as that of SIGTERM, becomes one line on stderr and its
-  exit code.
+  An `errors.Stop` is printed as one line on stderr and decides the exit code.
+  SIGTERM ends the command by one of these.
 
   Args:
-    parser: of all arguments but the overrides.
+    parser: parser of the arguments that are not overrides.
     main: (arguments, overrides such as "--config.epochs=5") -> exit code.
   """
   arguments, overrides = _split(sys.argv[1:])

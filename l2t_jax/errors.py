@@ -13,7 +13,9 @@ class Parser(argparse.ArgumentParser):
   """Argument parser that reports a wrong command line in one line on stderr."""
 
   def __init__(self, description: str | None):
+    spec = sys.modules["__main__"].__spec__
     super().__init__(
+      prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
       description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,

@@ -32,7 +32,7 @@ def make_parser() -> errors.Parser:
   parser.add_argument(
     "--config", type=_names, required=True, help="config files, a column each"
   )
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", required=True, help="folder of the table")
   parser.add_argument(
     "--methods",
     type=_names,
@@ -99,13 +99,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     The exit code: 0, or 1 where something failed, 75 where SIGTERM and 130
     where Ctrl-C interrupted it.
   """
+  if not args.workdir:
+    raise errors.InputError("--workdir must name a folder")
+  workdir = pathlib.Path(args.workdir)
   columns = table_cells.load_columns(args.config, args.sweep, overrides)
-  cells = table_cells.make_cells(
-    columns, args.methods, args.seeds, args.workdir
-  )
+  cells = table_cells.make_cells(columns, args.methods, args.seeds, workdir)
   for cell in cells:  # Before anything is trained.
     from_config.check(cell.config, cell.workdirs)
-  run_folder.make(args.workdir)
+  run_folder.make(workdir)
   # Convolutions that `jax.vmap` makes grouped are slow on CPU.
   on_cpu = jax.default_backend() == "cpu"
   together = args.together or (1 if on_cpu else args.seeds)
@@ -121,14 +122,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
           raise errors.Interrupted("asked to stop")
         if job.workdirs:
           table_cells.run_job(job)
-          table_picture.write(args.workdir, table_cells.results(cells))
+          table_picture.write(workdir, table_cells.results(cells))
   except (KeyboardInterrupt, errors.Interrupted) as error:
-    say("interrupted; the same command goes on from here")
+    say("interrupted; the same command resumes")
     code = getattr(error, "exit_code", 130)
   results = table_cells.results(cells)
-  table_picture.write(args.workdir, results)
+  table_picture.write(workdir, results)
   tables.print_table(results)
-  say(f"saved as {args.workdir}/table.md, table.csv and table.png")
+  say(f"saved as {workdir}/table.md, table.csv and table.png")
   for cell in cells[::-1]:
     picture = next(iter(cell.workdirs.values())) / "transfer_map.png"
     if picture.exists():

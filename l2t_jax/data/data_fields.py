@@ -26,7 +26,7 @@ class DataFields:
   several fields, or refuse what would be silently misread.
 
   Raises:
-    errors.InputError: fields do not go together.
+    errors.InputError: a value is wrong, or fields do not go together.
   """
 
   # Where images come from; `loading.open_images` lists what is possible. If

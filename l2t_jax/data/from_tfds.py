@@ -32,6 +32,11 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
     needed_for=f"tfds {name!r}",
     package="tensorflow-datasets",
   )
+  if not name:
+    raise errors.InputError(
+      "data.source is tfds, but data.name is ''; name a data set, such as"
+      " 'cifar10'"
+    )
   builder = _prepared_builder(tfds, name, path)
   features, official = builder.info.features, builder.info.splits
   if not {"image", "label"} <= set(features) or not isinstance(

@@ -121,6 +121,6 @@ def _open_unlabeled(
   if not len(left_over):
     raise errors.InputError(
       f"unlabeled is True, but per_class={fields.per_class} keeps all images;"
-      " set it to fewer or give an unlabeled_path"
+      " let per_class leave some over, or give an unlabeled_path"
     )
   return datasets.Subset(train, left_over, fields.channels)

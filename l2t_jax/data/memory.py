@@ -14,7 +14,7 @@ from PIL import Image
 from l2t_jax import types
 from l2t_jax.data import augmentation, data_fields, datasets
 
-# Folded into the key of images without labels, as no epoch is.
+# In place of an epoch, in the key of images without labels.
 NO_EPOCH = 2**32 - 1
 
 

@@ -91,7 +91,7 @@ def resize_and_center_crop(
 def random_resized_crop_flip(
   image: Image.Image, rng: np.random.Generator, *, size: int
 ) -> Image.Image:
-  """Crop a random box, resize it to size x size, and mirror half of them."""
+  """Crop a random box, resize it to size x size, and mirror it or not."""
   box = random_box(*image.size, rng)
   # The crop comes first: resize(box=...) would mix in pixels from outside.
   crop = resize(image.crop(box), size, size)

@@ -23,7 +23,7 @@ class Split(NamedTuple):
 def make_split(
   images: records.ImageSet, fields: data_fields.DataFields
 ) -> Split:
-  """Read a published split or draw one; `keep_per_class` comes after it.
+  """Read a published split or draw one, of all images.
 
   Raises:
     errors.InputError: a value is wrong, or a part that is needed is empty.

@@ -163,7 +163,7 @@ def hypergradient(
   meta_params: types.PyTree,
   batch: types.PyTree,
 ) -> tuple[chex.Array, types.PyTree]:
-  """Differentiate the outer loss after a look-ahead in the meta-parameters.
+  """Differentiate the loss after a look-ahead by the meta-parameters.
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`, made of inner steps.

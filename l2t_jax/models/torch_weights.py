@@ -81,7 +81,7 @@ def convert(
       shapes.
 
   Returns:
-    (variables as NumPy arrays, report).
+    (variables as NumPy arrays, how tensors were mapped).
 
   Raises:
     errors.InputError: a tensor is missing or has another shape, or the tensors

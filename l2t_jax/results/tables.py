@@ -76,7 +76,7 @@ class Grid(NamedTuple):
   columns: tuple[str, ...]
   cells: dict[tuple[str, str], Cell]  # One per method and column.
   in_percent: dict[str, bool]  # Column -> how its accuracies are shown.
-  departures: Mapping[str, Iterable[str]]  # Column -> of its cells.
+  departures: Mapping[str, Iterable[str]]  # Column -> those of its cells.
 
 
 class _Table(NamedTuple):

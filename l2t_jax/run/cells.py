@@ -79,8 +79,7 @@ def load_columns(
         if _folder_name(other) == folder:
           raise errors.InputError(
             f"the columns {other!r} and {column!r} would share the folder"
-            f" {folder}; rename what one of them names, or give each a"
-            " --workdir of its own"
+            f" {folder}; name each once, or give each a --workdir of its own"
           )
       columns[column] = cli.load_config(path, more)
   return columns
@@ -101,12 +100,14 @@ def make_cells(
     workdir: of the table.
 
   Raises:
-    errors.InputError: for a method that is named twice.
+    errors.InputError: a method is unknown or named twice, or a column's config
+      makes two of them the same.
   """
   if len(set(methods)) < len(methods):
     raise errors.InputError(f"--methods={','.join(methods)} names one twice")
   cells = []
   for column, base in columns.items():
+    _check_rows_differ(methods, base.transfer)
     for method in methods:
       config = copy.deepcopy(base)
       config.method = method
@@ -121,6 +122,24 @@ def make_cells(
 def _folder_name(column):
   """Make one folder of a column, even where a path is swept."""
   return column.replace("/", "_")
+
+
+def _check_rows_differ(methods, fields):
+  """Refuse methods that the pairs or the map of a config make the same."""
+  rows: dict[objectives.Method, str] = {}
+  for name in methods:
+    method = objectives.get_method(name)
+    if method.pair_set and (fields.pairs or fields.map):
+      method = method._replace(pair_set="")
+    if method.pair_set == "" and fields.map:
+      method = method._replace(learn_channels=False, learn_pairs=False)
+    same = rows.setdefault(method, name)
+    if same != name:
+      field = "map" if fields.map else "pairs"
+      raise errors.InputError(
+        f"config.transfer.{field} is set, which makes {same} and {name} the"
+        " same; leave one of them out of --methods"
+      )
 
 
 def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:

@@ -82,8 +82,8 @@ class Bilevel(NamedTuple):
 class Settings(NamedTuple):
   """The numbers of an experiment: fields of a config, by the same names.
 
-  l2t_jax/config.py holds their meanings and rules. None has a default here:
-  what the paper fixes stands in the configs.
+  l2t_jax/config.py holds their meanings, rules and defaults: what the paper
+  fixes stands in the configs, not here.
   """
 
   method: str

@@ -165,7 +165,7 @@ class Seed:
     kept = self.checkpoints.steps()
     last = f"is of iteration {kept[-1]}" if kept else "does not exist yet"
     same_command = (
-      "The same command with --config.bad_numbers=skip goes on without such"
+      "The same command with --config.bad_numbers=skip resumes without such"
       " iterations; in"
     )
     start = (
@@ -319,7 +319,7 @@ class Loop:
     total = self._settings.epochs * self._steps_per_epoch
     raise errors.Interrupted(
       f"asked to stop; saved after iteration {step} of {total}, and the same"
-      " command goes on from there"
+      " command resumes from there"
     )
 
 

@@ -304,8 +304,9 @@ def _trace_source(name, source, image_format):
 
 def _source_notes(experiment, sources, pairs):
   for source in sources:
-    origin = experiment.sources[source.name].origin or source.name
-    note = f"source {origin}, {source.num_classes} classes"
+    origin = experiment.sources[source.name].origin
+    name = f"source {origin}" if origin else source.label
+    note = f"{name}, {source.num_classes} classes"
     taps = source.named(source.layout.taps)
     count = sum(pair.source in taps for pair in pairs)
     yield f"{note}, {count} pairs" if pairs else note

@@ -35,14 +35,14 @@ import jax.numpy as jnp
 _FORWARD = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _BY_INPUT = ((0, 3, 1, 2), (2, 3, 0, 1), (0, 3, 1, 2))
 _BY_KERNEL = ((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
-# A sum becomes a product if it has at least this many entries and channels. A
-# product over more positions than the last number is split.
+# A sum becomes a product from _MIN_ENTRIES entries and _MIN_CHANNELS channels
+# on. A product over more than _MAX_DEPTH positions is split.
 _MIN_ENTRIES, _MIN_CHANNELS, _MAX_DEPTH = 512, 8, 4096
-# A convolution becomes a product of patches if its maps are at most this large,
-_TINY_MAP = 3
-# or if it has at most so many channels, and patches with so many entries.
+# A convolution with a kernel of at most _SMALL_KERNEL becomes a product of
+# patches in two cases: its maps are at most _TINY_MAP wide and high; or it has
+# at most _FEW_CHANNELS channels, and patches of at most _MAX_ENTRIES entries.
+_SMALL_KERNEL, _TINY_MAP = 7, 3
 _FEW_CHANNELS, _MAX_ENTRIES = 4, 2**24
-_SMALL_KERNEL = 7  # Both need a kernel of at most this size.
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def _lower_for_cpu(
     primitive: a JAX primitive.
     find_faster: maps the abstract values of the operands, and the parameters,
       to a function of the operands, or to None to keep JAX's rule. JAX's rule
-      is also kept for empty arrays, explicit shardings, and if the choice
+      is also kept for empty arrays and explicit shardings, and where the choice
       depends on a symbolic size.
   """
   for_all = getattr(mlir, "_lowerings", {})

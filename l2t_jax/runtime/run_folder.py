@@ -108,7 +108,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def storage_errors(workdirs: Sequence[pathlib.Path]) -> Iterator[None]:
-  """Context manager: raise an OSError about folders as a StorageError.
+  """Context manager: turn an OSError about a run's folder into a StorageError.
 
   Args:
     workdirs: the folders of the runs.

@@ -97,7 +97,7 @@ def with_shardings(
 
 
 def stacked(shapes: types.PyTree, count: int) -> types.PyTree:
-  """Add a leading axis that is not split to shapes.
+  """Give shapes a leading axis that is not split over devices.
 
   Args:
     shapes: `jax.ShapeDtypeStruct`s from `with_shardings`.

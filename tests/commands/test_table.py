@@ -265,6 +265,19 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
     ("lwf", "data.perclass=1,2", "", "did you mean config.data.per_class?"),
     ("lwf", "method=lwf,at", "", "set --methods, not config.method"),
     ("lwf", "", "config.method=lwf", "set --methods, not config.method"),
+    ("lwf,l2t", "", "", "unknown method 'l2t'"),
+    (
+      "lwf",
+      "epochs=1,1",
+      "",
+      "would share the folder epochs=1; name each once",
+    ),
+    (
+      "fm_single,fm_one_to_one",
+      "",
+      "config.transfer.pairs=single",
+      "makes fm_single and fm_one_to_one the same",
+    ),
   ],
 )
 def test_a_table_that_cannot_be(tmp_path, methods, sweep, override, message):

@@ -417,8 +417,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A table with two columns in one folder",
       "--methods=scratch --sweep=transfer.map=a/map.npz,a_map.npz",
       "the columns 'map=a/map.npz' and 'map=a_map.npz' would share the folder "
-      "map=a_map.npz; rename what one of them names, or give each a --workdir "
-      "of its own",
+      "map=a_map.npz; name each once, or give each a --workdir of its own",
       command=TABLE,
     ),
   ),
@@ -595,8 +594,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "Images without labels, but none are left over",
       "--config.data.unlabeled=True",
-      "unlabeled is True, but per_class=0 keeps all images; set it to fewer or "
-      "give an unlabeled_path",
+      "unlabeled is True, but per_class=0 keeps all images; let per_class "
+      "leave some over, or give an unlabeled_path",
     ),
     Case(
       "A class that the data have not",
