@@ -114,14 +114,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   runs = sum(len(job.workdirs) for job in jobs)
   say = table_cells.CONSOLE.print
   say(f"{len(cells)} cells; {runs} runs to do here")
-  code = 0
+  code, runner = 0, table_cells.Runner()
   try:
     with signals.StopRequests() as requests:
       for job in jobs:
         if requests.received():
           raise errors.Interrupted("asked to stop")
         if job.workdirs:
-          table_cells.run_job(job)
+          runner.run(job)
           table_picture.write(workdir, table_cells.results(cells))
   except (KeyboardInterrupt, errors.Interrupted) as error:
     say("interrupted; the same command resumes")

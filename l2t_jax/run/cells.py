@@ -19,7 +19,7 @@ import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import paper, run_reader, tables
-from l2t_jax.run import experiments, from_config
+from l2t_jax.run import experiments, from_config, train
 from l2t_jax.runtime import run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -162,59 +162,75 @@ def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
   return jobs
 
 
-def run_job(job: Cell) -> None:
-  """Train the seeds of a job together and record failures.
+class Runner:
+  """Trains jobs; those of a cell share images, networks and programs."""
 
-  Where training them together fails, each is trained alone.
-  """
-  start = time.time()
-  title = (
-    f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
-  )
-  first = next(iter(job.workdirs.values()))
-  run_folder.make(first)
-  summaries, failure = _train_logged(job, title, first)
-  if failure:
-    (first / _ERROR).write_text(failure)
-    line = failure.splitlines()[0]
-    if len(job.workdirs) == 1:
-      CONSOLE.print(f"{title}: FAILED: {line}")
+  def __init__(self):
+    """Begin with nothing to share."""
+    self._cell: tuple[str, str] | None = None
+    self._training: train.Training | None = None
+
+  def run(self, job: Cell) -> None:
+    """Train the seeds of a job together and record failures.
+
+    Where training them together fails, each is trained alone.
+    """
+    start = time.time()
+    title = (
+      f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
+    )
+    first = next(iter(job.workdirs.values()))
+    run_folder.make(first)
+    summaries, failure = self._train_logged(job, title, first)
+    if failure:
+      (first / _ERROR).write_text(failure)
+      line = failure.splitlines()[0]
+      if len(job.workdirs) == 1:
+        CONSOLE.print(f"{title}: FAILED: {line}")
+        return
+      CONSOLE.print(f"{title}: {line}; now each alone")
+      for seed, workdir in job.workdirs.items():
+        self.run(job._replace(workdirs={seed: workdir}))
       return
-    CONSOLE.print(f"{title}: {line}; now each alone")
-    for seed, workdir in job.workdirs.items():
-      run_job(job._replace(workdirs={seed: workdir}))
-    return
-  for workdir in job.workdirs.values():
-    (workdir / _ERROR).unlink(missing_ok=True)
-  accuracies = lambda key: ", ".join(
-    run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
-    for summary in summaries
-  )
-  CONSOLE.print(
-    f"{title}: validation {accuracies('val_accuracy')}, test"
-    f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
-  )
+    for workdir in job.workdirs.values():
+      (workdir / _ERROR).unlink(missing_ok=True)
+    accuracies = lambda key: ", ".join(
+      run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
+      for summary in summaries
+    )
+    CONSOLE.print(
+      f"{title}: validation {accuracies('val_accuracy')}, test"
+      f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
+    )
 
+  def _train_logged(
+    self, job: Cell, title: str, folder: pathlib.Path
+  ) -> tuple[list[dict[str, Any]], str]:
+    """Train with the output in train.log; return (summaries, what failed).
 
-def _train_logged(
-  job: Cell, title: str, folder: pathlib.Path
-) -> tuple[list[dict[str, Any]], str]:
-  """Train with the output in train.log; return (summaries, what failed).
+    The failure is text, since an exception would keep alive the arrays of the
+    frames that it passed.
+    """
+    try:
+      with (
+        CONSOLE.status(f"training {title}"),
+        (folder / "train.log").open("a") as log,
+        contextlib.redirect_stdout(log),
+      ):
+        return self._train(job), ""
+    except (errors.Interrupted, errors.StorageError):
+      raise  # It ends the whole table.
+    except Exception as error:
+      self._cell = self._training = None
+      return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
 
-  The failure is text, since an exception would keep alive the arrays of the
-  frames that it passed.
-  """
-  try:
-    with (
-      CONSOLE.status(f"training {title}"),
-      (folder / "train.log").open("a") as log,
-      contextlib.redirect_stdout(log),
-    ):
-      return from_config.train_and_evaluate(job.config, job.workdirs), ""
-  except (errors.Interrupted, errors.StorageError):
-    raise  # It ends the whole table.
-  except Exception as error:
-    return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
+  def _train(self, job):
+    from_config.check(job.config, job.workdirs)
+    if self._training is None or self._cell != (job.column, job.method):
+      self._training = None  # Its arrays, before the next one has its own.
+      self._training = train.Training(from_config.resolve(job.config))
+      self._cell = (job.column, job.method)
+    return self._training.run(job.workdirs)
 
 
 def results(cells: Sequence[Cell]) -> list[tables.Cell]:

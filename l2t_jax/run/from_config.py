@@ -39,13 +39,13 @@ def train_and_evaluate(
     The contents of the summary.json files, in the order of `workdirs`.
 
   Raises:
-    errors.Stop: as `train.train_together`, and for a config that cannot work.
+    errors.Stop: as `train.Training.run`, and for a config that cannot work.
   """
   check(config, workdirs)
   summaries = train.completed(workdirs)
   left = {s: path for s, path in workdirs.items() if s not in summaries}
   if left:
-    trained = train.train_together(resolve(config), left)
+    trained = train.Training(resolve(config)).run(left)
     summaries |= zip(left, trained, strict=True)
   return [summaries[seed] for seed in workdirs]
 

@@ -65,63 +65,88 @@ def train(
     errors.StorageError: the folder can no longer be written.
     errors.Interrupted: on SIGTERM, after saving; the same call resumes.
   """
-  (summary,) = train_together(experiment, {experiment.settings.seed: workdir})
+  (summary,) = Training(experiment).run({experiment.settings.seed: workdir})
   return summary
 
 
-def train_together(
-  experiment: experiments.Experiment,
-  workdirs: Mapping[int, str | os.PathLike[str]],
-) -> list[dict[str, Any]]:
-  """Train several seeds of one experiment side by side, under `jax.vmap`.
+class Training:
+  """Trains runs that differ only in their seeds.
 
-  Each seed computes what it computes alone, up to rounding. Runs that were cut
-  off resume, those that had come equally far together.
-
-  Args:
-    experiment: what is trained; `settings.seed` is not read.
-    workdirs: seed -> folder of its run; see `train`.
-
-  Returns:
-    The contents of the summary.json files, in the order given.
-
-  Raises:
-    errors.Stop: as `train`.
-    trainer.DoesNotFit: the seeds need more memory than the accelerator has;
-      their folders are unchanged.
+  Images, networks and compiled programs serve all of them: they are made in the
+  first call of `run` that needs them.
   """
-  description = experiment.description or experiments.describe(experiment)
-  experiment = experiment._replace(description=description)
-  check_folders(description, workdirs, experiment.free_fields)
-  tracking.check_trackers(experiment.settings.trackers)
-  summaries = completed(workdirs)
-  left = {
-    pathlib.Path(workdir): _with_seed(experiment, seed)
-    for seed, workdir in workdirs.items()
-    if seed not in summaries
-  }
-  for workdir in left:
-    run_folder.make(workdir)
-  _, precision = compilation.PRECISIONS[experiment.settings.precision]
-  with (
-    contextlib.ExitStack() as stack,
-    signals.StopRequests() as requests,
-    jax.default_matmul_precision(precision),
-    run_folder.storage_errors(list(left)),
-  ):
+
+  def __init__(self, experiment: experiments.Experiment):
+    """Take what is trained.
+
+    Args:
+      experiment: its `settings.seed` is not read.
+    """
+    self._description = experiment.description or experiments.describe(
+      experiment
+    )
+    self._experiment = experiment._replace(description=self._description)
+    self._setup: setups.Setup | None = None
+    self._trainer: trainers.Trainer | None = None
+
+  def run(
+    self, workdirs: Mapping[int, str | os.PathLike[str]]
+  ) -> list[dict[str, Any]]:
+    """Train several seeds side by side, under `jax.vmap`.
+
+    Each seed computes what it computes alone, up to rounding. Runs that were
+    cut off resume, those that had come equally far together.
+
+    Args:
+      workdirs: seed -> folder of its run; see `train`.
+
+    Returns:
+      The contents of the summary.json files, in the order given.
+
+    Raises:
+      errors.Stop: as `train`.
+      trainer.DoesNotFit: the seeds need more memory than the accelerator has;
+        their folders are unchanged.
+    """
+    settings = self._experiment.settings
+    check_folders(self._description, workdirs, self._experiment.free_fields)
+    tracking.check_trackers(settings.trackers)
+    summaries = completed(workdirs)
+    left = {
+      pathlib.Path(workdir): _with_seed(self._experiment, seed)
+      for seed, workdir in workdirs.items()
+      if seed not in summaries
+    }
     for workdir in left:
-      stack.enter_context(run_folder.lock(workdir))
-    while left:
-      group = {workdir: left.pop(workdir) for workdir in _first_group(left)}
-      setup = setups.build(next(iter(group.values())))
-      trainer = trainers.Trainer(
-        setup,
-        [one.settings.seed for one in group.values()],
-        update_every=experiment.settings.meta.update_every,
+      run_folder.make(workdir)
+    _, precision = compilation.PRECISIONS[settings.precision]
+    with (
+      contextlib.ExitStack() as stack,
+      signals.StopRequests() as requests,
+      jax.default_matmul_precision(precision),
+      run_folder.storage_errors(list(left)),
+    ):
+      for workdir in left:
+        stack.enter_context(run_folder.lock(workdir))
+      while left:
+        group = {workdir: left.pop(workdir) for workdir in _first_group(left)}
+        summaries |= self._run_group(group, requests)
+    return [summaries[seed] for seed in workdirs]
+
+  def _run_group(self, group, requests):
+    if self._setup is None:
+      self._setup = setups.build(self._experiment)
+    if self._trainer is None or self._trainer.num_seeds != len(group):
+      self._trainer = None  # Its programs, before the next one has its own.
+      self._trainer = trainers.Trainer(
+        self._setup,
+        len(group),
+        update_every=self._experiment.settings.meta.update_every,
       )
-      summaries |= _train(setup, trainer, group, requests)
-      del setup, trainer  # Their arrays, before the next group has its own.
-  return [summaries[seed] for seed in workdirs]
+    try:
+      return _train(self._setup, self._trainer, group, requests)
+    finally:
+      self._trainer.drop_state()
 
 
 def completed(
@@ -198,6 +223,8 @@ def _train(setup, trainer, group, requests):
   """Train some seeds from where they are; return seed -> summary."""
   first, *_ = group.values()
   settings = first.settings
+  # While the training step compiles.
+  states = [setup.create_state(run.settings.seed) for run in group.values()]
   tracking.import_trackers(settings.trackers)
   # It may raise `DoesNotFit`, so before the folders change.
   trainer.compile()
@@ -221,7 +248,7 @@ def _train(setup, trainer, group, requests):
       )
       for workdir, experiment in group.items()
     ]
-    step, states = _restore(runs, trainer.first_states, display)
+    step, states = _restore(runs, states, display)
     _open_logs(runs, step, stack)
     display.say(_headline(setup, first))
     if step:

@@ -27,29 +27,28 @@ class Trainer:
   """
 
   def __init__(
-    self, setup: setups.Setup, seeds: Sequence[int], *, update_every: int = 1
+    self, setup: setups.Setup, num_seeds: int = 1, *, update_every: int = 1
   ):
-    """Start compiling, and make the first states meanwhile; see `compile`.
+    """Start compiling in the background; see `compile`.
 
     Args:
       setup: what is trained.
-      seeds: those that train together.
+      num_seeds: how many seeds train together.
       update_every: iterations per meta update.
     """
-    self._setup, self._num_seeds = setup, len(seeds)
+    self._setup, self.num_seeds = setup, num_seeds
     self._update_every = update_every if setup.learns else 1
     self._shapes = setup.state_shapes
-    if self._num_seeds > 1:
-      self._shapes = sharding.stacked(self._shapes, self._num_seeds)
+    if self.num_seeds > 1:
+      self._shapes = sharding.stacked(self._shapes, self.num_seeds)
     self._step_inputs = (
       self._shapes,
       setup.sources,
-      self._shard([setup.blank_batch] * self._num_seeds),
+      self._shard([setup.blank_batch] * self.num_seeds),
     )
     self._compiling = compilation.compile_ahead(
       self._jit_step(setup.modes[0]), *self._step_inputs
     )
-    self.first_states = [setup.create_state(seed) for seed in seeds]
     self._eval_step = self._jit_eval_step()
     self._state: types.TrainState | None = None
 
@@ -81,13 +80,16 @@ class Trainer:
 
   def start(self, states: Sequence[types.TrainState]) -> None:
     """Take over the states to train from, one per seed; they are donated."""
-    self.first_states = []  # They would stay in the accelerator's memory.
     self._state = states[0]
-    if self._num_seeds > 1:
+    if self.num_seeds > 1:
       self._state = jax.device_put(
         self._stack(states),
         jax.tree.map(lambda leaf: leaf.sharding, self._shapes),
       )
+
+  def drop_state(self) -> None:
+    """Free the memory of the state; `start` takes over the next one."""
+    self._state = None
 
   def step(self, number: int, batches: Sequence[types.Batch]) -> metrics.Packed:
     """Train one iteration.
@@ -113,7 +115,7 @@ class Trainer:
     fetched = metrics.fetch(iterations)
     return [
       [self._take(values, index) for values in fetched]
-      for index in range(self._num_seeds)
+      for index in range(self.num_seeds)
     ]
 
   def evaluate(self, split: str) -> list[dict[str, float]]:
@@ -132,7 +134,7 @@ class Trainer:
       ]
     )
     results = []
-    for index in range(self._num_seeds):
+    for index in range(self.num_seeds):
       mine = [self._take(sums, index) for sums in totals]
       sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *mine)
       results.append(
@@ -145,9 +147,9 @@ class Trainer:
     return self._take(self._state, index)
 
   def _check_memory(self, program, mode):
-    if self._num_seeds > 1:
+    if self.num_seeds > 1:
       raise DoesNotFit(
-        f"{self._num_seeds} seeds together need {program.memory_bytes} bytes"
+        f"{self.num_seeds} seeds together need {program.memory_bytes} bytes"
       )
     if program.memory_bytes > compilation.memory_limit():
       mib = lambda size: f"{size / 2**20:,.0f} MiB"
@@ -165,13 +167,13 @@ class Trainer:
       self._setup,
       self._shapes,
       mode=mode,
-      num_seeds=self._num_seeds,
+      num_seeds=self.num_seeds,
       update_meta=update_meta,
     )
 
   def _jit_eval_step(self):
     eval_step = self._setup.eval_step
-    if self._num_seeds > 1:
+    if self.num_seeds > 1:
       eval_step = jax.vmap(eval_step, in_axes=(0, None))
     return jax.jit(
       eval_step,
@@ -182,16 +184,16 @@ class Trainer:
   def _shard(self, batches):
     """Stack the batches of all seeds and split their rows over the devices."""
     return sharding.shard(
-      self._stack(batches), self._setup.mesh, axis=int(self._num_seeds > 1)
+      self._stack(batches), self._setup.mesh, axis=int(self.num_seeds > 1)
     )
 
   def _stack(self, trees):
-    if self._num_seeds == 1:
+    if self.num_seeds == 1:
       return trees[0]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
   def _take(self, tree, index):
     """Undo `_stack` for one of the seeds."""
-    if self._num_seeds == 1:
+    if self.num_seeds == 1:
       return tree
     return jax.tree.map(lambda leaf: leaf[index], tree)

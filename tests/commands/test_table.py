@@ -15,7 +15,7 @@ from rich import console
 
 from l2t_jax import errors, table
 from l2t_jax.run import cells as table_cells
-from l2t_jax.run import from_config, trainer
+from l2t_jax.run import from_config, train, trainer
 from tests.support import small_runs
 
 pytestmark = pytest.mark.xdist_group("methods")
@@ -97,7 +97,7 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
   (job,) = table_cells.make_jobs(cells(tmp_path, 2)[:1], 2)
   asked = []
 
-  def train_together(config, workdirs):
+  def run(self, workdirs):
     asked.append(list(workdirs))
     if len(workdirs) > 1:
       raise trainer.DoesNotFit
@@ -105,8 +105,8 @@ def test_seeds_that_fail_together_train_alone(tmp_path, monkeypatch):
       raise errors.InputError("no")
     return [{"val_accuracy": 0.5, "test_accuracy": 0.5}]
 
-  monkeypatch.setattr(from_config, "train_and_evaluate", train_together)
-  table_cells.run_job(job)
+  monkeypatch.setattr(train.Training, "run", run)
+  table_cells.Runner().run(job)
   assert asked == [[0, 1], [0], [1]]
   failed = [(w / "error.txt").exists() for w in job.workdirs.values()]
   assert failed == [False, True]
@@ -117,8 +117,8 @@ def test_accuracies_of_a_task_are_shown_as_they_are(
 ):
   monkeypatch.setattr(table_cells, "CONSOLE", console.Console(soft_wrap=True))
   monkeypatch.setattr(
-    from_config,
-    "train_and_evaluate",
+    table_cells.Runner,
+    "_train",
     lambda *_: [{"val_accuracy": -4.2, "test_accuracy": 0.5}],
   )
   for task, said in (
@@ -127,7 +127,7 @@ def test_accuracies_of_a_task_are_shown_as_they_are(
   ):
     cell = cells(tmp_path, 1)[0]
     cell.config.target.task = task
-    table_cells.run_job(cell)
+    table_cells.Runner().run(cell)
     assert said in capsys.readouterr().out
     (result,) = table_cells.results([cell])
     assert result.in_percent == (task == "classification")

@@ -14,7 +14,7 @@ from l2t_jax import errors, models, types
 import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
-from l2t_jax.run import from_config, trainer
+from l2t_jax.run import from_config, train, trainer
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import sharding
 from tests.support import small_runs
@@ -105,7 +105,7 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
       assert jax.tree.map(named, state) == jax.tree.map(named, shapes)
     # And of several seeds.
     shapes = sharding.stacked(run.state_shapes, 2)
-    together = trainer.Trainer(run, [2**63 - 1, 2**63 - 1])
+    together = trainer.Trainer(run, 2)
     together.start([one, one])
     state = together._state
 
@@ -365,6 +365,30 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
       np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-2)
     np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=1e-5)
     assert (workdirs[seed] / "target.safetensors").exists()
+
+
+def test_runs_in_turn_share_programs_and_nothing_else(
+  source, tmp_path, monkeypatch
+):
+  config = together_config(source)
+  config.method = "fm_single"
+  config.seed = 1
+  alone = small_runs.train(config, tmp_path / "alone")
+  built, build = [], setups.build
+  monkeypatch.setattr(
+    setups, "build", lambda one: built.append(one) or build(one)
+  )
+  training = train.Training(from_config.resolve(config))
+  for seed in (0, 1):
+    (summary,) = training.run({seed: tmp_path / f"seed{seed}"})
+  assert len(built) == 1
+  for name in ("seed", "val_accuracy", "test_accuracy", "split_hash"):
+    assert summary[name] == alone[name]
+  ours, theirs = (
+    weight_files.load(tmp_path / run / "target.safetensors")[0]
+    for run in ("seed1", "alone")
+  )
+  chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_nothing_is_lost_where_seeds_cannot_train_together(
