@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import tempfile
 
 import hypothesis
@@ -14,6 +15,10 @@ from tests.support import small_runs
 
 def pytest_configure():
   """Compile quickly, and share what is compiled between all processes."""
+  # `nohup make test &` starts this process, and those that tests start, with
+  # Ctrl-C ignored.
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="l2t_jax_cache_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name

@@ -94,13 +94,14 @@ def test_the_wheel_works_without_the_clone(tmp_path):
   shutil.copytree(small_runs.ROOT / "l2t_jax", clone / "l2t_jax")
   for name in ("pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(small_runs.ROOT / name, clone)
-  subprocess.run([*build, str(clone)], check=True)
+  subprocess.run([*build, str(clone)], check=True, timeout=small_runs.PATIENCE)
   shutil.rmtree(clone)
   (wheel,) = tmp_path.glob("*.whl")
   venv.create(tmp_path / "venv", with_pip=False)
   (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
   install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-  subprocess.run([*install, f"--target={site}", str(wheel)], check=True)
+  install += [f"--target={site}", str(wheel)]
+  subprocess.run(install, check=True, timeout=small_runs.PATIENCE)
   # Use the other packages of this interpreter, but not its editable install:
   # Python does not read .pth files in a folder that a .pth file adds.
   (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -115,6 +116,7 @@ def test_the_wheel_works_without_the_clone(tmp_path):
       check=True,
       text=True,
       stdout=subprocess.PIPE,
+      timeout=small_runs.PATIENCE,
     ).stdout
   )
   assert str(site) in run("-c", program)

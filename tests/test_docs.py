@@ -57,6 +57,7 @@ def test_blocks(page, tmp_path):
     input=json.dumps([block for block in blocks if block[0] != "text"]),
     capture_output=True,
     text=True,
+    timeout=small_runs.PATIENCE,
     cwd=tmp_path,
     env=environment,
   )

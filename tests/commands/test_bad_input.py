@@ -131,6 +131,7 @@ def test_as_a_user_starts_it(case, inputs, tmp_path):
     [sys.executable, *command, *arguments_of(case)],
     capture_output=True,
     text=True,
+    timeout=small_runs.PATIENCE,
     cwd=tmp_path,
     env=environment | {"PYTHONPATH": str(small_runs.ROOT)},
   )

@@ -148,7 +148,7 @@ def test_a_stopped_table_goes_on(source, tmp_path):
   while not is_saved() and time.time() < deadline:
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
-  assert process.wait() == errors.Interrupted.exit_code
+  assert process.wait(small_runs.PATIENCE) == errors.Interrupted.exit_code
   before = summaries(tmp_path)
   assert set(before) == {"digits/scratch/seed0"}
   result = small_runs.run_python(*command)

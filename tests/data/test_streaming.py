@@ -137,7 +137,7 @@ def test_workers_end_with_a_killed_process(tmp_path):
   )
   workers = process.stdout.readline().split()
   process.kill()
-  process.wait()
+  process.wait(small_runs.PATIENCE)
   assert len(workers) == 2
   deadline = time.time() + 30
   while any(map(_runs, workers)):

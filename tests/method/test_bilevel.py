@@ -1,8 +1,5 @@
 """Hypergradients are exact in every mode, for any loss and optimizer."""
 
-import subprocess
-import sys
-
 import chex
 import jax
 from jax import test_util
@@ -13,7 +10,7 @@ import pytest
 
 from l2t_jax import errors, types
 from l2t_jax.method import bilevel, optimizers
-from tests.support import small_setup
+from tests.support import small_runs, small_setup
 
 NUM_IN, NUM_HIDDEN, NUM_OUT = 3, 4, 2
 _MIXED_GRADIENT = bilevel._mixed_gradient
@@ -220,7 +217,7 @@ def test_adam_is_refused_in_training_too():
 def test_it_needs_no_flax():
   program = "import sys; from l2t_jax.method import bilevel, transfer; "
   program += "sys.exit('flax' in sys.modules)"
-  subprocess.run([sys.executable, "-c", program], check=True)
+  assert small_runs.run_python("-c", program).returncode == 0
 
 
 def test_unknown_mode_is_refused():

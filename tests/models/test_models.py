@@ -1,8 +1,6 @@
 """Networks: taps, initialisation, layers."""
 
 import functools
-import subprocess
-import sys
 
 import chex
 from flax import linen as nn
@@ -14,6 +12,7 @@ import pytest
 
 from l2t_jax import errors, models
 from l2t_jax.models import layers
+from tests.support import small_runs
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
@@ -184,9 +183,10 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
 
 
 def test_command_lists_taps_and_proposes_pairs():
-  command = [sys.executable, "-m", "l2t_jax.models", "resnet32"]
+  command = ["-m", "l2t_jax.models", "resnet32"]
   command.append("--target=examples.networks:convnext")
-  output = subprocess.run(command, capture_output=True, text=True, check=True)
+  output = small_runs.run_python(*command)
+  assert output.returncode == 0, output.stderr
   for text in ("stage3_block5", "8x8", "64", "yes"):
     assert text in output.stdout
   # 16x16, 8x8 and 4x4 against 32x32, 16x16 and 8x8.

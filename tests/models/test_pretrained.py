@@ -140,6 +140,7 @@ def test_safetensors_round_trip_needs_no_torch(tmp_path):
     command,
     capture_output=True,
     text=True,
+    timeout=small_runs.PATIENCE,
     check=True,
     env={"PYTHONPATH": f"{tmp_path}:{small_runs.ROOT}"},
   )

@@ -125,7 +125,7 @@ def test_control_c_saves_too(source, tmp_path):
   )
   _wait_for_progress(process, tmp_path / "run", random.Random(0))
   os.killpg(process.pid, signal.SIGINT)
-  _, stderr = process.communicate()
+  _, stderr = process.communicate(timeout=small_runs.PATIENCE)
   assert process.returncode == errors.Interrupted.exit_code, stderr
   # Python may count shared memory that workers had filled, and frees it.
   asked, error, *_ = stderr.splitlines()
@@ -144,7 +144,7 @@ def _kill(train, workdir, rng):
   process = train()
   _wait_for_progress(process, workdir, rng)
   process.kill()
-  process.wait()
+  process.wait(small_runs.PATIENCE)
 
 
 def _kill_while_saving(train, workdir, rng):
@@ -155,7 +155,7 @@ def _kill_while_saving(train, workdir, rng):
   while not is_saving():
     assert process.poll() is None
   process.kill()
-  process.wait()
+  process.wait(small_runs.PATIENCE)
   assert is_saving()
 
 
@@ -172,7 +172,7 @@ def _ask_until_it_ends(process):
   while process.poll() is None:
     process.send_signal(signal.SIGTERM)
     time.sleep(0.01)
-  _, stderr = process.communicate()
+  _, stderr = process.communicate(timeout=small_runs.PATIENCE)
   assert process.returncode == errors.Interrupted.exit_code, stderr
   return stderr
 
@@ -184,7 +184,7 @@ def _fill_disk(train, workdir, rng):
   process = train(
     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   )
-  _, stderr = process.communicate()
+  _, stderr = process.communicate(timeout=small_runs.PATIENCE)
   assert process.returncode == errors.StorageError.exit_code, stderr
   # Libraries' threads may complain before and after.
   (error,) = re.findall(r"^error: .*", stderr, re.MULTILINE)
@@ -202,7 +202,7 @@ def _damage(train, workdir, rng):
   process = train()
   _wait_for_progress(process, workdir, rng)
   process.kill()
-  stdout, _ = process.communicate()
+  stdout, _ = process.communicate(timeout=small_runs.PATIENCE)
   assert f"checkpoint of iteration {newest} is damaged" in stdout
   assert (workdir / f"damaged_checkpoint_{newest}").is_dir()
 
@@ -222,7 +222,7 @@ def _num_records(workdir):
 
 
 def _finish(process):
-  _, stderr = process.communicate()
+  _, stderr = process.communicate(timeout=small_runs.PATIENCE)
   assert process.returncode == 0, stderr
 
 

@@ -96,7 +96,7 @@ def test_processes_compute_what_one_does(on_devices, tmp_path, count):
     for i in range(count)
   ]
   for process in group:
-    _, stderr = process.communicate()
+    _, stderr = process.communicate(timeout=small_runs.PATIENCE)
     assert process.returncode == 0, stderr
   _assert_close(path, on_devices / "1.npz")
 
@@ -157,7 +157,7 @@ def test_a_run_of_several_processes_survives(train, tmp_path):
     assert other.returncode == lost, stderr
     assert re.search("^error: another process of the run ended", stderr, re.M)
     group[victim].kill()
-    group[victim].wait()
+    group[victim].wait(small_runs.PATIENCE)
   group = train(workdir, 2)
   _wait_for_records(workdir, group, 6)
   group[1].send_signal(signal.SIGTERM)
@@ -172,12 +172,12 @@ def test_a_run_of_several_processes_survives(train, tmp_path):
   for group in (train(workdir, 1, num_devices=4), train(same, 2)):
     stdout = ""
     for process in group:
-      output, stderr = process.communicate()
+      output, stderr = process.communicate(timeout=small_runs.PATIENCE)
       assert process.returncode == 0, stderr
       stdout += output
     assert f"resuming after iteration {step}" in stdout
   (process,) = train(alone, 1)
-  process.communicate()
+  process.communicate(timeout=small_runs.PATIENCE)
   runs = [small_runs.records(w, "train") for w in (workdir, same, alone)]
   steps = [[record["step"] for record in run] for run in runs]
   assert steps == [steps[0]] * 3
@@ -224,6 +224,7 @@ def test_a_start_that_cannot_work(flags, message):
     [sys.executable, "train.py", "--config=none", "--plan", *flags],
     capture_output=True,
     text=True,
+    timeout=small_runs.PATIENCE,
     cwd=small_runs.ROOT,
   )
   assert result.returncode == errors.InputError.exit_code

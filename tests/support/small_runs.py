@@ -15,6 +15,9 @@ from l2t_jax.run import from_config
 from l2t_jax.runtime import logs
 
 ROOT = pathlib.Path(__file__).parents[2]
+# How long a test waits for a process, in seconds; what takes two minutes on a
+# fast machine takes eight on a slow one.
+PATIENCE = 1_200
 
 
 class Killed(Exception):
@@ -39,7 +42,10 @@ def kill_in_epoch(number, train, monkeypatch):
 def run_python(*arguments, **options):
   """Run Python with some arguments in the root of the project."""
   process = start_python(*arguments, **options)
-  stdout, stderr = process.communicate()
+  try:
+    stdout, stderr = process.communicate(timeout=PATIENCE)
+  finally:
+    process.kill()
   return subprocess.CompletedProcess(
     process.args, process.returncode, stdout, stderr
   )
