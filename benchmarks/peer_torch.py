@@ -5,8 +5,9 @@ differentiated by double backward through the unrolled loop. Functional calls
 (`torch.func`), so that a step which nothing upstream depends on is not
 differentiated; the source once a batch; its resized maps once; one 1x1
 convolution per target tap for all its regressors; fused updates of all
-tensors; channels-last; `torch.compile` as an option. `tests/test_benchmarks.py`
-holds it to the golden numbers.
+tensors; channels-last; `torch.compile` for the plain step (it has no double
+backward). `authors_iteration` computes the same by the scheme of the paper's
+code. `tests/test_benchmarks.py` holds both to the golden numbers.
 
 Tensors have PyTorch's layout and the names of the authors' checkpoints.
 """
@@ -294,6 +295,149 @@ def iteration(
     "pair_weight_mean": torch.stack([x.mean() for x in weights.pair]),
   }
   return state, meta_grads, metrics
+
+
+def authors_iteration(
+  state: State,
+  meta_params: dict[str, torch.Tensor],
+  source: Tensors,
+  images: torch.Tensor,
+  labels: torch.Tensor,
+  settings: Settings,
+) -> tuple[State, dict[str, torch.Tensor], dict[str, Any]]:
+  """The same iteration by the scheme of the authors' code.
+
+  The source runs again for each loss that reads it, each pair has a regressor
+  and a resized map of its own, the look-ahead keeps no graph, and on the way
+  back each of its steps is computed again and differentiated by double
+  backward. Arguments and results are those of `iteration`.
+  """
+
+  def target_loss(params, meta_params, running=None):
+    del meta_params
+    logits, _ = vgg9(params, images, running)
+    return F.cross_entropy(logits, labels)
+
+  def auxiliary_loss(params, meta_params):
+    _, taps = vgg9(params, images, None)
+    return _loss_pair_by_pair(
+      params, meta_params, taps, source, images, settings.beta
+    )[0]
+
+  params = _leaves(state.params)
+  logits, taps = vgg9(params, images, state.running)
+  target = F.cross_entropy(logits, labels)
+  auxiliary, pair_weights = _loss_pair_by_pair(
+    params, meta_params, taps, source, images, settings.beta
+  )
+  grads = torch.autograd.grad(target + auxiliary, list(params.values()))
+  state = State(*_sgd_without_graph(state, grads, settings), state.running)
+
+  # The look-ahead, of which only the values before each step are kept.
+  losses = [auxiliary_loss] * settings.num_inner_steps + [target_loss]
+  starts = [state]
+  for loss_fn in losses:
+    params = _leaves(starts[-1].params)
+    grads = _gradient(loss_fn(params, meta_params), params)
+    stepped = _sgd_without_graph(starts[-1], grads, settings)
+    starts.append(State(*stepped, state.running))
+
+  # The way back: cotangents of parameters and momentum, step by step.
+  phi = _leaves(meta_params)
+  params = _leaves(starts.pop().params)
+  outer_loss = target_loss(params, phi)
+  along = _gradient(outer_loss, params)
+  along_momentum = [torch.zeros_like(x) for x in along]
+  meta_grads = [torch.zeros_like(x) for x in phi.values()]
+  for loss_fn in losses[::-1]:
+    params = _leaves(starts.pop().params)
+    grads = _gradient(loss_fn(params, phi), params, create_graph=True)
+    with torch.no_grad():
+      along_momentum = torch._foreach_add(
+        along_momentum, along, alpha=-settings.learning_rate
+      )
+    reached = [
+      (grad, cotangent)
+      for grad, cotangent in zip(grads, along_momentum, strict=True)
+      if grad.requires_grad
+    ]
+    products = torch.autograd.grad(
+      [grad for grad, _ in reached],
+      [*params.values(), *phi.values()],
+      [cotangent for _, cotangent in reached],
+      allow_unused=True,
+    )
+    with torch.no_grad():
+      along = torch._foreach_add(
+        along, along_momentum, alpha=settings.weight_decay
+      )
+      along = _add(along, products[: len(along)])
+      meta_grads = _add(meta_grads, products[len(along) :])
+      along_momentum = torch._foreach_mul(along_momentum, settings.momentum)
+  metrics = {
+    "ce": target.detach(),
+    "match": auxiliary.detach(),
+    "outer_ce": outer_loss.detach(),
+    "pair_weight_mean": torch.stack([x.mean() for x in pair_weights]).detach(),
+  }
+  return state, dict(zip(phi, meta_grads, strict=True)), metrics
+
+
+def _loss_pair_by_pair(params, meta_params, taps, source, images, beta):
+  """Return (L_wfm, λ of each pair); the source runs once more."""
+  with torch.no_grad():
+    _, features = resnet32(source, images)
+  wide = torch.promote_types(features[0].dtype, torch.float32)
+  pooled = [feature.to(wide).mean((2, 3)) for feature in features]
+  weights = transfer_weights(meta_params, pooled)
+  loss = torch.zeros((), device=images.device, dtype=wide)
+  for k in range(NUM_PAIRS):
+    m, n = divmod(k, len(TARGET_WIDTHS))
+    wanted = F.interpolate(
+      features[m].to(wide),
+      taps[n].shape[-1],
+      mode="bilinear",
+      align_corners=False,
+    )
+    regressed = F.conv2d(
+      taps[n].to(wide),
+      params[f"regressor.{k}.weight"],
+      params[f"regressor.{k}.bias"],
+    )
+    distance = (wanted - regressed).square().mean((2, 3))
+    distance = (weights.channel[k] * distance).sum(1)
+    loss = loss + (weights.pair[k] * distance).mean()
+  return beta * loss, weights.pair
+
+
+def _leaves(tensors):
+  return {k: v.detach().requires_grad_() for k, v in tensors.items()}
+
+
+def _gradient(loss, params, create_graph=False):
+  """Return a gradient per parameter, zeros where the loss reads none."""
+  grads = torch.autograd.grad(
+    loss, list(params.values()), create_graph=create_graph, allow_unused=True
+  )
+  return [
+    torch.zeros_like(x) if grad is None else grad
+    for x, grad in zip(params.values(), grads, strict=True)
+  ]
+
+
+def _sgd_without_graph(state, grads, settings):
+  with torch.no_grad():
+    return sgd(
+      state.params,
+      state.momentum,
+      dict(zip(state.params, grads, strict=True)),
+      settings,
+    )
+
+
+def _add(tensors, more):
+  """Add tensors, of which some of the second list may be None."""
+  return [x if y is None else x + y for x, y in zip(tensors, more, strict=True)]
 
 
 def adam_l2(

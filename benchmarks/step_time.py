@@ -1,26 +1,31 @@
 """Time an iteration against a plain training step, and against PyTorch.
 
     python -m benchmarks.step_time
-    python -m benchmarks.step_time --sweep=mode,T,precision,batch --folder=DIR
+    python -m benchmarks.step_time --sweep mode T precision batch --folder=DIR
+    python -m benchmarks.step_time --sweep precision=tf32,bf16 seeds=3
 
 ResNet-32 -> VGG-9, 15 pairs, random images, on the first device. Ours, the
 peer's and both plain steps take turns, so that their ratios do not depend on
 what else the machine does. We and each variant of the peer have a process of
 our own, as users do: what one leaves in the allocator makes another faster or
-slower by a third. One that does not fit into memory stops no other. Prints a
-table and, on its last line, a JSON object:
+slower by a third. One that does not fit into memory stops no other. SIGTERM or
+Ctrl-C ends the measurements; what was measured is reported. Prints a table and,
+on its last line, a JSON object, which --folder also keeps up to date in a file:
 
-  ratio_peer   the peer's time for an iteration over ours, the peer being the
-               fastest of its variants (see benchmarks/peer_torch.py)
-  ratio_plain  our iteration over our plain training step
+  ratio_peer     the peer's time for an iteration over ours, the peer being the
+                 fastest of its variants (see benchmarks/peer_torch.py)
+  ratio_authors  the same for the scheme of the authors' code
+  ratio_plain    our iteration over our plain training step
 
-both at batch 128, T = 2, float32; ratio_peer is null where torch is missing.
+all at the base setting, batch 128, T = 2, float32; null where one of the two is
+missing. `failures` names what was not measured, and why.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterable
 import contextlib
 import dataclasses
 import functools
@@ -31,9 +36,11 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -58,6 +65,7 @@ SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
 _LEAST_SECONDS = 0.3
 _LAYOUTS = ("contiguous", "channels-last")
 _OURS = "l2t_jax"
+_KERNELS = 10  # So many are listed of a profile.
 
 
 @dataclasses.dataclass
@@ -71,6 +79,8 @@ class Case:
   flops: float | None = None
   memory_bytes: int | None = None
   plain_seconds: float = math.nan  # Of the plain step that it took turns with.
+  # Where the device's time went, from a profile: see `profile`.
+  kernels: dict[str, Any] | None = None
   times: list[float] = dataclasses.field(default_factory=list)
 
   @property
@@ -110,10 +120,13 @@ class Peer:
   """A variant of the peer."""
 
   layout: str
+  authors: bool = False  # By the scheme of the authors' code.
+  # By `torch.compile`, which has no double backward: the plain step alone.
   compiled: bool = False
 
   def __str__(self) -> str:
-    return f"torch, {self.layout}" + (", compiled" if self.compiled else "")
+    scheme = ", authors' scheme" if self.authors else ""
+    return f"torch, {self.layout}{scheme}{', compiled' * self.compiled}"
 
 
 def our_timers(setting: cases.Setting) -> list[Timer]:
@@ -185,9 +198,10 @@ def peer_timers(setting: cases.Setting, peer: Peer) -> list[Timer]:
       dict(start.state.running),
     ),
   }
-  wrap = torch.compile if peer.compiled else lambda function: function
-  whole = wrap(peer_torch.iteration)
-  plain = wrap(peer_torch.plain_step)
+  whole = peer_torch.authors_iteration if peer.authors else peer_torch.iteration
+  plain = peer_torch.plain_step
+  if peer.compiled:
+    plain = torch.compile(plain)
   autocast = functools.partial(
     torch.autocast, device, torch.bfloat16, enabled=setting.precision == "bf16"
   )
@@ -210,10 +224,51 @@ def peer_timers(setting: cases.Setting, peer: Peer) -> list[Timer]:
 
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None
   plain_case = Case(str(peer), "plain", setting._replace(method="scratch"))
-  return [
-    Timer(plain_case, run_plain, wait),
-    Timer(Case(str(peer), "iteration", setting), run_iteration, wait),
-  ]
+  timers = [Timer(plain_case, run_plain, wait)]
+  if not peer.compiled:
+    timers.append(
+      Timer(Case(str(peer), "iteration", setting), run_iteration, wait)
+    )
+  return timers
+
+
+def profile(timer: Timer, num_steps: int = 3) -> dict[str, Any] | None:
+  """Profile some steps on a GPU; None on other devices.
+
+  Returns:
+    Per step: "busy_seconds" of the device, "kernels", how many run, and
+    "largest", a list of [name, seconds, how many] of those that take longest.
+  """
+  if jax.default_backend() != "gpu":
+    return None
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(num_steps):
+        timer.run()
+      timer.wait()
+    (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [
+      (event.name, event.duration_ns * 1e-9)
+      for plane in planes
+      if plane.name.startswith("/device:GPU")
+      for line in plane.lines
+      if line.name.startswith("Stream")
+      for event in line.events
+    ]
+  seconds: collections.Counter[str] = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()
+  for name, duration in events:
+    seconds[name] += duration / num_steps
+    counts[name] += 1
+  return {
+    "busy_seconds": sum(seconds.values()),
+    "kernels": len(events) / num_steps,
+    "largest": [
+      [name, value, counts[name] / num_steps]
+      for name, value in seconds.most_common(_KERNELS)
+    ],
+  }
 
 
 def ceiling(dtype: Any, precision: str) -> float:
@@ -221,7 +276,8 @@ def ceiling(dtype: Any, precision: str) -> float:
   size = 4096 if jax.default_backend() == "cpu" else 16384
   with jax.default_matmul_precision(precision):
     product = jax.jit(jnp.matmul, compiler_options=compilation.options())
-    x = jnp.ones((size, size), dtype or jnp.float32)
+    # Products of random numbers are slower than those of equal ones.
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype or jnp.float32)
     best = float("inf")
     for _ in range(4):
       start = time.perf_counter()
@@ -230,12 +286,32 @@ def ceiling(dtype: Any, precision: str) -> float:
   return 2 * size**3 / best
 
 
-def settings_of(sweeps: list[str]) -> list[cases.Setting]:
-  """List the settings of some sweeps, each once, the paper's first."""
-  base = cases.Setting()
+def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
+  """Turn "NAME" or "NAME=VALUE,VALUE" into a field and values to try."""
+  name, _, chosen = text.partition("=")
+  if name not in SWEEPS:
+    raise argparse.ArgumentTypeError(
+      f"unknown sweep {name!r}; use some of {', '.join(SWEEPS)}"
+    )
+  field, values = SWEEPS[name]
+  if not chosen:
+    return field, values
+  by_text = {str(value): value for value in values}
+  for one in chosen.split(","):
+    if one not in by_text:
+      raise argparse.ArgumentTypeError(
+        f"{name} is not {one!r}, but one of {', '.join(by_text)}"
+      )
+  return field, tuple(by_text[one] for one in chosen.split(","))
+
+
+def settings_of(
+  base: cases.Setting, sweeps: Iterable[tuple[str, tuple[Any, ...]]]
+) -> list[cases.Setting]:
+  """List the settings of some sweeps around a base, each once, it first."""
   varied = [
     base._replace(**{field: value})
-    for field, values in (SWEEPS[name] for name in sweeps)
+    for field, values in sweeps
     for value in values
   ]
   return list(dict.fromkeys((base, *varied)))
@@ -247,38 +323,82 @@ def main() -> None:
   )
   parser.add_argument(
     "--sweep",
-    default="",
-    help=f"what to vary, separated by commas: {', '.join(SWEEPS)}",
+    type=parse_sweep,
+    nargs="*",
+    default=[],
+    metavar="NAME[=VALUE,VALUE]",
+    help=f"what to vary, in this order: {', '.join(SWEEPS)}",
   )
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument(
+    "--batch_size", type=int, default=128, help="where it is not varied (128)"
+  )
   parser.add_argument("--compile_peer", action="store_true")
-  parser.add_argument("--folder", type=pathlib.Path, help="for a plot")
+  parser.add_argument(
+    "--profile", action="store_true", help="the largest kernels; on a GPU"
+  )
+  parser.add_argument(
+    "--folder", type=pathlib.Path, help="for a plot and the JSON object"
+  )
   args = parser.parse_args()
-  sweeps = [name for name in args.sweep.split(",") if name]
-  for name in sweeps:
-    if name not in SWEEPS:
-      parser.error(f"unknown sweep {name!r}; use some of {', '.join(SWEEPS)}")
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds} must be at least 1")
+  # Also where Ctrl-C is ignored, as in the background of a script.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)
 
   # All processes share an accelerator's memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  everything: list[Case] = []
-  for setting in settings_of(sweeps):
-    known = [case.setting for case in everything if case.what == "plain"]
-    everything += [
-      case
-      for case in _measure(setting, args.rounds, args.compile_peer)
-      if case.what != "plain" or case.setting not in known
-    ]
-  ceilings = {
-    name: ceiling(*compilation.PRECISIONS[name])
-    for name in dict.fromkeys(case.setting.precision for case in everything)
-  }
-  _print_table(everything, ceilings)
-  if args.folder:
-    _draw(everything, sweeps, args.folder)
-  print(json.dumps(_result(everything, ceilings)))
+  measured = _Measured(cases.Setting(batch_size=args.batch_size))
+  left = settings_of(measured.base, args.sweep)
+  try:
+    for setting in left[:]:
+      _measure(measured, setting, args)
+      left.remove(setting)
+      if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        result = json.dumps(_result(measured), indent=1)
+        (args.folder / "step_time.json").write_text(result)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    for setting in left:
+      measured.failures[str(setting)] = "interrupted"
+  _print_table(measured)
+  if args.folder and measured.cases:
+    _draw(measured, args.sweep, args.folder)
+  print(json.dumps(_result(measured)))
+
+
+class _Measured:
+  """What was measured so far."""
+
+  def __init__(self, base: cases.Setting):
+    self.base = base
+    self.cases: list[Case] = []
+    self.ceilings: dict[str, float] = {}
+    self.failures: dict[str, str] = {}
+
+  def at_base(self) -> list[Case]:
+    """Return the cases of the base setting, the plain steps among them."""
+    wanted = (self.base, _plain(self.base))
+    return [case for case in self.cases if case.setting in wanted]
+
+  def add(self, workers: list[_Worker]) -> None:
+    """Take over what workers have timed, but no plain step twice."""
+    known = [c.setting for c in self.cases if c.what == "plain"]
+    for worker in workers:
+      timed = [case for case in worker.cases if case.times]
+      for case in timed:
+        case.plain_seconds = timed[0].median
+      self.cases += [
+        case
+        for case in timed
+        if case.what != "plain" or case.setting not in known
+      ]
+    for case in self.cases:
+      name = case.setting.precision
+      if name not in self.ceilings:
+        self.ceilings[name] = ceiling(*compilation.PRECISIONS[name])
 
 
 class _Worker:
@@ -293,8 +413,9 @@ class _Worker:
     self.name = str(peer or _OURS)
     self.cases: list[Case] = []
 
-  def prepare(self) -> None:
+  def warm_up(self) -> None:
     """Wait for what is timed; raises EOFError where the process fails."""
+    self._connection.send("warm up")
     self.cases = self._connection.recv()
 
   def measure(self) -> None:
@@ -303,65 +424,91 @@ class _Worker:
       self._connection.send(index)
       case.times.append(self._connection.recv())
 
+  def profile(self) -> None:
+    """Profile each case; raises EOFError where the process fails."""
+    for index, case in enumerate(self.cases):
+      self._connection.send(("profile", index))
+      case.kernels = self._connection.recv()
+
   def close(self) -> None:
     self._connection.close()
-    self._process.join()
+    self._process.join(timeout=10)
+    self._process.kill()
 
 
 def _serve(connection, setting, peer):
   timers = peer_timers(setting, peer) if peer else our_timers(setting)
-  for timer in timers:
-    timer.warm_up()
-  connection.send([timer.case for timer in timers])
   with contextlib.suppress(EOFError, OSError):
     while True:
-      connection.send(timers[connection.recv()].measure())
+      match connection.recv():
+        case "warm up":
+          for timer in timers:
+            timer.warm_up()
+          connection.send([timer.case for timer in timers])
+        case ("profile", index):
+          connection.send(profile(timers[index]))
+        case index:
+          connection.send(timers[index].measure())
 
 
-def _measure(setting, rounds, compile_peer):
+def _measure(measured, setting, args):
   """Time a setting: ours, the peer's, and the plain steps of both."""
   print(setting, file=sys.stderr, flush=True)
   workers: list[_Worker] = []
+
+  def succeeds(task, worker):
+    try:
+      task()
+    except (EOFError, OSError):
+      print(f"{worker.name}: failed", file=sys.stderr, flush=True)
+      measured.failures[f"{worker.name}, {setting}"] = "its process failed"
+      return False
+    return True
+
   with contextlib.ExitStack() as stack:
-    # One after the other: what compiles shall not be disturbed.
-    for peer in (None, *_peers(setting, compile_peer)):
+    stack.callback(lambda: measured.add(workers))
+
+    def start(peer):
       worker = _Worker(setting, peer)
       stack.callback(worker.close)
-      if _succeeds(worker.prepare, worker, setting):
+      return worker
+
+    def warm_up(worker):
+      if succeeds(worker.warm_up, worker):
         workers.append(worker)
-    for _ in range(rounds):
-      workers = [
-        worker
-        for worker in workers
-        if _succeeds(worker.measure, worker, setting)
-      ]
-  for worker in workers:
-    for case in worker.cases:
-      case.plain_seconds = worker.cases[0].median
-  return [case for worker in workers for case in worker.cases]
+        if not succeeds(worker.measure, worker):
+          workers.remove(worker)
+
+    # What compiles or chooses algorithms shall not be disturbed: ours is ready
+    # before the peers start, and they warm up one after the other.
+    ours = start(None)
+    warm_up(ours)
+    for worker in [
+      start(peer) for peer in _peers(setting, measured.base, args.compile_peer)
+    ]:
+      warm_up(worker)
+    for _ in range(args.rounds - 1):
+      for worker in workers[:]:
+        if not succeeds(worker.measure, worker):
+          workers.remove(worker)
+    if args.profile and ours in workers:
+      succeeds(ours.profile, ours)
 
 
-def _succeeds(task, worker, setting):
-  try:
-    task()
-  except (EOFError, OSError):
-    failure = f"{worker.name}: failed"
-    if setting == cases.Setting() and worker.name == _OURS:
-      sys.exit(failure)  # Nothing could be compared with it.
-    print(failure, file=sys.stderr)
-    return False
-  return True
-
-
-def _peers(setting, compile_peer):
-  base = cases.Setting()
-  has_peer = setting.mode == base.mode and setting.num_seeds == 1
-  if not (has_peer and importlib.util.find_spec("torch")):
+def _peers(setting, base, compile_peer):
+  """List the variants of the peer that a setting is compared with."""
+  if not importlib.util.find_spec("torch"):
     return []
-  if setting != base:
-    return [Peer(_LAYOUTS[0])]
-  peers = [Peer(layout) for layout in _LAYOUTS]
-  return [*peers, Peer(_LAYOUTS[0], compiled=True)] if compile_peer else peers
+  if setting == base:
+    peers = [Peer(layout) for layout in _LAYOUTS]
+    peers.append(Peer(_LAYOUTS[0], authors=True))
+    return (
+      [*peers, Peer(_LAYOUTS[-1], compiled=True)] if compile_peer else peers
+    )
+  if setting == base._replace(precision=setting.precision):
+    return [Peer(_LAYOUTS[-1]), Peer(_LAYOUTS[0], authors=True)]
+  has_peer = setting.mode == base.mode and setting.num_seeds == 1
+  return [Peer(_LAYOUTS[-1])] if has_peer else []
 
 
 def _plain(setting):
@@ -371,7 +518,7 @@ def _plain(setting):
   )
 
 
-def _print_table(everything, ceilings):
+def _print_table(measured):
   rows = table.Table(title=f"{_device()}, {_versions()}")
   for name in ("step", "by", "mode", "T", "batch", "precision"):
     rows.add_column(name)
@@ -387,11 +534,11 @@ def _print_table(everything, ceilings):
   ):
     rows.add_column(name, justify="right")
   show = lambda value, form: "" if value is None else format(value, form)
-  for case in everything:
+  for case in measured.cases:
     s = case.setting
     is_ours = case.who == _OURS
     speed = case.flops / case.median if case.flops else None
-    share = speed / ceilings[s.precision] if speed else None
+    share = speed / measured.ceilings[s.precision] if speed else None
     rows.add_row(
       case.what + (f", {s.num_seeds} seeds" if s.num_seeds > 1 else ""),
       case.who,
@@ -409,38 +556,57 @@ def _print_table(everything, ceilings):
       show(case.compile_seconds, ".1f"),
     )
   console.Console(width=150).print(rows)
-  for name, value in ceilings.items():
+  for name, value in measured.ceilings.items():
     print(
       f"ceiling, a square matrix product in {name}: {value / 1e9:,.0f} GFLOP/s"
     )
+  for case in measured.cases:
+    if case.kernels and case.what == "iteration":
+      _print_kernels(case)
+  for what, reason in measured.failures.items():
+    print(f"not measured: {what}: {reason}")
 
 
-def _result(everything, ceilings):
-  base = cases.Setting()
-  at_base = [
-    case
-    for case in everything
-    if case.setting in (base, base._replace(method="scratch"))
-  ]
+def _print_kernels(case):
+  print(
+    f"{case.setting}: the device is busy for"
+    f" {case.kernels['busy_seconds'] * 1e3:.2f} ms of"
+    f" {case.median * 1e3:.2f} ms with {case.kernels['kernels']:.0f} kernels"
+  )
+  for name, seconds, count in case.kernels["largest"]:
+    print(f"  {seconds * 1e3:8.3f} ms {count:6.0f} x {name[:110]}")
+
+
+def _result(measured):
+  at_base = measured.at_base()
   ours = {case.what: case for case in at_base if case.who == _OURS}
   peers = [case for case in at_base if case.who != _OURS]
-  best = lambda what: min(
-    (case.median for case in peers if case.what == what), default=None
-  )
-  over = lambda what: best(what) and round(best(what) / ours[what].median, 3)
+
+  def ratio(what, among):
+    best = min((case.median for case in among if case.what == what), default=0)
+    return round(best / ours[what].median, 3) if best and what in ours else None
+
+  authors = str(Peer(_LAYOUTS[0], authors=True))
+  by_authors = [case for case in peers if case.who == authors]
+  in_plain_steps = None
+  if len(ours) == 2:
+    quotient = ours["iteration"].median / ours["plain"].median
+    in_plain_steps = round(quotient, 3)
   return {
-    "ratio_peer": over("iteration"),
-    "ratio_peer_plain": over("plain"),
+    "ratio_peer": ratio("iteration", peers),
+    "ratio_authors": ratio("iteration", by_authors),
+    "ratio_peer_plain": ratio("plain", peers),
     "ratio_peer_by_variant": {
-      case.who: round(case.median / ours["iteration"].median, 3)
+      case.who: ratio("iteration", [case])
       for case in peers
       if case.what == "iteration"
     },
-    "ratio_plain": round(ours["iteration"].median / ours["plain"].median, 3),
+    "ratio_plain": in_plain_steps,
     "device": _device(),
     "versions": _versions(),
     "commit": _commit(),
-    "ceiling_flops": ceilings,
+    "ceiling_flops": measured.ceilings,
+    "failures": measured.failures,
     "cases": [
       {
         "by": case.who,
@@ -451,29 +617,26 @@ def _result(everything, ceilings):
         "flops": case.flops,
         "memory_bytes": case.memory_bytes,
         "compile_seconds": case.compile_seconds,
+        "profile": case.kernels,
       }
-      for case in everything
+      for case in measured.cases
     ],
   }
 
 
-def _draw(everything, sweeps, folder):
-  """The paper's setting, then a panel for each sweep."""
+def _draw(measured, sweeps, folder):
+  """The base setting, then a panel for each sweep."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  base = cases.Setting()
+  base = measured.base
   figure, axes = pyplot.subplots(
     1, 1 + len(sweeps), figsize=(4.5 * (1 + len(sweeps)), 3.4), squeeze=False
   )
   bars, *panels = axes[0]
-  at_base = [
-    case
-    for case in everything
-    if case.setting in (base, base._replace(method="scratch"))
-  ]
+  at_base = measured.at_base()
   bars.barh(
     [f"{case.what}: {case.who}" for case in at_base],
     [case.median * 1e3 for case in at_base],
@@ -481,12 +644,11 @@ def _draw(everything, sweeps, folder):
   )
   bars.invert_yaxis()
   bars.set_xlabel("ms")
-  for axis, name in zip(panels, sweeps, strict=True):
-    field, values = SWEEPS[name]
-    for who in dict.fromkeys(case.who for case in everything):
+  for axis, (field, values) in zip(panels, sweeps, strict=True):
+    for who in dict.fromkeys(case.who for case in measured.cases):
       medians = {
         getattr(case.setting, field): case.median * 1e3
-        for case in everything
+        for case in measured.cases
         if case.who == who
         and case.what == "iteration"
         and case.setting
@@ -506,7 +668,8 @@ def _draw(everything, sweeps, folder):
   for axis in axes[0]:
     axis.spines[["top", "right"]].set_visible(False)
   figure.suptitle(
-    f"{_device()}: ResNet-32 → VGG-9, batch 128, T = 2, float32", fontsize=10
+    f"{_device()}: ResNet-32 → VGG-9, batch {base.batch_size}, T = 2, float32",
+    fontsize=10,
   )
   figure.tight_layout()
   folder.mkdir(parents=True, exist_ok=True)

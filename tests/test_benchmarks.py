@@ -9,7 +9,8 @@ from tests.support import golden_setup
 pytestmark = pytest.mark.optimized
 
 
-def test_the_peer_computes_the_authors_numbers(x64):
+@pytest.mark.parametrize("scheme", ["iteration", "authors_iteration"])
+def test_the_peer_computes_the_authors_numbers(scheme, x64):
   torch = pytest.importorskip("torch")
   from benchmarks import peer_torch
 
@@ -24,7 +25,7 @@ def test_the_peer_computes_the_authors_numbers(x64):
   )
   for it in range(2):
     batch = setup.batch(it)
-    state, grads, metrics = peer_torch.iteration(
+    state, grads, metrics = getattr(peer_torch, scheme)(
       state,
       meta_params,
       source,

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# A first look at a GPU, in one command of at most six minutes: the authors'
+# numbers in float64, a training run, and the step against PyTorch's.
+#
+#   benchmarks/gpu_first.sh FOLDER [FLAG...]
+#
+# FOLDER is that of benchmarks/gpu_stl10.sh. FLAGs go to `benchmarks.step_time`.
+# What was measured is in OUT (runs/gpu_first by default): a log, the JSON object
+# and a plot. Each part has a limit in seconds, multiplied by PATIENCE; a part that
+# fails or is cut stops no other.
+set -uo pipefail
+FOLDER=$(realpath "$1") || exit
+export OUT=${OUT:-runs/gpu_first} PYTHONUNBUFFERED=1
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/l2t_jax}
+cd "$(dirname "$0")/.." && mkdir -p "$OUT" || exit
+. benchmarks/gpu_packages.sh
+
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$(($2 * ${PATIENCE:-1})) start=$SECONDS status
+  shift 2
+  echo "== $name (at most $limit s)"
+  timeout --signal=INT --kill-after=30 "$limit" "$@"
+  status=$?
+  echo "== $name: exit code $status after $((SECONDS - start)) s"
+}
+
+run() {
+  part versions 60 "$PYTHON" -c 'import importlib.metadata as m, jax
+print(jax.devices(), {p: m.version(p) for p in
+  "jax jaxlib flax optax chex orbax-checkpoint numpy torch".split()})'
+  # Choosing the fastest kernels takes long, and is of no use to two iterations.
+  XLA_FLAGS=--xla_gpu_autotune_level=0 part parity 75 "$PYTHON" -m pytest -n 0 \
+    tests/test_parity.py -k "T2-linearized"
+  part training 75 env LIMIT=$((70 * ${PATIENCE:-1})) METHODS=scratch SEEDS=1 \
+    PRECISION=${PRECISION:-tf32} benchmarks/gpu_stl10.sh "$FOLDER"
+  part steps 210 "$PYTHON" -m benchmarks.step_time --profile --compile_peer \
+    --sweep precision seeds mode=mixed --folder="$OUT" "$@"
+}
+run "${@:2}" 2>&1 | tee "$OUT/gpu_first.log" | cut -c 1-300
