@@ -15,8 +15,10 @@ from l2t_jax.run import experiments, from_config
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import compilation, cpu_lowering, sharding
 
-LEARNING_RATE = 0.01
 _NUM_CLASSES, _NUM_SOURCE_CLASSES = 10, 200
+# Of all images. At 32x32 they are as many as those of STL-10, so that the
+# programs are those of configs/stl10.py.
+_NUM_PIXELS = 4_500 * 32**2
 
 
 class Setting(NamedTuple):
@@ -52,7 +54,6 @@ def create(setting: Setting) -> Iteration:
   config.batch_size = setting.batch_size
   config.data.image_size, config.data.augment = setting.image_size, "none"
   config.transfer.pairs = setting.pairs
-  config.optimizer.learning_rate = LEARNING_RATE
   config.bilevel.num_inner_steps = setting.num_inner_steps
   config.bilevel.loop = "scan" if setting.rolled else "unroll"
   names = [f"source{i}" for i in range(setting.num_sources)]
@@ -95,7 +96,7 @@ def compile_iteration(
 def _random_images(setting):
   """Images that stand for a data set; the batches are drawn elsewhere."""
   size = (setting.image_size, setting.image_size, 3)
-  count = max(setting.batch_size, _NUM_CLASSES)
+  count = max(setting.batch_size, _NUM_PIXELS // setting.image_size**2)
   rng, arrays = np.random.default_rng(0), {}
   for part, number in (("train", count), ("val", 1), ("test", 1)):
     arrays[f"x_{part}"] = rng.integers(0, 256, (number, *size), np.uint8)

@@ -33,7 +33,8 @@ print(jax.devices(), {p: m.version(p) for p in
     tests/test_parity.py -k "T2-linearized"
   part training 75 env LIMIT=$((70 * ${PATIENCE:-1})) METHODS=scratch SEEDS=1 \
     PRECISION=${PRECISION:-tf32} benchmarks/gpu_stl10.sh "$FOLDER"
-  part steps 210 "$PYTHON" -m benchmarks.step_time --profile --compile_peer \
-    --sweep precision seeds mode=mixed --folder="$OUT" "$@"
+  part steps 210 "$PYTHON" -m benchmarks.step_time --profile \
+    --peers=channels-last,authors --sweep precision seeds mode=mixed \
+    --folder="$OUT" "$@"
 }
 run "${@:2}" 2>&1 | tee "$OUT/gpu_first.log" | cut -c 1-300

@@ -63,9 +63,9 @@ SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 # A measurement takes as many iterations as last this long, in seconds.
 _LEAST_SECONDS = 0.3
-_LAYOUTS = ("contiguous", "channels-last")
 _OURS = "l2t_jax"
 _KERNELS = 10  # So many are listed of a profile.
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclasses.dataclass
@@ -129,6 +129,14 @@ class Peer:
     return f"torch, {self.layout}{scheme}{', compiled' * self.compiled}"
 
 
+PEERS = {
+  "contiguous": Peer("contiguous"),
+  "channels-last": Peer("channels-last"),
+  "authors": Peer("contiguous", authors=True),
+  "compiled": Peer("channels-last", compiled=True),
+}
+
+
 def our_timers(setting: cases.Setting) -> list[Timer]:
   """Compile our plain step and our iteration."""
   return [_our_timer(_plain(setting)), _our_timer(setting)]
@@ -183,9 +191,7 @@ def peer_timers(setting: cases.Setting, peer: Peer) -> list[Timer]:
     torch.from_numpy(np.array(iteration.batch.images).transpose(0, 3, 1, 2))
   )
   labels = torch.from_numpy(np.array(iteration.batch.labels)).long().to(device)
-  settings = peer_torch.Settings(
-    setting.num_inner_steps, learning_rate=cases.LEARNING_RATE
-  )
+  settings = peer_torch.Settings(setting.num_inner_steps)
   update = peer_torch.adam_l2(start.meta_params, 1e-4, 1e-4)
   target = lambda tensors: {
     name: x for name, x in tensors.items() if name.startswith("target.")
@@ -333,7 +339,17 @@ def main() -> None:
   parser.add_argument(
     "--batch_size", type=int, default=128, help="where it is not varied (128)"
   )
-  parser.add_argument("--compile_peer", action="store_true")
+  parser.add_argument(
+    "--precision",
+    choices=SWEEPS["precision"][1],
+    default="f32",
+    help="where it is not varied (f32)",
+  )
+  parser.add_argument(
+    "--peers",
+    default="contiguous,channels-last,authors",
+    help=f"variants of the peer, some of {', '.join(PEERS)}",
+  )
   parser.add_argument(
     "--profile", action="store_true", help="the largest kernels; on a GPU"
   )
@@ -343,30 +359,44 @@ def main() -> None:
   args = parser.parse_args()
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds} must be at least 1")
+  peers = args.peers.split(",") if args.peers else []
+  if unknown := [name for name in peers if name not in PEERS]:
+    parser.error(f"unknown peer {unknown[0]!r}; use {', '.join(PEERS)}")
   # Also where Ctrl-C is ignored, as in the background of a script.
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.default_int_handler)
+  for number in _STOPS:
+    signal.signal(number, _stop)
 
   # All processes share an accelerator's memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  measured = _Measured(cases.Setting(batch_size=args.batch_size))
+  measured = _Measured(
+    cases.Setting(batch_size=args.batch_size, precision=args.precision)
+  )
   left = settings_of(measured.base, args.sweep)
   try:
     for setting in left[:]:
-      _measure(measured, setting, args)
+      _measure(measured, setting, peers, args)
       left.remove(setting)
       if args.folder:
         args.folder.mkdir(parents=True, exist_ok=True)
+        measured.measure_ceilings()
         result = json.dumps(_result(measured), indent=1)
         (args.folder / "step_time.json").write_text(result)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     for setting in left:
       measured.failures[str(setting)] = "interrupted"
+  measured.measure_ceilings()
   _print_table(measured)
   if args.folder and measured.cases:
     _draw(measured, args.sweep, args.folder)
   print(json.dumps(_result(measured)))
+
+
+def _stop(number, frame):
+  """Interrupt the measurements, but not their report: timeout sends two."""
+  for one in _STOPS:
+    signal.signal(one, signal.SIG_IGN)
+  raise KeyboardInterrupt
 
 
 class _Measured:
@@ -395,6 +425,9 @@ class _Measured:
         for case in timed
         if case.what != "plain" or case.setting not in known
       ]
+
+  def measure_ceilings(self) -> None:
+    """Measure what the device can do in the precisions of the cases."""
     for case in self.cases:
       name = case.setting.precision
       if name not in self.ceilings:
@@ -432,11 +465,13 @@ class _Worker:
 
   def close(self) -> None:
     self._connection.close()
-    self._process.join(timeout=10)
+    self._process.join(timeout=5)
     self._process.kill()
 
 
 def _serve(connection, setting, peer):
+  for number in _STOPS:  # The main process ends this one.
+    signal.signal(number, signal.SIG_IGN)
   timers = peer_timers(setting, peer) if peer else our_timers(setting)
   with contextlib.suppress(EOFError, OSError):
     while True:
@@ -451,7 +486,7 @@ def _serve(connection, setting, peer):
           connection.send(timers[index].measure())
 
 
-def _measure(measured, setting, args):
+def _measure(measured, setting, peers, args):
   """Time a setting: ours, the peer's, and the plain steps of both."""
   print(setting, file=sys.stderr, flush=True)
   workers: list[_Worker] = []
@@ -484,7 +519,7 @@ def _measure(measured, setting, args):
     ours = start(None)
     warm_up(ours)
     for worker in [
-      start(peer) for peer in _peers(setting, measured.base, args.compile_peer)
+      start(PEERS[name]) for name in _peers_of(setting, measured.base, peers)
     ]:
       warm_up(worker)
     for _ in range(args.rounds - 1):
@@ -495,20 +530,17 @@ def _measure(measured, setting, args):
       succeeds(ours.profile, ours)
 
 
-def _peers(setting, base, compile_peer):
-  """List the variants of the peer that a setting is compared with."""
+def _peers_of(setting, base, peers):
+  """Return the names of the peers that a setting is compared with."""
   if not importlib.util.find_spec("torch"):
     return []
   if setting == base:
-    peers = [Peer(layout) for layout in _LAYOUTS]
-    peers.append(Peer(_LAYOUTS[0], authors=True))
-    return (
-      [*peers, Peer(_LAYOUTS[-1], compiled=True)] if compile_peer else peers
-    )
+    return peers
   if setting == base._replace(precision=setting.precision):
-    return [Peer(_LAYOUTS[-1]), Peer(_LAYOUTS[0], authors=True)]
-  has_peer = setting.mode == base.mode and setting.num_seeds == 1
-  return [Peer(_LAYOUTS[-1])] if has_peer else []
+    return [name for name in peers if name in ("channels-last", "authors")]
+  if setting.mode == base.mode and setting.num_seeds == 1:
+    return [name for name in peers if name == "channels-last"]
+  return []
 
 
 def _plain(setting):
@@ -521,7 +553,7 @@ def _plain(setting):
 def _print_table(measured):
   rows = table.Table(title=f"{_device()}, {_versions()}")
   for name in ("step", "by", "mode", "T", "batch", "precision"):
-    rows.add_column(name)
+    rows.add_column(name, no_wrap=True)
   for name in (
     "ms",
     "±",
@@ -555,7 +587,7 @@ def _print_table(measured):
       show(case.memory_bytes and case.memory_bytes / 2**20, ".0f"),
       show(case.compile_seconds, ".1f"),
     )
-  console.Console(width=150).print(rows)
+  console.Console(width=170).print(rows)
   for name, value in measured.ceilings.items():
     print(
       f"ceiling, a square matrix product in {name}: {value / 1e9:,.0f} GFLOP/s"
@@ -586,7 +618,7 @@ def _result(measured):
     best = min((case.median for case in among if case.what == what), default=0)
     return round(best / ours[what].median, 3) if best and what in ours else None
 
-  authors = str(Peer(_LAYOUTS[0], authors=True))
+  authors = str(PEERS["authors"])
   by_authors = [case for case in peers if case.who == authors]
   in_plain_steps = None
   if len(ours) == 2:
@@ -668,7 +700,8 @@ def _draw(measured, sweeps, folder):
   for axis in axes[0]:
     axis.spines[["top", "right"]].set_visible(False)
   figure.suptitle(
-    f"{_device()}: ResNet-32 → VGG-9, batch {base.batch_size}, T = 2, float32",
+    f"{_device()}: ResNet-32 → VGG-9, batch {base.batch_size}, T = 2,"
+    f" {base.precision}",
     fontsize=10,
   )
   figure.tight_layout()
