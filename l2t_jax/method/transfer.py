@@ -138,16 +138,13 @@ def init_meta_params(
   return meta_params
 
 
-def start_and_maximum(activation: str) -> tuple[float, float]:
-  """Return the initial value of λ and its upper bound, or inf.
-
-  The initial value ignores g's small random kernel.
+def largest_pair_weight(activation: str) -> float:
+  """Return the upper bound of λ, or inf.
 
   Args:
     activation: a key of `PAIR_ACTIVATIONS`.
   """
-  activation_fn = PAIR_ACTIVATIONS[activation]
-  return float(activation_fn(1.0)), float(activation_fn(jnp.inf))
+  return float(PAIR_ACTIVATIONS[activation](jnp.inf))
 
 
 def prepare_source(

@@ -83,9 +83,8 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
 
   page.write(0.35, second, "Pair weight, epoch by epoch", 11)
   if learned_pairs:
-    grey = "; grey: the weaker pairs" if len(ranked) > len(_COLORS) else ""
-    page.write(0.35, second + 0.27, f"dotted: about the start{grey}", 8.5)
-    ax = page.panel(0.75, second + 0.6, 5.6, 1.9)
+    page.write(0.35, second + 0.27, _history_text(ranked, names), 8.5)
+    ax = page.panel(0.75, second + 0.6, 5.1, 1.9)
     _draw_history(ax, content, ranked, names)
   else:
     given = "Fixed at 1" if content["fixed"] else "Given by another run's map"
@@ -110,16 +109,38 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
 
 
 def _scale_text(content: Mapping[str, Any]) -> str:
-  """Explain pair weights, and where learned ones start and end."""
+  """Explain pair weights, and where learned ones end."""
   text = "Pair weight 0 = ignored"
-  if transfer_map.learned(content)[0]:
-    text += f", {content['start']:.3g} = about the start"
-    if content["maximum"]:
-      text += f", {content['maximum']:.3g} = maximum"
+  if transfer_map.learned(content)[0] and content["maximum"]:
+    text += f", {content['maximum']:.3g} = maximum"
   return (
     f"{text}. The thicker a line, the harder the target layer is pulled towards"
     " that source layer."
   )
+
+
+def _history_text(
+  ranked: Sequence[transfer_map.Pair], names: Sequence[str]
+) -> str:
+  """Say what moved; weights may be large because they started so."""
+  text = "means over each epoch"
+  if len(ranked) > len(_COLORS):
+    text += "; grey: the weaker pairs"
+  moved = max(range(len(ranked)), key=lambda i: _moved(ranked[i]))
+  if _moved(ranked[moved]) < _MOVED:
+    return text
+  return f"{text}; moved most: {names[moved]}, {_course(ranked[moved])}"
+
+
+def _moved(pair: transfer_map.Pair) -> float:
+  """Return by how much a pair weight changed since the first epoch."""
+  return abs(pair["pair_weight"] - pair["history"][0])
+
+
+def _course(pair: transfer_map.Pair) -> str:
+  """Return a pair weight, after that of the first epoch."""
+  first = f"{pair['history'][0]:.2f} → " if len(pair["history"]) > 1 else ""
+  return f"{first}{pair['pair_weight']:.2f}"
 
 
 def _multiples(pair: transfer_map.Pair) -> list[float]:
@@ -183,8 +204,7 @@ def _summary(
     return f"{start}. Nothing is copied any more: all weights went to 0."
   if len(ranked) == 1:
     return f"{start}. {best} has pair weight {ranked[0]['pair_weight']:.2f}."
-  moved = max(abs(pair["pair_weight"] - pair["history"][0]) for pair in ranked)
-  if len(content["epochs"]) > 1 and moved < _MOVED:
+  if len(content["epochs"]) > 1 and max(map(_moved, ranked)) < _MOVED:
     return (
       f"{start}. No pair weight moved by {_MOVED} since the first epoch: the"
       " order is still that of chance."
@@ -346,15 +366,13 @@ def _draw_history(
   margin = 0.02 * (last - begin)
   peak = 1.08 * max(1.6, *(max(p["history"]) for p in ranked))
   ax.set(xlim=(begin - margin, last + margin), ylim=(0, peak))
-  dotted: Any = {"linewidth": 0.8, "linestyle": (0, (2, 3)), "zorder": 1}
-  ax.axhline(content["start"], color=style.SOFT, **dotted)
   marker = "o" if len(epochs) < 12 else ""
   strongest = []
   for i, pair in reversed(list(enumerate(ranked))):
     (line,) = ax.plot(epochs, pair["history"], marker=marker, clip_on=False)
     if i < len(_COLORS):
       line.set(color=_COLORS[i], linewidth=2.2, markersize=5)
-      line.set_label(f"{pair['pair_weight']:.2f}  {names[i]}")
+      line.set_label(f"{_course(pair)}  {names[i]}")
       strongest.append(line)
     else:
       line.set(color=style.GREY, linewidth=1, markersize=3)

@@ -32,7 +32,6 @@ class Setting(NamedTuple):
   # start with "SOURCE/".
   sources: Sequence[str] = ()
   frozen: bool = False  # Whether all weights were taken from another map.
-  start: float = 1.0  # Where learned pair weights start, approximately.
   maximum: float = 6.0  # Upper bound of learned pair weights, or inf.
 
 
@@ -89,7 +88,7 @@ def collect(
   Returns:
     A JSON-able dict: method, source_taps, target_taps, epochs, fixed (pair
     weights stayed exactly 1), channels_fixed (channel weights are uniform),
-    frozen, start, maximum (None for none), pairs, in the order of the last
+    frozen, maximum (None for none), pairs, in the order of the last
     epoch's record, and, with several sources, source_shares (source -> its
     pairs' share of the sum of pair weights).
 
@@ -128,7 +127,6 @@ def collect(
       for key in records[-1]["pair_weights"]
     ),
     "frozen": setting.frozen,
-    "start": setting.start,
     "maximum": setting.maximum if math.isfinite(setting.maximum) else None,
     "pairs": pairs,
   }

@@ -327,15 +327,13 @@ def _write_transfer_map(setup, run):
     if record["kind"] == "epoch"
   ]
   settings = run.experiment.settings
-  start, maximum = transfer.start_and_maximum(settings.transfer.pair_activation)
   setting = transfer_map.Setting(
     settings.method,
     list(setup.source_taps.items()),
     list(setup.problem.target_taps.items()),
     sources=list(setup.sources) if len(setup.sources) > 1 else (),
     frozen=run.experiment.frozen is not None,
-    start=start,
-    maximum=maximum,
+    maximum=transfer.largest_pair_weight(settings.transfer.pair_activation),
   )
   weights = {
     name: np.array(values)

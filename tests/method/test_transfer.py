@@ -265,8 +265,7 @@ def test_pair_activations(activation, values, slopes, x64):
   ],
 )
 def test_where_pair_weights_start_and_end(activation, start, maximum):
-  found = transfer.start_and_maximum(activation)
-  np.testing.assert_allclose(found, (start, maximum), rtol=1e-6)
+  assert transfer.largest_pair_weight(activation) == maximum
   pairs = pair_sets.make_pairs("m1->n1", SOURCE, TARGET)
   meta_params = transfer.init_meta_params(
     jax.random.key(0), pairs, SOURCE, learn_channels=False, learn_pairs=True
