@@ -551,6 +551,7 @@ def _plain(setting):
 
 
 def _print_table(measured):
+  # On a GPU XLA does not count FLOPs: those columns are empty.
   rows = table.Table(title=f"{_device()}, {_versions()}")
   for name in ("step", "by", "mode", "T", "batch", "precision"):
     rows.add_column(name, no_wrap=True)

@@ -55,8 +55,8 @@ class Program(NamedTuple):
 
   call: Any  # Takes arguments of the shapes that it was compiled for.
   seconds: float  # Time of tracing and compiling.
-  # FLOPs per call. None if unknown, or if the program has a loop: XLA counts
-  # the body of a loop only once.
+  # FLOPs per call. None if unknown; if the program has a loop, whose body XLA
+  # counts only once; and on GPUs, where it counts no convolution of cuDNN's.
   flops: float | None
   # Arguments, results and temporaries; None if unknown.
   memory_bytes: int | None
@@ -99,7 +99,7 @@ def compile_ahead(
     return Program(
       compiled,
       seconds + time.perf_counter() - start,
-      _flops(lowered, compiled),
+      _flops(compiled),
       _memory(compiled),
     )
 
@@ -177,16 +177,10 @@ def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
   return limits
 
 
-def _flops(lowered, compiled):
-  # Of a program that is compiled for a GPU, XLA counts no convolution that is
-  # cuDNN's. On CPU, the count before compilation takes longer and is the same.
-  if jax.default_backend() == "cpu":
-    stage, loop = compiled, " while("
-  else:
-    stage, loop = lowered, "stablehlo.while"
-  if loop in stage.as_text():
+def _flops(compiled):
+  if jax.default_backend() == "gpu" or " while(" in compiled.as_text():
     return None
-  return (stage.cost_analysis() or {}).get("flops")
+  return (compiled.cost_analysis() or {}).get("flops")
 
 
 def _memory(compiled):
