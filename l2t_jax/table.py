@@ -17,8 +17,6 @@ import argparse
 from collections.abc import Callable
 import pathlib
 
-import jax
-
 from l2t_jax import cli, errors
 from l2t_jax.results import paper, table_picture, tables
 from l2t_jax.run import cells as table_cells
@@ -107,10 +105,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   for cell in cells:  # Before anything is trained.
     from_config.check(cell.config, cell.workdirs)
   run_folder.make(workdir)
-  # Convolutions that `jax.vmap` makes grouped are slow on CPU.
-  on_cpu = jax.default_backend() == "cpu"
-  together = args.together or (1 if on_cpu else args.seeds)
-  jobs = table_cells.make_jobs(cells, together)[args.shard]
+  jobs = table_cells.make_jobs(cells, args.together)[args.shard]
   runs = sum(len(job.workdirs) for job in jobs)
   say = table_cells.CONSOLE.print
   say(f"{len(cells)} cells; {runs} runs to do here")

@@ -11,6 +11,7 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 from rich import console
 
@@ -147,7 +148,15 @@ def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
 
   The division does not depend on what is done, so that the shares of several
   processes never overlap; a job without anything left to do stays in the list.
+
+  Args:
+    cells: of the table.
+    together: how many train at once; 0 for one on a CPU, where the convolutions
+      that `jax.vmap` makes grouped are slow, and for all of a cell elsewhere.
   """
+  if not together:
+    on_cpu = jax.default_backend() == "cpu"
+    together = 1 if on_cpu else max(len(cell.workdirs) for cell in cells)
   jobs = []
   for cell in cells:
     seeds = list(cell.workdirs)
