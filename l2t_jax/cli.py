@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 
 # XLA reads it when jax is imported. Its warnings are long lines that say that
 # code from its own cache may not fit this CPU.
@@ -24,7 +25,7 @@ from ml_collections import config_flags
 
 from l2t_jax import errors
 import l2t_jax.config
-from l2t_jax.runtime import compilation, cpu_lowering, signals
+from l2t_jax.runtime import compilation, cpu_lowering, phases, signals
 
 # The name that ml_collections gives to the module of a config file.
 _MODULE = "config_config"
@@ -43,6 +44,7 @@ def run(
     parser: parser of the arguments that are not overrides.
     main: (arguments, overrides such as "--config.epochs=5") -> exit code.
   """
+  phases.add("imports", time.process_time())  # So far there was nothing else.
   arguments, overrides = _split(sys.argv[1:])
   # Errors of libraries reach the user as exceptions.
   logging.disable(logging.ERROR)

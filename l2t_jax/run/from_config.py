@@ -22,7 +22,7 @@ from l2t_jax.method import objectives, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.results import transfer_map
 from l2t_jax.run import experiments, train
-from l2t_jax.runtime import compilation, tracking
+from l2t_jax.runtime import compilation, phases, tracking
 
 
 def train_and_evaluate(
@@ -81,6 +81,7 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
+@phases.phase("data")
 def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
   """Load everything that a config names.
 

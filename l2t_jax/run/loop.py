@@ -25,6 +25,7 @@ from l2t_jax.runtime import (
   distributed,
   logs,
   metrics,
+  phases,
   sharding,
   signals,
 )
@@ -53,11 +54,13 @@ class Seed:
   )
   skips: int = 0  # Consecutive skipped iterations, up to the last one.
 
+  @phases.phase("records")
   def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Write a record to the logs, in the process that has them."""
     if self.log:
       self.log.write(kind, step, values)
 
+  @phases.phase("saving")
   def save(self, step: int, state: types.TrainState) -> None:
     """Save a checkpoint."""
     unfinished = {
@@ -221,6 +224,7 @@ class Loop:
       step = self._train_epoch(step)
       self._end_epoch(step)
 
+  @phases.phase("iterations")
   def _train_epoch(self, step):
     """Train the rest of an epoch; return the iterations done."""
     settings, seeds = self._settings, self._seeds
@@ -358,6 +362,7 @@ def _transfer_record(pairs, means):
   return record
 
 
+@phases.phase("saving")
 def _save_target(setup, seed, inner, epoch):
   description, image_format = seed.experiment.description, setup.image_format
   variables = sharding.gather(

@@ -19,7 +19,7 @@ from l2t_jax.data import image_formats
 from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
-from l2t_jax.runtime import compilation, sharding
+from l2t_jax.runtime import compilation, phases, sharding
 
 # The fastest mode, and the one that keeps least between the passes.
 _AUTO_MODES = ("linearized", "mixed")
@@ -109,6 +109,7 @@ class _Plan(NamedTuple):
   learn_pairs: bool = False
 
 
+@phases.phase("tracing")
 @compilation.garbage_collection_paused()
 def build(experiment: experiments.Experiment) -> Setup:
   """Split and read images, trace networks and put losses together.
@@ -221,6 +222,7 @@ def _check_devices(experiment, mesh):
       )
 
 
+@phases.phase("data")
 def _load_data(experiment):
   dataset = data.load(
     experiment.reading,
@@ -580,6 +582,7 @@ def _place_states(settings, first_state, mesh):
   # A state that is split over the devices need not fit on one of them.
   making = sharding.on_host if settings.shard_params else contextlib.nullcontext
 
+  @phases.phase("first state")
   @compilation.garbage_collection_paused()
   def create_state(seed):
     with making():

@@ -31,6 +31,7 @@ from l2t_jax.runtime import (
   compilation,
   distributed,
   logs,
+  phases,
   run_folder,
   signals,
   tracking,
@@ -121,6 +122,7 @@ class Training:
       run_folder.make(workdir)
     _, precision = compilation.PRECISIONS[settings.precision]
     with (
+      phases.phase(phases.OTHER),
       contextlib.ExitStack() as stack,
       signals.StopRequests() as requests,
       jax.default_matmul_precision(precision),
@@ -257,10 +259,7 @@ def _train(setup, trainer, group, requests):
     trainer.start(states)
     del states  # The copies would stay in the accelerator's memory.
     loop.Loop(setup, trainer, runs, display, requests).train(step)
-  return {
-    run.experiment.settings.seed: _summarise(setup, trainer, run, len(runs))
-    for run in runs
-  }
+  return _summarise(setup, trainer, runs)
 
 
 def _open_logs(runs, step, stack):
@@ -320,6 +319,7 @@ def _set_aside(run, step, error, display):
   )
 
 
+@phases.phase("pictures")
 def _write_transfer_map(setup, run):
   epochs = [
     record
@@ -342,17 +342,26 @@ def _write_transfer_map(setup, run):
   map_picture.write(run.workdir, transfer_map.collect(setting, epochs, weights))
 
 
-def _summarise(setup, trainer, run, num_seeds):
-  """Write the summary and the transfer map of a run at its end."""
-  summary = _summary(setup, trainer, run, num_seeds)
-  if distributed.is_first():
-    if setup.problem.weights_fn:
+def _summarise(setup, trainer, runs):
+  """Write summaries and transfer maps at the end; return seed -> summary."""
+  if distributed.is_first() and setup.problem.weights_fn:
+    for run in runs:
       _write_transfer_map(setup, run)
-    run_folder.write_json(run.workdir / "summary.json", summary)
-  return summary
+  seconds = phases.take()
+  summaries = {
+    run.experiment.settings.seed: _summary(
+      setup, trainer, run, len(runs), seconds
+    )
+    for run in runs
+  }
+  if distributed.is_first():
+    for run, summary in zip(runs, summaries.values(), strict=True):
+      run_folder.write_json(run.workdir / "summary.json", summary)
+    print(phases.line(seconds))
+  return summaries
 
 
-def _summary(setup, trainer, run, num_seeds):
+def _summary(setup, trainer, run, num_seeds, seconds):
   settings, dataset = run.experiment.settings, setup.dataset
   progress, program = run.progress, trainer.program
   return {
@@ -366,6 +375,8 @@ def _summary(setup, trainer, run, num_seeds):
     # seeds trained together, the share of this one.
     "seconds": round(progress["seconds"], 1),
     "compile_seconds": round(program.seconds, 1),
+    # Where the time went, from the start or the end of the run before.
+    "phases": {name: round(value, 2) for name, value in seconds.items()},
     # The training step, for all seeds that trained together.
     "memory_bytes": program.memory_bytes,
     "flops": program.flops,

@@ -11,7 +11,7 @@ import numpy as np
 
 from l2t_jax import errors, types
 from l2t_jax.run import setup as setups
-from l2t_jax.runtime import compilation, metrics, sharding
+from l2t_jax.runtime import compilation, metrics, phases, sharding
 
 
 class DoesNotFit(Exception):
@@ -64,7 +64,7 @@ class Trainer:
         self._compiling = compilation.compile_ahead(
           self._jit_step(mode), *self._step_inputs
         )
-      program = self._compiling.result()
+      program = compilation.wait(self._compiling)
       if compilation.fits(program):
         break
     else:
@@ -74,9 +74,11 @@ class Trainer:
     self.program = program
     self._without_meta = program
     if self._update_every > 1:
-      self._without_meta = compilation.compile_ahead(
-        self._jit_step(mode, update_meta=False), *self._step_inputs
-      ).result()
+      self._without_meta = compilation.wait(
+        compilation.compile_ahead(
+          self._jit_step(mode, update_meta=False), *self._step_inputs
+        )
+      )
 
   def start(self, states: Sequence[types.TrainState]) -> None:
     """Take over the states to train from, one per seed; they are donated."""
@@ -118,6 +120,7 @@ class Trainer:
       for index in range(self.num_seeds)
     ]
 
+  @phases.phase("evaluations")
   def evaluate(self, split: str) -> list[dict[str, float]]:
     """Return {"loss", "accuracy"} of each seed, means over a split's images.
 

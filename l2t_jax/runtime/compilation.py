@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.runtime import phases
+
 # config.precision -> (dtype of the activations, precision of products).
 PRECISIONS = {
   "f32": (None, "float32"),
@@ -55,6 +57,7 @@ class Program(NamedTuple):
 
   call: Any  # Takes arguments of the shapes that it was compiled for.
   seconds: float  # Time of tracing and compiling.
+  loaded: bool  # From the cache on disk, not compiled.
   # FLOPs per call. None if unknown; if the program has a loop, whose body XLA
   # counts only once; and on GPUs, where it counts no convolution of cuDNN's.
   flops: float | None
@@ -78,6 +81,7 @@ def garbage_collection_paused() -> Iterator[None]:
       gc.enable()
 
 
+@phases.phase("tracing")
 @garbage_collection_paused()
 def compile_ahead(
   function: jax.stages.Wrapped, *args: Any
@@ -99,6 +103,7 @@ def compile_ahead(
     return Program(
       compiled,
       seconds + time.perf_counter() - start,
+      phases.loaded_last(),
       _flops(compiled),
       _memory(compiled),
     )
@@ -118,6 +123,15 @@ def options() -> dict[str, str | bool]:
   except (jax.errors.JaxRuntimeError, ValueError):
     return {}
   return wanted
+
+
+def wait(compiling: futures.Future[Program]) -> Program:
+  """Return what `compile_ahead` compiles, and count the time that it takes."""
+  start = time.perf_counter()
+  program = compiling.result()
+  waited = time.perf_counter() - start
+  phases.move("loading programs" if program.loaded else "compiling", waited)
+  return program
 
 
 def memory_limit() -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 from flax import traverse_util
 
 from l2t_jax import errors, imports
+from l2t_jax.runtime import phases
 
 FLUSH_SECONDS = 30  # Longest time without output.
 _PROJECT = "l2t_jax"  # Name of the project or experiment in trackers.
@@ -141,6 +142,7 @@ def check_trackers(names: Iterable[str]) -> None:
       )
 
 
+@phases.phase("imports")
 def import_trackers(names: Iterable[str]) -> None:
   """Import the libraries of trackers early, because it can take seconds."""
   for name in names:

@@ -31,6 +31,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert summary["epochs"] == 3
   assert summary["seconds"] > 0
   assert summary["versions"]["jax"] == jax.__version__
+  assert set(summary["phases"]) >= {"iterations", "evaluations", "saving"}
   epochs = small_runs.records(finished, "epoch")
   assert [r["epoch"] for r in epochs] == [1, 2, 3]
   best = max(epochs, key=lambda r: r["val_accuracy"])
