@@ -20,9 +20,10 @@ from PIL import Image
 from l2t_jax import errors, fingerprints, types
 from l2t_jax.data import data_fields, pillow, records, splits
 
-# Evaluation batches are at least this large: they are faster than the small
-# batches that some trainings want, and the results are the same.
-MIN_EVAL_BATCH_SIZE = 128
+# The smallest and the largest evaluation batch: large ones are faster, the
+# results are the same. How many pixels one may hold decides in between.
+EVAL_BATCH_SIZES = (128, 512)
+_EVAL_PIXELS = 512 * 32**2
 # How many images of a subset, evenly spaced, count in its fingerprint.
 _NUM_FINGERPRINTED = 1_000
 
@@ -111,6 +112,16 @@ class Contents(NamedTuple):
   seed: int  # Decides the order of training images and their augmentation.
 
 
+def _eval_batch_size(plan, split, image_shape):
+  """Return one size for both splits, so that one program evaluates them."""
+  height, width, _ = image_shape
+  smallest, largest = EVAL_BATCH_SIZES
+  size = min(largest, max(smallest, _EVAL_PIXELS // (height * width)))
+  size = min(size, max(len(split.val), len(split.test), 1))
+  # A multiple, so that devices which divide one size divide the other.
+  return -(-size // plan.batch_size) * plan.batch_size
+
+
 class Dataset(abc.ABC):
   """Labelled images in three splits, as batches on the device.
 
@@ -140,9 +151,9 @@ class Dataset(abc.ABC):
     self._seed = seed
     self._plan = plan
     self._unlabeled_plan = unlabeled_plan
-    # A multiple, so that devices which divide one size divide the other.
-    factor = -(-MIN_EVAL_BATCH_SIZE // plan.batch_size)
-    self._eval_plan = plan._replace(batch_size=factor * plan.batch_size)
+    self._eval_plan = plan._replace(
+      batch_size=_eval_batch_size(plan, split, fields.image_shape)
+    )
     self._eval_resize = data_fields.make_eval_resize(
       fields.image_size, fields.eval_resize, fields.in_memory
     )

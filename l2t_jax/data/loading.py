@@ -32,8 +32,7 @@ def load(
   Args:
     fields: which images, and how they are read.
     batch_size: labelled images per training batch, over all processes.
-      Evaluation batches are the smallest multiple that is at least
-      datasets.MIN_EVAL_BATCH_SIZE.
+      Evaluation batches are a multiple of it.
     seed: decides the order of training images and their augmentation.
     process_index: index of this process among those that train together.
     process_count: number of processes that train together.

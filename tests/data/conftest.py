@@ -9,7 +9,7 @@ from tests.support import data_sets
 @pytest.fixture
 def small_eval_batches(monkeypatch):
   """Let evaluation batches be as small as those of training."""
-  monkeypatch.setattr(datasets, "MIN_EVAL_BATCH_SIZE", 1)
+  monkeypatch.setattr(datasets, "EVAL_BATCH_SIZES", (1, 1))
 
 
 @pytest.fixture

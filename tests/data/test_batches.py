@@ -148,16 +148,31 @@ def test_epochs_and_seeds_have_their_own_order(npz):
 
 
 @pytest.mark.parametrize(
-  ("batch_size", "eval_batch_size"),
-  [(8, 128), (18, 144), (128, 128), (130, 130)],
+  ("batch_size", "num_test", "eval_batch_size"),
+  [(8, 150, 152), (8, 600, 512), (18, 600, 522), (130, 1, 130)],
 )
-def test_eval_batches_are_large(tmp_path, batch_size, eval_batch_size):
-  arrays = data_sets.random_arrays(num_train=200, num_test=150)
+def test_eval_batches_are_large(
+  tmp_path, batch_size, num_test, eval_batch_size
+):
+  arrays = data_sets.random_arrays(num_train=200, num_test=num_test)
   path = data_sets.save_npz(tmp_path / "large.npz", arrays)
   dataset = data_sets.load(path=path, batch_size=batch_size)
   for batch in dataset.eval_batches("test"):
     chex.assert_shape(batch.mask, (eval_batch_size,))
   data_sets.check_eval(dataset, "test", arrays["x_test"])
+
+
+@pytest.mark.parametrize(
+  ("image_size", "eval_batch_size"), [(40, 328), (96, 128)]
+)
+def test_eval_batches_of_large_images_are_smaller(
+  tmp_path, image_size, eval_batch_size
+):
+  arrays = data_sets.random_arrays(num_train=200, num_test=600)
+  path = data_sets.save_npz(tmp_path / "large.npz", arrays)
+  dataset = data_sets.load(path=path, image_size=image_size)
+  batch = next(dataset.eval_batches("test"))
+  chex.assert_shape(batch.images, (eval_batch_size, image_size, image_size, 3))
 
 
 def test_eval_may_be_empty_for_val(npz):

@@ -472,7 +472,7 @@ def test_processes_share_the_slots_of_a_step(shares, step):
 @few(3)
 @given(plans(max_processes=3, max_rows=3), SEEDS, st.sampled_from((1, 128)))
 def test_batches_of_several_processes_are_those_of_one(
-  shares, seed, min_eval_batch_size
+  shares, seed, eval_batch_size
 ):
   """With augmentation; and evaluation sees each image once."""
   labels = np.arange(45, dtype=np.int32) % 3
@@ -497,7 +497,8 @@ def test_batches_of_several_processes_are_those_of_one(
     return data.load(fields, **share._asdict(), seed=seed, images=source)
 
   join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
-  with mock.patch.object(datasets, "MIN_EVAL_BATCH_SIZE", min_eval_batch_size):
+  sizes = (eval_batch_size, eval_batch_size)
+  with mock.patch.object(datasets, "EVAL_BATCH_SIZES", sizes):
     together = load(datasets.BatchPlan(shares[0].batch_size, 0, 1))
     each = [load(share) for share in shares]
   for read in (
