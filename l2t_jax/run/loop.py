@@ -268,7 +268,13 @@ class Loop:
     self._display.update(epoch, len(pending), means)
 
   def _advise(self, waited, trained):
-    """Tell the user if training waited for images."""
+    """Tell the user if training waited for images.
+
+    Those in memory are made on the device, behind the iterations before: one
+    who waits for them waits for iterations.
+    """
+    if not self._seeds[0].experiment.reading.is_streamed:
+      return
     if waited > max(_WAITING_SHARE * trained, _WAITING_SECONDS):
       workers = self._seeds[0].experiment.reading.num_workers
       cores = os.cpu_count() or 1

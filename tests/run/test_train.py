@@ -1,5 +1,6 @@
 """From the command line to a trained network, on real digits."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from configs import default
 from l2t_jax import errors, types
 import l2t_jax.config
-from l2t_jax.data import memory
+from l2t_jax.data import memory, streaming
 from l2t_jax.run import from_config, loop, train
 from l2t_jax.runtime import checkpoint
 from tests.support import small_runs
@@ -165,19 +166,28 @@ def test_training_that_waits_for_images_says_so(
   config.data.num_workers = workers
   monkeypatch.setattr(os, "cpu_count", lambda: 16)
   config.method = "scratch"
-  small_runs.train(config, tmp_path / "fast")
+  in_memory = from_config.resolve(config)
+  reading = dataclasses.replace(
+    in_memory.reading, in_memory=False, augment="none"
+  )
+  streamed = in_memory._replace(reading=reading)
+  train.train(streamed, tmp_path / "fast")
   assert "waited" not in capsys.readouterr().out
-  read = memory.InMemoryDataset.train_batches
+  for kind in (memory.InMemoryDataset, streaming.StreamingDataset):
+    read = kind.train_batches
 
-  def read_slowly(*args, **kwargs):
-    for batch in read(*args, **kwargs):
-      time.sleep(0.3)
-      yield batch
+    def read_slowly(*args, read=read, **kwargs):
+      for batch in read(*args, **kwargs):
+        time.sleep(0.3)
+        yield batch
 
-  monkeypatch.setattr(memory.InMemoryDataset, "train_batches", read_slowly)
+    monkeypatch.setattr(kind, "train_batches", read_slowly)
   monkeypatch.setattr(loop, "_WAITING_SECONDS", 0.0)
   monkeypatch.setattr(loop, "_WAITING_SHARE", 0.0)
-  small_runs.train(config, tmp_path / "slow")
+  # One that is made on the device waits for the iterations before.
+  train.train(in_memory, tmp_path / "in memory")
+  assert "waited" not in capsys.readouterr().out
+  train.train(streamed, tmp_path / "slow")
   printed = capsys.readouterr().out
   assert re.search(r"waited \d+ of \d+ s for images; " + advice, printed)
 
