@@ -10,20 +10,15 @@ import argparse
 from collections.abc import Callable, Sequence
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
-
-# XLA reads it when jax is imported. Its warnings are long lines that say that
-# code from its own cache may not fit this CPU.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from l2t_jax import errors
+from l2t_jax import errors, quiet  # noqa: F401
 import l2t_jax.config
 from l2t_jax.runtime import compilation, cpu_lowering, phases, signals
 
