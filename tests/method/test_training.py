@@ -416,3 +416,18 @@ def test_evaluation_ignores_padding():
   )
   chex.assert_trees_all_close(whole, padded, rtol=1e-5)
   assert float(whole["count"]) == 3
+
+
+def test_a_step_lowers_for_accelerators_without_the_rules_for_cpus():
+  """The same program for both, with every convolution of the networks in it."""
+  train_step, state, sources = setup(mode="linearized", num_inner_steps=3)
+  traced = train_step.trace(state, sources, small_setup.batch(8))
+  lowered = {
+    platform: traced.lower(lowering_platforms=(platform,)).as_text()
+    for platform in ("cpu", "cuda", "tpu")
+  }
+  count = lambda platform: lowered[platform].count("stablehlo.convolution")
+  assert lowered["cuda"] == lowered["tpu"]
+  # On CPU some of them are products of patches.
+  assert count("tpu") > count("cpu") > 0
+  assert "stablehlo.while" in lowered["tpu"]  # The look-ahead stays a loop.
