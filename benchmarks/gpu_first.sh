@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A first look at a GPU, in one command of at most seven minutes: the authors'
+# A first look at a GPU, in one command of at most eight minutes: the authors'
 # numbers in float64, a training run, and the step against PyTorch's.
 #
 #   benchmarks/gpu_first.sh FOLDER [FLAG...]
@@ -24,7 +24,7 @@ part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$(($2 * ${PATIENCE:-1})) start=$SECONDS status
   shift 2
   echo "== $name (at most $limit s)"
-  timeout --signal=INT --kill-after=30 "$limit" "$@"
+  timeout --signal=TERM --kill-after=30 "$limit" "$@"
   status=$?
   echo "== $name: exit code $status after $((SECONDS - start)) s"
 }
@@ -48,7 +48,7 @@ training() {
 
 steps() {
   part steps 240 "$PYTHON" -m benchmarks.step_time --profile \
-    --peers=channels-last,authors --folder="$OUT" "$@"
+    --peers=contiguous,channels-last,authors --folder="$OUT" "$@"
 }
 
 for name in ${PARTS:-versions parity training steps}; do

@@ -12,8 +12,8 @@
 # wheels of what the machine lacks (benchmarks/gpu_packages.sh).
 #
 # One seed of every method first, then the next seed of each, up to SEEDS. A
-# command that runs out of time (LIMIT seconds) stops at its last checkpoint;
-# the same command goes on from there. Where WORKDIR (runs/gpu_stl10) does not
+# command that runs out of time (LIMIT seconds) saves after the iteration; the
+# same command goes on from there. Where WORKDIR (runs/gpu_stl10) does not
 # outlive the command, set OUT to a folder that does: results are copied there.
 # FLAGs go to `l2t_jax.table`, such as --config.epochs=60.
 set -uo pipefail
@@ -23,7 +23,7 @@ cd "$(dirname "$0")/.." || exit
 . benchmarks/gpu_packages.sh
 end=$((SECONDS + ${LIMIT:-480}))
 for seeds in $(seq "${SEEDS:-3}"); do
-  timeout --signal=INT --kill-after=30 $((end > SECONDS ? end - SECONDS : 1)) \
+  timeout --signal=TERM --kill-after=30 $((end > SECONDS ? end - SECONDS : 1)) \
     "$PYTHON" -u -m l2t_jax.table --config=configs/stl10.py \
     --workdir="$WORKDIR" --seeds="$seeds" --together=1 \
     --methods="${METHODS:-scratch,fm_one_to_one,l2t_ww}" \

@@ -50,6 +50,7 @@ import numpy as np
 from rich import console, table
 
 from benchmarks import cases
+from l2t_jax import files
 from l2t_jax.method import bilevel
 from l2t_jax.runtime import compilation
 
@@ -368,6 +369,9 @@ def main() -> None:
 
   # All processes share an accelerator's memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  if peers and not importlib.util.find_spec("torch"):
+    print("torch is not installed: no peer", file=sys.stderr)
+    peers = []
   measured = _Measured(
     cases.Setting(batch_size=args.batch_size, precision=args.precision)
   )
@@ -376,20 +380,24 @@ def main() -> None:
     for setting in left[:]:
       _measure(measured, setting, peers, args)
       left.remove(setting)
-      if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        measured.measure_ceilings()
-        result = json.dumps(_result(measured), indent=1)
-        (args.folder / "step_time.json").write_text(result)
+      _save(measured, args.folder)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     for setting in left:
       measured.failures[str(setting)] = "interrupted"
-  measured.measure_ceilings()
+  _save(measured, args.folder)
   _print_table(measured)
   if args.folder and measured.cases:
     _draw(measured, args.sweep, args.folder)
   print(json.dumps(_result(measured)))
+
+
+def _save(measured, folder):
+  measured.measure_ceilings()
+  if folder:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_result(measured), indent=1)
+    files.write(folder / "step_time.json", text)
 
 
 def _stop(number, frame):
@@ -415,7 +423,7 @@ class _Measured:
 
   def add(self, workers: list[_Worker]) -> None:
     """Take over what workers have timed, but no plain step twice."""
-    known = [c.setting for c in self.cases if c.what == "plain"]
+    known = [(c.who, c.setting) for c in self.cases if c.what == "plain"]
     for worker in workers:
       timed = [case for case in worker.cases if case.times]
       for case in timed:
@@ -423,7 +431,7 @@ class _Measured:
       self.cases += [
         case
         for case in timed
-        if case.what != "plain" or case.setting not in known
+        if case.what != "plain" or (case.who, case.setting) not in known
       ]
 
   def measure_ceilings(self) -> None:
@@ -532,8 +540,6 @@ def _measure(measured, setting, peers, args):
 
 def _peers_of(setting, base, peers):
   """Return the names of the peers that a setting is compared with."""
-  if not importlib.util.find_spec("torch"):
-    return []
   if setting == base:
     return peers
   if setting == base._replace(precision=setting.precision):

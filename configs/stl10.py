@@ -9,9 +9,10 @@ and 78.3 % with l2t_ww (test accuracy at the best validation epoch, 4,500
 training and 500 validation images). The authors' split needs an npz file in the
 official order (tfds shuffles):
 --config.data.split_file=FILE.npz --config.data.split_prefix=stl10.
-Measured with this code, one seed, on an NVIDIA H200 in tf32: 67.0 % from
-scratch in 37 s and 78.5 % with l2t_ww in 169 s, beside compiling
-(benchmarks/RESULTS.md). On 2 CPU cores one of the 7,000 iterations takes 4 s.
+Measured with this code, one seed, on an NVIDIA H200 (benchmarks/gpu_stl10.sh
+with PRECISION=tf32): 67.0 % from scratch in 37 s and 78.5 % with l2t_ww in
+169 s, without compiling (benchmarks/RESULTS.md). On 2 CPU cores each of the
+7,000 iterations takes 4 to 16 s.
 Preparing the tfds data set needs TensorFlow once; reading it does not.
 """
 

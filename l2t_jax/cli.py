@@ -12,7 +12,6 @@ import json
 import logging
 import pathlib
 import sys
-import time
 
 from absl import flags
 import ml_collections
@@ -39,7 +38,7 @@ def run(
     parser: parser of the arguments that are not overrides.
     main: (arguments, overrides such as "--config.epochs=5") -> exit code.
   """
-  phases.add("imports", time.process_time())  # So far there was nothing else.
+  phases.begin()
   arguments, overrides = _split(sys.argv[1:])
   # Errors of libraries reach the user as exceptions.
   logging.disable(logging.ERROR)

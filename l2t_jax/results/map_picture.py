@@ -26,9 +26,7 @@ _LABEL_AT = (0.4, 0.6, 0.2, 0.8)
 _LAYERS = 5.5  # Width of the panel of layers, in inches.
 _BOX = 1.5  # Width of a layer's box, in inches.
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
-# Smaller changes of a pair weight are not reported as a result: random
-# initialisation alone spreads pair weights this much.
-_MOVED = 0.05
+_MOVED = 0.05  # Smaller changes over training are not reported as a result.
 _EVEN = 0.95  # Above this share of C effective channels, none stands out.
 _CHANNELS_TEXT = (
   "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
@@ -209,7 +207,9 @@ def _summary(
       f"{start}. No pair weight moved by {_MOVED} since the first epoch: the"
       " order is still that of chance."
     )
-  text = f"{start}. Strongest: {best}, {ranked[0]['share']:.0%} of the total."
+  text = f"{start}. Strongest: {best}, {ranked[0]['share']:.0%} of the total"
+  still = len(content["epochs"]) > 1 and _moved(ranked[0]) < _MOVED
+  text += ", as at the start." if still else "."
   return text + (f" {ignored} ended near 0." if ignored else "")
 
 

@@ -21,7 +21,7 @@ from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import paper, run_reader, tables
 from l2t_jax.run import experiments, from_config, train
-from l2t_jax.runtime import run_folder
+from l2t_jax.runtime import phases, run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 _SUMMARY, _ERROR = "summary.json", "error.txt"  # What a run leaves.
@@ -231,6 +231,7 @@ class Runner:
       raise  # It ends the whole table.
     except Exception as error:
       self._cell = self._training = None
+      phases.take()  # Its time is not that of the next run.
       return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
 
   def _train(self, job):

@@ -375,7 +375,8 @@ def _summary(setup, trainer, run, num_seeds, seconds):
     # seeds trained together, the share of this one.
     "seconds": round(progress["seconds"], 1),
     "compile_seconds": round(program.seconds, 1),
-    # Where the time went, from the start or the end of the run before.
+    # The main thread's time since the last summary in this process, for all
+    # seeds that trained together.
     "phases": {name: round(value, 2) for name, value in seconds.items()},
     # The training step, for all seeds that trained together.
     "memory_bytes": program.memory_bytes,

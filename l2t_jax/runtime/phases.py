@@ -12,6 +12,8 @@ import collections
 from collections.abc import Iterator
 import contextlib
 import functools
+import os
+import pathlib
 import threading
 import time
 
@@ -68,9 +70,10 @@ def move(name: str, seconds: float) -> None:
     _seconds[name] += seconds
 
 
-def add(name: str, seconds: float) -> None:
-  """Count time that passed outside all phases."""
-  _seconds[name] += seconds
+def begin() -> None:
+  """Count the time since this process started as that of its imports."""
+  take()
+  _seconds["imports"] = _process_seconds()
 
 
 def take() -> dict[str, float]:
@@ -90,6 +93,18 @@ def line(seconds: dict[str, float]) -> str:
 def loaded_last() -> bool:
   """Return whether this thread's last program came from JAX's cache on disk."""
   return getattr(_last, "loaded", False)
+
+
+def _process_seconds():
+  """Return the wall time of this process; where unknown, its CPU time."""
+  try:
+    text = pathlib.Path("/proc/self/stat").read_text()
+    # The fields after the command's name, from the third on; the 22nd.
+    started = int(text.rpartition(")")[2].split()[19])
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return now - started / os.sysconf("SC_CLK_TCK")
+  except (OSError, AttributeError, ValueError):
+    return time.process_time()
 
 
 def _tick():
