@@ -122,8 +122,12 @@ def test_bad_input(case, inputs, processes, tmp_path):
 def test_as_a_user_starts_it(case, inputs, tmp_path):
   shutil.copytree(inputs, tmp_path, symlinks=True, dirs_exist_ok=True)
   case.prepare(tmp_path)
-  environment = dict(os.environ)
-  environment.pop("TF_CPP_MIN_LOG_LEVEL", None)
+  environment = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("TF_CPP_MIN_LOG_LEVEL", "JAX_COMPILATION_CACHE_DIR")
+  }
+  environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
   command = ("-m", case.command)
   if case.command.endswith(".py"):
     command = (small_runs.ROOT / case.command,)
