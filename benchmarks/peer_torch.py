@@ -313,9 +313,9 @@ def authors_iteration(
   backward. Arguments and results are those of `iteration`.
   """
 
-  def target_loss(params, meta_params, running=None):
+  def target_loss(params, meta_params):
     del meta_params
-    logits, _ = vgg9(params, images, running)
+    logits, _ = vgg9(params, images, None)
     return F.cross_entropy(logits, labels)
 
   def auxiliary_loss(params, meta_params):
@@ -342,7 +342,8 @@ def authors_iteration(
     stepped = _sgd_without_graph(starts[-1], grads, settings)
     starts.append(State(*stepped, state.running))
 
-  # The way back: cotangents of parameters and momentum, step by step.
+  # The backward pass, from the last step to the first. Each step turns the
+  # cotangents of the parameters and the momentum after it into those before it.
   phi = _leaves(meta_params)
   params = _leaves(starts.pop().params)
   outer_loss = target_loss(params, phi)

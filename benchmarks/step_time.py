@@ -385,11 +385,13 @@ def main() -> None:
     print("interrupted", file=sys.stderr)
     for setting in left:
       measured.failures[str(setting)] = "interrupted"
-  _save(measured, args.folder)
+    _save(measured, args.folder)
   _print_table(measured)
   if args.folder and measured.cases:
     _draw(measured, args.sweep, args.folder)
   print(json.dumps(_result(measured)))
+  if not any(case.who == _OURS for case in measured.at_base()):
+    sys.exit(f"{_OURS}: failed")  # Nothing could be compared with it.
 
 
 def _save(measured, folder):
