@@ -34,6 +34,14 @@ def test_unknown_method():
     objectives.get_method("l2t")
 
 
+def test_cross_entropy_and_accuracy(x64):
+  logits, labels = logits_of([[0.9, 0.1], [0.2, 0.8]]), jnp.array([0, 0])
+  loss = loss_functions.cross_entropy(logits, labels)
+  np.testing.assert_allclose(loss, -np.log(0.9 * 0.2) / 2, rtol=1e-12)
+  right = loss_functions.is_right(logits, labels)
+  np.testing.assert_array_equal(right, [1, 0])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_softened_cross_entropy(temperature, x64):
   source = logits_of([[0.75, 0.25], [0.5, 0.5]], temperature)
@@ -142,13 +150,28 @@ def test_lwf_has_a_head_for_each_source(x64):
 
 
 def test_kd_reads_the_targets_own_logits(x64):
+  """From each source; it is all that is added to the task's loss."""
   target, source, _ = outputs()
-  source = source._replace(logits={"a": source.logits["a"]})
-  loss, _ = objectives.kd(temperature=3.0, weight=2.0)({}, None, target, source)
-  by_hand = loss_functions.distillation_loss(
-    target.logits, source.logits["a"], temperature=3.0
+  one = source.logits["a"]
+  source = source._replace(logits={"a": one, "b": 1 - one})
+  kd = objectives.kd(temperature=3.0, weight=2.0)
+  loss, _ = kd({}, None, target, source)
+  by_hand = sum(
+    loss_functions.distillation_loss(target.logits, logits, temperature=3.0)
+    for logits in (one, 1 - one)
   )
   np.testing.assert_allclose(loss, 2 * by_hand, rtol=1e-12)
+  apply_fn = lambda params, state, images, train: (target.logits, {}, state)
+  losses = objectives.make_losses(apply_fn, {"kd": kd})
+  labels = jnp.array([0, 2])
+  batch = objectives.TransferBatch(labels, labels, source=source)
+  of_task, auxiliary, total = (
+    loss_fn({"target": {}}, None, {}, batch)[0] for loss_fn in losses
+  )
+  cross_entropy = loss_functions.cross_entropy(target.logits, labels)
+  np.testing.assert_allclose(of_task, cross_entropy, rtol=1e-12)
+  np.testing.assert_allclose(auxiliary, 2 * by_hand, rtol=1e-12)
+  np.testing.assert_allclose(total, of_task + auxiliary, rtol=1e-12)
 
 
 def test_bfloat16_outputs_are_compared_in_float32():

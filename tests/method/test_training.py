@@ -228,6 +228,26 @@ def test_learning_rate_by_steps():
   np.testing.assert_allclose(float(short(0)), 0.1, rtol=1e-6)
 
 
+def test_an_iteration_has_its_own_rate_and_keeps_the_momentum(x64):
+  """With L = θ, rates of 0.1, 0.2 and 0.3, and momentum 0.5."""
+  loss_fn = lambda params, *_: (params, objectives.Aux({}, {"loss": params}))
+  recipe = training.Recipe(
+    optimizers.sgd(momentum=0.5, weight_decay=0.0),
+    lambda step: 0.1 * (step + 1),
+    optax.identity(),
+  )
+  train_step = jax.jit(
+    training.make_train_step(
+      training.Problem(objectives.Losses(loss_fn, loss_fn, loss_fn)), recipe
+    )
+  )
+  state = training.create_state(jnp.array(1.0), {}, {}, recipe)
+  # The momentum buffers are 1, 1.5 and 1.75.
+  for expected in (0.9, 0.6, 0.075):
+    state, _ = train_step(state, {}, small_setup.batch(1))
+    np.testing.assert_allclose(state.inner.params, expected, rtol=1e-12)
+
+
 def test_two_sources_are_the_sum_of_their_pairs(x64):
   """Pairs, losses and gradients of the regressors."""
   state, sources, pairs, target_taps = small_setup.create("fm_all_to_all")
@@ -406,7 +426,11 @@ def test_evaluation_ignores_padding():
   eval_step = jax.jit(
     training.make_eval_step(models.as_apply_fn(small_setup.TARGET))
   )
-  images, labels, _ = small_setup.batch(4)
+  images, *_ = small_setup.batch(4)
+  logits, *_ = models.as_apply_fn(small_setup.TARGET)(
+    state.inner.params["target"], state.inner.model_state, images, train=False
+  )
+  labels = jnp.argmax(logits, axis=-1)  # Padding would count as right.
   whole = eval_step(
     state.inner, types.EvalBatch(images[:3], labels[:3], jnp.ones(3))
   )
@@ -415,7 +439,7 @@ def test_evaluation_ignores_padding():
     types.EvalBatch(images, labels, jnp.array([1.0, 1.0, 1.0, 0.0])),
   )
   chex.assert_trees_all_close(whole, padded, rtol=1e-5)
-  assert float(whole["count"]) == 3
+  assert whole["count"] == whole["accuracy"] == 3
 
 
 def test_a_step_lowers_for_accelerators_without_the_rules_for_cpus():

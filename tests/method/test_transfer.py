@@ -37,6 +37,10 @@ def test_pair_sets():
   assert names("nearest") == ["m1->n1", "m2->n2", "m2->n3"]
   assert names("m2->n1, m1->n3") == ["m2->n1", "m1->n3"]
   assert names([("m2", "n1"), "m1->n3"]) == ["m2->n1", "m1->n3"]
+  # Of several taps of the nearest resolution, the deepest.
+  alike = {"shallow": (4, 4, 2), "deep": (4, 4, 2)}
+  pairs = pair_sets.make_pairs("nearest", alike, {"n1": TARGET["n1"]})
+  assert pairs == (("deep", "n1"),)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,16 @@ def test_source_is_resized_once_per_resolution():
   np.testing.assert_allclose(
     maps.pooled["m1"], features(SOURCE, 0)["m1"].mean(axis=(1, 2)), rtol=1e-6
   )
+
+
+def test_source_maps_are_constants():
+  pairs = pair_sets.make_pairs("m2->n2", SOURCE, TARGET)
+  total = lambda x: sum(
+    jnp.sum(leaf)
+    for leaf in jax.tree.leaves(transfer.prepare_source(x, pairs, TARGET))
+  )
+  slopes = jax.grad(total)({"m2": jnp.ones((1, *SOURCE["m2"]))})
+  np.testing.assert_array_equal(slopes["m2"], 0)
 
 
 def test_distances_and_loss_equal_loops(x64):

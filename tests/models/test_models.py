@@ -77,6 +77,12 @@ def test_initialisation_is_the_authors():
   classifier = params["classifier"]["kernel"]
   np.testing.assert_allclose(classifier.std(), 0.01, rtol=0.05)
   assert list(model_state) == ["batch_stats"]
+  # That of a ResNet is PyTorch's: uniform within 1/8, of 64 features.
+  module = models.create("resnet_tiny", 1000)
+  params, _ = models.init(module, jax.random.key(0), (8, 8, 1))
+  for values in params["fc"].values():
+    assert np.abs(values).max() <= 1 / 8
+    np.testing.assert_allclose(values.std(), 1 / 8 / 3**0.5, rtol=0.05)
 
 
 def test_eval_mode_changes_nothing_and_train_mode_the_statistics():

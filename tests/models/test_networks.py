@@ -14,7 +14,7 @@ import safetensors.numpy
 from examples import networks as examples
 from l2t_jax import errors, models
 from l2t_jax.method import pair_sets, training
-from l2t_jax.models import weight_files
+from l2t_jax.models import pure_functions, weight_files
 from tests.support import small_setup
 
 IMAGES = (8, 8, 3)
@@ -123,6 +123,18 @@ def test_networks_that_do_not_know_when_they_train_say_so(network):
 @pytest.mark.parametrize("network", [LinenNet(), NnxNet, BY_HAND])
 def test_networks_that_know_it_say_nothing(network):
   assert not models.training_notes(network, models.trace(network, IMAGES), 4)
+
+
+def test_networks_are_told_in_their_own_words():
+  def call(x, training, deterministic, use_running_average):
+    del x, training, deterministic, use_running_average
+
+  for train in (False, True):
+    assert pure_functions.mode_arguments(call, train) == {
+      "training": train,
+      "deterministic": not train,
+      "use_running_average": not train,
+    }
 
 
 def test_networks_that_always_train():

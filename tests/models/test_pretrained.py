@@ -148,11 +148,19 @@ def test_safetensors_round_trip_needs_no_torch(tmp_path):
   assert "left over: extra.weight" in output.stdout
   variables, metadata = weight_files.load(tmp_path / "out.safetensors")
   assert metadata["converted_from"] == "in.safetensors"
-  expected = torchvision_tensors((2, 2, 2, 2), 2)["layer2.0.conv1.weight"]
+  expected = torchvision_tensors((2, 2, 2, 2), 2)
   np.testing.assert_array_equal(
     variables["params"]["layer2_0"]["conv1"]["kernel"],
-    expected.transpose(2, 3, 1, 0),
+    expected["layer2.0.conv1.weight"].transpose(2, 3, 1, 0),
   )
+  found = variables["params"]["layer2_0"]["bn1"]
+  found = found | variables["batch_stats"]["layer2_0"]["bn1"]
+  theirs = {
+    "scale": "weight", "bias": "bias", "mean": "running_mean",
+    "var": "running_var",
+  }  # fmt: skip
+  for ours, name in theirs.items():
+    np.testing.assert_array_equal(found[ours], expected[f"layer2.0.bn1.{name}"])
 
 
 def test_a_deeper_network_is_not_cut_short():

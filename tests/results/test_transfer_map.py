@@ -171,6 +171,12 @@ def test_shares_of_several_sources():
   )
   assert content["source_shares"] == {"b": 0.5, "a": 0.5}
   assert list(content["source_shares"]) == ["b", "a"]
+  content = _tiny_map(
+    {"a/x->t": 1.0, "ab/x->t": 3.0},
+    source_taps=["a/x", "ab/x"],
+    sources=["a", "ab"],
+  )
+  assert content["source_shares"] == {"a": 0.25, "ab": 0.75}
   # A source without a pair, or whose pairs went to 0, has no share.
   content = _tiny_map(
     {"a/x->t": 0.0}, source_taps=["a/x", "b/x"], sources=["a", "b"]

@@ -3,13 +3,16 @@
 import json
 
 from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from examples import networks
 from l2t_jax import errors
-from l2t_jax.method import transfer
+from l2t_jax.method import loss_functions, transfer
 from l2t_jax.run import experiments, train
+from l2t_jax.run import predictor as predictors
+from l2t_jax.run import setup as setups
 from tests.support import object_experiment, small_runs
 
 _WITHOUT_CONFIGS = """
@@ -40,6 +43,61 @@ def test_no_config_is_needed(trained):
   weights = epochs[-1]["pair_weights"]
   assert len(weights) == 4 and all(w != 1 for w in weights.values())
   assert (trained / "transfer_map.json").exists()
+
+
+def test_accuracies_are_those_of_the_saved_target(trained):
+  experiment = object_experiment.create()
+  predictor = predictors.load(trained, experiment.target)
+  summary = json.loads((trained / "summary.json").read_text())
+  best = small_runs.records(trained, "epoch")[summary["best_epoch"] - 1]
+  for part, images in (
+    ("val", experiment.images.train),  # Its last 8.
+    ("test", experiment.images.test),
+  ):
+    logits = predictor.outputs(images.pixels[-8:], batch_size=5)
+    labels = images.labels[-8:]
+    accuracy = np.mean(logits.argmax(axis=-1) == labels)
+    assert summary[f"{part}_accuracy"] == accuracy
+    if part == "val":
+      loss = loss_functions.cross_entropy(logits, labels)
+      assert best["val_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_settings_become_a_recipe():
+  """With optimizers that are told apart by a step or two of θ = 2."""
+  usual = object_experiment.create().settings
+  settings = usual._replace(
+    epochs=4,
+    bad_numbers="skip",
+    optimizer=experiments.Optimizer(
+      0.5, "cosine", momentum=0.8, weight_decay=0.1, clip_norm=1.0
+    ),
+    meta=experiments.Meta(
+      0.01, weight_decay=0.1, clip_norm=0.0, update_every=1
+    ),
+    bilevel=experiments.Bilevel(3, "total", "mixed", "unroll"),
+  )
+  recipe = setups._make_recipe(settings, 5, "mixed")
+  numbers = (recipe.num_inner_steps, recipe.look_ahead_loss, recipe.mode)
+  assert numbers == (3, "total", "mixed")
+  assert (recipe.rolled, recipe.skip_bad_numbers) == (False, True)
+  rates = [recipe.learning_rate_fn(step) for step in (4, 5, 10)]
+  halves = [(1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (0, 1, 2)]
+  np.testing.assert_allclose(rates, 0.5 * np.array(halves), rtol=1e-6)
+
+  def moved(optimizer, *grads):
+    param = jnp.array(2.0)
+    state = optimizer.init(param)
+    for grad in grads:
+      updates, state = optimizer.update(jnp.array(grad), state, param)
+      param += updates[()]
+    return float(param)
+
+  # Clipped to 1; buffers of 1 + 0.1 * 2 and 0.8 * 1.2 + 1 + 0.1 * 1.4.
+  target = moved(recipe.optimizer_fn(0.5), 3.0, 3.0)
+  assert target == pytest.approx(2 - 0.5 * 1.2 - 0.5 * 2.1)
+  # Adam's first step has the sign of -0.1 + 0.1 * 2.
+  assert moved(recipe.meta_optimizer, -0.1) == pytest.approx(2 - 0.01)
 
 
 def test_the_same_experiment_is_complete(trained, capsys):

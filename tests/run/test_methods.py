@@ -83,6 +83,8 @@ def test_fine_tuning_starts_from_the_source(source):
   params = state.inner.params["target"]
   chex.assert_trees_all_equal(params["block1"], variables["params"]["block1"])
   assert params["fc"]["kernel"].shape == (64, 3)
+  other = run.create_state(1).inner.params["target"]  # And for each seed.
+  assert (other["fc"]["kernel"] != params["fc"]["kernel"]).all()
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -106,8 +108,10 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
     # And of several seeds.
     shapes = sharding.stacked(run.state_shapes, 2)
     together = trainer.Trainer(run, 2)
-    together.start([one, one])
+    other = run.create_state(0)
+    together.start([one, other])
     state = together._state
+    chex.assert_trees_all_equal(together.state_of(1), other)
 
 
 @pytest.mark.parametrize(

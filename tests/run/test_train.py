@@ -35,6 +35,9 @@ def test_a_run_leaves_what_it_promises(finished):
   assert set(summary["phases"]) >= {"iterations", "evaluations", "saving"}
   epochs = small_runs.records(finished, "epoch")
   assert [r["epoch"] for r in epochs] == [1, 2, 3]
+  assert [r["learning_rate"] for r in epochs] == pytest.approx(
+    [0.1, 0.075, 0.025]
+  )
   best = max(epochs, key=lambda r: r["val_accuracy"])
   assert summary["val_accuracy"] == best["val_accuracy"]
   assert summary["test_accuracy"] == best["test_accuracy"]
@@ -93,11 +96,16 @@ def test_a_target_becomes_a_source(source, finished, tmp_path):
   config.method = "fm_single"
   config.target.model = "resnet_tiny"
   config.transfer.pairs = ""
+  config.transfer.beta = 0.7
   small_runs.train(config, tmp_path)
   content = json.loads((tmp_path / "transfer_map.json").read_text())
-  pair = content["pairs"][0]
+  (pair,) = content["pairs"]
   assert (pair["source"], pair["target"]) == ("conv3", "stage3_block1")
   assert content["fixed"]
+  (record,) = small_runs.records(tmp_path, "epoch")
+  assert record["train_matching_loss"] == pytest.approx(
+    0.7 * pair["matching_distance"], rel=1e-5
+  )
 
 
 def test_a_checkpoint_holds_what_it_was_given(tmp_path):

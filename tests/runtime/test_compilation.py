@@ -104,6 +104,14 @@ def test_options_that_this_jaxlib_does_not_know_are_left_out(monkeypatch):
   assert program.memory_bytes == 3 * 8 * 8 * 4
 
 
+@pytest.mark.optimized
+def test_flops_of_a_loop_are_unknown():
+  """XLA counts its body once, however often it runs."""
+  repeat = lambda times, x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x)
+  program = compilation.compile_ahead(jax.jit(repeat), 9, jnp.eye(8)).result()
+  assert program.flops is None
+
+
 def test_what_follows_does_not_wait_for_the_compiler(monkeypatch):
   compilation.options()  # Compiles once, where it is called.
   may_compile = threading.Event()

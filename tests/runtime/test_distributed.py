@@ -10,11 +10,12 @@ import sys
 import time
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.runtime import sharding
+from l2t_jax.runtime import distributed, sharding
 from tests.support import small_runs
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -82,6 +83,17 @@ def test_splitting_needs_the_cpu(monkeypatch):
     patch.setattr(jax, "local_devices", lambda backend: jax.devices("nope"))
     with pytest.raises(errors.InputError, match="add cpu to JAX_PLATFORMS"):
       sharding.on_host()
+
+
+def test_what_is_true_for_all_is_true_for_each(monkeypatch):
+  for other in (False, True):
+    monkeypatch.setattr(
+      multihost_utils,
+      "process_allgather",
+      lambda mine, other=other: np.array([mine, other]),
+    )
+    assert distributed.is_true_for_all(True) == other
+    assert not distributed.is_true_for_all(False)
 
 
 @pytest.mark.long
