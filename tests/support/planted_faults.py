@@ -1,0 +1,436 @@
+"""Plant faults in a copy of the package and see which test notices each.
+
+    python -m tests.support.planted_faults [NAME ...]
+
+Each fault changes one line of l2t_jax so that results are silently wrong, and
+names the cheapest test of `make test` that notices it. Run this before tests
+are deleted or merged: a fault that goes unnoticed afterwards is a property that
+is no longer tested. Exits with 1 if a fault goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from tests.support import small_runs
+
+
+class Fault(NamedTuple):
+  """One line of the package, broken."""
+
+  name: str
+  file: str  # In l2t_jax.
+  old: str  # Part of a line; the file has it once.
+  new: str
+  test: str  # In tests; the node that must fail.
+
+
+_BILEVEL = "method/test_bilevel.py::"
+_TRAINING = "method/test_training.py::"
+_TRANSFER = "method/test_transfer.py::"
+_OBJECTIVES = "method/test_objectives.py::"
+_PROPERTIES = "method/test_properties.py::"
+_MODELS = "models/test_models.py::"
+_BATCHES = "data/test_batches.py::"
+_UNLABELED = "data/test_unlabeled.py::"
+_EXPERIMENTS = "run/test_experiments.py::"
+_METHODS = "run/test_methods.py::"
+_RUN = "run/test_train.py::"
+_FAULTS = "run/test_faults.py::"
+_TABLES = "results/test_tables.py::"
+_MAP = "results/test_transfer_map.py::"
+_LOWERING = "runtime/test_cpu_lowering.py::"
+_DISTRIBUTED = "runtime/test_distributed.py::"
+_BY_HAND = f"{_TRAINING}test_look_ahead_by_hand[auxiliary]"
+_CUT_OFF = f"{_FAULTS}test_a_run_that_is_cut_off_ends_bit_equal[False]"
+_PARITY = (
+  "test_parity.py::test_iterations_equal_the_authors[step_T1-linearized]"
+)
+
+# fmt: off
+FAULTS = (
+  # The method.
+  Fault("rolled_loop_takes_one_step_more", "method/bilevel.py",
+        "jnp.arange(1, num_steps),", "jnp.arange(1, num_steps + 1),",
+        f"{_BILEVEL}test_rolled_equals_unrolled[reverse]"),
+  Fault("every_inner_step_has_the_first_batch", "method/bilevel.py",
+        "lambda leaf: leaf[k]", "lambda leaf: leaf[0]",
+        f"{_BILEVEL}test_one_batch_per_step[False]"),
+  Fault("batch_of_an_inner_step_is_differentiated", "method/bilevel.py",
+        "jax.lax.stop_gradient((state.model_state, batch))",
+        "state.model_state, batch",
+        f"{_BILEVEL}test_batch_and_model_state_are_constants[reverse]"),
+  Fault("hessian_product_has_the_wrong_sign", "method/bilevel.py",
+        "*tangent_fn(cotangents[0])",
+        "*jax.tree.map(jnp.negative, tangent_fn(cotangents[0]))",
+        _BILEVEL +
+        "test_hypergradient_equals_central_differences[linearized-1]"),
+  Fault("momentum_is_forgotten_between_steps", "method/bilevel.py",
+        "InnerState(params, opt_state, jax.lax.stop_gradient",
+        "InnerState(params, state.opt_state, jax.lax.stop_gradient",
+        _TRAINING +
+        "test_an_iteration_has_its_own_rate_and_keeps_the_momentum"),
+  Fault("batch_statistics_never_move", "method/bilevel.py",
+        "jax.lax.stop_gradient(model_state))", "state.model_state)",
+        f"{_TRAINING}test_batch_statistics_move_once_per_iteration"),
+  Fault("look_ahead_takes_T_plus_1_steps", "method/training.py",
+        "num_steps=recipe.num_inner_steps,",
+        "num_steps=recipe.num_inner_steps + 1,",
+        _BY_HAND),
+  Fault("look_ahead_starts_before_the_real_update", "method/training.py",
+        "optimizer, inner, meta, data\n",
+        "optimizer, state.inner, meta, data\n",
+        _BY_HAND),
+  Fault("source_runs_in_train_mode", "method/training.py",
+        "sources[name].model_state, images, train=False",
+        "sources[name].model_state, images, train=True",
+        _BY_HAND),
+  Fault("target_is_evaluated_in_train_mode", "method/training.py",
+        "inner.model_state, batch.images, train=False",
+        "inner.model_state, batch.images, train=True",
+        f"{_TRAINING}test_evaluation_ignores_padding"),
+  Fault("padding_counts_in_the_accuracy", "method/training.py",
+        "jnp.sum(batch.mask * accuracies)", "jnp.sum(accuracies)",
+        f"{_TRAINING}test_evaluation_ignores_padding"),
+  Fault("learning_rate_is_read_one_step_late", "method/training.py",
+        "recipe.learning_rate_fn(state.step)",
+        "recipe.learning_rate_fn(state.step + 1)",
+        _TRAINING +
+        "test_an_iteration_has_its_own_rate_and_keeps_the_momentum"),
+  Fault("bad_meta_update_takes_place", "method/training.py",
+        "_choose(is_good & is_finite, updated, meta)",
+        "_choose(is_good, updated, meta)",
+        f"{_FAULTS}test_a_bad_meta_update_never_takes_place[False-nan]"),
+  Fault("look_ahead_also_sees_labels", "method/objectives.py",
+        "make_loss(with_target=False),", "make_loss(with_target=True),",
+        f"{_OBJECTIVES}test_kd_reads_the_targets_own_logits"),
+  Fault("batch_statistics_are_those_of_unlabeled_images",
+        "method/objectives.py",
+        "*more, _ = forward(params, model_state, batch.unlabeled)",
+        "*more, new_state = forward(params, model_state, batch.unlabeled)",
+        f"{_TRAINING}test_unlabeled_images_join_the_matching_alone"),
+  Fault("lwf_head_reads_a_sum_over_positions", "method/objectives.py",
+        "jnp.mean(feature, axis=(1, 2))", "jnp.sum(feature, axis=(1, 2))",
+        f"{_OBJECTIVES}test_lwf_has_a_head_for_each_source"),
+  Fault("distance_of_a_pair_is_a_mean_over_channels", "method/objectives.py",
+        "jnp.sum(weights.channel[name] * distance, axis=-1)",
+        "jnp.mean(weights.channel[name] * distance, axis=-1)",
+        f"{_RUN}test_a_target_becomes_a_source"),
+  Fault("channel_weights_are_a_softmax_over_the_batch", "method/transfer.py",
+        "jax.nn.softmax(logits, axis=-1)", "jax.nn.softmax(logits, axis=0)",
+        f"{_TRANSFER}test_weights_start_uniform_and_near_one"),
+  Fault("matching_loss_is_a_sum_over_the_batch", "method/transfer.py",
+        "jnp.mean(pair_weight * jnp.sum(channel",
+        "jnp.sum(pair_weight * jnp.sum(channel",
+        f"{_TRANSFER}test_a_map_is_repeated_for_every_image"),
+  Fault("distance_is_a_sum_over_positions", "method/transfer.py",
+        "jnp.mean(jnp.square(wanted - regressed)",
+        "jnp.sum(jnp.square(wanted - regressed)",
+        f"{_TRANSFER}test_distances_and_loss_equal_loops"),
+  Fault("source_maps_are_antialiased", "method/transfer.py",
+        "antialias=False", "antialias=True",
+        f"{_TRANSFER}test_resize_has_half_pixel_centres_and_no_antialiasing"),
+  Fault("source_maps_are_not_constants", "method/transfer.py",
+        "jax.lax.stop_gradient(SourceMaps(maps, pooled))",
+        "SourceMaps(maps, pooled)",
+        f"{_TRANSFER}test_source_maps_are_constants"),
+  Fault("pair_weights_have_no_upper_bound", "method/transfer.py",
+        "jax.lax.clamp(0.0, x, 6.0)", "jnp.maximum(x, 0.0)",
+        f"{_TRANSFER}test_weights_by_hand"),
+  Fault("pair_weights_start_at_0", "method/transfer.py",
+        "jnp.ones((1,))", "jnp.zeros((1,))",
+        f"{_TRANSFER}test_where_pair_weights_start_and_end[relu6-1-6]"),
+  Fault("distillation_shrinks_with_the_temperature", "method/loss_functions.py",
+        "temperature**2 * (soften", "temperature * (soften",
+        f"{_OBJECTIVES}test_distillation_loss[4.0]"),
+  Fault("source_outputs_are_not_softened", "method/loss_functions.py",
+        "softmax(source_logits / temperature)", "softmax(source_logits)",
+        f"{_OBJECTIVES}test_softened_cross_entropy[2.0]"),
+  Fault("attention_is_summed_over_positions", "method/loss_functions.py",
+        "jnp.mean(jnp.square(source - target))",
+        "jnp.mean(jnp.sum(jnp.square(source - target), axis=-1))",
+        f"{_OBJECTIVES}test_attention"),
+  Fault("cross_entropy_is_a_sum_over_the_batch", "method/loss_functions.py",
+        "return jnp.mean(\n", "return jnp.sum(\n",
+        f"{_OBJECTIVES}test_cross_entropy_and_accuracy"),
+  Fault("distillation_reads_the_last_source", "method/objectives.py",
+        "for logits in source.logits.values()",
+        "for logits in list(source.logits.values())[-1:]",
+        f"{_OBJECTIVES}test_kd_reads_the_targets_own_logits"),
+  Fault("nearest_pairs_the_shallowest_tap", "method/pair_sets.py",
+        "reversed(list(source_taps))", "list(source_taps)",
+        f"{_TRANSFER}test_pair_sets"),
+  Fault("momentum_is_nesterovs", "method/optimizers.py",
+        "momentum=momentum)", "momentum=momentum, nesterov=True)",
+        f"{_TRAINING}test_sgd_is_pytorchs"),
+  Fault("learning_rate_ends_one_epoch_early", "method/optimizers.py",
+        "decay_steps=epochs)", "decay_steps=epochs - 1)",
+        f"{_TRAINING}test_learning_rate_is_constant_within_an_epoch"),
+  # Networks.
+  Fault("relu_before_the_shortcut", "models/resnet.py",
+        ' = norm(name="bn2")(y)', ' = nn.relu(norm(name="bn2")(y))',
+        _PARITY),
+  Fault("running_mean_is_ignored_in_evaluation", "models/layers.py",
+        "(x - mean.value) * (scale", "x * (scale",
+        _PARITY),
+  Fault("running_variance_is_biased", "models/layers.py",
+        "batch_var * count / max(count - 1, 1)", "batch_var",
+        f"{_MODELS}test_batch_norm_is_that_of_flax_in_every_derivative"),
+  Fault("last_of_equal_maxima_gets_the_gradient", "models/layers.py",
+        "(a >= b)", "(a > b)",
+        f"{_MODELS}test_max_pool_gives_the_gradient_to_the_first_of_equals"),
+  Fault("resnet_classifier_starts_too_large", "models/layers.py",
+        "variance_scaling(1 / 3", "variance_scaling(1.0",
+        f"{_MODELS}test_initialisation_is_the_authors"),
+  Fault("vgg_taps_are_one_layer_early", "models/vgg.py",
+        "{convs_before(i)}", "{max(convs_before(i) - 1, 1)}",
+        f"{_MODELS}test_taps_of_the_paper"),
+  Fault("class_token_stays_in_the_map", "models/tapping.py",
+        "x[:, first:]", "x[:, : side**2]",
+        "models/test_networks.py::test_tokens_become_maps[True]"),
+  Fault("height_and_width_of_torch_kernels_are_swapped",
+        "models/torch_weights.py",
+        "transpose(2, 3, 1, 0)", "transpose(3, 2, 1, 0)",
+        "models/test_pretrained.py::"
+        "test_safetensors_round_trip_needs_no_torch"),
+  Fault("dropout_is_off_in_training", "models/pure_functions.py",
+        "name: train == when_training", "name: train",
+        "models/test_networks.py::test_networks_are_told_in_their_own_words"),
+  # Images.
+  Fault("official_validation_images_train", "data/splits.py",
+        "labels[:num_drawn]", "labels",
+        "data/test_splits.py::test_official_sets_are_used_as_they_are"),
+  Fault("test_images_also_train", "data/splits.py",
+        "np.split(members, np.cumsum(sizes))", "np.split(members, sizes)",
+        _PROPERTIES +
+        "test_splits_are_disjoint_stratified_and_cover_everything"),
+  Fault("images_left_over_include_labelled_ones", "data/loading.py",
+        "np.setdiff1d(whole_split.train, split.train)", "whole_split.train",
+        f"{_UNLABELED}test_no_image_has_two_roles[in memory]"),
+  Fault("images_in_both_lists_train", "data/layout.py",
+        '("train", "TrainImages.txt"), ("test", "TestImages.txt")',
+        '("test", "TestImages.txt"), ("train", "TrainImages.txt")',
+        "data/test_layout.py::test_an_image_in_both_lists_is_in_test_alone"),
+  Fault("official_validation_images_come_first", "data/from_folders.py",
+        'files["train"] + val', 'val + files["train"]',
+        "data/test_sources.py::test_folder_with_its_own_val_and_test"),
+  Fault("rows_and_columns_of_crops_are_swapped", "data/augmentation.py",
+        "offsets[:, :1] + jnp.arange(height)",
+        "offsets[:, 1:] + jnp.arange(height)",
+        f"{_BATCHES}test_crop_and_flip_match_numpy"),
+  Fault("crops_never_reach_the_last_offset", "data/augmentation.py",
+        "0, 2 * padding + 1", "0, 2 * padding",
+        f"{_BATCHES}test_draws_reach_every_offset_and_both_flips"),
+  Fault("pixels_are_divided_by_256", "data/augmentation.py",
+        "images.astype(jnp.float32) / 255", "images.astype(jnp.float32) / 256",
+        f"{_BATCHES}test_normalise_matches_numpy"),
+  Fault("crop_also_flips", "data/memory.py",
+        '(augment == "crop_flip")', '(augment != "none")',
+        f"{_BATCHES}test_crop_does_not_flip"),
+  Fault("processes_crop_alike", "data/memory.py",
+        "offsets[plan.rows], flips[plan.rows]",
+        "offsets[: len(batch)], flips[: len(batch)]",
+        f"{_UNLABELED}test_processes_together_equal_one[in memory]"),
+  Fault("last_partial_batch_is_not_evaluated", "data/datasets.py",
+        "-(-num_images // self.batch_size)", "num_images // self.batch_size",
+        f"{_PROPERTIES}test_evaluation_counts_every_image_once"),
+  Fault("processes_share_rows", "data/datasets.py",
+        "first + self.rows.start, first + self.rows.stop",
+        "first, first + self.rows.stop - self.rows.start",
+        f"{_PROPERTIES}test_processes_share_the_slots_of_a_step"),
+  Fault("epochs_have_one_order", "data/datasets.py",
+        "_permutation((seed, epoch)", "_permutation((seed, 0)",
+        f"{_BATCHES}test_epochs_and_seeds_have_their_own_order"),
+  Fault("streamed_crops_repeat_every_epoch", "data/streaming.py",
+        "(self.seed, epoch, 1 + slot)", "(self.seed, 0, 1 + slot)",
+        _UNLABELED +
+        "test_each_role_step_epoch_and_seed_has_its_own_crops[streaming]"),
+  Fault("stream_of_another_seed_goes_on", "data/streaming.py",
+        "dataset._parked = None", "pass",
+        f"{_UNLABELED}test_with_seed_equals_another_load[streaming]"),
+  Fault("source_sees_the_targets_normalisation", "data/image_formats.py",
+        "(images - constant(new.mean)) / constant(new.std)",
+        "(images - constant(old.mean)) / constant(old.std)",
+        "data/test_image_formats.py::test_grey_becomes_three_equal_channels"),
+  # The machine.
+  Fault("checksum_ignores_progress", "runtime/checkpoint.py",
+        "json.dumps([words, progress]", "json.dumps([words]",
+        "runtime/test_checkpoint.py::"
+        "test_a_damaged_checkpoint_is_noticed[_change_progress-checksum]"),
+  Fault("one_process_decides_for_all", "runtime/distributed.py",
+        "np.all(multihost_utils.process_allgather",
+        "np.any(multihost_utils.process_allgather",
+        f"{_DISTRIBUTED}test_what_is_true_for_all_is_true_for_each"),
+  Fault("parameters_are_not_split", "runtime/sharding.py",
+        "or not any(divisible)", "or any(divisible)",
+        f"{_DISTRIBUTED}test_a_network_that_does_not_fit_is_split"),
+  Fault("mean_counts_iterations_without_the_metric", "runtime/metrics.py",
+        "get(name, 0) + len(values)", "get(name, 0) + len(iterations)",
+        "runtime/test_metrics.py::"
+        "test_averages_do_not_depend_on_where_they_were_cut"),
+  Fault("flops_of_a_loop_are_those_of_one_step", "runtime/compilation.py",
+        ' or " while(" in compiled.as_text()', "",
+        "runtime/test_compilation.py::test_flops_of_a_loop_are_unknown"),
+  Fault("kernel_is_not_mirrored_for_the_input", "runtime/cpu_lowering.py",
+        "jax.lax.rev(rhs, (0, 1))", "rhs",
+        f"{_LOWERING}test_two_orders_of_derivatives[2-6-3-options2]"),
+  Fault("parts_of_a_deep_sum_are_not_added", "runtime/cpu_lowering.py",
+        "jnp.sum(sums, axis=axes[0])", "jnp.max(sums, axis=axes[0])",
+        f"{_LOWERING}test_sums_over_positions_are_products[shape0-axes0]"),
+  Fault("resumed_run_records_an_iteration_twice", "runtime/logs.py",
+        "_step_of(line) <= from_step", "_step_of(line) <= from_step + 1",
+        "runtime/test_logs.py::test_lines_that_are_no_records_are_dropped"),
+  Fault("damaged_records_are_passed_over", "runtime/run_folder.py",
+        "number == len(lines)", "number > 0",
+        f"{_MAP}test_a_damaged_line_is_named"),
+  # A run.
+  Fault("test_set_validates", "run/loop.py",
+        'validation = self._trainer.evaluate("val")',
+        'validation = self._trainer.evaluate("test")',
+        f"{_EXPERIMENTS}test_accuracies_are_those_of_the_saved_target"),
+  Fault("validation_accuracy_is_reported_as_test", "run/loop.py",
+        "= test[index]", "= validation[index]",
+        f"{_EXPERIMENTS}test_accuracies_are_those_of_the_saved_target"),
+  Fault("best_epoch_is_chosen_by_test_accuracy", "run/loop.py",
+        "validation, strict=True):",
+        'self._trainer.evaluate("test"), strict=True):',
+        f"{_FAULTS}test_the_best_so_far_is_remembered"),
+  Fault("last_epoch_counts_as_the_best", "run/loop.py",
+        'result["accuracy"] > seed.progress["val_accuracy"]', "True",
+        f"{_FAULTS}test_the_best_so_far_is_remembered"),
+  Fault("learning_rate_of_the_next_epoch_is_recorded", "run/loop.py",
+        "learning_rate_fn((epoch - 1) *", "learning_rate_fn(epoch *",
+        f"{_RUN}test_a_run_leaves_what_it_promises"),
+  Fault("momentum_is_not_restored", "run/loop.py",
+        "return state\n",
+        "return state._replace("
+        "inner=state.inner._replace(opt_state=like.inner.opt_state))\n",
+        _CUT_OFF),
+  Fault("seeds_that_train_together_save_one_state", "run/trainer.py",
+        "leaf[index]", "leaf[0]",
+        f"{_METHODS}test_shapes_are_those_of_the_first_state[lwf_at-False]"),
+  Fault("weight_decay_of_the_config_is_dropped", "run/setup.py",
+        "weight_decay=sgd.weight_decay", "weight_decay=0.0",
+        f"{_EXPERIMENTS}test_settings_become_a_recipe"),
+  Fault("T_of_the_config_is_ignored", "run/setup.py",
+        "bilevel.num_inner_steps", "1",
+        f"{_EXPERIMENTS}test_settings_become_a_recipe"),
+  Fault("beta_of_the_config_is_ignored", "run/setup.py",
+        "settings.transfer.beta", "0.5",
+        f"{_RUN}test_a_target_becomes_a_source"),
+  Fault("seeds_start_from_one_initialisation", "run/setup.py",
+        "jax.random.key(seed)", "jax.random.key(0)",
+        f"{_METHODS}test_fine_tuning_starts_from_the_source"),
+  Fault("mean_of_a_source_is_ignored", "run/setup.py",
+        "tuple(source.mean) or image_format.mean", "image_format.mean",
+        f"{_METHODS}test_two_sources_with_formats_of_their_own"),
+  Fault("predictor_runs_in_train_mode", "run/predictor.py",
+        "images, train=False", "images, train=True",
+        f"{_EXPERIMENTS}test_accuracies_are_those_of_the_saved_target"),
+  # Results.
+  Fault("std_is_that_of_a_population", "results/run_reader.py",
+        "statistics.stdev(self.values)", "statistics.pstdev(self.values)",
+        f"{_TABLES}test_csv_by_hand"),
+  Fault("papers_numbers_stand_beside_another_setting", "results/tables.py",
+        "if departures[column]", "if cell.departures",
+        f"{_TABLES}test_the_papers_numbers_are_left_out_of_another_setting"),
+  Fault("shares_of_sources_overlap", "results/transfer_map.py",
+        'startswith(f"{name}/")', "startswith(name)",
+        f"{_MAP}test_shares_of_several_sources"),
+  Fault("number_of_the_paper_is_mistyped", "results/paper.py",
+        "76.4, 78.3", "76.4, 78.8",
+        "results/test_paper.py::test_the_paper_is_quoted_as_in_the_readme"),
+)
+# fmt: on
+
+
+def main(names: list[str]) -> int:
+  """Plant faults, all or those named; return the exit code."""
+  unknown = set(names) - {fault.name for fault in FAULTS}
+  if unknown:
+    sys.exit(f"error: there is no fault {', '.join(sorted(unknown))}")
+  chosen = [fault for fault in FAULTS if not names or fault.name in names]
+  with tempfile.TemporaryDirectory(prefix="l2t_jax_faults_") as folder:
+    root, cache = pathlib.Path(folder, "tree"), pathlib.Path(folder, "cache")
+    _copy_tracked_files(root)
+    broken = {fault.name: _break(root, fault) for fault in chosen}
+    failed, seconds = _run({fault.test for fault in chosen}, root, cache)
+    if failed:
+      sys.exit(f"error: without a fault, {failed} fails")
+    print(f"{'without a fault all pass':46} {seconds:4.0f} s", flush=True)
+    num_unnoticed = 0
+    for fault in chosen:
+      file = root / "l2t_jax" / fault.file
+      original = file.read_text()
+      file.write_text(broken[fault.name])
+      failed, seconds = _run({fault.test}, root, cache)
+      file.write_text(original)
+      num_unnoticed += not failed
+      told = failed or "NOT NOTICED"
+      print(f"{fault.name:46} {seconds:4.0f} s  {told}", flush=True)
+  print(f"{num_unnoticed} of {len(chosen)} faults were not noticed")
+  return int(num_unnoticed > 0)
+
+
+def _copy_tracked_files(root):
+  listed = subprocess.run(
+    ["git", "ls-files", "-z"],
+    cwd=small_runs.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  for name in listed.stdout.split("\0")[:-1]:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(small_runs.ROOT / name, root / name)
+
+
+def _break(root, fault):
+  """Return the content of the fault's file with the fault in it."""
+  content = (root / "l2t_jax" / fault.file).read_text()
+  if content.count(fault.old) != 1:
+    sys.exit(
+      f"error: fault {fault.name} no longer applies: l2t_jax/{fault.file} has"
+      f" {fault.old!r} {content.count(fault.old)} times; bring it up to date"
+    )
+  return content.replace(fault.old, fault.new)
+
+
+def _run(tests, root, cache):
+  """Run some tests; return (the first that fails or "", seconds)."""
+  start = time.perf_counter()
+  result = subprocess.run(
+    [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider"]
+    + [f"tests/{test}" for test in sorted(tests)],
+    cwd=root,
+    env=os.environ
+    | {
+      "PYTHONPATH": str(root),
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      # Small programs, too, as in conftest.py.
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    },
+    capture_output=True,
+    text=True,
+    timeout=small_runs.PATIENCE * len(tests),
+  )
+  seconds = time.perf_counter() - start
+  failed = re.search(
+    r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", result.stdout, re.M
+  )
+  if result.returncode not in (0, 1) or bool(failed) != bool(result.returncode):
+    sys.exit(f"error: pytest cannot run {tests}:\n{result.stdout[-5000:]}")
+  return failed[1] if failed else "", seconds
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
