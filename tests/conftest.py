@@ -1,10 +1,12 @@
 """Shared fixtures."""
 
 import atexit
+import functools
 import os
 import signal
 import tempfile
 
+import filelock
 import hypothesis
 import jax
 import pytest
@@ -58,20 +60,32 @@ def x64():
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
   """Source weights, trained for one epoch through train.py."""
-  workdir = tmp_path_factory.mktemp("source") / "run"
-  result = small_runs.run_python(
-    "train.py",
-    "--config=configs/digits_source.py",
-    "--config.epochs=1",
-    f"--workdir={workdir}",
-  )
-  assert result.returncode == 0, result.stderr
-  return workdir / "target.safetensors"
+
+  def train(workdir):
+    result = small_runs.run_python(
+      "train.py",
+      "--config=configs/digits_source.py",
+      "--config.epochs=1",
+      f"--workdir={workdir}",
+    )
+    assert result.returncode == 0, result.stderr
+
+  return _once(tmp_path_factory, "source", train) / "target.safetensors"
 
 
 @pytest.fixture(scope="session")
 def finished(source, tmp_path_factory):
   """A finished run of three epochs."""
-  workdir = tmp_path_factory.mktemp("finished") / "run"
-  small_runs.train(small_runs.small_config(source), workdir)
-  return workdir
+  train = functools.partial(small_runs.train, small_runs.small_config(source))
+  return _once(tmp_path_factory, "finished", train)
+
+
+def _once(tmp_path_factory, name, train):
+  """Train a run in one process of pytest; the others wait for it."""
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent
+  with filelock.FileLock(folder / f"{name}.lock"):
+    if not (folder / name / "summary.json").exists():
+      train(folder / name)
+  return folder / name

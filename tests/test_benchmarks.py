@@ -9,7 +9,10 @@ from tests.support import golden_setup
 pytestmark = pytest.mark.optimized
 
 
-@pytest.mark.parametrize("scheme", ["iteration", "authors_iteration"])
+@pytest.mark.parametrize(
+  "scheme",
+  ["iteration", pytest.param("authors_iteration", marks=pytest.mark.long)],
+)
 def test_the_peer_computes_the_authors_numbers(scheme, x64):
   torch = pytest.importorskip("torch")
   from benchmarks import peer_torch

@@ -31,7 +31,7 @@ def _case(file, mode, marks=()):
   ("file", "mode"),
   # The default with every file; test_training.py compares all modes.
   [_case(file, "linearized") for file in FILES]
-  + [_case(file, "mixed") for file in FILES[-1:]]
+  + [_case(file, "mixed", pytest.mark.long) for file in FILES[-1:]]
   + [_case(file, "reverse", pytest.mark.long) for file in FILES[:1]],
 )
 def test_iterations_equal_the_authors(file, mode, x64):

@@ -295,6 +295,7 @@ def _raw_state(workdir):
 
 def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
+  config.method = "scratch"
   small_runs.train(config, tmp_path)
   (tmp_path / "summary.json").unlink()
   (step,) = _checkpoints(tmp_path)
@@ -341,6 +342,7 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
   weights = tmp_path / "source.safetensors"
   shutil.copy(source, weights)
   config = small_runs.small_config(weights, epochs=2)
+  config.method, config.transfer.pairs = "fm_single", ""
   config.data.source = "npz"
   config.data.path = str(tmp_path / "data.npz")
   rng = np.random.default_rng(0)
@@ -475,6 +477,7 @@ def test_a_bad_meta_update_never_takes_place(skip, value):
 def test_a_meta_update_that_overflows_never_takes_place(source, tmp_path):
   """The hypergradient is finite, what Adam makes of it is not."""
   config = small_runs.small_config(source)
+  config.transfer.pairs = "stage3_block1->conv3"
   config.meta.learning_rate = 1e39
   config.checkpoint_steps = 1
   message = r"iteration 1: not finite: meta_update_norm \(nan|inf\);"
