@@ -2,8 +2,10 @@
 # Train one run on several nodes, with a process for each GPU:
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/X.py --workdir=DIR ...
 # Submit from the root of the project; DIR must be on a file system that all
-# nodes share. Before the time is up, or when the job is preempted, the run saves
-# and the job is queued again; so it is when a node is lost.
+# nodes share. Options of sbatch override the lines below, for example
+# --gpus-per-node=4 --ntasks-per-node=4, or --gpus-per-node=0 without GPUs.
+# Before the time is up, or when the job is preempted, the run saves and the job
+# is queued again. It is also queued again when a process or a node is lost.
 #SBATCH --job-name=l2t
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -14,17 +16,21 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# srun returns the highest code, which may be that of a process that lost
-# another; process 0, which alone writes, knows best.
-export CODE_FILE=$PWD/.exit_code.$SLURM_JOB_ID
-rm -f "$CODE_FILE"
+# Where processes are tracked with cgroups, Slurm's SIGTERM reaches only the
+# shell of each task, which must pass it on; it ends a wait, not the process.
+# srun returns the highest exit code, which may be that of a process that lost
+# another. Process 0, which alone writes, knows best: the others return 0.
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
-  "$@"; code=$?
-  [[ $SLURM_PROCID != 0 ]] || echo "$code" > "$CODE_FILE"
+  "$@" & process=$!
+  trap "kill -TERM $process 2>/dev/null" TERM
+  while kill -0 "$process" 2>/dev/null; do wait "$process"; done
+  wait "$process"
+  code=$?
+  ((code == 0)) || echo "process $SLURM_PROCID: exit code $code" >&2
+  ((SLURM_PROCID == 0)) || exit 0
   exit "$code"
 ' _ "${PYTHON:-.venv/bin/python}" train.py --distributed "$@"
-code=$(cat "$CODE_FILE" 2>/dev/null || echo 137)
-rm -f "$CODE_FILE"
+code=$?
 
 # 75: asked to stop; 5: another process was lost; 137, 143: killed.
 if [[ $code =~ ^(5|75|137|143)$ && ${SLURM_RESTART_COUNT:-0} -lt 20 ]]; then
