@@ -13,6 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 import pytest
+import yaml
 
 from l2t_jax import errors
 from l2t_jax.runtime import distributed, sharding
@@ -242,3 +243,31 @@ def test_a_start_that_cannot_work(flags, message):
   assert result.returncode == errors.InputError.exit_code
   assert message in result.stderr
   assert result.stderr.count("\n") == 1
+
+
+def test_the_manifest_for_kubernetes():
+  """It is valid, and says the same in all its places."""
+  import kubernetes_validate
+
+  text = (small_runs.ROOT / "launch" / "kubernetes.yaml").read_text()
+  service, job = yaml.safe_load_all(text)
+  for resource in (service, job):
+    kubernetes_validate.validate(resource, "1.31", strict=True)
+  name, spec = job["metadata"]["name"], job["spec"]
+  assert service["spec"]["selector"] == {"job-name": name}
+  pod = spec["template"]["spec"]
+  assert pod["subdomain"] == service["metadata"]["name"]
+  (command,) = pod["containers"][0]["args"]
+  count = spec["completions"]
+  assert f"--coordinator={name}-0.{pod['subdomain']}:" in command
+  assert f"--num_processes={count} " in command
+  assert spec["parallelism"] == count
+  fail, ignore, _ = spec["podFailurePolicy"]["rules"]
+  codes = lambda *classes: [error.exit_code for error in classes]
+  assert fail["onExitCodes"]["values"] == codes(
+    errors.InputError, errors.BadNumbersError, errors.StorageError
+  )
+  assert set(ignore["onExitCodes"]["values"]) == {
+    *codes(errors.LostProcessError, errors.Interrupted),
+    128 + signal.SIGTERM,
+  }
