@@ -55,16 +55,16 @@ def sample(pid: int, metrics: pathlib.Path, start: float) -> Sample | None:
   iteration = _last_iteration(metrics)
   if iteration is None:
     return None
-  own, *workers = [_holds(one) for one in _family(pid)]
+  held = np.array([_holds(one) for one in _family(pid)])
   times = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
   ticks = sum(map(int, times.split()[11:13]))
   return Sample(
     iteration,
     time.monotonic() - start,
     ticks / os.sysconf("SC_CLK_TCK"),
-    own[0],
-    sum(memory for memory, *_ in workers),
-    *(sum(counts) for counts in zip(own[1:], *(w[1:] for w in workers))),
+    float(held[0, 0]),
+    float(held[1:, 0].sum()),
+    *map(int, held[:, 1:].sum(axis=0)),
   )
 
 
@@ -253,7 +253,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  try:
+  with errors.errors_in_one_line():
     main()
-  except errors.Error as error:
-    sys.exit(f"error: {error}")
