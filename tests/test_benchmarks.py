@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks import soak
 from tests import test_parity
 from tests.support import golden_setup
 
@@ -61,3 +62,25 @@ def test_the_peer_computes_the_authors_numbers(scheme, x64):
 
 def _norm(tensors):
   return sum(x.square().sum() for x in tensors.values()).sqrt()
+
+
+def test_slopes_of_a_soak():
+  """Memory grows by 2 MiB per 1,000 iterations once the run is warm."""
+  samples = [
+    soak.Sample(
+      iteration=100 * n,
+      seconds=10.0 * n,
+      processor_seconds=20.0 * n if n < 55 else 20.0 * 55 + 30.0 * (n - 55),
+      memory=500 + 0.2 * n if n >= 10 else 100,
+      workers_memory=50.0,
+      files=30,
+      threads=20,
+    )
+    for n in range(100)
+  ]
+  found = soak.slopes(samples)
+  assert found["memory"] == pytest.approx(2)
+  assert found["files"] == pytest.approx(0, abs=1e-9)
+  assert found["seconds_first_half"] == pytest.approx(100)
+  assert found["processor_seconds_first_half"] == pytest.approx(200)
+  assert found["processor_seconds_last_half"] == pytest.approx(300)

@@ -15,6 +15,9 @@ from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
 from tests.support import object_experiment, small_runs
 
+# They share a run, made by another process.
+pytestmark = pytest.mark.xdist_group("objects")
+
 _WITHOUT_CONFIGS = """
 import sys
 sys.modules["l2t_jax.config"] = None  # To import it is an error now.
