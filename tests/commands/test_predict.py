@@ -36,7 +36,7 @@ def test_folders_of_images(pictures, source):
   rows = list(csv.DictReader(io.StringIO(result.stdout)))
   assert len(rows) == 70 + len(list((pictures / "0").iterdir()))
   right = [row["class"] == row["image"].split("/")[-2] for row in rows]
-  assert np.mean(right) > 0.3
+  assert np.mean(right) > 0.2  # Chance is 0.1.
   assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
   assert rows[0]["image"] == str(sorted((pictures / "0").iterdir())[0])
 
