@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import importlib.util
+import sys
 from typing import Any
 
 from l2t_jax import errors
@@ -30,6 +33,22 @@ def require(
       f"{needed_for} needs {module}: pip install"
       f" {package or module}{alternative} ({error})"
     ) from error
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+  """Context manager: a module that is not imported yet cannot be imported.
+
+  For libraries that import a slow module which they can do without.
+  """
+  if module in sys.modules:
+    yield
+    return
+  sys.modules[module] = None  # type: ignore[assignment]  # Import fails then.
+  try:
+    yield
+  finally:
+    del sys.modules[module]
 
 
 def is_installed(module: str) -> bool:

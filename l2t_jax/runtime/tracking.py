@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+import contextlib
 import hashlib
 import re
 import time
@@ -155,11 +156,14 @@ def _mlflow_name(name):
 
 
 def _tracker_module(name):
-  return imports.require(
-    _MODULES[name],
-    needed_for=f"tracker {name!r}",
-    otherwise="leave it out of config.trackers",
-  )
+  # tensorboardX imports torch, where there is one, for a type alone.
+  hides = name == "tensorboard"
+  with imports.hidden("torch") if hides else contextlib.nullcontext():
+    return imports.require(
+      _MODULES[name],
+      needed_for=f"tracker {name!r}",
+      otherwise="leave it out of config.trackers",
+    )
 
 
 def _id_of(workdir):

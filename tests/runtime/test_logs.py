@@ -11,6 +11,7 @@ from tensorboardX.proto import event_pb2
 
 from l2t_jax import errors
 from l2t_jax.runtime import logs, tracking
+from tests.support import small_runs
 
 RECORD = {"loss": 0.5, "pair_weights": {"m->n": 1.5}, "name": "no number"}
 SCALARS = {"train/loss": 0.5, "train/pair_weights/m->n": 1.5}
@@ -34,6 +35,16 @@ def open_log(workdir, *trackers):
   return logs.MetricsLog(
     workdir, from_step=3, trackers=trackers, config={"a": {"b": 1}}
   )
+
+
+def test_tensorboard_needs_no_torch():
+  """To import torch takes seconds; afterwards it can be imported."""
+  pytest.importorskip("torch")
+  program = "import sys; from l2t_jax.runtime import tracking; "
+  program += "tracking.import_trackers(['tensorboard']); "
+  program += "assert 'torch' not in sys.modules; import torch"
+  result = small_runs.run_python("-c", program)
+  assert result.returncode == 0, result.stderr
 
 
 def test_tensorboard_can_read_what_is_written(tmp_path):
