@@ -481,7 +481,9 @@ def _make_recipe(settings, steps_per_epoch, mode):
 def _make_target(experiment, sources, image_format):
   network, method = experiment.target, experiment.method
   layout = models.trace(network, image_format.shape)
-  fresh = jax.jit(lambda key: models.init(network, key, image_format.shape))
+  fresh = compilation.jit_random(
+    lambda key: models.init(network, key, image_format.shape)
+  )
   others, notes = {}, ()
   if method.starts_from_source:
     others, notes = _source_to_start_from(layout, sources, image_format)

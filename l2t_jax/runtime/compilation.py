@@ -9,13 +9,14 @@ What each trick buys:
   * `_OPTIONS` make the convolution gradients of XLA:CPU two to three times
     faster and halve the memory of a training step. They are tried on a small
     program first, because a jaxlib that lacks an option refuses to compile.
+  * `jit_random` compiles programs that draw random numbers four times faster.
   * `use_cache` stores programs on disk, so that the second start of the same
     experiment does not compile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import functools
@@ -123,6 +124,31 @@ def options() -> dict[str, str | bool]:
   except (jax.errors.JaxRuntimeError, ValueError):
     return {}
   return wanted
+
+
+def jit_random(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Return `jax.jit` of a function that draws many random numbers, once.
+
+  On CPU, LLVM's level 3, XLA's default, unrolls the loops of JAX's generator
+  and takes four times as long as level 2, for the same bits.
+
+  Args:
+    function: takes and returns pytrees of arrays.
+  """
+  is_slow = jax.default_backend() == "cpu" and not jax.config.read(
+    "jax_disable_most_optimizations"
+  )
+  quick = {"xla_backend_optimization_level": "2"} if is_slow else None
+  outermost = jax.jit(function, compiler_options=quick)
+  nested = jax.jit(function)  # JAX takes options of the outermost jit alone.
+
+  def call(*args):
+    is_traced = any(
+      isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)
+    )
+    return (nested if is_traced else outermost)(*args)
+
+  return call
 
 
 def wait(compiling: futures.Future[Program]) -> Program:

@@ -5,6 +5,7 @@ import itertools
 import os
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -110,6 +111,19 @@ def test_flops_of_a_loop_are_unknown():
   repeat = lambda times, x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x)
   program = compilation.compile_ahead(jax.jit(repeat), 9, jnp.eye(8)).result()
   assert program.flops is None
+
+
+@pytest.mark.optimized
+def test_random_numbers_are_the_same_bits():
+  """Also where their shapes alone are asked for."""
+  draw = lambda key: (
+    jax.random.normal(key, (300,)),
+    jax.random.uniform(key, (7, 5)),
+  )
+  quick, key = compilation.jit_random(draw), jax.random.key(0)
+  chex.assert_trees_all_equal(quick(key), jax.jit(draw)(key))
+  chex.assert_trees_all_equal_shapes(jax.eval_shape(quick, key), draw(key))
+  assert jax.jit(quick)(key)[1].shape == (7, 5)
 
 
 def test_what_follows_does_not_wait_for_the_compiler(monkeypatch):
