@@ -129,8 +129,9 @@ def options() -> dict[str, str | bool]:
 def jit_random(function: Callable[..., Any]) -> Callable[..., Any]:
   """Return `jax.jit` of a function that draws many random numbers, once.
 
-  On CPU, LLVM's level 3, XLA's default, unrolls the loops of JAX's generator
-  and takes four times as long as level 2, for the same bits.
+  On CPU, LLVM takes four times as long to compile JAX's generator at level 3,
+  XLA's default, as at level 2, which gives the same bits. Measured in
+  benchmarks/RESULTS.md.
 
   Args:
     function: takes and returns pytrees of arrays.
