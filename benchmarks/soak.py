@@ -6,7 +6,7 @@ trains the demo's networks by l2t_ww on streamed images, with evaluations,
 checkpoints, records and TensorBoard, and reads every ten seconds what the
 kernel says of the run and of the process that reads its images: memory, open
 files, threads and processor time. Prints the slopes per 1,000 iterations after
-the first tenth; the last line is a JSON object; plots go into --folder.
+the first tenth; the last line is a JSON object; it and a plot go into --folder.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _watch(process, metrics, seconds):
     held = sample(process.pid, metrics, start)
     if held is None:
       start = time.monotonic()
-    else:
+    elif not samples or held.iteration > samples[-1].iteration:
       samples.append(held)
   process.send_signal(signal.SIGTERM)
   code = process.wait(timeout=600)
@@ -244,12 +244,10 @@ def main() -> None:
   found = slopes(samples)
   for name, value in found.items():
     print(f"{name} per 1,000 iterations: {value:.3f}")
+  measured = json.dumps({"slopes": found, "samples": samples})
+  (args.folder / "soak.json").write_text(measured)
   _draw(samples, args.folder / "soak.png")
-  print(
-    json.dumps(
-      {"slopes": found, "samples": [list(one) for one in samples]},
-    )
-  )
+  print(measured)
 
 
 if __name__ == "__main__":
