@@ -138,6 +138,7 @@ class Dataset(abc.ABC):
     num_val: 0 if no validation images were asked for.
     num_test: number of test images.
     num_unlabeled: 0 if batches hold only labelled images.
+    num_eval_rows: this process's rows of an evaluation batch.
     split_hash: 16 hex digits of the indices in use.
     fingerprint: 16 hex digits of the indices, labels and images in use.
     notes: what the user should know about the split.
@@ -175,6 +176,7 @@ class Dataset(abc.ABC):
     self.image_shape = fields.image_shape
     self.num_train, self.num_val, self.num_test = map(len, split)
     self.num_unlabeled = 0 if unlabeled is None else len(unlabeled.indices)
+    self.num_eval_rows = len(self._eval_plan.slots(0))
     self.split_hash = splits.split_hash(
       subset.indices for subset in self._subsets.values()
     )

@@ -41,7 +41,9 @@ class Setup(NamedTuple):
   learns: bool  # Whether there is a meta update.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
-  blank_batch: types.Batch  # Zeros in the shapes of this process's rows.
+  # Zeros in the shapes of this process's rows.
+  blank_batch: types.Batch
+  blank_eval_batch: types.EvalBatch
   eval_step: Any  # `training.make_eval_step`.
   mesh: jax.sharding.Mesh
   inputs: dict[str, str]  # Name -> fingerprint of what training reads.
@@ -166,6 +168,10 @@ def build(experiment: experiments.Experiment) -> Setup:
     create_state=create_state,
     state_shapes=shapes,
     blank_batch=_blank_batch(experiment, dataset),
+    blank_eval_batch=types.EvalBatch(
+      *_blank_rows(dataset, dataset.num_eval_rows),
+      jnp.zeros(dataset.num_eval_rows, jnp.float32),
+    ),
     eval_step=training.make_eval_step(target_fn, experiment.task),
     mesh=mesh,
     inputs=_fingerprints(dataset, sources),
@@ -242,17 +248,21 @@ def _load_data(experiment):
 
 def _blank_batch(experiment, dataset):
   rows = lambda size: size // jax.process_count()
-  images = lambda size: jnp.zeros(
-    (rows(size), *dataset.image_shape), jnp.float32
-  )
   batch_size = experiment.settings.batch_size
   unlabeled = None
   if dataset.num_unlabeled:
-    unlabeled = images(experiment.reading.unlabeled_batch_size or batch_size)
-  labels = jnp.zeros(
-    (rows(batch_size), *dataset.label_shape), dataset.label_dtype
+    unlabeled, _ = _blank_rows(
+      dataset, rows(experiment.reading.unlabeled_batch_size or batch_size)
+    )
+  return types.Batch(*_blank_rows(dataset, rows(batch_size)), unlabeled)
+
+
+def _blank_rows(dataset: data.Dataset, count: int) -> tuple[Any, Any]:
+  """Return images and labels."""
+  return (
+    jnp.zeros((count, *dataset.image_shape), jnp.float32),
+    jnp.zeros((count, *dataset.label_shape), dataset.label_dtype),
   )
-  return types.Batch(images(batch_size), labels, unlabeled)
 
 
 def _trace_sources(experiment, image_format):

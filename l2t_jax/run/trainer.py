@@ -49,7 +49,11 @@ class Trainer:
     self._compiling = compilation.compile_ahead(
       self._jit_step(setup.modes[0]), *self._step_inputs
     )
-    self._eval_step = self._jit_eval_step()
+    self._compiling_eval = compilation.compile_ahead(
+      self._jit_eval_step(),
+      self._shapes.inner,
+      sharding.shard(setup.blank_eval_batch, setup.mesh),
+    )
     self._state: types.TrainState | None = None
 
   def compile(self) -> None:
@@ -128,11 +132,10 @@ class Trainer:
       split: "val" or "test".
     """
     assert self._state is not None
+    eval_step = compilation.wait(self._compiling_eval).call
     totals = jax.device_get(
       [
-        self._eval_step(
-          self._state.inner, sharding.shard(batch, self._setup.mesh)
-        )
+        eval_step(self._state.inner, sharding.shard(batch, self._setup.mesh))
         for batch in self._setup.dataset.eval_batches(split)
       ]
     )
@@ -179,9 +182,7 @@ class Trainer:
     if self.num_seeds > 1:
       eval_step = jax.vmap(eval_step, in_axes=(0, None))
     return jax.jit(
-      eval_step,
-      out_shardings=sharding.replicated(self._setup.mesh),
-      compiler_options=compilation.options(),
+      eval_step, out_shardings=sharding.replicated(self._setup.mesh)
     )
 
   def _shard(self, batches):

@@ -49,8 +49,9 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
   },
 }
 
-# A thread suffices: XLA releases the GIL while it compiles or reads its cache.
-_COMPILER = futures.ThreadPoolExecutor(1, "compiler")
+# XLA releases the GIL while it compiles or reads its cache, so that threads
+# suffice: one for a training step, one for the evaluation.
+_COMPILER = futures.ThreadPoolExecutor(2, "compiler")
 
 
 class Program(NamedTuple):
