@@ -6,7 +6,8 @@ trains the demo's networks by l2t_ww on streamed images, with evaluations,
 checkpoints, records and TensorBoard, and reads every ten seconds what the
 kernel says of the run and of the process that reads its images: memory, open
 files, threads and processor time. Prints the slopes per 1,000 iterations after
-the first tenth; the last line is a JSON object; it and a plot go into --folder.
+the first tenth; the last line is a JSON object; it and a plot go into --folder,
+where samples.jsonl has each sample as soon as it is taken.
 """
 
 from __future__ import annotations
@@ -122,18 +123,24 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
   return fitted
 
 
-def _train(folder):
-  """Be the run."""
-  config = digits.get_config()
-  source = folder / "source.safetensors"
+def save_source(folder: pathlib.Path, image_size: int) -> pathlib.Path:
+  """Save an untrained source network for grey images; return the file."""
   network = models.create("resnet_tiny", 10)
-  params, model_state = models.init(network, jax.random.key(0), (16, 16, 1))
+  shape = (image_size, image_size, 1)
+  params, model_state = models.init(network, jax.random.key(0), shape)
+  source = folder / "source.safetensors"
   weight_files.save(
     source,
     jax.device_get({"params": params, **model_state}),
     {"model": "resnet_tiny", "num_classes": "10", "channels": "1"},
   )
-  config.source.weights = str(source)
+  return source
+
+
+def _train(folder):
+  """Be the run."""
+  config = digits.get_config()
+  config.source.weights = str(save_source(folder, image_size=16))
   config.epochs = _EPOCHS
   config.checkpoint_every = 20
   config.data.update(
@@ -163,19 +170,25 @@ def _save_images(folder):
     Image.fromarray((15.9 * pixels).astype(np.uint8)).save(path)
 
 
-def _watch(process, metrics, seconds):
+def _watch(process, folder, seconds):
   """Sample a run for some time, and ask it to stop."""
+  metrics = folder / "run" / "metrics.jsonl"
   samples: list[Sample] = []
   start = time.monotonic()
   while not samples or samples[-1].seconds < seconds:
     time.sleep(_INTERVAL)
     if process.poll() is not None:
       raise SystemExit(f"error: the run ended with code {process.returncode}")
-    held = sample(process.pid, metrics, start)
+    try:
+      held = sample(process.pid, metrics, start)
+    except (FileNotFoundError, ProcessLookupError):
+      continue  # One of the processes ended meanwhile.
     if held is None:
       start = time.monotonic()
     elif not samples or held.iteration > samples[-1].iteration:
       samples.append(held)
+      with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(held._asdict()) + "\n")
   process.send_signal(signal.SIGTERM)
   code = process.wait(timeout=600)
   if code != errors.Interrupted.exit_code:
@@ -236,9 +249,8 @@ def main() -> None:
       stdout=output,
       stderr=subprocess.STDOUT,
     )
-    metrics = args.folder / "run" / "metrics.jsonl"
     try:
-      samples = _watch(process, metrics, 60 * args.minutes)
+      samples = _watch(process, args.folder, 60 * args.minutes)
     finally:
       process.kill()
   found = slopes(samples)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import jax
 import PIL.Image
 
-from l2t_jax import data, models
-from l2t_jax.models import weight_files
+from benchmarks import soak
+from l2t_jax import data
 from l2t_jax.runtime import logs
 from tests.support import small_runs
 
@@ -51,14 +51,7 @@ class Held(NamedTuple):
 
 def training(folder: pathlib.Path, sample: Callable[[int], None]) -> None:
   """Train by the paper's method: with evaluation, records and checkpoints."""
-  network = models.create("resnet_tiny", 10)
-  params, model_state = models.init(network, jax.random.key(0), (8, 8, 1))
-  source = folder / "source.safetensors"
-  weight_files.save(
-    source,
-    jax.device_get({"params": params, **model_state}),
-    {"model": "resnet_tiny", "num_classes": "10", "channels": "1"},
-  )
+  source = soak.save_source(folder, image_size=8)
   config = small_runs.small_config(source, EPOCHS)
   config.data.name = "digits"
   config.data.per_class = 16
