@@ -1,5 +1,5 @@
-# make demo: train, transfer and draw on bundled digits (2 to 4 minutes).
-# make test: lint, types, arrows, documentation and tests (about 12 minutes).
+# make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
+# make test: lint, types, arrows, documentation and tests (10 to 25 minutes).
 
 PYTHON ?= python3
 VENV := .venv
