@@ -29,9 +29,9 @@ test-long: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Optional: torch, for the tests that compare with it.
+# Optional: torch, for the tests that compare with it or convert its networks.
 torch: $(VENV)/.run
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet torch==2.13.0 torchax==0.0.14.dev20261026
 
 # Optional, on Debian as root: a browser, for the tests of the report.
 browser:

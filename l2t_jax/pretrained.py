@@ -1,39 +1,189 @@
-"""Convert a PyTorch checkpoint to a weight file that training reads.
+"""Convert a pre-trained network to a weight file that training reads.
 
-    python -m l2t_jax.pretrained IN.pth OUT.safetensors --model=resnet32
+    python -m l2t_jax.pretrained timm:convnext_tiny.fb_in1k OUT.safetensors
+    python -m l2t_jax.pretrained keras:EfficientNetV2B0 OUT.safetensors
+    python -m l2t_jax.pretrained torch:package.module:function OUT.safetensors \
+      --checkpoint=mine.pth --image_size=64 --mean=0.5 --std=0.25
+    python -m l2t_jax.pretrained mine.pth OUT.safetensors --model=resnet32
 
-The weight file is a safetensors file: plain arrays that are read without torch
-and without running code. Its tensor "params/block1/conv1/kernel" is the Flax
-variable with that path; its metadata hold the model's name, the number of
-classes, and the name and SHA-256 of the checkpoint.
+The first three take a network of timm, Keras or any torch code, with the
+weights of that library or of --checkpoint. The network becomes a program that
+JAX alone runs, with its own normalisation; its blocks become taps. Before it is
+written, it is compared with the library's own result. The last one maps a
+PyTorch checkpoint to a bundled network.
 
-Submodules are named as in PyTorch, with "_" for the dot before a number:
-"blocks2.0.bn1.running_mean" becomes "batch_stats/blocks2_0/bn1/mean".
+A weight file is a safetensors file: plain arrays, which are read without
+running code.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pathlib
+import shlex
+import sys
 
-from l2t_jax import errors, models
-from l2t_jax.models import torch_weights
+import jax
+import numpy as np
+
+from l2t_jax import errors, files, models
+from l2t_jax.models import (
+  convert_keras,
+  convert_torch,
+  programs,
+  torch_weights,
+  weight_files,
+)
+from l2t_jax.runtime import compilation, cpu_lowering
+
+_LIBRARIES = {
+  "timm": convert_torch.from_timm,
+  "keras": convert_keras.from_keras,
+  "torch": convert_torch.from_module,
+}
+# Of the largest logit: a program and its library may differ by rounding.
+_TOLERANCE = 1e-4
 
 
 def make_parser() -> errors.Parser:
   """Return the parser of the command line."""
   parser = errors.Parser(__doc__)
   parser.add_argument(
-    "checkpoint", type=pathlib.Path, help=".pth, .pt, .tar or .safetensors"
+    "network",
+    help="timm:NAME, keras:NAME, torch:package.module:function, or a checkpoint"
+    " (.pth, .pt, .tar or .safetensors) of --model",
   )
   parser.add_argument("output", type=pathlib.Path, help="OUT.safetensors")
-  parser.add_argument("--model", required=True, choices=list(models.MODELS))
+  parser.add_argument(
+    "--model", choices=list(models.MODELS), help="of a checkpoint"
+  )
+  parser.add_argument(
+    "--checkpoint", type=pathlib.Path, help="weights of your own"
+  )
+  parser.add_argument(
+    "--image_size", type=_positive, default=0, help="side in pixels"
+  )
+  parser.add_argument(
+    "--mean", type=_numbers, default=(), help="of R,G,B from 0 to 1"
+  )
+  parser.add_argument("--std", type=_numbers, default=(), help="of R,G,B")
+  parser.add_argument(
+    "--precision",
+    choices=list(compilation.PRECISIONS),
+    default="f32",
+    help="config.precision of the runs that will read it (f32)",
+  )
   return parser
 
 
+def _positive(text):
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+  return int(text)
+
+
+def _numbers(text):
+  try:
+    values = tuple(map(float, text.split(",")))
+  except ValueError:
+    values = ()
+  if len(values) not in (1, 3):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be one number, or three with commas"
+    )
+  return values
+
+
 def main(args: argparse.Namespace) -> None:
-  """Convert a checkpoint and list its tensors."""
-  report = torch_weights.convert_file(args.checkpoint, args.output, args.model)
+  """Convert a network and say what was found."""
+  library, _, name = args.network.partition(":")
+  if library in _LIBRARIES and name:
+    if args.model:
+      raise errors.InputError(f"{args.network} needs no --model")
+    _convert_network(args, library, name)
+  else:
+    _convert_checkpoint(args)
+  print(f"wrote {args.output}")
+
+
+def _convert_network(args, library, name):
+  cpu_lowering.install()  # Convolutions of torch have their channels first.
+  with files.output_errors(args.output):
+    files.check_place(args.output)
+  reading = programs.Reading(args.image_size, args.mean, args.std)
+  network = _LIBRARIES[library](name, args.checkpoint, reading)
+  dtype, precision = compilation.PRECISIONS[args.precision]
+  program = programs.export(network, dtype=dtype, precision=precision)
+  num_classes = _check_result(network, program, args.precision)
+  metadata = {
+    "model": args.network,
+    "num_classes": str(num_classes),
+    "precision": args.precision,
+    "jax": jax.__version__,
+    "command": shlex.join(
+      ["python", "-m", "l2t_jax.pretrained", *sys.argv[1:]]
+    ),
+  }
+  if args.checkpoint:
+    metadata |= {
+      "converted_from": args.checkpoint.name,
+      "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
+    }
+  with files.output_errors(args.output):
+    weight_files.save_program(args.output, network, program, metadata)
+  for name in network.left_over:
+    print(f"left over: {name}")
+  size = network.image_size
+  taps = models.select_taps(
+    models.trace(
+      programs.to_functions(program, network.params, network.taps),
+      (size, size, 3),
+    )
+  )
+  print(
+    f"{args.network}: {size}x{size} RGB images, {num_classes} classes,"
+    f" {len(network.taps)} taps"
+  )
+  for name, shape in taps.items():
+    print(f"default tap {name}: {'x'.join(map(str, shape))}")
+
+
+def _check_result(network, program, precision):
+  """Compare a program with its library; return the number of classes."""
+  size = network.image_size
+  images = np.random.default_rng(0).random((2, size, size, 3), np.float32)
+  expected = network.reference(images)
+  functions = programs.to_functions(program, network.params, network.taps)
+  logits, _, _ = jax.jit(
+    lambda params, images: functions.apply(params, {}, images, train=False)
+  )(network.params, images)
+  if logits.shape != expected.shape or logits.ndim != 2:
+    raise errors.InputError(
+      f"the network returns {list(expected.shape)} for images"
+      f" {list(images.shape)}; it must return logits, [B, K]"
+    )
+  scale = float(np.abs(expected).max())
+  difference = float(np.abs(logits - expected).max()) / (scale or 1.0)
+  print(f"largest difference to the library's logits: {difference:.1e} of them")
+  if precision == "f32" and not difference <= _TOLERANCE:
+    raise errors.InputError(
+      f"the program's logits differ by {difference:.1e} from the library's,"
+      f" more than {_TOLERANCE}; nothing is written"
+    )
+  return logits.shape[1]
+
+
+def _convert_checkpoint(args):
+  """Map the tensors of a bundled network's checkpoint, and list them."""
+  if not args.model:
+    raise errors.InputError(
+      f"{args.network} is no timm:NAME, keras:NAME or torch:package.module:"
+      "function; for the checkpoint of a bundled network give --model"
+    )
+  report = torch_weights.convert_file(
+    pathlib.Path(args.network), args.output, args.model
+  )
   for name, new_name in report.mapped.items():
     print(f"{name:40} -> {new_name}")
   print(
@@ -41,7 +191,6 @@ def main(args: argparse.Namespace) -> None:
   )
   for name in report.left_over:
     print(f"left over: {name}")
-  print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from l2t_jax import errors, types
 Shape = tuple[int, int, int]  # (H, W, C).
 # Number of taps to propose if all layers have the same resolution.
 _NUM_PROPOSED = 4
+# More tokens than that in front of a grid are no prefix.
+_MAX_PREFIX = 16
 
 
 class Layout(NamedTuple):
@@ -141,23 +143,50 @@ def split(
 
 
 def as_map(x: Any) -> Any:
-  """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None.
-
-  N must be a square number, or one more than that with a class token in front,
-  which is dropped.
-  """
+  """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None."""
   if not hasattr(x, "ndim") or not x.size:
     return None
   if x.ndim == 4:
     return x
   if x.ndim != 3:
     return None
-  size, num_tokens, channels = x.shape
-  for first in (0, 1):  # Without and with a class token.
-    side = math.isqrt(max(num_tokens - first, 0))
-    if side and side**2 == num_tokens - first:
-      return x[:, first:].reshape(size, side, side, channels)
+  grid = find_grid(x.shape[1])
+  return None if grid is None else to_grid(x, grid)
+
+
+class Grid(NamedTuple):
+  """The grid that tokens lie on."""
+
+  num_prefix: int  # Class, register and other tokens in front.
+  height: int
+  width: int
+
+
+def find_grid(
+  num_tokens: int, maps: Sequence[tuple[int, int]] = ()
+) -> Grid | None:
+  """Find the grid that tokens lie on, or None.
+
+  Args:
+    num_tokens: N.
+    maps: (H, W) of maps that are computed before; one of them is the map of
+      patches. Without it, N must be a square number, or one more than that with
+      a class token.
+  """
+  for height, width in reversed(maps):
+    if 0 <= (num_prefix := num_tokens - height * width) <= _MAX_PREFIX:
+      return Grid(num_prefix, height, width)
+  for num_prefix in (0, 1):
+    side = math.isqrt(max(num_tokens - num_prefix, 0))
+    if side and side**2 == num_tokens - num_prefix:
+      return Grid(num_prefix, side, side)
   return None
+
+
+def to_grid(x: Any, grid: Grid) -> Any:
+  """Cut prefix tokens off [B, N, C] and lay the others out, [B, H, W, C]."""
+  _, height, width = grid
+  return x[:, grid.num_prefix :].reshape(x.shape[0], height, width, x.shape[2])
 
 
 def _matches(name, pattern):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import contextlib
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from l2t_jax import errors, files, models, types
-from l2t_jax.models import bundled
+from l2t_jax.models import bundled, programs
 
 
 def save(
@@ -80,12 +81,42 @@ def load_network(path: pathlib.Path, dtype: Any = None) -> Loaded:
     errors.InputError: see `load`; or there is no such network.
   """
   variables, metadata = load(path)
-  name, num_classes = metadata["model"], int(metadata["num_classes"])
+  program, params = variables.pop("program", None), variables.pop("params", {})
   try:
-    network = bundled.create(name, num_classes, dtype)
+    network: models.Network
+    if program is None:
+      name, num_classes = metadata["model"], int(metadata["num_classes"])
+      network = bundled.create(name, num_classes, dtype)
+    else:
+      taps = json.loads(metadata["taps"])
+      network = programs.to_functions(program.tobytes(), params, taps)
   except errors.InputError as error:
-    raise errors.InputError(f"{path}: {error}") from error
-  return Loaded(network, variables.pop("params"), variables, metadata)
+    again = metadata.get("command")
+    hint = f"; make the file again: {again}" if again else ""
+    raise errors.InputError(f"{path}: {error}{hint}") from error
+  return Loaded(network, params, variables, metadata)
+
+
+def save_program(
+  path: pathlib.Path,
+  network: programs.Exportable,
+  program: bytes,
+  metadata: Mapping[str, str],
+) -> None:
+  """Write a network of another library and its program; see `save`."""
+  save(
+    path,
+    {"params": network.params, "program": np.frombuffer(program, np.uint8)},
+    {
+      **network.metadata,
+      **metadata,
+      "image_size": str(network.image_size),
+      "channels": "3",
+      "mean": "[0.0]",
+      "std": "[1.0]",
+      "taps": json.dumps(network.taps),
+    },
+  )
 
 
 def check_shapes(

@@ -98,7 +98,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
   sources = {}
   if method.needs_source:
     sources = {
-      name: _load_source(fields, dtype)
+      name: _load_source(fields, config.precision)
       for name, fields in l2t_jax.config.source_configs(config).items()
     }
   num_classes = len(reading.classes or images.class_names)
@@ -149,21 +149,47 @@ def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:
   return transfer.TransferMap(*transfer_map.read_weights(config.transfer.map))
 
 
-def _load_source(fields, dtype):
+def _load_source(fields, precision):
+  dtype, _ = compilation.PRECISIONS[precision]
   loaded = weight_files.load_network(pathlib.Path(fields.weights), dtype)
+  if "taps" in loaded.metadata:
+    _check_program(fields, loaded.metadata, precision)
   recorded = lambda what: tuple(json.loads(loaded.metadata.get(what, "[]")))
   return experiments.Source(
     loaded.network,
     loaded.params,
     loaded.model_state,
     tuple(fields.taps),
-    fields.image_size,
+    fields.image_size or int(loaded.metadata.get("image_size", 0)),
     int(loaded.metadata.get("channels", 0)),
     tuple(fields.mean) or recorded("mean"),
     tuple(fields.std) or recorded("std"),
     recorded("class_names"),
     fields.weights,
   )
+
+
+def _check_program(fields, metadata, precision):
+  """Require the images and the precision that a converted network has."""
+  size = int(metadata["image_size"])
+  again = f"convert it again, with {{}}: {metadata['command']}"
+  if fields.image_size not in (0, size):
+    raise errors.InputError(
+      f"the image_size of the source {fields.weights} is {fields.image_size},"
+      f" but it was converted for {size}; leave it out, or"
+      f" {again.format(f'--image_size={fields.image_size}')}"
+    )
+  if fields.mean or fields.std:
+    raise errors.InputError(
+      f"the source {fields.weights} normalises its images itself; leave out its"
+      " fields mean and std"
+    )
+  if precision != metadata["precision"]:
+    raise errors.InputError(
+      f"config.precision is {precision!r}, but the source {fields.weights} was"
+      f" converted for {metadata['precision']!r};"
+      f" {again.format(f'--precision={precision}')}"
+    )
 
 
 def _check_num_outputs(target, images, reading, num_classes):

@@ -1,0 +1,162 @@
+"""Networks of keras.applications, ready to be exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+import warnings
+
+import numpy as np
+
+from l2t_jax import errors, imports
+from l2t_jax.models import programs, tapping
+
+
+def from_keras(
+  name: str, checkpoint: pathlib.Path | None, reading: programs.Reading
+) -> programs.Exportable:
+  """Create a network of keras.applications; the map of each layer is a tap.
+
+  Args:
+    name: such as "EfficientNetV2B0".
+    checkpoint: its weights, as of `save_weights`; None for those of ImageNet,
+      which Keras downloads.
+    reading: only the size of images; their normalisation is Keras's.
+
+  Raises:
+    errors.InputError: Keras is not installed or knows no such network, weights
+      cannot be downloaded, or the checkpoint does not fit.
+  """
+  keras = _require_keras(f"keras:{name}")
+  makers = {
+    key: value
+    for key, value in vars(keras.applications).items()
+    if key[0].isupper() and callable(value)
+  }
+  if name not in makers:
+    raise errors.InputError(
+      f"keras.applications {keras.__version__} has no network {name!r}"
+      f"{programs.did_you_mean(name, makers)}"
+    )
+  if reading.mean or reading.std:
+    raise errors.InputError(
+      f"keras:{name} normalises its images itself; leave out --mean and --std"
+    )
+  options: dict[str, Any] = {"classifier_activation": None}
+  if reading.image_size:
+    options["input_shape"] = (reading.image_size, reading.image_size, 3)
+  model = _make(makers[name], checkpoint, options)
+  preprocess = sys.modules[makers[name].__module__].preprocess_input
+  size = model.input_shape[1]
+  outputs: dict[str, tapping.Grid | None] = {}  # None for a map.
+  grids = []
+  for layer in model.layers:
+    shape = getattr(layer.output, "shape", None)
+    if layer.output is model.output or shape is None:
+      continue
+    if len(shape) == 4:
+      grids.append(shape[1:3])
+      outputs[layer.name] = None
+    elif len(shape) == 3 and (grid := tapping.find_grid(shape[1], grids)):
+      outputs[layer.name] = grid
+  inner = keras.Model(
+    model.inputs,
+    [model.output, *(model.get_layer(name).output for name in outputs)],
+  )
+  variables = [inner.trainable_variables, inner.non_trainable_variables]
+  is_float = lambda v: np.issubdtype(np.dtype(v.dtype), np.floating)
+
+  def apply(params, images):
+    values = [
+      [params[v.path] if is_float(v) else v.value for v in part]
+      for part in variables
+    ]
+    (logits, *maps), _ = inner.stateless_call(
+      *values, preprocess(images * 255.0), training=False
+    )
+    return logits, *(
+      x if grid is None else tapping.to_grid(x, grid)
+      for x, grid in zip(maps, outputs.values(), strict=True)
+    )
+
+  def reference(images):
+    return np.asarray(model(preprocess(images * 255.0), training=False))
+
+  return programs.Exportable(
+    apply,
+    {v.path: np.asarray(v) for v in inner.variables if is_float(v)},
+    reference,
+    size,
+    tuple(outputs),
+    {
+      "class_names": "[]",
+      "interpolation": "bilinear",
+      "licence": "",
+      "versions": json.dumps({"keras": keras.__version__}),
+    },
+  )
+
+
+def _require_keras(what):
+  """Import Keras with JAX as its backend."""
+  if "keras" not in sys.modules:
+    os.environ["KERAS_BACKEND"] = "jax"
+  keras = imports.require("keras", needed_for=what)
+  if keras.backend.backend() != "jax":
+    raise errors.InputError(
+      f"{what} needs Keras with JAX as its backend: set KERAS_BACKEND=jax"
+    )
+  return keras
+
+
+def _make(maker, checkpoint, options):
+  try:
+    if checkpoint is None:
+      return maker(weights="imagenet", **options)
+    return _load(maker, checkpoint, options)
+  except errors.InputError:
+    raise
+  except Exception as error:  # Keras raises anything, also without internet.
+    reason = " ".join(str(error).split())[:200]
+    raise errors.InputError(
+      f"Keras cannot load the weights of {maker.__name__!r}: {reason}; give"
+      " --checkpoint=FILE for weights that you have"
+    ) from error
+
+
+def _load(maker, checkpoint, options):
+  """Make a model with the number of classes of a checkpoint, and fill it."""
+  if not checkpoint.is_file():
+    raise errors.InputError(f"no checkpoint at {checkpoint}")
+  h5py = imports.require("h5py", needed_for=f"reading {checkpoint.name}")
+  stored: list[tuple[int, ...]] = []
+
+  def note(name, item):
+    if isinstance(item, h5py.Dataset):
+      stored.append(item.shape)
+
+  try:
+    with h5py.File(checkpoint) as file:
+      file.visititems(note)
+  except OSError as error:
+    raise errors.InputError(
+      f"{checkpoint} is no whole HDF5 file; give one of Keras's save_weights"
+    ) from error
+  model = maker(weights=None, **options)
+  # The bias of the classifier is the only vector of another length.
+  lengths = {shape[0] for shape in stored if len(shape) == 1}
+  lengths -= {v.shape[0] for v in model.variables if len(v.shape) == 1}
+  if len(lengths) == 1:
+    model = maker(weights=None, classes=lengths.pop(), **options)
+  try:
+    with warnings.catch_warnings(action="ignore"):  # About nested containers.
+      model.load_weights(checkpoint)
+  except ValueError as error:
+    reason = " ".join(str(error).split())[:200]
+    raise errors.InputError(
+      f"{checkpoint} does not fit the network: {reason}"
+    ) from error
+  return model

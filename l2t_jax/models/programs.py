@@ -1,0 +1,177 @@
+"""Networks of other libraries as exported programs, which JAX runs alone.
+
+A program computes logits and features from weights and from images [B, S, S, 3]
+of one size S, RGB on a scale from 0 to 1. Whatever the network expects in their
+place (normalisation, another order of channels, another scale) is part of the
+program. It computes as in evaluation. `convert` makes programs; to run one,
+neither the library that the network comes from nor its code is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import difflib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from l2t_jax import errors, types
+from l2t_jax.models import pure_functions
+
+# The platforms that a program is lowered for.
+_PLATFORMS = ("cpu", "cuda", "tpu")
+# What a program may call besides operations of StableHLO: functions of XLA and
+# annotations, which run no code of the file.
+_ALLOWED_CALLS = {"shape_assertion", "Sharding", "mhlo.erf", "mhlo.topk"}
+
+
+class Reading(NamedTuple):
+  """How a network wants its images; 0 and () for what is not known."""
+
+  image_size: int = 0  # Height and width in pixels.
+  mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
+  std: tuple[float, ...] = ()
+
+  def or_else(
+    self, image_size: int, mean: Sequence[float], std: Sequence[float]
+  ) -> Reading:
+    """Return the same with values for what is not known."""
+    return Reading(
+      self.image_size or image_size,
+      self.mean or tuple(mean),
+      self.std or tuple(std),
+    )
+
+
+class Exportable(NamedTuple):
+  """A network of another library as a pure function, with what is known."""
+
+  # (params, images [B, S, S, 3]) -> (logits [B, K], *features [B, H, W, C]).
+  apply: Callable[..., tuple[Any, ...]]
+  params: Mapping[str, np.ndarray]
+  # images [B, S, S, 3] -> logits [B, K], as the library itself computes them.
+  reference: Callable[[np.ndarray], np.ndarray]
+  image_size: int  # S.
+  taps: tuple[str, ...] = ()  # Names of the features, in computed order.
+  metadata: Mapping[str, str] = {}  # For the weight file.
+  left_over: tuple[str, ...] = ()  # Arrays of a checkpoint without a place.
+
+
+def export(
+  network: Exportable, *, dtype: Any = None, precision: str = "highest"
+) -> bytes:
+  """Trace a network for any size of the batch, and lower it.
+
+  Args:
+    network: what to export.
+    dtype: dtype of the activations; None for that of the parameters.
+    precision: of products, as for `jax.default_matmul_precision`.
+
+  Returns:
+    The program, with its derivative.
+  """
+
+  def run(params, images):
+    if dtype is not None:
+      params, images = jax.tree.map(lambda x: x.astype(dtype), (params, images))
+    outputs = network.apply(params, images)
+    return tuple(x.astype(jnp.float32) for x in outputs)
+
+  (batch,) = jax.export.symbolic_shape("b")
+  size = network.image_size
+  images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+  params = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, network.params))
+  with jax.default_matmul_precision(precision):
+    exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(
+      params, images
+    )
+    return bytes(exported.serialize(vjp_order=1))
+
+
+def to_functions(
+  program: bytes,
+  params: types.PyTree,
+  taps: Sequence[str],
+) -> pure_functions.Functions:
+  """Turn a program into a network.
+
+  Several calls under `jax.vmap` become one call with a larger batch.
+
+  Args:
+    program: from `export`.
+    params: the weights.
+    taps: names of the features, in computed order.
+
+  Raises:
+    errors.InputError: this version of JAX cannot read the program, or the
+      program calls code that is not XLA's.
+  """
+  try:
+    exported = jax.export.deserialize(bytearray(program))
+    backward = exported.vjp()
+  except Exception as error:  # JAX raises anything for a file that is damaged.
+    reason = " ".join(str(error).split())[:200]
+    raise errors.InputError(
+      f"jax {jax.__version__} cannot read the program: {reason}"
+    ) from error
+  _check_calls(exported)
+  _check_calls(backward)
+
+  @jax.custom_batching.custom_vmap
+  def forward(params, images):
+    return exported.call(params, images)
+
+  @forward.def_vmap
+  def forward_together(axis_size, are_batched, params, images):
+    if any(jax.tree.leaves(are_batched[0])):
+      raise errors.InputError(
+        "the weights of a converted network cannot have an axis of jax.vmap;"
+        " only its images can"
+      )
+    del axis_size
+    outputs = exported.call(params, images.reshape(-1, *images.shape[2:]))
+    split = lambda x: x.reshape(*images.shape[:2], *x.shape[1:])
+    return jax.tree.map(split, outputs), jax.tree.map(lambda _: True, outputs)
+
+  @jax.custom_batching.sequential_vmap
+  def differentiate(params, images, cotangents):
+    return jax.vjp(exported.call, params, images)[1](cotangents)
+
+  # A function with `custom_vmap` alone has no derivative in reverse mode.
+  call = jax.custom_vjp(forward)
+  call.defvjp(
+    lambda *primals: (forward(*primals), primals),
+    lambda primals, cotangents: differentiate(*primals, cotangents),
+  )
+
+  def apply(params, model_state, images, *, train):
+    del train
+    logits, *features = call(params, images)
+    return logits, dict(zip(taps, features, strict=True)), model_state
+
+  return pure_functions.Functions(lambda key: (params, {}), apply)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+  """Return "; did you mean ...?" with close names, or ""."""
+  close = difflib.get_close_matches(name, names, n=3)
+  return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _check_calls(exported):
+  """Refuse a program that calls code by name, before anything of it runs."""
+  text = exported.mlir_module()
+  called = re.findall(
+    r"custom_call\"?(?: @|.*?call_target_name = \")([\w.$-]+)", text
+  )
+  if refused := sorted(set(called) - _ALLOWED_CALLS):
+    raise errors.InputError(
+      f"the program calls {', '.join(refused)}, which is not run: allowed are"
+      f" {', '.join(sorted(_ALLOWED_CALLS))}"
+    )
+  if text.count("custom_call") != len(called):
+    raise errors.InputError("the program calls code whose name cannot be read")

@@ -1,0 +1,114 @@
+"""Networks of torch become programs."""
+
+import numpy as np
+import pytest
+
+from l2t_jax import errors, models
+from l2t_jax.models import programs
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchax")
+
+from l2t_jax.models import convert_torch  # noqa: E402
+from tests.support import torch_networks  # noqa: E402
+
+MODULE = "tests.support.torch_networks"
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def _convert(function, size, checkpoint=None):
+  reading = programs.Reading(size, MEAN, STD)
+  return convert_torch.from_module(f"{MODULE}:{function}", checkpoint, reading)
+
+
+def _run(network, images):
+  functions = programs.to_functions(
+    programs.export(network), network.params, network.taps
+  )
+  logits, features, _ = functions.apply(network.params, {}, images, train=False)
+  return functions, logits, features
+
+
+def _images(count, size):
+  return np.random.default_rng(0).random((count, size, size, 3), np.float32)
+
+
+def _normalised(images):
+  images = (images - np.float32(MEAN)) / np.float32(STD)
+  return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+
+
+def test_a_convolutional_network():
+  network = _convert("make_convolutional", 16)
+  images = _images(3, 16)
+  functions, logits, features = _run(network, images)
+  module = torch_networks.make_convolutional().eval()
+  with torch.no_grad():
+    stem = module.stem(_normalised(images))
+    blocks = module.blocks(stem)
+    last = module.last(blocks)
+    expected = module(_normalised(images))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  close(logits, expected)
+  close(features["stem"], stem.permute(0, 2, 3, 1))
+  # [B, 4, 4, 4]: which axis the channels are shows in a wider image alone.
+  close(features["blocks_1"], blocks.permute(0, 2, 3, 1))
+  close(features["last/norm"], last.permute(0, 2, 3, 1))
+  close(features["last"], last.permute(0, 2, 3, 1))
+  layout = models.trace(functions, (16, 16, 3))
+  assert list(models.select_taps(layout)) == ["stem", "blocks_0", "last"]
+
+
+def test_a_transformer_with_prefix_tokens():
+  network = _convert("make_transformer", 8)
+  images = _images(3, 8)
+  functions, logits, features = _run(network, images)
+  module = torch_networks.make_transformer().eval()
+  with torch.no_grad():
+    expected = module(_normalised(images))
+    x = module.patches(_normalised(images)).flatten(2).transpose(1, 2)
+    x = torch.cat([module.prefix.expand(3, -1, -1), x], 1) + module.positions
+    tokens = module.layers[0](x)[:, 3:].reshape(3, 2, 2, 12)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(features["layers_0"], tokens, rtol=1e-5, atol=1e-5)
+  layout = models.trace(functions, (8, 8, 3))
+  assert layout.taps["layers_4"] == (2, 2, 12)
+
+
+def test_the_number_of_classes_is_the_checkpoints(tmp_path):
+  module = torch_networks.make_convolutional(7).eval()
+  tensors = {**module.state_dict(), "other.weight": torch.ones(2)}
+  torch.save({"state_dict": tensors}, tmp_path / "mine.pth")
+  network = _convert("make_convolutional", 8, tmp_path / "mine.pth")
+  assert network.left_over == ("other.weight",)
+  images = _images(2, 8)
+  with torch.no_grad():
+    expected = module(_normalised(images))
+  np.testing.assert_allclose(network.reference(images), expected, rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+  path = tmp_path / "mine.pth"
+  torch.save(torch_networks.make_transformer().state_dict(), path)
+  with pytest.raises(
+    errors.InputError, match=r"does not fit the network: stem.weight is missing"
+  ):
+    _convert("make_convolutional", 8, path)
+
+
+@pytest.mark.parametrize(
+  ("name", "reading", "message"),
+  [
+    (
+      f"{MODULE}:make_transformer",
+      (),
+      "give --image_size and --mean and --std",
+    ),
+    (f"{MODULE}:make_nothing", (8, MEAN, STD), "returned a NoneType"),
+    (f"{MODULE}:torch", (8, MEAN, STD), "cannot be called"),
+    ("no_such_module:f", (8, MEAN, STD), "cannot import the network"),
+  ],
+)
+def test_what_is_no_network(name, reading, message):
+  with pytest.raises(errors.InputError, match=message):
+    convert_torch.from_module(name, None, programs.Reading(*reading))

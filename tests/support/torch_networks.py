@@ -1,0 +1,87 @@
+"""Networks of torch that no library of pre-trained networks has."""
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+  """A residual block."""
+
+  def __init__(self, inputs, outputs, stride):
+    super().__init__()
+    self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1)
+    self.norm = nn.BatchNorm2d(outputs)
+    self.skip = nn.Conv2d(inputs, outputs, 1, stride)
+
+  def forward(self, x):
+    return torch.relu(self.norm(self.conv(x)) + self.skip(x))
+
+
+class LastNorm(nn.Module):
+  """A norm with channels last, as in ConvNeXt."""
+
+  def __init__(self, width):
+    super().__init__()
+    self.norm = nn.LayerNorm(width)
+
+  def forward(self, x):
+    return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Convolutional(nn.Module):
+  """A network for images of any size. Its last maps have as many channels as
+  rows and columns at 16x16."""
+
+  def __init__(self, num_classes=5):
+    super().__init__()
+    self.stem = nn.Conv2d(3, 6, 3, 1, 1)
+    self.blocks = nn.Sequential(Block(6, 8, 2), Block(8, 4, 2))
+    self.last = LastNorm(4)
+    self.head = nn.Linear(4, num_classes)
+
+  def forward(self, x):
+    return self.head(self.last(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+  """A vision transformer with a class token and two register tokens, which
+  takes images of 8x8 alone."""
+
+  def __init__(self, num_classes=5):
+    super().__init__()
+    self.patches = nn.Conv2d(3, 12, 4, 4)
+    self.prefix = nn.Parameter(torch.randn(1, 3, 12))
+    self.positions = nn.Parameter(torch.randn(1, 7, 12))
+    self.layers = nn.ModuleList(
+      nn.TransformerEncoderLayer(
+        12, 3, 24, batch_first=True, dropout=0.1, norm_first=True
+      )
+      for _ in range(5)
+    )
+    self.head = nn.Linear(12, num_classes)
+
+  def forward(self, x):
+    size = x.shape[0]
+    x = self.patches(x).flatten(2).transpose(1, 2)
+    x = torch.cat([self.prefix.expand(size, -1, -1), x], 1) + self.positions
+    for layer in self.layers:
+      x = layer(x)
+    return self.head(x[:, 0])
+
+
+def make_convolutional(num_classes=5):
+  """Make one with weights that depend on the number of classes alone."""
+  torch.manual_seed(num_classes)
+  network = Convolutional(num_classes)
+  network.blocks[0].norm.running_mean.normal_()
+  return network
+
+
+def make_transformer(num_classes=5):
+  """See `make_convolutional`."""
+  torch.manual_seed(num_classes)
+  return Transformer(num_classes)
+
+
+def make_nothing():
+  """Return no network."""
