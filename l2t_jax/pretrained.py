@@ -62,6 +62,12 @@ def make_parser() -> errors.Parser:
     "--checkpoint", type=pathlib.Path, help="weights of your own"
   )
   parser.add_argument(
+    "--key",
+    default="",
+    help="which of several state dicts of a checkpoint, or the prefix of the"
+    " names of its tensors",
+  )
+  parser.add_argument(
     "--image_size", type=_positive, default=0, help="side in pixels"
   )
   parser.add_argument(
@@ -112,7 +118,7 @@ def _convert_network(args, library, name):
   with files.output_errors(args.output):
     files.check_place(args.output)
   reading = programs.Reading(args.image_size, args.mean, args.std)
-  network = _LIBRARIES[library](name, args.checkpoint, reading)
+  network = _LIBRARIES[library](name, args.checkpoint, args.key, reading)
   dtype, precision = compilation.PRECISIONS[args.precision]
   program = programs.export(network, dtype=dtype, precision=precision)
   num_classes = _check_result(network, program, args.precision)
@@ -132,8 +138,8 @@ def _convert_network(args, library, name):
     }
   with files.output_errors(args.output):
     weight_files.save_program(args.output, network, program, metadata)
-  for name in network.left_over:
-    print(f"left over: {name}")
+  for note in network.notes:
+    print(note)
   size = network.image_size
   taps = models.select_taps(
     models.trace(
@@ -181,9 +187,19 @@ def _convert_checkpoint(args):
       f"{args.network} is no timm:NAME, keras:NAME or torch:package.module:"
       "function; for the checkpoint of a bundled network give --model"
     )
+  if args.checkpoint or args.precision != "f32":
+    raise errors.InputError(
+      "--checkpoint and --precision are for timm:, keras: and torch:"
+    )
   report = torch_weights.convert_file(
-    pathlib.Path(args.network), args.output, args.model
+    pathlib.Path(args.network),
+    args.output,
+    args.model,
+    key=args.key,
+    reading=programs.Reading(args.image_size, args.mean, args.std),
   )
+  for note in report.notes:
+    print(note)
   for name, new_name in report.mapped.items():
     print(f"{name:40} -> {new_name}")
   print(

@@ -16,7 +16,10 @@ from l2t_jax.models import programs, tapping
 
 
 def from_keras(
-  name: str, checkpoint: pathlib.Path | None, reading: programs.Reading
+  name: str,
+  checkpoint: pathlib.Path | None,
+  key: str,
+  reading: programs.Reading,
 ) -> programs.Exportable:
   """Create a network of keras.applications; the map of each layer is a tap.
 
@@ -24,6 +27,7 @@ def from_keras(
     name: such as "EfficientNetV2B0".
     checkpoint: its weights, as of `save_weights`; None for those of ImageNet,
       which Keras downloads.
+    key: "": such a file holds one network.
     reading: only the size of images; their normalisation is Keras's.
 
   Raises:
@@ -38,13 +42,15 @@ def from_keras(
   }
   if name not in makers:
     raise errors.InputError(
-      f"keras.applications {keras.__version__} has no network {name!r}"
+      f"keras.applications has no network {name!r}"
       f"{programs.did_you_mean(name, makers)}"
     )
   if reading.mean or reading.std:
     raise errors.InputError(
       f"keras:{name} normalises its images itself; leave out --mean and --std"
     )
+  if key:
+    raise errors.InputError("--key is for checkpoints of PyTorch")
   options: dict[str, Any] = {"classifier_activation": None}
   if reading.image_size:
     options["input_shape"] = (reading.image_size, reading.image_size, 3)

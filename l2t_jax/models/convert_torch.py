@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import errors, imports
-from l2t_jax.models import programs, tapping, torch_weights
+from l2t_jax.models import checkpoints, programs, tapping
 
 # ImageNet's, with which torchvision's networks were trained.
 _IMAGENET = programs.Reading(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -22,13 +22,17 @@ _BATCH = 2  # torch.export takes a batch of one image for a constant.
 
 
 def from_timm(
-  name: str, checkpoint: pathlib.Path | None, reading: programs.Reading
+  name: str,
+  checkpoint: pathlib.Path | None,
+  key: str,
+  reading: programs.Reading,
 ) -> programs.Exportable:
   """Create a network of timm; its taps are what `forward_intermediates` gives.
 
   Args:
     name: such as "convnext_tiny.fb_in1k".
     checkpoint: weights of that architecture; None for timm to download them.
+    key: see `checkpoints.read`.
     reading: of the images, where it is not the network's own.
 
   Raises:
@@ -51,9 +55,9 @@ def from_timm(
     return timm.create_model(name, **options)
 
   if checkpoint:
-    module, left_over = _load(make, checkpoint)
+    module, notes = _load(make, checkpoint, key)
   else:
-    module, left_over = _download(make, name), ()
+    module, notes = _download(make, name), ()
   own = module.pretrained_cfg
   reading = reading.or_else(own["input_size"][-1], own["mean"], own["std"])
   if hasattr(module, "forward_intermediates"):
@@ -69,24 +73,29 @@ def from_timm(
   if not checkpoint and (subset := timm.data.infer_imagenet_subset(module)):
     class_names = tuple(timm.data.ImageNetInfo(subset).label_names())
   return _export(torch, module, forward, names, reading)._replace(
-    left_over=left_over,
+    notes=notes,
     metadata={
       "class_names": json.dumps(class_names),
       "interpolation": own.get("interpolation") or "",
       "licence": own.get("license") or "",
       "versions": _versions(torch, timm),
+      **({} if module.num_classes else {"num_classes": "0"}),
     },
   )
 
 
 def from_module(
-  name: str, checkpoint: pathlib.Path | None, reading: programs.Reading
+  name: str,
+  checkpoint: pathlib.Path | None,
+  key: str,
+  reading: programs.Reading,
 ) -> programs.Exportable:
   """Create a network of any torch code; the map of each submodule is a tap.
 
   Args:
     name: "package.module:function"; the function returns a `torch.nn.Module`.
     checkpoint: its weights; None if the function loads them.
+    key: see `checkpoints.read`.
     reading: of the images; that of ImageNet for networks of torchvision.
 
   Raises:
@@ -95,7 +104,7 @@ def from_module(
   """
   torch = _require_torch(f"torch:{name}")
   if name.startswith("torchvision."):
-    reading = reading.or_else(*_IMAGENET)
+    reading = reading.or_else(224, *programs.IMAGENET)
   if missing := [f for f in reading._fields if not getattr(reading, f)]:
     raise errors.InputError(
       f"torch:{name}: give {' and '.join(f'--{field}' for field in missing)} of"
@@ -118,10 +127,12 @@ def from_module(
       )
     return module
 
-  module, left_over = _load(make, checkpoint) if checkpoint else (make(), ())
+  module, notes = make(), ()
+  if checkpoint:
+    module, notes = _load(make, checkpoint, key)
   forward, names = _with_hooks(torch, module, reading.image_size)
   return _export(torch, module, forward, names, reading)._replace(
-    left_over=left_over,
+    notes=notes,
     metadata={"class_names": "[]", "versions": _versions(torch)},
   )
 
@@ -143,15 +154,16 @@ def _download(make, name):
     ) from error
 
 
-def _load(make: Callable[..., Any], checkpoint: pathlib.Path):
+def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
   """Make a module with the number of classes of a checkpoint, and fill it.
 
   Returns:
-    The module, and the names of tensors that it does not have.
+    The module, and what is to be said, one line each.
   """
-  tensors = torch_weights.read_torch(checkpoint)
   module = make()
   shapes = {n: tuple(x.shape) for n, x in module.state_dict().items()}
+  read = checkpoints.without_prefix(checkpoints.read(checkpoint, key), shapes)
+  tensors = read.tensors
   # (classes of the checkpoint, classes of the module) of each other shape.
   others = {
     (tensors[name].shape[0], shape[0])
@@ -180,7 +192,8 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path):
     {n: torch.from_numpy(tensors[n]) for n in state if n in tensors},
     strict=False,
   )
-  return module, tuple(name for name in tensors if name not in state)
+  left_over = [name for name in tensors if name not in state]
+  return module, (*read.notes, *(f"left over: {name}" for name in left_over))
 
 
 def _with_hooks(torch, module, image_size):

@@ -211,7 +211,7 @@ def classify(
   Args:
     x: [B, H, W, C].
     features: the network's taps so far.
-    num_classes: K.
+    num_classes: K; with 0 the result is the mean itself.
     **dense_options: dtype, initializers and name of the linear layer.
 
   Returns:
@@ -219,6 +219,8 @@ def classify(
     [B, 1, 1, C], the input of the linear layer).
   """
   x = jnp.mean(x, axis=(1, 2), keepdims=True)
-  logits = nn.Dense(num_classes, **dense_options)(x[:, 0, 0])
+  logits = x[:, 0, 0]
+  if num_classes:
+    logits = nn.Dense(num_classes, **dense_options)(logits)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   return logits, features | {"penultimate": x}

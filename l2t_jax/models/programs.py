@@ -22,6 +22,8 @@ import numpy as np
 from l2t_jax import errors, types
 from l2t_jax.models import pure_functions
 
+# Where networks come from: LIBRARY:NAME.
+LIBRARIES = ("timm", "keras", "torch")
 # The platforms that a program is lowered for.
 _PLATFORMS = ("cpu", "cuda", "tpu")
 # What a program may call besides operations of StableHLO: functions of XLA and
@@ -47,6 +49,10 @@ class Reading(NamedTuple):
     )
 
 
+# Mean and std of torchvision's networks.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 class Exportable(NamedTuple):
   """A network of another library as a pure function, with what is known."""
 
@@ -58,7 +64,8 @@ class Exportable(NamedTuple):
   image_size: int  # S.
   taps: tuple[str, ...] = ()  # Names of the features, in computed order.
   metadata: Mapping[str, str] = {}  # For the weight file.
-  left_over: tuple[str, ...] = ()  # Arrays of a checkpoint without a place.
+  # What is to be said: what was chosen, what was left over.
+  notes: tuple[str, ...] = ()
 
 
 def export(

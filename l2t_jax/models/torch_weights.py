@@ -1,20 +1,20 @@
-"""PyTorch weights: names, layouts and checkpoints."""
+"""PyTorch weights of bundled networks: names and layouts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import hashlib
+import json
 import pathlib
 import re
 from typing import Any, NamedTuple
-import warnings
 
 from flax import traverse_util
 import jax
 import numpy as np
 
-from l2t_jax import errors, files, imports, models, types
-from l2t_jax.models import bundled, weight_files
+from l2t_jax import errors, files, models, types
+from l2t_jax.models import bundled, checkpoints, programs, weight_files
 
 # Name of a leaf in Flax -> its name in PyTorch.
 _TORCH_LEAVES = {
@@ -31,6 +31,7 @@ class Conversion(NamedTuple):
 
   mapped: dict[str, str]  # PyTorch name -> name in the weight file.
   left_over: tuple[str, ...]  # PyTorch tensors that the network does not have.
+  notes: tuple[str, ...] = ()  # What was chosen, one line each.
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -75,8 +76,7 @@ def convert(
   """Map PyTorch tensors to a network's variables by name.
 
   Args:
-    tensors: a state dict of NumPy arrays; the prefix "module." of names, from
-      DataParallel, is ignored.
+    tensors: a state dict of NumPy arrays.
     variables: {"params": ..., "batch_stats": ...} of the network, arrays or
       shapes.
 
@@ -87,7 +87,6 @@ def convert(
     errors.InputError: a tensor is missing or has another shape, or the tensors
       are those of a deeper network.
   """
-  tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
   converted, mapped = {}, {}
   for path, leaf in traverse_util.flatten_dict(variables).items():
     name = torch_name(path)
@@ -106,7 +105,7 @@ def convert(
     if name not in mapped and not name.endswith("num_batches_tracked")
   )
   # A tensor of a missing layer differs from a mapped one only in its numbers.
-  without_numbers = lambda name: re.sub(r"\d+", "", name)
+  without_numbers = lambda name: re.sub(r"\.\d+\.", ".", name)
   kinds = set(map(without_numbers, mapped))
   if deeper := [name for name in left_over if without_numbers(name) in kinds]:
     raise errors.InputError(
@@ -117,92 +116,65 @@ def convert(
   return traverse_util.unflatten_dict(converted), Conversion(mapped, left_over)
 
 
-def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Read a state dict from `.safetensors` or, with torch installed, `.pth`.
-
-  Pickles are read with `weights_only=True`, which runs none of their code.
-
-  Returns:
-    Name -> array, in PyTorch's layout.
-
-  Raises:
-    errors.InputError: the file is missing, damaged, or not a checkpoint.
-  """
-  if not path.is_file():
-    raise errors.InputError(f"no checkpoint at {path}")
-  if path.suffix == ".safetensors":
-    return weight_files.read_safetensors(path)
-  torch = imports.require("torch", needed_for=f"reading {path.name}")
-  try:
-    with warnings.catch_warnings(action="ignore"):  # About old formats.
-      content = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:
-    code = re.search(r"GLOBAL (\S+)", str(error))
-    reason = (
-      f"it asks to run {code[1]}, and its code is never run"
-      if code
-      else "it is no checkpoint of PyTorch, or not a whole one"
-    )
-    raise errors.InputError(
-      f"{path} cannot be read safely (weights_only): {reason}; save a"
-      " state_dict() of tensors alone"
-    ) from error
-  for key in ("state_dict", "model"):
-    if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-      content = content[key]
-  if not isinstance(content, Mapping) or not all(
-    isinstance(value, torch.Tensor) for value in content.values()
-  ):
-    raise errors.InputError(
-      f"{path} holds no state dict: expected tensors by name, alone or under"
-      " 'state_dict'"
-    )
-  return {
-    name: value.detach().float().numpy() for name, value in content.items()
-  }
-
-
 def convert_file(
-  checkpoint: pathlib.Path, output: pathlib.Path, model: str
+  path: pathlib.Path,
+  output: pathlib.Path,
+  model: str,
+  *,
+  key: str = "",
+  reading: programs.Reading = programs.Reading(),  # noqa: B008
 ) -> Conversion:
   """Convert a checkpoint of a bundled network to a weight file.
 
-  The number of classes is that of the checkpoint's classifier.
+  The number of classes is that of the checkpoint's classifier, 0 without one.
 
   Args:
-    checkpoint: see `read_torch`.
+    path: the checkpoint.
     output: the weight file to write.
     model: a key of `models.MODELS`.
+    key: see `checkpoints.read`.
+    reading: of the images that the network was trained on. For torchvision's
+      networks the normalisation is ImageNet's unless it says otherwise.
 
   Raises:
     errors.InputError: the checkpoint cannot be read or does not fit the
       network, or the output cannot be written.
   """
-  tensors = read_torch(checkpoint)
-  # All bundled networks have a single linear layer, the classifier.
-  classes = [v.shape[0] for k, v in tensors.items() if v.ndim == 2]
-  if len(classes) != 1:
-    raise errors.InputError(
-      f"{checkpoint} has {len(classes)} linear layers, expected 1: the"
-      " classifier"
-    )
-  module = bundled.create(model, num_classes=classes[0])
+  checkpoint = checkpoints.read(path, key)
+  module = bundled.create(model, num_classes=1)
   size = bundled.image_size(module)
-  # The first convolution has the fewest input channels.
-  inputs = [v.shape[1] for v in tensors.values() if v.ndim == 4]
-  image_shape = (size, size, min(inputs, default=3))
-  variables = models.trace(module, image_shape).variables
-  converted, report = convert(tensors, variables)
-  weight_files.check_finite(
-    checkpoint, traverse_util.flatten_dict(converted, sep="/")
+  variables_of = lambda module, channels: (
+    models.trace(module, (size, size, channels)).variables
   )
+  names = {
+    torch_name(leaf_path): leaf
+    for leaf_path, leaf in traverse_util.flatten_dict(
+      variables_of(module, 3)
+    ).items()
+  }
+  checkpoint = checkpoints.without_prefix(checkpoint, names)
+  tensors = checkpoint.tensors
+  # All bundled networks have a single linear layer, the classifier.
+  (classifier,) = (name for name, leaf in names.items() if leaf.ndim == 2)
+  num_classes = len(tensors.get(classifier, ()))
+  # The first convolution has the fewest input channels.
+  inputs = [x.shape[1] for x in tensors.values() if x.ndim == 4]
+  channels = min(inputs, default=3)
+  module = bundled.create(model, num_classes=num_classes)
+  converted, report = convert(tensors, variables_of(module, channels))
+  weight_files.check_finite(
+    path, traverse_util.flatten_dict(converted, sep="/")
+  )
+  if size == 224:
+    reading = reading.or_else(0, *programs.IMAGENET)
   metadata = {
     "model": model,
-    "num_classes": str(classes[0]),
-    "channels": str(image_shape[-1]),
-    "converted_from": checkpoint.name,
-    "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+    "num_classes": str(num_classes),
+    "channels": str(channels),
+    "converted_from": path.name,
+    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    **{name: json.dumps(x) for name, x in reading._asdict().items() if x},
   }
   with files.output_errors(output):
     weight_files.save(output, converted, metadata)
-  return report
+  return report._replace(notes=checkpoint.notes)

@@ -38,6 +38,12 @@ def save(
 
 def check_exists(path: pathlib.Path) -> None:
   """Raise `errors.InputError` if there is no such weight file."""
+  library, _, name = str(path).partition(":")
+  if library in programs.LIBRARIES and name:
+    raise errors.InputError(
+      f"config.source.weights is '{path}'; convert it once: python -m"
+      f" l2t_jax.pretrained {path} OUT.safetensors, and give that file"
+    )
   if not path.is_file():
     raise errors.InputError(
       f"no source weights at {path}; convert a checkpoint (python -m"
@@ -108,8 +114,8 @@ def save_program(
     path,
     {"params": network.params, "program": np.frombuffer(program, np.uint8)},
     {
-      **network.metadata,
       **metadata,
+      **network.metadata,
       "image_size": str(network.image_size),
       "channels": "3",
       "mean": "[0.0]",

@@ -37,6 +37,7 @@ class Source(NamedTuple):
   mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
   std: tuple[float, ...] = ()
   class_names: tuple[str, ...] = ()  # () if unknown.
+  has_classifier: bool = True  # False if its outputs are no logits.
   origin: str = ""  # The file that it was read from, for messages.
 
 

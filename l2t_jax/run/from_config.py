@@ -165,6 +165,7 @@ def _load_source(fields, precision):
     tuple(fields.mean) or recorded("mean"),
     tuple(fields.std) or recorded("std"),
     recorded("class_names"),
+    loaded.metadata["num_classes"] != "0",
     fields.weights,
   )
 

@@ -58,7 +58,7 @@ class _Source(NamedTuple):
   layout: models.Layout
   variables: training.Variables
   image_format: image_formats.ImageFormat  # What the network sees.
-  num_classes: int
+  num_classes: int  # 0 without a classifier.
   class_names: tuple[str, ...]  # () where they are not known.
   patterns: tuple[str, ...]  # Names or globs of its taps.
 
@@ -304,7 +304,7 @@ def _trace_source(name, source, image_format):
     layout,
     training.Variables(params, model_state),
     own_format,
-    _num_outputs(layout),
+    _num_outputs(layout) if source.has_classifier else 0,
     source.class_names,
     experiments.as_patterns(source.taps),
   )
@@ -315,13 +315,27 @@ def _trace_source(name, source, image_format):
 
 
 def _source_notes(experiment, sources, pairs):
+  """Yield a line per source: what it sees, and what is taken from it."""
   for source in sources:
-    origin = experiment.sources[source.name].origin
-    name = f"source {origin}" if origin else source.label
-    note = f"{name}, {source.num_classes} classes"
+    given = experiment.sources[source.name]
+    size, channels, mean, std = source.image_format
+    sees = f"{size}x{size} images of {channels} channels"
+    if not (given.mean and given.std):
+      sees += ", normalised as the data's (its own normalisation is not known)"
+    elif (mean, std) == ((0.0,), (1.0,)):
+      sees += ", which it normalises itself"
+    else:
+      sees += f", normalised by mean {_short(mean)} and std {_short(std)}"
+    name = f"source {given.origin}" if given.origin else source.label
     taps = source.named(source.layout.taps)
-    count = sum(pair.source in taps for pair in pairs)
-    yield f"{note}, {count} pairs" if pairs else note
+    parts = [sees, f"{source.num_classes or 'no'} classes"]
+    if pairs:
+      parts.append(f"{sum(pair.source in taps for pair in pairs)} pairs")
+    yield f"{name}: {'; '.join(parts)}"
+
+
+def _short(values):
+  return ", ".join(f"{value:g}" for value in values)
 
 
 def _num_outputs(layout):
@@ -331,6 +345,13 @@ def _num_outputs(layout):
 def _check_outputs(experiment, dataset, sources, layout):
   if experiment.task is objectives.CLASSIFICATION:
     _check_classification(dataset, layout.output_shape)
+  for source in sources:
+    if {"kd", "lwf"} & {*experiment.method.losses} and not source.num_classes:
+      raise errors.InputError(
+        f"method {experiment.settings.method!r} needs the source's logits, but"
+        f" the {source.label} has no classifier; use a method that matches"
+        " features"
+      )
   if "kd" in experiment.method.losses:
     _check_same_classes(sources, _num_outputs(layout), dataset.class_names)
 

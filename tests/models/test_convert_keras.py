@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 def test_a_network_with_weights_of_ones_own(model):
   model, path = model
-  network = convert_keras.from_keras("MobileNet", path, READING)
+  network = convert_keras.from_keras("MobileNet", path, "", READING)
   pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
   prepared = keras.applications.mobilenet.preprocess_input(
     pixels.astype(np.float32)
@@ -55,21 +55,23 @@ def test_a_network_with_weights_of_ones_own(model):
 def test_what_does_not_fit(model, tmp_path):
   _, path = model
   with pytest.raises(errors.InputError, match="does not fit the network"):
-    convert_keras.from_keras("MobileNetV2", path, READING)
+    convert_keras.from_keras("MobileNetV2", path, "", READING)
   damaged = tmp_path / "x.weights.h5"
   damaged.write_bytes(path.read_bytes()[:1000])
   with pytest.raises(errors.InputError, match="no whole HDF5 file"):
-    convert_keras.from_keras("MobileNet", damaged, READING)
+    convert_keras.from_keras("MobileNet", damaged, "", READING)
   with pytest.raises(errors.InputError, match=r"no checkpoint at .*nope"):
-    convert_keras.from_keras("MobileNet", damaged.with_name("nope"), READING)
+    convert_keras.from_keras(
+      "MobileNet", damaged.with_name("nope"), "", READING
+    )
 
 
 def test_an_unknown_name():
   with pytest.raises(errors.InputError, match="did you mean MobileNet"):
-    convert_keras.from_keras("MobileNt", None, READING)
+    convert_keras.from_keras("MobileNt", None, "", READING)
 
 
 def test_the_normalisation_is_keras():
   reading = READING._replace(mean=(0.5,))
   with pytest.raises(errors.InputError, match="leave out --mean"):
-    convert_keras.from_keras("MobileNet", None, reading)
+    convert_keras.from_keras("MobileNet", None, "", reading)

@@ -18,7 +18,9 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 def _convert(function, size, checkpoint=None):
   reading = programs.Reading(size, MEAN, STD)
-  return convert_torch.from_module(f"{MODULE}:{function}", checkpoint, reading)
+  return convert_torch.from_module(
+    f"{MODULE}:{function}", checkpoint, "", reading
+  )
 
 
 def _run(network, images):
@@ -80,7 +82,7 @@ def test_the_number_of_classes_is_the_checkpoints(tmp_path):
   tensors = {**module.state_dict(), "other.weight": torch.ones(2)}
   torch.save({"state_dict": tensors}, tmp_path / "mine.pth")
   network = _convert("make_convolutional", 8, tmp_path / "mine.pth")
-  assert network.left_over == ("other.weight",)
+  assert network.notes == ("left over: other.weight",)
   images = _images(2, 8)
   with torch.no_grad():
     expected = module(_normalised(images))
@@ -111,4 +113,4 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
 )
 def test_what_is_no_network(name, reading, message):
   with pytest.raises(errors.InputError, match=message):
-    convert_torch.from_module(name, None, programs.Reading(*reading))
+    convert_torch.from_module(name, None, "", programs.Reading(*reading))

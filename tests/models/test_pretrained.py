@@ -1,5 +1,6 @@
 """Conversion of PyTorch checkpoints to weight files."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from l2t_jax import errors, models
-from l2t_jax.models import torch_weights, weight_files
+from l2t_jax.models import programs, torch_weights, weight_files
 from tests.support import small_runs
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared"
@@ -130,7 +131,8 @@ def write_tensors(path, **changes):
 
 def test_safetensors_round_trip_needs_no_torch(tmp_path):
   checkpoint = write_tensors(
-    tmp_path / "in.safetensors", **{"module.extra.weight": np.zeros(3)}
+    tmp_path / "in.safetensors",
+    **{"module.extra.weight": np.zeros(3), "fc2.weight": np.zeros((2, 4))},
   )
   command = [sys.executable, "-m", "l2t_jax.pretrained", str(checkpoint)]
   command += [str(tmp_path / "out.safetensors"), "--model=resnet18"]
@@ -144,11 +146,15 @@ def test_safetensors_round_trip_needs_no_torch(tmp_path):
     check=True,
     env={"PYTHONPATH": f"{tmp_path}:{small_runs.ROOT}"},
   )
-  assert "102 tensors mapped, 1 left over" in output.stdout
-  assert "left over: extra.weight" in output.stdout
+  assert "102 tensors mapped, 2 left over" in output.stdout
+  assert "left over: module.extra.weight" in output.stdout
   variables, metadata = weight_files.load(tmp_path / "out.safetensors")
   assert metadata["converted_from"] == "in.safetensors"
-  expected = torchvision_tensors((2, 2, 2, 2), 2)
+  assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
+  expected = {
+    name: x.astype(np.float32)
+    for name, x in torchvision_tensors((2, 2, 2, 2), 2).items()
+  }
   np.testing.assert_array_equal(
     variables["params"]["layer2_0"]["conv1"]["kernel"],
     expected["layer2.0.conv1.weight"].transpose(2, 3, 1, 0),
@@ -172,9 +178,19 @@ def test_a_deeper_network_is_not_cut_short():
     torch_weights.convert(tensors, shapes)
 
 
-def test_a_checkpoint_of_numbers(tmp_path):
-  torch = pytest.importorskip("torch")
-  numbers = tmp_path / "numbers.pth"
-  torch.save({"state_dict": {"a": 3}}, numbers)
-  with pytest.raises(errors.InputError, match="holds no state dict"):
-    torch_weights.read_torch(numbers)
+def test_a_backbone_without_classifier(tmp_path):
+  checkpoint = write_tensors(
+    tmp_path / "in.safetensors", **{"fc.weight": None, "fc.bias": None}
+  )
+  output = tmp_path / "out.safetensors"
+  reading = programs.Reading(64, (0.1, 0.2, 0.3), (0.4,))
+  torch_weights.convert_file(checkpoint, output, "resnet18", reading=reading)
+  loaded = weight_files.load_network(output)
+  assert loaded.metadata["num_classes"] == "0"
+  assert loaded.metadata["image_size"] == "64"
+  assert json.loads(loaded.metadata["std"]) == [0.4]
+  layout = models.trace(loaded.network, (64, 64, 3))
+  weight_files.check_shapes(
+    layout, {"params": loaded.params, **loaded.model_state}, "it"
+  )
+  assert layout.output_shape == (512,)  # The mean over positions.

@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from configs import default
 from l2t_jax import errors, models
-from l2t_jax.models import torch_weights, weight_files
+from l2t_jax.models import programs, torch_weights, weight_files
 
 CANNOT = errors.StorageError.exit_code
 SIZE = 8  # Of all images, in pixels.
@@ -194,7 +194,9 @@ def _source(changes: Mapping[str, Any] = {}, **metadata: str) -> Prepare:
   return prepare
 
 
-def _checkpoint(changes: Mapping[str, Any] = {}) -> Prepare:
+def _checkpoint(
+  changes: Mapping[str, Any] = {}, prefixes: tuple[str, ...] = ("",)
+) -> Prepare:
   """Write in.safetensors, the source in PyTorch's layout, changed."""
 
   def prepare(folder):
@@ -205,7 +207,28 @@ def _checkpoint(changes: Mapping[str, Any] = {}) -> Prepare:
       for name, x in _variables().items()
     }
     path = folder / "in.safetensors"
-    safetensors.numpy.save_file(_replace(changes, tensors), path)
+    changed = _replace(changes, tensors)
+    named = {f"{p}{name}": x for p in prefixes for name, x in changed.items()}
+    safetensors.numpy.save_file(named, path)
+
+  return prepare
+
+
+def _program(**metadata: str) -> Prepare:
+  """Write source.safetensors, a network that was converted to a program."""
+  usual = {"model": "timm:x", "num_classes": "2", "precision": "f32"}
+  usual["command"] = "python -m l2t_jax.pretrained timm:x source.safetensors"
+
+  def apply(params, images):
+    return (images.mean((1, 2)) @ params["kernel"], images)
+
+  def prepare(folder):
+    network = programs.Exportable(
+      apply, {"kernel": np.ones((3, 2), np.float32)}, apply, SIZE, ("stem",)
+    )
+    path = folder / "source.safetensors"
+    program = programs.export(network)
+    weight_files.save_program(path, network, program, usual | metadata)
 
   return prepare
 
@@ -709,6 +732,43 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
+      "A network's name where its file belongs",
+      "--config.source.weights=timm:resnet50",
+      "config.source.weights is 'timm:resnet50'; convert it once: python -m "
+      "l2t_jax.pretrained timm:resnet50 OUT.safetensors, and give that file",
+    ),
+    Case(
+      "A converted network of another size",
+      "--config.source.image_size=16",
+      "the image_size of the source source.safetensors is 16, but it was "
+      "converted for 8; leave it out, or convert it again, with "
+      "--image_size=16: python -m l2t_jax.pretrained timm:x "
+      "source.safetensors",
+      _program(),
+    ),
+    Case(
+      "A normalisation for a network that has its own",
+      "--config.source.mean=(0.5,)",
+      "the source source.safetensors normalises its images itself; leave out "
+      "its fields mean and std",
+      _program(),
+    ),
+    Case(
+      "A converted network of another precision",
+      "--config.precision=bf16",
+      "config.precision is 'bf16', but the source source.safetensors was "
+      "converted for 'f32'; convert it again, with --precision=bf16: python -m "
+      "l2t_jax.pretrained timm:x source.safetensors",
+      _program(),
+    ),
+    Case(
+      "Learning without forgetting from a network without classifier",
+      "--config.method=lwf",
+      "method 'lwf' needs the source's logits, but the source has no "
+      "classifier; use a method that matches features",
+      _program(num_classes="0"),
+    ),
+    Case(
       "A file that was cut off",
       "",
       "source.safetensors is not a whole safetensors file: Error while "
@@ -775,7 +835,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "No network named for a checkpoint",
       "in.pth out.safetensors",
-      "the following arguments are required: --model; see --help",
+      "in.pth is no timm:NAME, keras:NAME or torch:package.module:function; "
+      "for the checkpoint of a bundled network give --model",
       command=CONVERT,
     ),
     Case(
@@ -787,11 +848,36 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       command=CONVERT,
     ),
     Case(
-      "A checkpoint without a classifier",
+      "A checkpoint of two networks",
       _CONVERTED,
-      "in.safetensors has 0 linear layers, expected 1: the classifier",
-      _checkpoint({"fc.weight": None}),
+      "the checkpoint holds several networks of that kind, under a. and b.; "
+      "choose one, as by --key=a.",
+      _checkpoint(prefixes=("a.", "b.")),
       command=CONVERT,
+    ),
+    Case(
+      "A prefix that no tensor has",
+      f"{_CONVERTED} --key=student",
+      "in.safetensors has neither a state dict 'student' nor tensors named "
+      "student.*; it has ''",
+      _checkpoint(),
+      command=CONVERT,
+    ),
+    Case(
+      "A network of torch without its images",
+      "torch:mine:make out.safetensors --image_size=64",
+      "torch:mine:make: give --mean and --std of the images that it was trained"
+      " on (--mean=0 --std=1 if it normalises them itself)",
+      command=CONVERT,
+      needs="torchax",
+    ),
+    Case(
+      "An unknown network of Keras",
+      "keras:ResNet5 out.safetensors",
+      "keras.applications has no network 'ResNet5'; did you mean ResNet50 or "
+      "ResNet152 or ResNet101?",
+      command=CONVERT,
+      needs="keras",
     ),
     Case(
       "A pickle that tries to run code",

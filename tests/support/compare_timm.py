@@ -30,7 +30,7 @@ def compare(name: str) -> tuple[float, float]:
   with tempfile.TemporaryDirectory() as folder:
     checkpoint = pathlib.Path(folder) / "random.pth"
     torch.save(module.state_dict(), checkpoint)
-    network = convert_torch.from_timm(name, checkpoint, programs.Reading())
+    network = convert_torch.from_timm(name, checkpoint, "", programs.Reading())
   config = timm.data.resolve_data_config({"crop_pct": 1.0}, model=module)
   transform = timm.data.create_transform(**config)
   size = network.image_size

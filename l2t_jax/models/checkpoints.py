@@ -1,0 +1,206 @@
+"""Checkpoints of PyTorch as people have them: tensors by name."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from collections.abc import Collection, Iterator, Mapping
+import pathlib
+import re
+from typing import Any, NamedTuple
+import warnings
+
+import numpy as np
+
+from l2t_jax import errors, imports
+from l2t_jax.models import weight_files
+
+# Where training scripts put the tensors, in the order in which they are taken.
+# Averaged weights come first: they are what was evaluated.
+_USUAL_KEYS = (
+  "model_ema",
+  "state_dict_ema",
+  "ema_state_dict",
+  "params_ema",
+  "ema",
+  "state_dict",
+  "model_state_dict",
+  "model_state",
+  "model",
+  "net",
+  "network",
+  "params",
+  "teacher",
+)
+_MAX_DEPTH = 3  # Of dicts in dicts.
+
+
+class Checkpoint(NamedTuple):
+  """Tensors of a checkpoint."""
+
+  tensors: dict[str, np.ndarray]  # In PyTorch's layout; floats are float32.
+  notes: tuple[str, ...] = ()  # What was chosen, one line each.
+
+
+def read(path: pathlib.Path, key: str = "") -> Checkpoint:
+  """Read a checkpoint of PyTorch or safetensors, without running its code.
+
+  Pickles are read with `weights_only=True`; of what may stand beside the
+  tensors, plain values of Python and NumPy are allowed.
+
+  Args:
+    path: the file.
+    key: which of several state dicts to take, such as "model_ema", or the
+      prefix of the names of the tensors to take; "" for the usual one.
+
+  Raises:
+    errors.InputError: the file is missing, damaged or no checkpoint, or the
+      choice is not clear.
+  """
+  if not path.is_file():
+    raise errors.InputError(f"no checkpoint at {path}")
+  if is_safetensors(path):
+    content: Any = weight_files.read_safetensors(path)
+  else:
+    content = _read_pickle(path)
+  found = dict(_state_dicts(content))
+  if not found:
+    raise errors.InputError(
+      f"{path} holds no state dict: expected tensors by name, alone or under a"
+      " key such as 'state_dict'"
+    )
+  chosen = _choose(path, list(found), key)
+  notes = []
+  if len(found) > 1:
+    others = ", ".join(repr(name) for name in found if name != chosen)
+    notes.append(f"took {chosen!r}, not {others} (--key chooses)")
+  tensors = {name: _to_numpy(value) for name, value in found[chosen].items()}
+  prefix = f"{key.removesuffix('.')}."
+  if key and key != chosen:
+    tensors = {
+      name.removeprefix(prefix): value
+      for name, value in tensors.items()
+      if name.startswith(prefix)
+    }
+    if not tensors:
+      raise errors.InputError(
+        f"{path} has neither a state dict {key!r} nor tensors named {prefix}*;"
+        f" it has {', '.join(map(repr, found))}"
+      )
+  return Checkpoint(tensors, tuple(notes))
+
+
+def is_safetensors(path: pathlib.Path) -> bool:
+  """Return whether a file is in that format, whatever its name."""
+  if path.suffix.lower() == ".safetensors":
+    return True
+  with path.open("rb") as file:
+    return file.read(9)[8:] == b"{"
+
+
+def without_prefix(
+  checkpoint: Checkpoint, expected: Collection[str]
+) -> Checkpoint:
+  """Take the prefix off names that wrappers of a network have put in front.
+
+  Args:
+    checkpoint: tensors with names such as "module.encoder.conv1.weight".
+    expected: names of the network's tensors, such as "conv1.weight".
+
+  Raises:
+    errors.InputError: two prefixes suit equally well.
+  """
+  counts: collections.Counter[str] = collections.Counter()
+  for name in checkpoint.tensors:
+    parts = name.split(".")
+    for start in range(len(parts)):
+      if ".".join(parts[start:]) in expected:
+        counts["".join(f"{part}." for part in parts[:start])] += 1
+  most = max(counts.values(), default=0)
+  best = sorted(p for p, count in counts.items() if count == most)
+  if not best or "" in best:
+    return checkpoint
+  if len(best) > 1:
+    raise errors.InputError(
+      "the checkpoint holds several networks of that kind, under"
+      f" {' and '.join(best)}; choose one, as by --key={best[0]}"
+    )
+  (prefix,) = best
+  return Checkpoint(
+    {n.removeprefix(prefix): x for n, x in checkpoint.tensors.items()},
+    (*checkpoint.notes, f"without the prefix {prefix!r} of the names"),
+  )
+
+
+def _read_pickle(path):
+  torch = imports.require("torch", needed_for=f"reading {path.name}")
+  harmless = [
+    argparse.Namespace,
+    np.dtype,
+    np.float64(0).__reduce__()[0],  # What makes a scalar of NumPy.
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+  ]
+  try:
+    with (
+      warnings.catch_warnings(action="ignore"),  # About old formats.
+      torch.serialization.safe_globals(harmless),
+    ):
+      return torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    reason = (
+      f"it asks to run {code[1]}, and its code is never run"
+      if code
+      else "it is no checkpoint of PyTorch, or not a whole one"
+    )
+    raise errors.InputError(
+      f"{path} cannot be read safely (weights_only): {reason}; save a"
+      " state_dict() of tensors alone"
+    ) from error
+
+
+def _state_dicts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+  """Yield "key.key" and each dict that holds tensors by name."""
+  if not isinstance(content, Mapping):
+    return
+  tensors = {
+    name: value
+    for name, value in content.items()
+    if isinstance(name, str) and hasattr(value, "shape") and value.shape != ()
+  }
+  if tensors:
+    # Counters of batches have no axis, but they are no mere values beside.
+    scalars = {n: x for n, x in content.items() if hasattr(x, "shape")}
+    yield key, scalars
+  elif key.count(".") + 1 < _MAX_DEPTH:
+    for name, value in content.items():
+      if isinstance(name, str):
+        yield from _state_dicts(value, f"{key}.{name}" if key else name)
+
+
+def _choose(path, names, key):
+  """Return the name of the state dict to take."""
+  if key in names:
+    return key
+  if len(names) == 1:
+    return names[0]
+  for usual in _USUAL_KEYS:
+    for name in names:
+      if usual in name.split("."):
+        return name
+  raise errors.InputError(
+    f"{path} holds several state dicts: {', '.join(map(repr, names))}; choose"
+    f" one, as by --key={names[0]}"
+  )
+
+
+def _to_numpy(tensor):
+  """Return an array; floating-point numbers of any width become float32."""
+  if hasattr(tensor, "detach"):
+    tensor = tensor.detach()
+    if tensor.is_floating_point():
+      tensor = tensor.float()
+    return tensor.numpy()
+  if tensor.dtype.kind in "iub":
+    return tensor
+  return np.asarray(tensor, np.float32)
