@@ -121,7 +121,12 @@ def _convert_network(args, library, name):
   network = _LIBRARIES[library](name, args.checkpoint, args.key, reading)
   dtype, precision = compilation.PRECISIONS[args.precision]
   program = programs.export(network, dtype=dtype, precision=precision)
-  num_classes = _check_result(network, program, args.precision)
+  functions = programs.to_functions(
+    program, network.params, network.taps, network.default_taps
+  )
+  num_classes = _check_result(network, functions, args.precision)
+  size = network.image_size
+  taps = models.select_taps(models.trace(functions, (size, size, 3)))
   metadata = {
     "model": args.network,
     "num_classes": str(num_classes),
@@ -140,13 +145,6 @@ def _convert_network(args, library, name):
     weight_files.save_program(args.output, network, program, metadata)
   for note in network.notes:
     print(note)
-  size = network.image_size
-  taps = models.select_taps(
-    models.trace(
-      programs.to_functions(program, network.params, network.taps),
-      (size, size, 3),
-    )
-  )
   print(
     f"{args.network}: {size}x{size} RGB images, {num_classes} classes,"
     f" {len(network.taps)} taps"
@@ -155,12 +153,11 @@ def _convert_network(args, library, name):
     print(f"default tap {name}: {'x'.join(map(str, shape))}")
 
 
-def _check_result(network, program, precision):
+def _check_result(network, functions, precision):
   """Compare a program with its library; return the number of classes."""
   size = network.image_size
   images = np.random.default_rng(0).random((2, size, size, 3), np.float32)
   expected = network.reference(images)
-  functions = programs.to_functions(program, network.params, network.taps)
   logits, _, _ = jax.jit(
     lambda params, images: functions.apply(params, {}, images, train=False)
   )(network.params, images)

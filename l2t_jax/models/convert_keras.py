@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,10 @@ import numpy as np
 
 from l2t_jax import errors, imports
 from l2t_jax.models import programs, tapping
+
+_USUAL_SIZE = 224  # Of the images of ImageNet.
+_MERGES = ("Add", "Concatenate")
+_NO_LAYERS = ("InputLayer", "Rescaling", "Normalization", "ZeroPadding2D")
 
 
 def from_keras(
@@ -51,10 +56,10 @@ def from_keras(
     )
   if key:
     raise errors.InputError("--key is for checkpoints of PyTorch")
-  options: dict[str, Any] = {"classifier_activation": None}
-  if reading.image_size:
-    options["input_shape"] = (reading.image_size, reading.image_size, 3)
-  model = _make(makers[name], checkpoint, options)
+  make = functools.partial(_make, makers[name], checkpoint)
+  model = make(reading.image_size)
+  if model.input_shape[1] is None:  # It takes any size.
+    model = make(_USUAL_SIZE)
   preprocess = sys.modules[makers[name].__module__].preprocess_input
   size = model.input_shape[1]
   outputs: dict[str, tapping.Grid | None] = {}  # None for a map.
@@ -74,10 +79,11 @@ def from_keras(
   )
   variables = [inner.trainable_variables, inner.non_trainable_variables]
   is_float = lambda v: np.issubdtype(np.dtype(v.dtype), np.floating)
+  name_of = lambda v: v.path.replace("/", ".")  # A file nests names at "/".
 
   def apply(params, images):
     values = [
-      [params[v.path] if is_float(v) else v.value for v in part]
+      [params[name_of(v)] if is_float(v) else v.value for v in part]
       for part in variables
     ]
     (logits, *maps), _ = inner.stateless_call(
@@ -93,10 +99,11 @@ def from_keras(
 
   return programs.Exportable(
     apply,
-    {v.path: np.asarray(v) for v in inner.variables if is_float(v)},
+    {name_of(v): np.asarray(v) for v in inner.variables if is_float(v)},
     reference,
     size,
     tuple(outputs),
+    _default_taps(model, outputs),
     {
       "class_names": "[]",
       "interpolation": "bilinear",
@@ -104,6 +111,29 @@ def from_keras(
       "versions": json.dumps({"keras": keras.__version__}),
     },
   )
+
+
+def _default_taps(model, outputs):
+  """Return where blocks end, at their last place at each resolution.
+
+  A block with a skip connection or several branches ends where these meet.
+  What follows at the same resolution belongs to the block that lowers it.
+  """
+  kind = lambda name: type(model.get_layer(name)).__name__
+  size = lambda name: tuple(model.get_layer(name).output.shape[1:3])
+  maps = [name for name in outputs if size(name) != (1, 1)]
+  ends = [name for name in maps if kind(name) in _MERGES]
+  if len({size(name) for name in ends}) < 2:
+    ends = [name for name in maps if kind(name) not in _NO_LAYERS]
+  ends = [_with_activation(model.get_layer(name)).name for name in ends]
+  return tuple({size(name): name for name in ends}.values())
+
+
+def _with_activation(layer):
+  """Return the activation that alone reads a layer, or that layer."""
+  readers = [node.operation for node in layer._outbound_nodes]
+  names = [type(reader).__name__ for reader in readers]
+  return readers[0] if names in (["Activation"], ["ReLU"]) else layer
 
 
 def _require_keras(what):
@@ -118,7 +148,10 @@ def _require_keras(what):
   return keras
 
 
-def _make(maker, checkpoint, options):
+def _make(maker, checkpoint, image_size):
+  options: dict[str, Any] = {"classifier_activation": None}
+  if image_size:
+    options["input_shape"] = (image_size, image_size, 3)
   try:
     if checkpoint is None:
       return maker(weights="imagenet", **options)

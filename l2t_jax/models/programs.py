@@ -63,6 +63,7 @@ class Exportable(NamedTuple):
   reference: Callable[[np.ndarray], np.ndarray]
   image_size: int  # S.
   taps: tuple[str, ...] = ()  # Names of the features, in computed order.
+  default_taps: tuple[str, ...] = ()  # As in `Functions`.
   metadata: Mapping[str, str] = {}  # For the weight file.
   # What is to be said: what was chosen, what was left over.
   notes: tuple[str, ...] = ()
@@ -103,6 +104,7 @@ def to_functions(
   program: bytes,
   params: types.PyTree,
   taps: Sequence[str],
+  default_taps: Sequence[str] = (),
 ) -> pure_functions.Functions:
   """Turn a program into a network.
 
@@ -112,6 +114,7 @@ def to_functions(
     program: from `export`.
     params: the weights.
     taps: names of the features, in computed order.
+    default_taps: as in `Functions`.
 
   Raises:
     errors.InputError: this version of JAX cannot read the program, or the
@@ -160,7 +163,9 @@ def to_functions(
     logits, *features = call(params, images)
     return logits, dict(zip(taps, features, strict=True)), model_state
 
-  return pure_functions.Functions(lambda key: (params, {}), apply)
+  return pure_functions.Functions(
+    lambda key: (params, {}), apply, tuple(default_taps)
+  )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

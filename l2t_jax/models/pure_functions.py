@@ -38,6 +38,8 @@ class Functions(NamedTuple):
   init: Callable[[chex.PRNGKey], tuple[types.PyTree, types.PyTree]]
   # (params, model_state, images, *, train) -> (logits, features, model_state).
   apply: types.ApplyFn
+  # Taps to use where none are named; () to let `models.select_taps` choose.
+  default_taps: tuple[str, ...] = ()
 
 
 Network = nn.Module | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | Functions

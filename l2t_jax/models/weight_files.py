@@ -94,8 +94,12 @@ def load_network(path: pathlib.Path, dtype: Any = None) -> Loaded:
       name, num_classes = metadata["model"], int(metadata["num_classes"])
       network = bundled.create(name, num_classes, dtype)
     else:
-      taps = json.loads(metadata["taps"])
-      network = programs.to_functions(program.tobytes(), params, taps)
+      network = programs.to_functions(
+        program.tobytes(),
+        params,
+        json.loads(metadata["taps"]),
+        json.loads(metadata["default_taps"]),
+      )
   except errors.InputError as error:
     again = metadata.get("command")
     hint = f"; make the file again: {again}" if again else ""
@@ -121,6 +125,7 @@ def save_program(
       "mean": "[0.0]",
       "std": "[1.0]",
       "taps": json.dumps(network.taps),
+      "default_taps": json.dumps(network.default_taps),
     },
   )
 

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from l2t_jax import errors
-from l2t_jax.models import programs
+from l2t_jax import errors, models
+from l2t_jax.models import programs, weight_files
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 keras = pytest.importorskip("keras")
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
   return model, path
 
 
-def test_a_network_with_weights_of_ones_own(model):
+def test_a_network_with_weights_of_ones_own(model, tmp_path):
   model, path = model
   network = convert_keras.from_keras("MobileNet", path, "", READING)
   pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
@@ -42,11 +42,17 @@ def test_a_network_with_weights_of_ones_own(model):
   expected, features = keras.Model(
     model.inputs, [model.output, model.get_layer(tap).output]
   ).predict(prepared, verbose=0)
-  functions = programs.to_functions(
-    programs.export(network), network.params, network.taps
-  )
-  logits, found, _ = functions.apply(
-    network.params, {}, pixels / np.float32(255), train=False
+  file = tmp_path / "mine.safetensors"
+  metadata = {"model": "keras:MobileNet", "num_classes": "3"}
+  weight_files.save_program(file, network, programs.export(network), metadata)
+  loaded = weight_files.load_network(file)
+  layout = models.trace(loaded.network, (32, 32, 3))
+  # A padding is part of the layer after it.
+  assert list(models.select_taps(layout)) == [
+    f"conv_pw_{number}_relu" for number in (1, 3, 5, 11)
+  ]
+  logits, found, _ = loaded.network.apply(
+    loaded.params, {}, pixels / np.float32(255), train=False
   )
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(found[tap], features, rtol=1e-4, atol=1e-5)
@@ -75,3 +81,12 @@ def test_the_normalisation_is_keras():
   reading = READING._replace(mean=(0.5,))
   with pytest.raises(errors.InputError, match="leave out --mean"):
     convert_keras.from_keras("MobileNet", None, "", reading)
+
+
+def test_blocks_end_where_branches_meet():
+  """Not in the first layers of a block that lowers the resolution."""
+  model = keras.applications.MobileNetV2(weights=None, input_shape=(64, 64, 3))
+  outputs = [layer.name for layer in model.layers if layer.output.ndim == 4]
+  assert convert_keras._default_taps(model, outputs) == (
+    "block_2_add", "block_5_add", "block_12_add", "block_15_add",
+  )  # fmt: skip

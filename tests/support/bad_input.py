@@ -214,7 +214,7 @@ def _checkpoint(
   return prepare
 
 
-def _program(**metadata: str) -> Prepare:
+def write_program(**metadata: str) -> Prepare:
   """Write source.safetensors, a network that was converted to a program."""
   usual = {"model": "timm:x", "num_classes": "2", "precision": "f32"}
   usual["command"] = "python -m l2t_jax.pretrained timm:x source.safetensors"
@@ -744,14 +744,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "converted for 8; leave it out, or convert it again, with "
       "--image_size=16: python -m l2t_jax.pretrained timm:x "
       "source.safetensors",
-      _program(),
+      write_program(),
     ),
     Case(
       "A normalisation for a network that has its own",
       "--config.source.mean=(0.5,)",
       "the source source.safetensors normalises its images itself; leave out "
       "its fields mean and std",
-      _program(),
+      write_program(),
     ),
     Case(
       "A converted network of another precision",
@@ -759,14 +759,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "config.precision is 'bf16', but the source source.safetensors was "
       "converted for 'f32'; convert it again, with --precision=bf16: python -m "
       "l2t_jax.pretrained timm:x source.safetensors",
-      _program(),
+      write_program(),
     ),
     Case(
       "Learning without forgetting from a network without classifier",
       "--config.method=lwf",
       "method 'lwf' needs the source's logits, but the source has no "
       "classifier; use a method that matches features",
-      _program(num_classes="0"),
+      write_program(num_classes="0"),
     ),
     Case(
       "A file that was cut off",
