@@ -2,6 +2,7 @@
 
     python -m l2t_jax.models resnet32
     python -m l2t_jax.models resnet32 --target=my_package.my_module:make
+    python -m l2t_jax.models weights/convnext.safetensors
 
 The column "default" marks the taps that are used if a config names none. Pairs
 are those of config.transfer.pairs=nearest.
@@ -10,12 +11,13 @@ are those of config.transfer.pairs=nearest.
 from __future__ import annotations
 
 import argparse
+import pathlib
 
 from rich import console, table
 
 from l2t_jax import errors, models
 from l2t_jax.method import pair_sets
-from l2t_jax.models import bundled
+from l2t_jax.models import bundled, weight_files
 
 
 def make_parser() -> errors.Parser:
@@ -23,7 +25,8 @@ def make_parser() -> errors.Parser:
   parser = errors.Parser(__doc__)
   parser.add_argument(
     "model",
-    help=f"{', '.join(bundled.MODELS)}, or package.module:function",
+    help=f"{', '.join(bundled.MODELS)}, package.module:function, or a weight"
+    " file",
   )
   parser.add_argument("--target", help="the target network of the pairs")
   parser.add_argument(
@@ -47,7 +50,13 @@ def main(args: argparse.Namespace) -> None:
 
 def _print_taps(model, image_size, channels):
   """Print a network's taps; return the default ones."""
-  network = bundled.create(model, num_classes=10)
+  if model.endswith(".safetensors"):
+    loaded = weight_files.load_network(pathlib.Path(model))
+    network = loaded.network
+    image_size = image_size or int(loaded.metadata.get("image_size", 0))
+    channels = int(loaded.metadata.get("channels", channels))
+  else:
+    network = bundled.create(model, num_classes=10)
   size = image_size or bundled.image_size(network)
   shape = (size, size, channels)
   layout = models.trace(network, shape)

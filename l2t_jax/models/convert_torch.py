@@ -16,8 +16,8 @@ import numpy as np
 from l2t_jax import errors, imports
 from l2t_jax.models import checkpoints, programs, tapping
 
-# ImageNet's, with which torchvision's networks were trained.
-_IMAGENET = programs.Reading(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_MAX_REASON = 200  # Characters of another library's error.
+_COUNTER = "num_batches_tracked"  # Nothing in evaluation depends on it.
 _BATCH = 2  # torch.export takes a batch of one image for a constant.
 
 
@@ -49,15 +49,21 @@ def from_timm(
     )
 
   def make(**options):
-    if reading.image_size:
-      with contextlib.suppress(TypeError):  # Convolutions take any size.
-        return timm.create_model(name, img_size=reading.image_size, **options)
-    return timm.create_model(name, **options)
+    try:
+      if reading.image_size:
+        with contextlib.suppress(TypeError):  # Convolutions take any size.
+          return timm.create_model(name, img_size=reading.image_size, **options)
+      return timm.create_model(name, **options)
+    except Exception as error:  # Networks and hubs raise anything.
+      hint = "" if checkpoint else "; --checkpoint=FILE takes weights you have"
+      raise errors.InputError(
+        f"timm cannot make {name!r}: {_in_one_line(error)}{hint}"
+      ) from error
 
   if checkpoint:
-    module, notes = _load(make, checkpoint, key)
+    module, notes, _ = _load(make, checkpoint, key)
   else:
-    module, notes = _download(make, name), ()
+    module, notes = make(pretrained=True), ()
   own = module.pretrained_cfg
   reading = reading.or_else(own["input_size"][-1], own["mean"], own["std"])
   if hasattr(module, "forward_intermediates"):
@@ -118,7 +124,7 @@ def from_module(
       module = function(**options)
     except Exception as error:  # A user's function may raise anything.
       raise errors.InputError(
-        f"{name} cannot be called: {type(error).__name__}: {error}"
+        f"{name} cannot be called: {_in_one_line(error)}"
       ) from error
     if not isinstance(module, torch.nn.Module):
       raise errors.InputError(
@@ -127,13 +133,14 @@ def from_module(
       )
     return module
 
-  module, notes = make(), ()
   if checkpoint:
-    module, notes = _load(make, checkpoint, key)
+    module, notes, found = _load(make, checkpoint, key)
+  else:
+    module, notes, found = make(), (), {}
   forward, names = _with_hooks(torch, module, reading.image_size)
   return _export(torch, module, forward, names, reading)._replace(
     notes=notes,
-    metadata={"class_names": "[]", "versions": _versions(torch)},
+    metadata={"class_names": "[]", "versions": _versions(torch), **found},
   )
 
 
@@ -143,24 +150,14 @@ def _require_torch(what):
   return torch
 
 
-def _download(make, name):
-  try:
-    return make(pretrained=True)
-  except Exception as error:  # A hub raises anything.
-    reason = " ".join(str(error).split())[:200]
-    raise errors.InputError(
-      f"timm cannot load the weights of {name!r}: {reason}; give"
-      " --checkpoint=FILE for weights that you have"
-    ) from error
-
-
 def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
   """Make a module with the number of classes of a checkpoint, and fill it.
 
   Returns:
-    The module, and what is to be said, one line each.
+    The module; what is to be said, one line each; and metadata: a number of
+    classes of 0 where the checkpoint has no classifier.
   """
-  module = make()
+  module, without = make(), {}
   shapes = {n: tuple(x.shape) for n, x in module.state_dict().items()}
   read = checkpoints.without_prefix(checkpoints.read(checkpoint, key), shapes)
   tensors = read.tensors
@@ -175,11 +172,16 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
   }
   if len(others) == 1:
     ((num_classes, _),) = others
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(errors.InputError):  # It has no such argument.
       module = make(num_classes=num_classes)
+  if not tensors.keys() >= {n for n in shapes if not n.endswith(_COUNTER)}:
+    with contextlib.suppress(errors.InputError):
+      backbone = make(num_classes=0)
+      if tensors.keys() >= dict(backbone.named_parameters()).keys():
+        module, without = backbone, {"num_classes": "0"}
   state = module.state_dict()
   for name, value in state.items():
-    if name.endswith("num_batches_tracked"):
+    if name.endswith(_COUNTER):
       continue
     found = list(tensors[name].shape) if name in tensors else "missing"
     if found != list(value.shape):
@@ -193,7 +195,8 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
     strict=False,
   )
   left_over = [name for name in tensors if name not in state]
-  return module, (*read.notes, *(f"left over: {name}" for name in left_over))
+  notes = (*read.notes, *(f"left over: {name}" for name in left_over))
+  return module, notes, without
 
 
 def _with_hooks(torch, module, image_size):
@@ -249,7 +252,13 @@ def _find_maps(torch, module, image_size) -> dict[str, Callable[[Any], Any]]:
     }
 
   module.eval()
-  square, wide = shapes(image_size), {}
+  try:
+    square, wide = shapes(image_size), {}
+  except Exception as error:  # A user's network may raise anything.
+    raise errors.InputError(
+      f"the network cannot be run on images [B, 3, {image_size}, {image_size}]:"
+      f" {_in_one_line(error)}"
+    ) from error
   with contextlib.suppress(Exception):  # A network of one size refuses others.
     wide = shapes(2 * image_size)
   to_maps: dict[str, Callable[[Any], Any]] = {}
@@ -312,9 +321,8 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
         traced, export_raw=True
       )
   except Exception as error:  # torch raises anything for what it cannot trace.
-    reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
-      f"torch.export cannot trace the network: {type(error).__name__}: {reason}"
+      f"torch.export cannot trace the network: {_in_one_line(error)}"
     ) from error
   arrays = [state.detach().cpu().numpy() for state in states]
   num_maps = len(traced.graph_signature.user_outputs) - 1
@@ -346,6 +354,11 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
     reading.image_size,
     tuple(map(_tap_name, names)),
   )
+
+
+def _in_one_line(error):
+  reason = " ".join(str(error).split())
+  return f"{type(error).__name__}: {reason[:_MAX_REASON]}"
 
 
 def _tap_name(name):

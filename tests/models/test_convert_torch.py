@@ -89,6 +89,14 @@ def test_the_number_of_classes_is_the_checkpoints(tmp_path):
   np.testing.assert_allclose(network.reference(images), expected, rtol=1e-5)
 
 
+def test_a_checkpoint_without_classifier(tmp_path):
+  tensors = torch_networks.make_convolutional(0).state_dict()
+  torch.save({"teacher": tensors}, tmp_path / "mine.pth")
+  network = _convert("make_convolutional", 8, tmp_path / "mine.pth")
+  assert network.metadata["num_classes"] == "0"
+  assert network.reference(_images(2, 8)).shape == (2, 4)
+
+
 def test_a_checkpoint_of_another_architecture(tmp_path):
   path = tmp_path / "mine.pth"
   torch.save(torch_networks.make_transformer().state_dict(), path)
