@@ -10,8 +10,10 @@ It maps images to logits, or to (logits, features), where features is a dict
 tap -> [B, H, W, C]. If it returns no such dict, the output of every submodule
 is a tap, named by the submodule's path, such as "stages_1/blocks_0"; outputs of
 further calls of the same submodule are "stages_1/blocks_0#1" and so on. Taps
-are maps [B, H, W, C] or tokens [B, N, C] of a square grid, with or without a
-class token in front; tokens are reshaped to maps, without the class token.
+are maps [B, H, W, C] or tokens [B, N, C], which are reshaped to maps. What
+stands in front of the patches (class, register and distilled tokens) is cut
+off: the patches are as many as one of the network's maps has positions, or
+else N or N - 1 is a square number.
 
 A module that behaves differently in training has an argument `train`,
 `training`, `is_training`, `deterministic` or `use_running_average`, or, in NNX,
@@ -22,6 +24,7 @@ state.
 from __future__ import annotations
 
 from collections.abc import Collection
+import functools
 
 import chex
 from flax import linen as nn
@@ -54,11 +57,16 @@ def as_apply_fn(
       params, model_state, images, train, taps
     )
     logits, outputs = tapping.split(output, outputs)
+    chosen = {
+      name: x for name, x in outputs.items() if taps is None or name in taps
+    }
+    maps = ()
+    if any(getattr(x, "ndim", 0) == 3 for x in chosen.values()):
+      maps = _map_sizes(pure, params, model_state, images)
     features = {
       name: x
-      for name, output in outputs.items()
-      if taps is None or name in taps
-      if (x := tapping.as_map(output)) is not None
+      for name, output in chosen.items()
+      if (x := tapping.as_map(output, maps)) is not None
     }
     return logits, features, model_state
 
@@ -129,8 +137,9 @@ def trace(
   # A module that returns its child's output comes after the child.
   order = lambda name: (position[name], -name.count("/"))
   taps, untappable = {}, {}
+  to_map = functools.partial(tapping.as_map, maps=tapping.map_sizes(features))
   for name in sorted(features, key=order):
-    as_map = jax.eval_shape(tapping.as_map, features[name])
+    as_map = jax.eval_shape(to_map, features[name])
     if as_map is None:
       untappable[name] = features[name].shape[1:]
     else:
@@ -173,6 +182,17 @@ def training_notes(
     "training does not update the target's batch statistics; if it should,"
     f" {pure_functions.HOW_TO_TELL}",
   )
+
+
+def _map_sizes(pure, params, model_state, images):
+  """Return (H, W) of all maps of a network, without running it."""
+
+  def run(params, model_state, images):
+    output, outputs, _ = pure.apply(params, model_state, images, False, None)
+    _, features = tapping.split(output, outputs)
+    return {name: x for name, x in features.items() if hasattr(x, "shape")}
+
+  return tapping.map_sizes(jax.eval_shape(run, params, model_state, images))
 
 
 def _to_pure(network) -> pure_functions.PureNetwork:

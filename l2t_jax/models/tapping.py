@@ -67,8 +67,8 @@ def explain_untappable(layout: Layout) -> dict[str, str]:
   return {
     name: (
       f"tap {name!r} has the shape {['B', *shape]}; taps are maps [B, H, W, C],"
-      " or tokens [B, N, C] where N is a square number, or one more with a"
-      " class token; none of these is 0"
+      " or tokens [B, N, C] whose number, without class and register tokens, is"
+      " that of a map's positions or a square; none of these is 0"
     )
     for name, shape in layout.untappable.items()
   }
@@ -142,15 +142,26 @@ def split(
   return output, dict(outputs)
 
 
-def as_map(x: Any) -> Any:
-  """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None."""
+def map_sizes(features: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+  """Return (H, W) of all maps [B, H, W, C] among features."""
+  arrays = [x for x in features.values() if getattr(x, "ndim", 0) == 4]
+  return tuple({x.shape[1:3]: None for x in arrays})
+
+
+def as_map(x: Any, maps: Sequence[tuple[int, int]] = ()) -> Any:
+  """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None.
+
+  Args:
+    x: a feature.
+    maps: see `find_grid`.
+  """
   if not hasattr(x, "ndim") or not x.size:
     return None
   if x.ndim == 4:
     return x
   if x.ndim != 3:
     return None
-  grid = find_grid(x.shape[1])
+  grid = find_grid(x.shape[1], maps)
   return None if grid is None else to_grid(x, grid)
 
 
@@ -169,12 +180,14 @@ def find_grid(
 
   Args:
     num_tokens: N.
-    maps: (H, W) of maps that are computed before; one of them is the map of
-      patches. Without it, N must be a square number, or one more than that with
-      a class token.
+    maps: (H, W) of the network's maps. The largest one with room for all of its
+      positions is the map of patches, if few tokens remain. Without one, N must
+      be a square number, or one more than that with a class token.
   """
-  for height, width in reversed(maps):
-    if 0 <= (num_prefix := num_tokens - height * width) <= _MAX_PREFIX:
+  for height, width in sorted(maps, key=math.prod, reverse=True):
+    num_prefix = num_tokens - height * width
+    # One position is the result of pooling, not a map of patches.
+    if height * width > 1 and 0 <= num_prefix <= _MAX_PREFIX:
       return Grid(num_prefix, height, width)
   for num_prefix in (0, 1):
     side = math.isqrt(max(num_tokens - num_prefix, 0))

@@ -224,6 +224,37 @@ def test_tokens_become_maps(class_token):
   )
 
 
+@pytest.mark.parametrize("num_prefix", [1, 5])
+def test_tokens_lie_on_the_map_of_patches(num_prefix):
+  """With a class and four register tokens, 9 would be 3x3."""
+
+  class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+      patches = nn.Conv(8, (4, 4), 4, name="patches")(images)
+      tokens = patches.reshape(len(images), -1, 8)
+      prefix = jnp.full((len(images), num_prefix, 8), -1.0)
+      tokens = jnp.concatenate([prefix, tokens], axis=1)
+      tokens = nn.LayerNorm(name="norm")(tokens)
+      return nn.Dense(5)(tokens[:, 0])
+
+  network = Transformer()
+  shape = (8, 8, 3)
+  assert models.trace(network, shape).taps == {
+    "patches": (2, 2, 8),
+    "norm": (2, 2, 8),
+  }
+  params, state = models.init(network, jax.random.key(0), shape)
+  images = jax.random.normal(jax.random.key(1), (2, *shape))
+  features = models.as_apply_fn(network, ["norm"])(
+    params, state, images, train=False
+  )[1]
+  everything = models.as_apply_fn(network)(params, state, images, train=False)
+  patches = everything[1]["patches"]
+  expected = nn.LayerNorm().apply({"params": params["norm"]}, patches)
+  np.testing.assert_allclose(features["norm"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("network", "patterns", "expected"),
   [

@@ -455,8 +455,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A tap [B, C] instead of [B, H, W, C]",
       f"{_MINE} --config.target.taps=('hidden',)",
       "tap 'hidden' has the shape ['B', 16]; taps are maps [B, H, W, C], or"
-      " tokens [B, N, C] where N is a square number, or one more with a "
-      "class token; none of these is 0",
+      " tokens [B, N, C] whose number, without class and register tokens, is "
+      "that of a map's positions or a square; none of these is 0",
       _NETWORK,
     ),
     Case(
