@@ -875,7 +875,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "An unknown network of Keras",
       "keras:ResNet5 out.safetensors",
       "keras.applications has no network 'ResNet5'; did you mean ResNet50 or "
-      "ResNet152 or ResNet101?",
+      "ResNet152 or ResNet50V2?",
       command=CONVERT,
       needs="keras",
     ),
