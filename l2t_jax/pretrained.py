@@ -145,8 +145,10 @@ def _convert_network(args, library, name):
     weight_files.save_program(args.output, network, program, metadata)
   for note in network.notes:
     print(note)
+  has_classifier = network.metadata.get("num_classes") != "0"
   print(
-    f"{args.network}: {size}x{size} RGB images, {num_classes} classes,"
+    f"{args.network}: {size}x{size} RGB images,"
+    f" {num_classes if has_classifier else 'no'} classes,"
     f" {len(network.taps)} taps"
   )
   for name, shape in taps.items():
