@@ -42,8 +42,8 @@ _LIBRARIES = {
   "keras": convert_keras.from_keras,
   "torch": convert_torch.from_module,
 }
-# Of the largest logit: a program and its library may differ by rounding.
-_TOLERANCE = 1e-4
+# By how much of the largest logit a program and its library may differ.
+_TOLERANCES = {"f32": 1e-4, "tf32": 1e-2, "bf16": 0.1}
 
 
 def make_parser() -> errors.Parser:
@@ -73,7 +73,9 @@ def make_parser() -> errors.Parser:
   parser.add_argument(
     "--mean", type=_numbers, default=(), help="of R,G,B from 0 to 1"
   )
-  parser.add_argument("--std", type=_numbers, default=(), help="of R,G,B")
+  parser.add_argument(
+    "--std", type=_positive_numbers, default=(), help="of R,G,B"
+  )
   parser.add_argument(
     "--precision",
     choices=list(compilation.PRECISIONS),
@@ -101,9 +103,21 @@ def _numbers(text):
   return values
 
 
+def _positive_numbers(text):
+  values = _numbers(text)
+  if min(values) <= 0:
+    raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+  return values
+
+
 def main(args: argparse.Namespace) -> None:
   """Convert a network and say what was found."""
   library, _, name = args.network.partition(":")
+  read = args.checkpoint or pathlib.Path(args.network)
+  if read.exists() and args.output.exists() and read.samefile(args.output):
+    raise errors.InputError(
+      f"{args.output} is the checkpoint; give another name for the output"
+    )
   if library in _LIBRARIES and name:
     if args.model:
       raise errors.InputError(f"{args.network} needs no --model")
@@ -120,7 +134,14 @@ def _convert_network(args, library, name):
   reading = programs.Reading(args.image_size, args.mean, args.std)
   network = _LIBRARIES[library](name, args.checkpoint, args.key, reading)
   dtype, precision = compilation.PRECISIONS[args.precision]
-  program = programs.export(network, dtype=dtype, precision=precision)
+  weight_files.check_finite(args.checkpoint or args.network, network.params)
+  try:
+    program = programs.export(network, dtype=dtype, precision=precision)
+  except Exception as error:  # A library's operations may raise anything.
+    reason = " ".join(str(error).split())[:200]
+    raise errors.InputError(
+      f"{args.network} cannot be exported: {type(error).__name__}: {reason}"
+    ) from error
   functions = programs.to_functions(
     program, network.params, network.taps, network.default_taps
   )
@@ -171,10 +192,10 @@ def _check_result(network, functions, precision):
   scale = float(np.abs(expected).max())
   difference = float(np.abs(logits - expected).max()) / (scale or 1.0)
   print(f"largest difference to the library's logits: {difference:.1e} of them")
-  if precision == "f32" and not difference <= _TOLERANCE:
+  if not difference <= _TOLERANCES[precision]:
     raise errors.InputError(
       f"the program's logits differ by {difference:.1e} from the library's,"
-      f" more than {_TOLERANCE}; nothing is written"
+      f" more than {_TOLERANCES[precision]}; nothing is written"
     )
   return logits.shape[1]
 

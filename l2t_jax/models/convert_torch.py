@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import json
@@ -17,7 +17,13 @@ from l2t_jax import errors, imports
 from l2t_jax.models import checkpoints, programs, tapping
 
 _MAX_REASON = 200  # Characters of another library's error.
-_COUNTER = "num_batches_tracked"  # Nothing in evaluation depends on it.
+# Axes that change in a higher and in a wider image -> the order of axes.
+_ORDERS = {
+  ((1,), (2,)): "CHW",
+  ((0,), (1,)): "HWC",
+  ((0,), (0,)): "NC",
+  ((1,), (1,)): "CN",
+}
 _BATCH = 2  # torch.export takes a batch of one image for a constant.
 
 
@@ -137,6 +143,7 @@ def from_module(
     module, notes, found = _load(make, checkpoint, key)
   else:
     module, notes, found = make(), (), {}
+  module.float()
   forward, names = _with_hooks(torch, module, reading.image_size)
   return _export(torch, module, forward, names, reading)._replace(
     notes=notes,
@@ -174,20 +181,23 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
     ((num_classes, _),) = others
     with contextlib.suppress(errors.InputError):  # It has no such argument.
       module = make(num_classes=num_classes)
-  if not tensors.keys() >= {n for n in shapes if not n.endswith(_COUNTER)}:
+  if _missing(module, tensors):
     with contextlib.suppress(errors.InputError):
       backbone = make(num_classes=0)
-      if tensors.keys() >= dict(backbone.named_parameters()).keys():
+      if not _missing(backbone, tensors):
         module, without = backbone, {"num_classes": "0"}
   state = module.state_dict()
-  for name, value in state.items():
-    if name.endswith(_COUNTER):
-      continue
-    found = list(tensors[name].shape) if name in tensors else "missing"
-    if found != list(value.shape):
+  if missing := _missing(module, tensors):
+    raise errors.InputError(
+      f"{checkpoint} does not fit the network: {missing[0]} is missing,"
+      f" expected {list(state[missing[0]].shape)}"
+    )
+  for name in state.keys() & tensors.keys():
+    found, expected = list(tensors[name].shape), list(state[name].shape)
+    if found != expected:
       raise errors.InputError(
         f"{checkpoint} does not fit the network: {name} is {found}, expected"
-        f" {list(value.shape)}"
+        f" {expected}"
       )
   torch = imports.require("torch", needed_for=f"reading {checkpoint.name}")
   module.load_state_dict(
@@ -197,6 +207,23 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
   left_over = [name for name in tensors if name not in state]
   notes = (*read.notes, *(f"left over: {name}" for name in left_over))
   return module, notes, without
+
+
+def _missing(module, tensors):
+  """Return the names of a module's tensors that a checkpoint lacks.
+
+  Counters of batches may be missing, and what shares its memory with another
+  tensor: files of safetensors store it once.
+  """
+  state = module.state_dict()
+  stored = {x.data_ptr() for name, x in state.items() if name in tensors}
+  return [
+    name
+    for name, x in state.items()
+    if name not in tensors
+    and not name.endswith("num_batches_tracked")
+    and x.data_ptr() not in stored
+  ]
 
 
 def _with_hooks(torch, module, image_size):
@@ -218,7 +245,10 @@ def _outputs(module):
 
   def keep_as(name):
     def keep(submodule, inputs, output):
-      outputs.setdefault(name, output)  # Returned, it would replace the output.
+      # A copy, since a later operation may work in place. What a hook returns
+      # would replace the output.
+      is_tensor = hasattr(output, "clone")
+      outputs.setdefault(name, output.clone() if is_tensor else output)
 
     return keep
 
@@ -237,49 +267,96 @@ def _outputs(module):
 def _find_maps(torch, module, image_size) -> dict[str, Callable[[Any], Any]]:
   """Return submodule -> function from its output to a map [B, H, W, C].
 
-  Which axes are positions shows in a second image, twice as wide. In a network
-  that takes one size alone they are the two of equal length.
+  Which axes are rows, columns and channels shows in two more images, of which
+  one is twice as high and one twice as wide. Where the network takes one size
+  alone, the kind of the submodule tells.
   """
 
-  def shapes(width):
-    images = torch.zeros(_BATCH, 3, image_size, width)
+  def shapes(height, width):
+    images = torch.zeros(_BATCH, 3, height, width)
     with torch.no_grad(), _outputs(module) as outputs:
-      module(images)
+      logits = module(images)
+    if not isinstance(logits, torch.Tensor):
+      raise errors.InputError(
+        f"the network returns a {type(logits).__name__}; it must return logits,"
+        " [B, K]: give a function that makes a module which picks them out"
+      )
     return {
       name: tuple(x.shape[1:])
       for name, x in outputs.items()
-      if isinstance(x, torch.Tensor) and len(x) == _BATCH and x.numel()
+      if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == _BATCH
     }
 
   module.eval()
   try:
-    square, wide = shapes(image_size), {}
+    usual = shapes(image_size, image_size)
+  except errors.InputError:
+    raise
   except Exception as error:  # A user's network may raise anything.
     raise errors.InputError(
       f"the network cannot be run on images [B, 3, {image_size}, {image_size}]:"
       f" {_in_one_line(error)}"
     ) from error
+  high = wide = None
   with contextlib.suppress(Exception):  # A network of one size refuses others.
-    wide = shapes(2 * image_size)
+    high = shapes(2 * image_size, image_size)
+    wide = shapes(image_size, 2 * image_size)
+  submodules = dict(module.named_modules())
   to_maps: dict[str, Callable[[Any], Any]] = {}
   grids: list[tuple[int, int]] = []
-  for name, shape in square.items():
-    if len(shape) == 2 and (found := tapping.find_grid(shape[0], grids)):
-      to_maps[name] = functools.partial(tapping.to_grid, grid=found)
-    if len(shape) != 3:
-      continue
-    changed = [
-      a != b for a, b in zip(shape, wide.get(name, shape), strict=True)
-    ]
-    if not any(changed):
-      changed = [False, shape[0] == shape[1], shape[1] == shape[2]]
-    if changed == [False, False, True]:
+  for name, shape in usual.items():
+    if high is None or wide is None:
+      order = _order_by_kind(torch, submodules[name], shape)
+    else:
+      order = _ORDERS.get(
+        (_changed(shape, high.get(name)), _changed(shape, wide.get(name)))
+      )
+    if order == "CHW":
       to_maps[name] = lambda x: x.permute(0, 2, 3, 1)
       grids.append(shape[1:])
-    elif changed == [False, True, False]:
+    elif order == "HWC":
       to_maps[name] = lambda x: x
       grids.append(shape[:2])
+    elif order in ("NC", "CN"):
+      count = shape[order.index("N")]
+      if grid := tapping.find_grid(count, grids):
+        to_maps[name] = functools.partial(
+          _tokens_to_map, order=order, grid=grid
+        )
   return to_maps
+
+
+def _changed(shape, other):
+  """Return which axes of two shapes differ, or None."""
+  if other is None or len(shape) != len(other):
+    return None
+  return tuple(
+    i for i, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b
+  )
+
+
+def _order_by_kind(torch, submodule, shape):
+  """Guess the order of axes from what a submodule is."""
+  nn = torch.nn
+  maps = (
+    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d),
+    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample),
+  )
+  sequences = (nn.Conv1d, nn.BatchNorm1d)
+  if len(shape) == 2:
+    return "CN" if isinstance(submodule, sequences) else "NC"
+  if len(shape) != 3:
+    return None
+  if isinstance(submodule, maps):
+    return "CHW"
+  has_maps = any(isinstance(inner, maps) for inner in submodule.modules())
+  if has_maps and shape[1] == shape[2] != shape[0]:
+    return "CHW"
+  return "HWC" if shape[0] == shape[1] != shape[2] else None
+
+
+def _tokens_to_map(x, *, order, grid):
+  return tapping.to_grid(x if order == "NC" else x.transpose(1, 2), grid)
 
 
 def _export(torch, module, forward, names, reading) -> programs.Exportable:
@@ -301,38 +378,47 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
     def __init__(self):
       super().__init__()
       self.module = module
-      for name in ("mean", "std"):
-        values = torch.tensor(getattr(reading, name))
-        self.register_buffer(name, values, persistent=False)
 
     def forward(self, images):
-      images = (images - self.mean) / self.std
+      constant = lambda values: torch.tensor(values, dtype=images.dtype)
+      images = (images - constant(reading.mean)) / constant(reading.std)
       return tuple(forward(images.permute(0, 3, 1, 2)))
 
   shape = (_BATCH, reading.image_size, reading.image_size, 3)
   batch = torch.export.Dim("batch", min=1)
-  whole = WithFeatures().eval()
+  whole = WithFeatures().eval().float()
   try:
     with torch.no_grad():
       traced = torch.export.export(
         whole, (torch.zeros(shape),), dynamic_shapes=({0: batch},), strict=False
-      )
-      variables, states, call = export.exported_program_to_jax(
+      ).run_decompositions()  # This orders the inputs of the graph anew.
+      names_of_states, states, call = export.exported_program_to_jax(
         traced, export_raw=True
       )
+    signature = traced.graph_signature
+    by_name = dict(
+      zip(
+        (*names_of_states, *signature.lifted_tensor_constants),
+        states,
+        strict=True,
+      )
+    )
   except Exception as error:  # torch raises anything for what it cannot trace.
     raise errors.InputError(
       f"torch.export cannot trace the network: {_in_one_line(error)}"
     ) from error
-  arrays = [state.detach().cpu().numpy() for state in states]
-  num_maps = len(traced.graph_signature.user_outputs) - 1
+  num_maps = len(signature.user_outputs) - 1
   if len(names) != num_maps:
     names = [f"features.{index}" for index in range(num_maps)]
+  # In the order of the graph; torchax returns constants last.
+  inputs = [x for x in signature.input_specs if x.target is not None]
+  arrays = [by_name[x.target].detach().cpu().numpy() for x in inputs]
   # Tables of positions and the like become constants of the program.
+  constant = torch.export.graph_signature.InputKind.CONSTANT_TENSOR
   params = {
-    index: name.removeprefix("module.")
-    for index, name in enumerate(variables)
-    if np.issubdtype(arrays[index].dtype, np.floating)
+    index: x.target.removeprefix("module.")
+    for index, x in enumerate(inputs)
+    if np.issubdtype(arrays[index].dtype, np.floating) and x.kind != constant
   }
 
   def apply(given, images):
@@ -344,15 +430,16 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
 
   def reference(images):
     with torch.no_grad():
-      images = (torch.from_numpy(images) - whole.mean) / whole.std
-      return module(images.permute(0, 3, 1, 2)).numpy()
+      images = (images - np.float32(reading.mean)) / np.float32(reading.std)
+      images = torch.from_numpy(images.transpose(0, 3, 1, 2))
+      return module(images).numpy()
 
   return programs.Exportable(
     apply,
     {name: arrays[index] for index, name in params.items()},
     reference,
     reading.image_size,
-    tuple(map(_tap_name, names)),
+    _tap_names(names),
   )
 
 
@@ -361,9 +448,18 @@ def _in_one_line(error):
   return f"{type(error).__name__}: {reason[:_MAX_REASON]}"
 
 
-def _tap_name(name):
-  """Name a submodule as in JAX: "stages.1.conv" becomes "stages_1/conv"."""
-  return re.sub(r"\.(\d+)(?=\.|$)", r"_\1", name).replace(".", "/")
+def _tap_names(names: Sequence[str]) -> tuple[str, ...]:
+  """Name taps as in JAX: "stages.1.conv" becomes "stages_1/conv".
+
+  Further ones of the same name become "name#1" and so on.
+  """
+  taps: list[str] = []
+  for index, name in enumerate(names):
+    tap = re.sub(r"\.(\d+)(?=\.|$)", r"_\1", name).replace(".", "/")
+    tap = tap or f"features_{index}"
+    same = sum(other.partition("#")[0] == tap for other in taps)
+    taps.append(f"{tap}#{same}" if same else tap)
+  return tuple(taps)
 
 
 def _versions(*libraries):

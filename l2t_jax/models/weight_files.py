@@ -214,11 +214,13 @@ def copy_matching(
   return Copied(traverse_util.unflatten_dict(flat), tuple(copied), tuple(kept))
 
 
-def check_finite(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def check_finite(
+  path: pathlib.Path | str, arrays: Mapping[str, np.ndarray]
+) -> None:
   """Raise `errors.InputError` if an array holds NaN or infinite values.
 
   Args:
-    path: the file that the arrays come from, for the error message.
+    path: the file or network that the arrays come from, for the message.
     arrays: name -> array.
   """
   for name, values in arrays.items():

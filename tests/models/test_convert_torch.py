@@ -74,7 +74,29 @@ def test_a_transformer_with_prefix_tokens():
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(features["layers_0"], tokens, rtol=1e-5, atol=1e-5)
   layout = models.trace(functions, (8, 8, 3))
-  assert layout.taps["layers_4"] == (2, 2, 12)
+  assert set(layout.taps.values()) == {(2, 2, 12), (2, 2, 24)}
+
+
+def test_an_awkward_network(tmp_path):
+  module = torch_networks.make_awkward().eval()
+  tensors = module.state_dict()
+  del tensors["again.weight"]  # As safetensors stores tied weights.
+  torch.save(tensors, tmp_path / "mine.pth")
+  network = _convert("make_awkward", 6, tmp_path / "mine.pth")
+  images = _images(2, 6)
+  _, logits, features = _run(network, images)
+  with torch.no_grad():
+    stem = module.stem((_normalised(images) - module.mean) / module.std)
+    halved = module.a(stem + 1)
+    expected = module(_normalised(images))
+    flat = module.flat(module.again(module.a_1(halved)).flatten(2))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  close(logits, expected)
+  close(features["stem"], stem.permute(0, 2, 3, 1))
+  close(features["a_1"], halved.permute(0, 2, 3, 1))
+  close(features["a_1#1"], module.a_1(halved).detach().permute(0, 2, 3, 1))
+  close(features["flat"], flat.transpose(1, 2).reshape(2, 3, 3, 9))
+  assert "attention" not in features
 
 
 def test_the_number_of_classes_is_the_checkpoints(tmp_path):
@@ -115,6 +137,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
       "give --image_size and --mean and --std",
     ),
     (f"{MODULE}:make_nothing", (8, MEAN, STD), "returned a NoneType"),
+    (f"{MODULE}:TwoOutputs", (8, MEAN, STD), "returns a dict; it must return"),
     (f"{MODULE}:torch", (8, MEAN, STD), "cannot be called"),
     ("no_such_module:f", (8, MEAN, STD), "cannot import the network"),
   ],

@@ -856,6 +856,19 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       command=CONVERT,
     ),
     Case(
+      "The checkpoint itself as the output",
+      "in.safetensors in.safetensors --model=resnet_tiny",
+      "in.safetensors is the checkpoint; give another name for the output",
+      _checkpoint(),
+      command=CONVERT,
+    ),
+    Case(
+      "A standard deviation of 0",
+      f"{_CONVERTED} --std=0",
+      "argument --std: '0' must be above 0; see --help",
+      command=CONVERT,
+    ),
+    Case(
       "A prefix that no tensor has",
       f"{_CONVERTED} --key=student",
       "in.safetensors has neither a state dict 'student' nor tensors named "

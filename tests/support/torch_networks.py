@@ -69,6 +69,37 @@ class Transformer(nn.Module):
     return self.head(x[:, 0])
 
 
+class Awkward(nn.Module):
+  """Works in place, has buffers named as the converter's, ties weights, and has
+  two submodules whose names JAX would write alike."""
+
+  def __init__(self, num_classes=5):
+    super().__init__()
+    self.register_buffer("mean", torch.full((3, 1, 1), 0.7))
+    self.register_buffer("std", torch.full((3, 1, 1), 0.3))
+    self.stem = nn.Conv2d(3, 6, 3, 1, 1)
+    self.a = nn.Sequential(nn.Identity(), nn.Conv2d(6, 6, 3, 2, 1))
+    self.a_1 = nn.Conv2d(6, 6, 3, 1, 1)
+    self.again = nn.Conv2d(6, 6, 3, 1, 1)
+    self.again.weight = self.a_1.weight
+    self.flat = nn.Conv1d(6, 9, 1)
+    self.attention = nn.Softmax(-1)
+    self.head = nn.Linear(9, num_classes)
+
+  def forward(self, x):
+    x = self.stem((x - self.mean) / self.std)
+    x += 1  # In place.
+    x = self.again(self.a_1(self.a(x)))
+    x = self.flat(x.flatten(2))  # [B, C, N].
+    weights = self.attention(x.transpose(1, 2)[:, None] @ x[:, None])
+    return self.head((weights[:, 0] @ x.transpose(1, 2)).mean(1))
+
+
+class TwoOutputs(nn.Module):
+  def forward(self, x):
+    return {"logits": x.mean((2, 3)), "map": x}
+
+
 def make_convolutional(num_classes=5):
   """Make one with weights that depend on the number of classes alone."""
   torch.manual_seed(num_classes)
@@ -81,6 +112,12 @@ def make_transformer(num_classes=5):
   """See `make_convolutional`."""
   torch.manual_seed(num_classes)
   return Transformer(num_classes)
+
+
+def make_awkward(num_classes=5):
+  """See `make_convolutional`."""
+  torch.manual_seed(num_classes)
+  return Awkward(num_classes)
 
 
 def make_nothing():
