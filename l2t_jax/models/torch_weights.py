@@ -87,9 +87,11 @@ def convert(
     errors.InputError: a tensor is missing or has another shape, or the tensors
       are those of a deeper network.
   """
-  converted, mapped = {}, {}
+  converted, mapped, linear = {}, {}, set()
   for path, leaf in traverse_util.flatten_dict(variables).items():
     name = torch_name(path)
+    if leaf.ndim == 2:
+      linear.add(name.rpartition(".")[0])
     expected = list(jax.eval_shape(to_torch_layout, leaf).shape)
     found = list(tensors[name].shape) if name in tensors else "missing"
     if found != expected:
@@ -104,9 +106,11 @@ def convert(
     for name in tensors
     if name not in mapped and not name.endswith("num_batches_tracked")
   )
-  # A tensor of a missing layer differs from a mapped one only in its numbers.
-  without_numbers = lambda name: re.sub(r"\.\d+\.", ".", name)
-  kinds = set(map(without_numbers, mapped))
+  # A tensor of a missing layer differs from a mapped one only in its numbers. A
+  # second classifier is no such layer.
+  without_numbers = lambda name: re.sub(r"\d+", "", name)
+  is_linear = lambda name: name.rpartition(".")[0] in linear
+  kinds = {without_numbers(name) for name in mapped if not is_linear(name)}
   if deeper := [name for name in left_over if without_numbers(name) in kinds]:
     raise errors.InputError(
       f"the checkpoint has layers that the network lacks: {len(deeper)}"
@@ -165,7 +169,7 @@ def convert_file(
   weight_files.check_finite(
     path, traverse_util.flatten_dict(converted, sep="/")
   )
-  if size == 224:
+  if size == 224 and channels == 3:  # One of torchvision's networks.
     reading = reading.or_else(0, *programs.IMAGENET)
   metadata = {
     "model": model,

@@ -178,6 +178,26 @@ def test_a_deeper_network_is_not_cut_short():
     torch_weights.convert(tensors, shapes)
 
 
+def test_a_fifth_stage_is_not_cut_off():
+  tensors = torchvision_tensors((2, 2, 2, 2), 2)
+  tensors["layer5.0.conv1.weight"] = tensors["layer4.0.conv1.weight"]
+  shapes = models.trace(models.create("resnet18", 10), (64, 64, 3)).variables
+  with pytest.raises(errors.InputError, match=r"1 tensors, such as layer5\.0"):
+    torch_weights.convert(tensors, shapes)
+
+
+def test_grey_images_are_not_normalised_as_imagenets(tmp_path):
+  weight = np.ones((64, 1, 7, 7))
+  checkpoint = write_tensors(
+    tmp_path / "in.safetensors", **{"conv1.weight": weight}
+  )
+  output = tmp_path / "out.safetensors"
+  torch_weights.convert_file(checkpoint, output, "resnet18")
+  metadata = weight_files.read_metadata(output)
+  assert metadata["channels"] == "1"
+  assert "mean" not in metadata
+
+
 def test_a_backbone_without_classifier(tmp_path):
   checkpoint = write_tensors(
     tmp_path / "in.safetensors", **{"fc.weight": None, "fc.bias": None}
