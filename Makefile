@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
-# make test: lint, types, arrows, documentation and tests (10 to 25 minutes).
+# make test: lint, types, arrows, documentation and tests (10 to 30 minutes).
 
 PYTHON ?= python3
 VENV := .venv

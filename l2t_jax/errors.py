@@ -70,6 +70,18 @@ class Interrupted(Stop):
   meets_all_processes = True
 
 
+def in_one_line(error: BaseException) -> str:
+  """Return an error's message in one line of at most some 600 characters.
+
+  The kind of the error stands in front unless it is a `Stop`.
+  """
+  text = " ".join(str(error).split())
+  if not isinstance(error, Stop):
+    text = f"{type(error).__name__}: {text}"
+  # What is wrong stands first, and what would be right last.
+  return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"
+
+
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
   """Context manager: print a `Stop` in one line and exit with its code."""

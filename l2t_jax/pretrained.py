@@ -138,9 +138,8 @@ def _convert_network(args, library, name):
   try:
     program = programs.export(network, dtype=dtype, precision=precision)
   except Exception as error:  # A library's operations may raise anything.
-    reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
-      f"{args.network} cannot be exported: {type(error).__name__}: {reason}"
+      f"{args.network} cannot be exported: {errors.in_one_line(error)}"
     ) from error
   functions = programs.to_functions(
     program, network.params, network.taps, network.default_taps

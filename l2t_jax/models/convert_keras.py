@@ -159,10 +159,10 @@ def _make(maker, checkpoint, image_size):
   except errors.InputError:
     raise
   except Exception as error:  # Keras raises anything, also without internet.
-    reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
-      f"Keras cannot load the weights of {maker.__name__!r}: {reason}; give"
-      " --checkpoint=FILE for weights that you have"
+      f"Keras cannot load the weights of {maker.__name__!r}:"
+      f" {errors.in_one_line(error)}; give --checkpoint=FILE for weights that"
+      " you have"
     ) from error
 
 
@@ -194,8 +194,7 @@ def _load(maker, checkpoint, options):
     with warnings.catch_warnings(action="ignore"):  # About nested containers.
       model.load_weights(checkpoint)
   except ValueError as error:
-    reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
-      f"{checkpoint} does not fit the network: {reason}"
+      f"{checkpoint} does not fit the network: {errors.in_one_line(error)}"
     ) from error
   return model

@@ -16,7 +16,6 @@ import numpy as np
 from l2t_jax import errors, imports
 from l2t_jax.models import checkpoints, programs, tapping
 
-_MAX_REASON = 200  # Characters of another library's error.
 # Axes that change in a higher and in a wider image -> the order of axes.
 _ORDERS = {
   ((1,), (2,)): "CHW",
@@ -63,7 +62,7 @@ def from_timm(
     except Exception as error:  # Networks and hubs raise anything.
       hint = "" if checkpoint else "; --checkpoint=FILE takes weights you have"
       raise errors.InputError(
-        f"timm cannot make {name!r}: {_in_one_line(error)}{hint}"
+        f"timm cannot make {name!r}: {errors.in_one_line(error)}{hint}"
       ) from error
 
   if checkpoint:
@@ -130,7 +129,7 @@ def from_module(
       module = function(**options)
     except Exception as error:  # A user's function may raise anything.
       raise errors.InputError(
-        f"{name} cannot be called: {_in_one_line(error)}"
+        f"{name} cannot be called: {errors.in_one_line(error)}"
       ) from error
     if not isinstance(module, torch.nn.Module):
       raise errors.InputError(
@@ -295,7 +294,7 @@ def _find_maps(torch, module, image_size) -> dict[str, Callable[[Any], Any]]:
   except Exception as error:  # A user's network may raise anything.
     raise errors.InputError(
       f"the network cannot be run on images [B, 3, {image_size}, {image_size}]:"
-      f" {_in_one_line(error)}"
+      f" {errors.in_one_line(error)}"
     ) from error
   high = wide = None
   with contextlib.suppress(Exception):  # A network of one size refuses others.
@@ -405,7 +404,7 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
     )
   except Exception as error:  # torch raises anything for what it cannot trace.
     raise errors.InputError(
-      f"torch.export cannot trace the network: {_in_one_line(error)}"
+      f"torch.export cannot trace the network: {errors.in_one_line(error)}"
     ) from error
   num_maps = len(signature.user_outputs) - 1
   if len(names) != num_maps:
@@ -441,11 +440,6 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
     reading.image_size,
     _tap_names(names),
   )
-
-
-def _in_one_line(error):
-  reason = " ".join(str(error).split())
-  return f"{type(error).__name__}: {reason[:_MAX_REASON]}"
 
 
 def _tap_names(names: Sequence[str]) -> tuple[str, ...]:

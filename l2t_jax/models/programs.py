@@ -124,9 +124,9 @@ def to_functions(
     exported = jax.export.deserialize(bytearray(program))
     backward = exported.vjp()
   except Exception as error:  # JAX raises anything for a file that is damaged.
-    reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
-      f"jax {jax.__version__} cannot read the program: {reason}"
+      f"jax {jax.__version__} cannot read the program:"
+      f" {errors.in_one_line(error)}"
     ) from error
   _check_calls(exported)
   _check_calls(backward)

@@ -232,7 +232,7 @@ class Runner:
     except Exception as error:
       self._cell = self._training = None
       phases.take()  # Its time is not that of the next run.
-      return [], f"{_one_line(error)}\n\n{traceback.format_exc()}"
+      return [], f"{errors.in_one_line(error)}\n\n{traceback.format_exc()}"
 
   def _train(self, job):
     from_config.check(job.config, job.workdirs)
@@ -296,11 +296,3 @@ def _describe_source(path):
   except errors.InputError:  # It made the runs fail, too.
     return "unknown"
   return f"{metadata['model']} of {metadata['num_classes']} classes"
-
-
-def _one_line(error: BaseException) -> str:
-  text = " ".join(str(error).split())
-  if not isinstance(error, errors.Stop):
-    text = f"{type(error).__name__}: {text}"
-  # What is wrong stands first, and what would be right last.
-  return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"
