@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import difflib
+import hashlib
 import re
 from typing import Any, NamedTuple
 
@@ -164,7 +165,10 @@ def to_functions(
     return logits, dict(zip(taps, features, strict=True)), model_state
 
   return pure_functions.Functions(
-    lambda key: (params, {}), apply, tuple(default_taps)
+    lambda key: (params, {}),
+    apply,
+    tuple(default_taps),
+    hashlib.sha256(program).hexdigest()[:16],
   )
 
 

@@ -40,6 +40,8 @@ class Functions(NamedTuple):
   apply: types.ApplyFn
   # Taps to use where none are named; () to let `models.select_taps` choose.
   default_taps: tuple[str, ...] = ()
+  # Of an exported program, whose Python code says nothing about what it does.
+  digest: str = ""
 
 
 Network = nn.Module | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | Functions

@@ -236,8 +236,10 @@ def _name(network):
 
 def _describe(network, variables):
   """Name a network so that different ones have different names."""
+  what = getattr(network, "digest", "")
   # The representation of a function changes from process to process.
-  what = _without_addresses(repr(network)) * isinstance(network, nn.Module)
+  if isinstance(network, nn.Module):
+    what = _without_addresses(repr(network))
   digest = fingerprints.fingerprint((what, variables))
   return f"{_name(network)} {digest}"
 

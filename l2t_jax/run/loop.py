@@ -75,7 +75,7 @@ class Seed:
     """Restore a checkpoint and return its state.
 
     Raises:
-      errors.InputError: the images or the source's weights have changed.
+      errors.InputError: the images or a source have changed.
       checkpoint.DamagedError: the checkpoint cannot be read.
     """
     inputs = self.progress["inputs"]

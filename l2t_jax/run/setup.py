@@ -12,7 +12,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from l2t_jax import data, errors, fingerprints, models, types
 from l2t_jax.data import image_formats
@@ -170,11 +170,11 @@ def build(experiment: experiments.Experiment) -> Setup:
     blank_batch=_blank_batch(experiment, dataset),
     blank_eval_batch=types.EvalBatch(
       *_blank_rows(dataset, dataset.num_eval_rows),
-      jnp.zeros(dataset.num_eval_rows, jnp.float32),
+      np.zeros(dataset.num_eval_rows, np.float32),
     ),
     eval_step=training.make_eval_step(target_fn, experiment.task),
     mesh=mesh,
-    inputs=_fingerprints(dataset, sources),
+    inputs=_fingerprints(dataset, sources, experiment.frozen),
     notes=(
       *_source_notes(experiment, sources, plan.pairs),
       *target.notes,
@@ -260,8 +260,8 @@ def _blank_batch(experiment, dataset):
 def _blank_rows(dataset: data.Dataset, count: int) -> tuple[Any, Any]:
   """Return images and labels."""
   return (
-    jnp.zeros((count, *dataset.image_shape), jnp.float32),
-    jnp.zeros((count, *dataset.label_shape), dataset.label_dtype),
+    np.zeros((count, *dataset.image_shape), np.float32),
+    np.zeros((count, *dataset.label_shape), dataset.label_dtype),
   )
 
 
@@ -322,7 +322,7 @@ def _source_notes(experiment, sources, pairs):
     sees = f"{size}x{size} images of {channels} channels"
     if not (given.mean and given.std):
       sees += ", normalised as the data's (its own normalisation is not known)"
-    elif (mean, std) == ((0.0,), (1.0,)):
+    elif getattr(source.network, "digest", ""):  # An exported program.
       sees += ", which it normalises itself"
     else:
       sees += f", normalised by mean {_short(mean)} and std {_short(std)}"
@@ -626,12 +626,18 @@ def _place_states(settings, first_state, mesh):
   return create_state, sharding.with_shardings(shapes, shardings(shapes))
 
 
-def _fingerprints(dataset, sources):
+def _fingerprints(dataset, sources, frozen):
   """Return name -> fingerprint of the inputs of training."""
-  weights = {
-    f"the weights of the {source.label}": fingerprints.fingerprint(
-      jax.device_get(source.variables)
+  inputs = {"the images and labels": dataset.fingerprint}
+  if frozen:
+    inputs["the transfer map"] = fingerprints.fingerprint(frozen)
+  return inputs | {
+    f"the {source.label}": fingerprints.fingerprint(
+      (
+        jax.device_get(source.variables),
+        source.image_format,
+        getattr(source.network, "digest", ""),
+      )
     )
     for source in sources
   }
-  return {"the images and labels": dataset.fingerprint, **weights}

@@ -41,10 +41,12 @@ class Trainer:
     self._shapes = setup.state_shapes
     if self.num_seeds > 1:
       self._shapes = sharding.stacked(self._shapes, self.num_seeds)
+    blank_batch = self._shard([setup.blank_batch] * self.num_seeds)
+    blank_eval_batch = sharding.shard(setup.blank_eval_batch, setup.mesh)
     self._step_inputs = (
       self._shapes,
       setup.sources,
-      self._shard([setup.blank_batch] * self.num_seeds),
+      sharding.shapes_of(blank_batch),
     )
     self._compiling = compilation.compile_ahead(
       self._jit_step(setup.modes[0]), *self._step_inputs
@@ -52,7 +54,7 @@ class Trainer:
     self._compiling_eval = compilation.compile_ahead(
       self._jit_eval_step(),
       self._shapes.inner,
-      sharding.shard(setup.blank_eval_batch, setup.mesh),
+      sharding.shapes_of(blank_eval_batch),
     )
     self._state: types.TrainState | None = None
 

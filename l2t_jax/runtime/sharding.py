@@ -140,3 +140,10 @@ def shard(
   """
   sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
   return jax.make_array_from_process_local_data(sharding, tree)
+
+
+def shapes_of(tree: types.PyTree) -> types.PyTree:
+  """Return the `jax.ShapeDtypeStruct`s, with shardings, of global arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )

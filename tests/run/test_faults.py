@@ -365,11 +365,11 @@ def test_a_run_goes_on_with_what_it_began_with(source, tmp_path, monkeypatch):
   tensors = safetensors.numpy.load_file(weights)
   metadata = safetensors.safe_open(weights, "np").metadata()
   other = tensors | {name: -tensors[name] for name in list(tensors)[:1]}
-  safetensors.numpy.save_file(other, weights, metadata)
-  with pytest.raises(
-    errors.InputError, match=changed.format("the weights of the source")
-  ):
-    train_once(arrays)
+  normalised = metadata | {"mean": "[0.25]", "std": "[0.5]"}
+  for changed_file in ((other, metadata), (tensors, normalised)):
+    safetensors.numpy.save_file(changed_file[0], weights, changed_file[1])
+    with pytest.raises(errors.InputError, match=changed.format("the source")):
+      train_once(arrays)
   safetensors.numpy.save_file(tensors, weights, metadata)
   train_once(arrays)
   epochs = small_runs.records(tmp_path / "run", "epoch")

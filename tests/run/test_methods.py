@@ -227,7 +227,9 @@ def test_two_sources_with_formats_of_their_own(source, finished, tmp_path):
   np.testing.assert_allclose(sum(content["source_shares"].values()), 1)
 
 
-def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
+def test_a_reused_map_is_frozen_and_costs_no_look_ahead(
+  source, tmp_path, monkeypatch
+):
   config = small_runs.small_config(source, epochs=1)
   config.method = "fm_single"
   config.transfer.pairs = ""
@@ -252,12 +254,18 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(source, tmp_path):
   content["pairs"][0]["pair_weight"] = 3.0
   edited = tmp_path / "edited.json"
   edited.write_text(json.dumps(content))
-  config.transfer.map = str(edited)
-  small_runs.train(config, tmp_path / "edited")
+  config.transfer.map, config.epochs = str(edited), 2
+  train_edited = lambda: small_runs.train(config, tmp_path / "edited")
+  small_runs.kill_in_epoch(2, train_edited, monkeypatch)
   first = small_runs.records(tmp_path / "edited", "train")[0]
   np.testing.assert_allclose(
     first["matching_loss"], 3 * fixed[0]["matching_loss"], rtol=1e-4
   )
+  # A run goes on with the map that it began with.
+  content["pairs"][0]["pair_weight"] = 2.0
+  edited.write_text(json.dumps(content))
+  with pytest.raises(errors.InputError, match="the transfer map changed since"):
+    train_edited()
 
 
 def test_meta_updates_now_and_then(source, tmp_path):

@@ -214,13 +214,18 @@ def _checkpoint(
   return prepare
 
 
-def write_program(**metadata: str) -> Prepare:
-  """Write source.safetensors, a network that was converted to a program."""
+def write_program(gain: float = 1.0, **metadata: str) -> Prepare:
+  """Write source.safetensors, a network that was converted to a program.
+
+  Args:
+    gain: by which the program multiplies its features.
+    **metadata: of the file.
+  """
   usual = {"model": "timm:x", "num_classes": "2", "precision": "f32"}
   usual["command"] = "python -m l2t_jax.pretrained timm:x source.safetensors"
 
   def apply(params, images):
-    return (images.mean((1, 2)) @ params["kernel"], images)
+    return (images.mean((1, 2)) @ params["kernel"], gain * images)
 
   def prepare(folder):
     network = programs.Exportable(
