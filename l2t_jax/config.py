@@ -169,7 +169,7 @@ TARGET = {
   # task of your own with several targets per image has to set it.
   "target.num_outputs": Field(0, AT_LEAST_0),
   # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
-  # network's own choice, or else for the last layer of each resolution.
+  # network's own choice, or else for the last block of each resolution.
   # `python -m l2t_jax.models MODEL` lists the layers.
   "target.taps": Field(()),
 }

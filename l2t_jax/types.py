@@ -24,9 +24,9 @@ class Batch(NamedTuple):
 class EvalBatch(NamedTuple):
   """A batch of a fixed size, in which the last images may be padding."""
 
-  images: jax.Array  # [B, H, W, C] float32, normalised.
-  labels: jax.Array  # As in Batch.
-  mask: jax.Array  # [B] float32, 1 for an image, 0 for padding.
+  images: chex.Array  # [B, H, W, C] float32, normalised.
+  labels: chex.Array  # As in Batch.
+  mask: chex.Array  # [B] float32, 1 for an image, 0 for padding.
 
 
 class InnerState(NamedTuple):

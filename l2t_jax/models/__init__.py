@@ -6,12 +6,7 @@
 from l2t_jax.models.bundled import MODELS, create, find
 from l2t_jax.models.networks import as_apply_fn, init, trace, training_notes
 from l2t_jax.models.pure_functions import Functions, Network
-from l2t_jax.models.tapping import (
-  Layout,
-  explain_untappable,
-  last_tap,
-  select_taps,
-)
+from l2t_jax.models.tapping import Layout, last_tap, select_taps
 
 __all__ = [
   "MODELS",
@@ -20,7 +15,6 @@ __all__ = [
   "Network",
   "as_apply_fn",
   "create",
-  "explain_untappable",
   "find",
   "init",
   "last_tap",

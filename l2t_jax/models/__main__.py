@@ -4,7 +4,8 @@
     python -m l2t_jax.models resnet32 --target=my_package.my_module:make
     python -m l2t_jax.models weights/convnext.safetensors
 
-The column "default" marks the taps that are used if a config names none. Pairs
+The column "default" marks the taps that are used if a config names none. What
+cannot be tapped is listed with the reason. Pairs
 are those of config.transfer.pairs=nearest.
 """
 
@@ -73,6 +74,8 @@ def _print_taps(model, image_size, channels):
     mark = "yes" if name in default_taps else ""
     rows.add_row(name, f"{height}x{width}", str(tap_channels), mark)
   console.Console().print(rows)
+  for reason in layout.untappable.values():
+    print(reason)
   return default_taps
 
 

@@ -8,13 +8,13 @@ import functools
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import errors, imports
-from l2t_jax.models import checkpoints, programs, tapping
+from l2t_jax.models import blocks, checkpoints, programs, tapping
 
 # Axes that change in a higher and in a wider image -> the order of axes.
 _ORDERS = {
@@ -71,6 +71,7 @@ def from_timm(
     module, notes = make(pretrained=True), ()
   own = module.pretrained_cfg
   reading = reading.or_else(own["input_size"][-1], own["mean"], own["std"])
+  default: tuple[str, ...] = ()
   if hasattr(module, "forward_intermediates"):
     names = [entry["module"] for entry in module.feature_info]
 
@@ -79,12 +80,14 @@ def from_timm(
       return module.forward_head(last), *(x.permute(0, 2, 3, 1) for x in maps)
 
   else:
-    forward, names = _with_hooks(torch, module, reading.image_size)
+    forward, maps = _with_hooks(torch, module, reading.image_size)
+    names, default = list(maps), _default_taps(module, maps, reading)
   class_names: tuple[str, ...] = ()
   if not checkpoint and (subset := timm.data.infer_imagenet_subset(module)):
     class_names = tuple(timm.data.ImageNetInfo(subset).label_names())
   return _export(torch, module, forward, names, reading)._replace(
     notes=notes,
+    default_taps=default,
     metadata={
       "class_names": json.dumps(class_names),
       "interpolation": own.get("interpolation") or "",
@@ -143,9 +146,11 @@ def from_module(
   else:
     module, notes, found = make(), (), {}
   module.float()
-  forward, names = _with_hooks(torch, module, reading.image_size)
-  return _export(torch, module, forward, names, reading)._replace(
+  forward, maps = _with_hooks(torch, module, reading.image_size)
+  default = _default_taps(module, maps, reading)
+  return _export(torch, module, forward, list(maps), reading)._replace(
     notes=notes,
+    default_taps=default,
     metadata={"class_names": "[]", "versions": _versions(torch), **found},
   )
 
@@ -225,16 +230,35 @@ def _missing(module, tensors):
   ]
 
 
+class _Map(NamedTuple):
+  """How the output of a submodule becomes a map."""
+
+  convert: Callable[[Any], Any]  # Output -> [B, H, W, C].
+  shape: tapping.Shape  # (H, W, C).
+
+
 def _with_hooks(torch, module, image_size):
-  """Return (images -> (output, *maps), names of the submodules with maps)."""
-  to_maps = _find_maps(torch, module, image_size)
+  """Return (images -> (output, *maps), submodule -> `_Map`)."""
+  maps = _find_maps(torch, module, image_size)
 
   def forward(images):
     with _outputs(module) as outputs:
       logits = module(images)
-    return logits, *(to_map(outputs[name]) for name, to_map in to_maps.items())
+    return logits, *(x.convert(outputs[name]) for name, x in maps.items())
 
-  return forward, list(to_maps)
+  return forward, maps
+
+
+def _default_taps(module, maps, reading):
+  """Choose taps by the tree of submodules, which the names of taps flatten."""
+  path = lambda name: name.replace(".", "/")
+  proposed = blocks.propose_taps(
+    {path(name): x.shape for name, x in maps.items()},
+    [path(n) for n, _ in module.named_modules() if n and n not in maps],
+    (reading.image_size, reading.image_size, 3),
+  )
+  taps = zip(map(path, maps), _tap_names(list(maps)), strict=True)
+  return tuple(tap for name, tap in taps if name in proposed)
 
 
 @contextlib.contextmanager
@@ -263,8 +287,8 @@ def _outputs(module):
       handle.remove()
 
 
-def _find_maps(torch, module, image_size) -> dict[str, Callable[[Any], Any]]:
-  """Return submodule -> function from its output to a map [B, H, W, C].
+def _find_maps(torch, module, image_size) -> dict[str, _Map]:
+  """Return submodule -> how its output becomes a map.
 
   Which axes are rows, columns and channels shows in two more images, of which
   one is twice as high and one twice as wide. Where the network takes one size
@@ -301,7 +325,7 @@ def _find_maps(torch, module, image_size) -> dict[str, Callable[[Any], Any]]:
     high = shapes(2 * image_size, image_size)
     wide = shapes(image_size, 2 * image_size)
   submodules = dict(module.named_modules())
-  to_maps: dict[str, Callable[[Any], Any]] = {}
+  maps: dict[str, _Map] = {}
   grids: list[tuple[int, int]] = []
   for name, shape in usual.items():
     if high is None or wide is None:
@@ -311,18 +335,18 @@ def _find_maps(torch, module, image_size) -> dict[str, Callable[[Any], Any]]:
         (_changed(shape, high.get(name)), _changed(shape, wide.get(name)))
       )
     if order == "CHW":
-      to_maps[name] = lambda x: x.permute(0, 2, 3, 1)
+      maps[name] = _Map(lambda x: x.permute(0, 2, 3, 1), (*shape[1:], shape[0]))
       grids.append(shape[1:])
     elif order == "HWC":
-      to_maps[name] = lambda x: x
+      maps[name] = _Map(lambda x: x, shape)
       grids.append(shape[:2])
     elif order in ("NC", "CN"):
       count = shape[order.index("N")]
       if grid := tapping.find_grid(count, grids):
-        to_maps[name] = functools.partial(
-          _tokens_to_map, order=order, grid=grid
-        )
-  return to_maps
+        convert = functools.partial(_tokens_to_map, order=order, grid=grid)
+        num_channels = shape[order.index("C")]
+        maps[name] = _Map(convert, (grid.height, grid.width, num_channels))
+  return maps
 
 
 def _changed(shape, other):

@@ -23,8 +23,14 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
   """
   is_module = isinstance(model, nnx.Module)
   abstract: Any = nnx.clone(model) if is_module else _make_abstract(model)
-  call = type(abstract).__call__
-  mode = functools.partial(pure_functions.mode_arguments, call)
+  for path, module in nnx.iter_modules(abstract):
+    if isinstance(module, nnx.bridge.ToNNX):
+      raise errors.InputError(
+        f"{'.'.join(map(str, path)) or 'the network'} is a Linen module inside"
+        " NNX (nnx.bridge.ToNNX), whose layers cannot be tapped; give the Linen"
+        " module itself, or write it in NNX"
+      )
+  mode = functools.partial(pure_functions.mode_arguments, abstract.__call__)
   graphs = {}
   for train in (False, True):
     abstract.train() if train else abstract.eval()

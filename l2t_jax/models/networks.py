@@ -9,21 +9,24 @@ A network is one of
 It maps images to logits, or to (logits, features), where features is a dict
 tap -> [B, H, W, C]. If it returns no such dict, the output of every submodule
 is a tap, named by the submodule's path, such as "stages_1/blocks_0"; outputs of
-further calls of the same submodule are "stages_1/blocks_0#1" and so on. Taps
-are maps [B, H, W, C] or tokens [B, N, C], which are reshaped to maps. What
+further calls of the same submodule are "stages_1/blocks_0#1" and so on. The
+layers of a `jax.lax.scan`, by whatever library, are "stages_1/scan/0" and so
+on. Of nested dicts the keys are joined, of a tuple the first is taken. Taps are
+maps [B, H, W, C] or tokens [B, N, C], which are reshaped to maps. What
 stands in front of the patches (class, register and distilled tokens) is cut
 off: the patches are as many as one of the network's maps has positions, or
 else N or N - 1 is a square number.
 
 A module that behaves differently in training has an argument `train`,
-`training`, `is_training`, `deterministic` or `use_running_average`, or, in NNX,
-follows `.train()` and `.eval()`. The PRNG key of dropout is part of the model
-state.
+`training`, `is_train`, `is_training`, `inference`, `deterministic` or
+`use_running_average`, or, in NNX, follows `.train()` and `.eval()`. The PRNG
+key of dropout is part of the model state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+import contextlib
 import functools
 
 import chex
@@ -33,7 +36,10 @@ import jax
 import jax.numpy as jnp
 
 from l2t_jax import errors, types
-from l2t_jax.models import from_linen, from_nnx, pure_functions, tapping
+from l2t_jax.models import from_linen, from_nnx, pure_functions, scans, tapping
+
+# How many images a network is traced with; which axis is theirs must show.
+_BATCH = 2
 
 
 def as_apply_fn(
@@ -53,20 +59,21 @@ def as_apply_fn(
   pure = _to_pure(network)
 
   def apply_fn(params, model_state, images, *, train):
-    output, outputs, model_state = pure.apply(
-      params, model_state, images, train, taps
-    )
-    logits, outputs = tapping.split(output, outputs)
+    run = _with_features(pure, train, taps)
+    logits, outputs, model_state = run(params, model_state, images)
     chosen = {
       name: x for name, x in outputs.items() if taps is None or name in taps
     }
-    maps = ()
-    if any(getattr(x, "ndim", 0) == 3 for x in chosen.values()):
-      maps = _map_sizes(pure, params, model_state, images)
+    maps: tuple[tuple[int, int], ...] = ()
+    if any(x.ndim == 3 for x in chosen.values()):
+      everything = jax.eval_shape(
+        _with_features(pure, False), params, model_state, images
+      )
+      maps = tapping.map_sizes(everything[1])
     features = {
       name: x
       for name, output in chosen.items()
-      if (x := tapping.as_map(output, maps)) is not None
+      if (x := tapping.as_map(output, images.shape[0], maps)) is not None
     }
     return logits, features, model_state
 
@@ -109,19 +116,20 @@ def trace(
     )
   pure = _to_pure(network)
 
-  def run(key, images):
+  def init_and_run(key, images):
     params, model_state = pure.init(key, images)
     pure_functions.check_variables("params", params)
     pure_functions.check_variables("model_state", model_state)
-    output, outputs, _ = pure.apply(params, model_state, images, False, None)
-    logits, features = tapping.split(output, outputs)
-    features = {name: x for name, x in features.items() if hasattr(x, "shape")}
+    run = _with_features(pure, train=False)
+    logits, features, _ = run(params, model_state, images)
     return {"params": params, **model_state}, logits, features
 
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  jaxpr, (variables, logits, features) = jax.make_jaxpr(run, return_shape=True)(
-    jax.random.key(0), images
-  )
+  images = jax.ShapeDtypeStruct((_BATCH, *image_shape), jnp.float32)
+  with _report_axis_names():
+    jaxpr, shapes = jax.make_jaxpr(init_and_run, return_shape=True)(
+      jax.random.key(0), images
+    )
+  variables, logits, features = shapes
   # Variable of the jaxpr -> (equation that computes it, index in its outputs).
   computed = {
     variable: (i, j)
@@ -137,11 +145,13 @@ def trace(
   # A module that returns its child's output comes after the child.
   order = lambda name: (position[name], -name.count("/"))
   taps, untappable = {}, {}
-  to_map = functools.partial(tapping.as_map, maps=tapping.map_sizes(features))
+  maps = tapping.map_sizes(features)
+  to_map = functools.partial(tapping.as_map, batch_size=_BATCH, maps=maps)
   for name in sorted(features, key=order):
     as_map = jax.eval_shape(to_map, features[name])
     if as_map is None:
-      untappable[name] = features[name].shape[1:]
+      shape = features[name].shape
+      untappable[name] = tapping.explain_untappable(name, shape, _BATCH)
     else:
       taps[name] = as_map.shape[1:]
   default_taps = tuple(getattr(network, "default_taps", None) or ())
@@ -184,15 +194,38 @@ def training_notes(
   )
 
 
-def _map_sizes(pure, params, model_state, images):
-  """Return (H, W) of all maps of a network, without running it."""
+def _with_features(pure, train, taps=None):
+  """Return a pure network's function, with names for what it computes.
+
+  It maps (params, model_state, images) to (logits, name -> array, model_state).
+  """
 
   def run(params, model_state, images):
-    output, outputs, _ = pure.apply(params, model_state, images, False, None)
-    _, features = tapping.split(output, outputs)
-    return {name: x for name, x in features.items() if hasattr(x, "shape")}
+    output, outputs, model_state = pure.apply(
+      params, model_state, images, train, taps
+    )
+    return *tapping.split(output, outputs), model_state
 
-  return tapping.map_sizes(jax.eval_shape(run, params, model_state, images))
+  def run_with_layers(*args):
+    (logits, features, model_state), layers = scans.with_layers(run)(*args)
+    return logits, layers | features, model_state
+
+  needs_layers = taps is None or any(map(scans.is_layer, taps))
+  return run_with_layers if needs_layers else run
+
+
+@contextlib.contextmanager
+def _report_axis_names():
+  """Turn JAX's error about a named axis into an `errors.InputError`."""
+  try:
+    yield
+  except NameError as error:
+    if "axis name" not in str(error):
+      raise
+    raise errors.InputError(
+      f"the network needs an axis with a name ({errors.in_one_line(error)});"
+      " leave out its axis_name: statistics are those of the whole batch anyway"
+    ) from error
 
 
 def _to_pure(network) -> pure_functions.PureNetwork:

@@ -17,7 +17,9 @@ from l2t_jax import errors, types
 _MODES = {
   "train": True,
   "training": True,
+  "is_train": True,
   "is_training": True,
+  "inference": False,
   "deterministic": False,
   "use_running_average": False,
 }
@@ -95,8 +97,29 @@ def check_variables(name: str, tree: types.PyTree) -> None:
 
 
 def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
-  """Return the keyword arguments that tell a module whether it trains."""
+  """Return the keyword arguments that tell a module whether it trains.
+
+  Args:
+    call: `__call__` of a module, without self.
+    train: whether it trains.
+
+  Raises:
+    errors.InputError: it needs another argument, besides the images.
+  """
   names = inspect.signature(call).parameters
+  needed = [
+    name
+    for name, parameter in names.items()
+    if parameter.default is parameter.empty
+    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+  ]
+  for name in needed[1:]:
+    if name not in _MODES:
+      raise errors.InputError(
+        f"the network's __call__ needs the argument {name!r}, besides images;"
+        " give it a default, or, if it says whether the network trains, one of"
+        f" the names {', '.join(_MODES)}"
+      )
   return {
     name: train == when_training
     for name, when_training in _MODES.items()
@@ -117,10 +140,12 @@ def name_outputs(outputs: dict[tuple[Any, ...], Any]) -> dict[str, Any]:
 
   Returns:
     "module/submodule" -> output of its first call of `__call__`, and
-    "module/submodule#1" and so on -> outputs of further calls.
+    "module/submodule#1" and so on -> outputs of further calls. Of a tuple, it
+    is the first.
   """
+  first = lambda x: x[0] if isinstance(x, tuple) and x else x
   return {
-    "/".join(map(str, path)) + (f"#{i}" if i else ""): output
+    "/".join(map(str, path)) + (f"#{i}" if i else ""): first(output)
     for (*path, method), calls in outputs.items()
     if method == "__call__" and path
     for i, output in enumerate(calls)

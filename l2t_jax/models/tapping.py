@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import fnmatch
 import math
-import re
 from typing import Any, NamedTuple
 
-from l2t_jax import errors, types
+import jax
 
-Shape = tuple[int, int, int]  # (H, W, C).
-# Number of taps to propose if all layers have the same resolution.
-_NUM_PROPOSED = 4
+from l2t_jax import errors, types
+from l2t_jax.models import blocks
+
+Shape = blocks.Shape
 # More tokens than that in front of a grid are no prefix.
 _MAX_PREFIX = 16
 
@@ -25,8 +25,7 @@ class Layout(NamedTuple):
   variables: types.PyTree
   output_shape: tuple[int, ...]  # The shape of the output for one image.
   taps: dict[str, Shape]  # Tap -> (H, W, C), in the order of computation.
-  # Outputs that cannot be tapped: name -> shape without the batch axis.
-  untappable: dict[str, tuple[int, ...]]
+  untappable: dict[str, str]  # Output that cannot be tapped -> the reason.
   default_taps: tuple[str, ...]  # The network's own choice; () for none.
 
 
@@ -39,7 +38,7 @@ def select_taps(
     layout: the network's layout, from `trace`.
     patterns: names, or globs such as "stages_*/blocks_2", in which * matches
       any part of one name and ** also several names. If empty, the network's
-      `default_taps` or, if it has none, `propose_taps`.
+      `default_taps` or, if it has none, those of `blocks.propose_taps`.
 
   Returns:
     Tap -> (H, W, C), in the order of computation.
@@ -48,10 +47,10 @@ def select_taps(
     errors.InputError: no tap matches a pattern.
   """
   chosen = set()
-  for pattern in patterns or layout.default_taps or propose_taps(layout.taps):
+  for pattern in patterns or layout.default_taps or _propose(layout):
     found = [name for name in layout.taps if _matches(name, pattern)]
     if not found:
-      for name, reason in explain_untappable(layout).items():
+      for name, reason in layout.untappable.items():
         if _matches(name, pattern):
           raise errors.InputError(reason)
       raise errors.InputError(
@@ -62,16 +61,19 @@ def select_taps(
   return {name: x for name, x in layout.taps.items() if name in chosen}
 
 
-def explain_untappable(layout: Layout) -> dict[str, str]:
-  """Return layer -> reason why it cannot be tapped."""
-  return {
-    name: (
-      f"tap {name!r} has the shape {['B', *shape]}; taps are maps [B, H, W, C],"
-      " or tokens [B, N, C] whose number, without class and register tokens, is"
-      " that of a map's positions or a square; none of these is 0"
+def explain_untappable(
+  name: str, shape: tuple[int, ...], batch_size: int
+) -> str:
+  """Say why an output of some shape cannot be tapped."""
+  if not shape or shape[0] != batch_size:
+    return (
+      f"{name!r} is no tap: its shape is {list(shape)} for {batch_size} images;"
+      " the first axis must be that of the images"
     )
-    for name, shape in layout.untappable.items()
-  }
+  return (
+    f"{name!r} is no tap: its shape is {['B', *shape[1:]]}, neither that of a"
+    " map [B, H, W, C] nor of tokens [B, N, C] on the grid of a map or a square"
+  )
 
 
 def last_tap(shapes: Mapping[str, Shape]) -> str:
@@ -85,38 +87,6 @@ def last_tap(shapes: Mapping[str, Shape]) -> str:
   return list(shapes)[-1]
 
 
-def propose_taps(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-  """Propose the last tap of each resolution.
-
-  If all taps have the same resolution, as in a transformer, propose four of the
-  repeated blocks, evenly spaced.
-
-  Args:
-    shapes: tap -> (H, W, C), in the order of computation.
-
-  Raises:
-    errors.InputError: there are no taps.
-  """
-  last = last_tap(shapes)
-  # Leave out maps of one position, and deep paths, which lead into blocks.
-  maps = {n: s[:2] for n, s in shapes.items() if s[0] * s[1] > 1}
-  if len(maps) < 2:
-    return (*maps,) or (last,)
-  depths = sorted(name.count("/") for name in maps)
-  maps = {n: size for n, size in maps.items() if n.count("/") <= depths[1]}
-  by_size = {size: name for name, size in maps.items()}
-  if len(by_size) > 1:
-    return tuple(by_size.values())
-  groups: dict[str, list[str]] = {}
-  for name in maps:
-    groups.setdefault(re.sub(r"\d+", "", name), []).append(name)
-  blocks = max(groups.values(), key=len)
-  if len(blocks) == 1:
-    return tuple(by_size.values())
-  count = min(_NUM_PROPOSED, len(blocks))
-  return tuple(blocks[(i + 1) * len(blocks) // count - 1] for i in range(count))
-
-
 def split(
   output: Any, outputs: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
@@ -127,35 +97,43 @@ def split(
     outputs: name -> output of a submodule; the features of a network that
       returns none itself.
 
+  Returns:
+    The logits, and name -> array. Keys of nested dicts are joined with "/".
+
   Raises:
     errors.InputError: the output is neither an array nor (logits, features).
   """
-  if isinstance(output, tuple) and len(output) == 2:
-    logits, features = output
-    if isinstance(features, Mapping):
-      return logits, dict(features)
+  is_pair = isinstance(output, tuple) and len(output) == 2
+  if is_pair and isinstance(output[1], Mapping):
+    output, outputs = output
   if not hasattr(output, "shape"):
     raise errors.InputError(
       f"the network returns a {type(output).__name__}; it must return logits or"
       " (logits, features), a dict of arrays"
     )
-  return output, dict(outputs)
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): x
+    for path, x in jax.tree_util.tree_leaves_with_path(dict(outputs))
+  }
+  return output, {name: x for name, x in named.items() if hasattr(x, "shape")}
 
 
 def map_sizes(features: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
   """Return (H, W) of all maps [B, H, W, C] among features."""
-  arrays = [x for x in features.values() if getattr(x, "ndim", 0) == 4]
-  return tuple({x.shape[1:3]: None for x in arrays})
+  return tuple({x.shape[1:3]: None for x in features.values() if x.ndim == 4})
 
 
-def as_map(x: Any, maps: Sequence[tuple[int, int]] = ()) -> Any:
+def as_map(
+  x: Any, batch_size: int, maps: Sequence[tuple[int, int]] = ()
+) -> Any:
   """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None.
 
   Args:
     x: a feature.
+    batch_size: B.
     maps: see `find_grid`.
   """
-  if not hasattr(x, "ndim") or not x.size:
+  if not x.size or x.shape[0] != batch_size:
     return None
   if x.ndim == 4:
     return x
@@ -200,6 +178,11 @@ def to_grid(x: Any, grid: Grid) -> Any:
   """Cut prefix tokens off [B, N, C] and lay the others out, [B, H, W, C]."""
   _, height, width = grid
   return x[:, grid.num_prefix :].reshape(x.shape[0], height, width, x.shape[2])
+
+
+def _propose(layout):
+  last_tap(layout.taps)  # There must be one.
+  return blocks.propose_taps(layout.taps, layout.untappable, layout.image_shape)
 
 
 def _matches(name, pattern):

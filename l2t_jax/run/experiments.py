@@ -29,7 +29,7 @@ class Source(NamedTuple):
   params: types.PyTree | None = None
   # Its other collections, such as {"batch_stats": ...}.
   model_state: types.PyTree | None = None
-  # Names or globs of layers; () for the last layer of each resolution.
+  # Names or globs of layers; () for the last block of each resolution.
   taps: str | tuple[str, ...] = ()
   # The images that it was trained on; 0 and () mean those of the target.
   image_size: int = 0  # Height and width in pixels.

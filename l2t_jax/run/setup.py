@@ -415,8 +415,8 @@ def _plan_transfer(experiment, sources, target_layout):
       source_taps,
       target_taps,
       untappable=(
-        _merged(s.named(models.explain_untappable(s.layout)) for s in sources),
-        models.explain_untappable(target_layout),
+        _merged(s.named(s.layout.untappable) for s in sources),
+        target_layout.untappable,
       ),
     )
   else:

@@ -58,7 +58,7 @@ def test_a_convolutional_network():
   close(features["last/norm"], last.permute(0, 2, 3, 1))
   close(features["last"], last.permute(0, 2, 3, 1))
   layout = models.trace(functions, (16, 16, 3))
-  assert list(models.select_taps(layout)) == ["stem", "blocks_0", "last"]
+  assert list(models.select_taps(layout)) == ["blocks_0", "last"]
 
 
 def test_a_transformer_with_prefix_tokens():

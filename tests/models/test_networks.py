@@ -137,6 +137,74 @@ def test_networks_are_told_in_their_own_words():
     }
 
 
+class IsTrain(nn.Module):
+  @nn.compact
+  def __call__(self, x, is_train):
+    return LinenNet(name="net")(x, train=is_train)
+
+
+class Inference(nnx.Module):
+  def __init__(self, rngs):
+    self.net = NnxNet(rngs)
+
+  def __call__(self, x, *, inference):
+    x = self.net.norm(self.net.stem(x), use_running_average=inference)
+    return self.net.head(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("network", [IsTrain(), Inference])
+def test_other_words_for_training(network):
+  layout = models.trace(network, IMAGES)
+  assert not models.training_notes(network, layout, 4)
+
+
+class NeedsPhase(nn.Module):
+  @nn.compact
+  def __call__(self, x, phase):
+    return LinenNet(name="net")(x, train=phase == "train")
+
+
+class NamedAxis(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.BatchNorm(use_running_average=not train, axis_name="batch")(x)
+    return nn.Dense(5)(jnp.mean(x, axis=(1, 2)))
+
+
+class NnxNamedAxis(nnx.Module):
+  def __init__(self, rngs):
+    self.norm = nnx.BatchNorm(3, axis_name="devices", rngs=rngs)
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.norm(x, use_running_average=False)
+    return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+class LinenInNnx(nnx.Module):
+  def __init__(self, rngs):
+    linen = nnx.bridge.ToNNX(nn.Conv(4, (3, 3)), rngs=rngs)
+    self.stem = linen.lazy_init(jnp.zeros((1, *IMAGES)))
+    self.head = nnx.Linear(4, 5, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(jnp.mean(self.stem(x), axis=(1, 2)))
+
+
+@pytest.mark.parametrize(
+  ("network", "message"),
+  [
+    (NeedsPhase(), "needs the argument 'phase', besides images; give it a"),
+    (NamedAxis(), "axis name: batch.* leave out its axis_name"),
+    (NnxNamedAxis, "axis name: devices.* leave out its axis_name"),
+    (LinenInNnx, r"stem is a Linen module inside NNX \(nnx.bridge.ToNNX\)"),
+  ],
+)
+def test_networks_that_need_a_change(network, message):
+  with pytest.raises(errors.InputError, match=message):
+    models.trace(network, IMAGES)
+
+
 def test_networks_that_always_train():
   with pytest.raises(
     errors.InputError, match=r"in eval mode.*arguments train,"
@@ -211,9 +279,11 @@ def test_tokens_become_maps(class_token):
   tokens = jnp.arange(16.0).reshape(1, 16, 1)
 
   def apply(params, state, images, *, train):
+    del params, train
     first = jnp.full((1, int(class_token), 1), -1.0)
-    features = {"tokens": jnp.concatenate([first, tokens], axis=1)}
-    return jnp.zeros((1, 5)), features, state
+    every = jnp.concatenate([first, tokens], axis=1)
+    features = {"tokens": jnp.tile(every, (len(images), 1, 1))}
+    return jnp.zeros((len(images), 5)), features, state
 
   network = models.Functions(lambda key: ({}, {}), apply)
   assert models.trace(network, IMAGES).taps == {"tokens": (4, 4, 1)}
@@ -255,6 +325,169 @@ def test_tokens_lie_on_the_map_of_patches(num_prefix):
   np.testing.assert_allclose(features["norm"], expected, rtol=1e-4, atol=1e-5)
 
 
+class ScannedBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return x + nn.relu(nn.Conv(4, (3, 3), name="conv")(x)), None
+
+
+class LinenScan(nn.Module):
+  """A scan, jitted, in a module of its own; and another one."""
+
+  @nn.compact
+  def __call__(self, x):
+    def scan(length, name):
+      return nn.scan(
+        ScannedBlock,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=length,
+      )(name=name)
+
+    class Encoder(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return scan(3, "layers")(x, None)[0]
+
+    x = nn.Conv(4, (3, 3), name="stem")(x)
+    x = nn.jit(Encoder)(name="encoder")(x)
+    x = scan(2, "late")(nn.max_pool(x, (2, 2), (2, 2)), None)[0]
+    return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+class NnxScan(nnx.Module):
+  def __init__(self, rngs):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make_blocks(rngs):
+      return nnx.Conv(3, 3, (3, 3), rngs=rngs)
+
+    self.blocks = make_blocks(rngs)
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+
+  def __call__(self, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x, block):
+      return nnx.relu(block(x))
+
+    return self.head(jnp.mean(run(x, self.blocks), axis=(1, 2)))
+
+
+def test_scanned_layers_are_taps_in_linen():
+  network = LinenScan()
+  layout = models.trace(network, IMAGES)
+  assert layout.taps == {
+    "stem": (8, 8, 4),
+    **{f"encoder/scan/{i}": (8, 8, 4) for i in range(3)},
+    "encoder": (8, 8, 4),
+    "scan/0": (4, 4, 4),
+    "scan/1": (4, 4, 4),
+  }
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  images = jax.random.normal(jax.random.key(1), (4, *IMAGES))
+  run = models.as_apply_fn(network, ["encoder/scan/1", "scan/1"])
+  logits, features, _ = run(params, state, images, train=False)
+  np.testing.assert_allclose(
+    logits, network.apply({"params": params}, images), rtol=1e-5, atol=1e-6
+  )
+  x = nn.Conv(4, (3, 3)).apply({"params": params["stem"]}, images)
+  for i in range(2):
+    layer = {
+      name: leaf[i]
+      for name, leaf in params["encoder"]["layers"]["conv"].items()
+    }
+    x, _ = ScannedBlock().apply({"params": {"conv": layer}}, x, None)
+  np.testing.assert_allclose(
+    features["encoder/scan/1"], x, rtol=1e-5, atol=1e-6
+  )
+  assert features["scan/1"].shape == (4, 4, 4, 4)
+
+  def loss(params):
+    _, features, _ = run(params, state, images, train=True)
+    return jnp.sum(features["encoder/scan/1"] ** 2)
+
+  kernels = jax.grad(loss)(params)["encoder"]["layers"]["conv"]["kernel"]
+  # The last layer comes after the tap.
+  assert [bool(jnp.any(kernel)) for kernel in kernels] == [True, True, False]
+
+
+def test_scanned_layers_are_taps_in_nnx():
+  module = NnxScan(nnx.Rngs(0))
+  layout = models.trace(module, IMAGES)
+  assert list(models.select_taps(layout)) == ["scan/0", "scan/1", "scan/2"]
+  params, state = models.init(module, jax.random.key(0), IMAGES)
+  images = jax.random.normal(jax.random.key(1), (4, *IMAGES))
+  run = models.as_apply_fn(module, ["scan/0"])
+  logits, features, _ = run(params, state, images, train=False)
+  np.testing.assert_allclose(logits, module(images), rtol=1e-5, atol=1e-6)
+  kernel, bias = (params["blocks"][name][0] for name in ("kernel", "bias"))
+  first = nn.Conv(3, (3, 3)).apply(
+    {"params": {"kernel": kernel, "bias": bias}}, images
+  )
+  np.testing.assert_allclose(
+    features["scan/0"], nn.relu(first), rtol=1e-5, atol=1e-6
+  )
+
+
+def test_loops_may_be_nested_reversed_and_repeated():
+  """And what is no layer: a carry without an axis of images."""
+
+  def apply(params, state, images, *, train):
+    del params, train
+    double = lambda x, _: (2 * x, jnp.sum(x))
+    reverse = lambda x, i: (x + i, None)
+    x, sums = jax.lax.scan(double, images, length=2)
+    steps = jnp.arange(3.0)
+    x, _ = jax.lax.scan(reverse, x, steps, reverse=True)
+    jax.lax.scan(lambda c, _: (c + 1, None), jnp.zeros((1, 2, 2)), length=2)
+    x = jax.jit(lambda x: jax.lax.scan(double, x, length=1)[0])(x)
+    return x.mean((1, 2)) + jnp.sum(sums), {"out": x}, state
+
+  network = models.Functions(lambda key: ({}, {}), apply)
+  layout = models.trace(network, IMAGES)
+  assert list(layout.taps) == [
+    *(f"scan/{i}" for i in range(2)),
+    *(f"scan#1/{i}" for i in range(3)),
+    *("scan#3/0", "out"),
+  ]
+  assert (
+    "'scan#2/0' is no tap: its shape is [1, 2, 2] for 2"
+    in (layout.untappable["scan#2/0"])
+  )
+  images = jax.random.normal(jax.random.key(1), (2, *IMAGES))
+  _, features, _ = models.as_apply_fn(network)({}, {}, images, train=False)
+  np.testing.assert_allclose(features["scan/1"], 4 * images, rtol=1e-6)
+  # From the last step to the first.
+  np.testing.assert_allclose(features["scan#1/0"], 4 * images + 2, rtol=1e-6)
+  np.testing.assert_allclose(features["scan#1/2"], 4 * images + 3, rtol=1e-6)
+  np.testing.assert_allclose(features["out"], 8 * images + 6, rtol=1e-6)
+
+
+def test_nested_features_and_outputs_that_are_tuples():
+  class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(4, name="out")(x), {"weights": x[..., :1]}
+
+  class Nested(nn.Module):
+    returns_features: bool
+
+    @nn.compact
+    def __call__(self, x):
+      y, _ = Attention(name="attention")(x)
+      windows = nn.Dense(4, name="windows")(y.reshape(-1, 4, 4, 4))
+      logits = nn.Dense(5, name="head")(windows.mean() + y.mean((1, 2)))
+      features = {"encoder": {"blocks": [x, y]}, "logits": logits}
+      return (logits, features) if self.returns_features else logits
+
+  layout = models.trace(Nested(returns_features=True), IMAGES)
+  assert list(layout.taps) == ["encoder/blocks/0", "encoder/blocks/1"]
+  assert list(layout.untappable) == ["logits"]
+  layout = models.trace(Nested(returns_features=False), IMAGES)
+  assert list(layout.taps) == ["attention/out", "attention"]
+  assert "[8, 4, 4, 4] for 2 images" in layout.untappable["windows"]
+
+
 @pytest.mark.parametrize(
   ("network", "patterns", "expected"),
   [
@@ -291,9 +524,9 @@ def test_taps_by_glob_and_by_default(network, patterns, expected):
     (
       examples.ConvNeXt(5),
       "head",
-      r"'head' has the shape \['B', 5\]; taps are",
+      r"'head' is no tap: its shape is \['B', 5\], neither",
     ),
-    (BY_HAND, "mean", r"'mean' has the shape \['B', 4\]"),
+    (BY_HAND, "mean", r"'mean' is no tap: its shape is \['B', 4\]"),
   ],
 )
 def test_taps_that_cannot_be(network, pattern, message):

@@ -459,9 +459,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A tap [B, C] instead of [B, H, W, C]",
       f"{_MINE} --config.target.taps=('hidden',)",
-      "tap 'hidden' has the shape ['B', 16]; taps are maps [B, H, W, C], or"
-      " tokens [B, N, C] whose number, without class and register tokens, is "
-      "that of a map's positions or a square; none of these is 0",
+      "'hidden' is no tap: its shape is ['B', 16], neither that of a map"
+      " [B, H, W, C] nor of tokens [B, N, C] on the grid of a map or a square",
       _NETWORK,
     ),
     Case(

@@ -39,6 +39,7 @@ _TRANSFER = "method/test_transfer.py::"
 _OBJECTIVES = "method/test_objectives.py::"
 _PROPERTIES = "method/test_properties.py::"
 _MODELS = "models/test_models.py::"
+_NETWORKS = "models/test_networks.py::"
 _BATCHES = "data/test_batches.py::"
 _UNLABELED = "data/test_unlabeled.py::"
 _EXPERIMENTS = "run/test_experiments.py::"
@@ -193,6 +194,26 @@ FAULTS = (
   Fault("vgg_taps_are_one_layer_early", "models/vgg.py",
         "{convs_before(i)}", "{max(convs_before(i) - 1, 1)}",
         f"{_MODELS}test_taps_of_the_paper"),
+  Fault("layers_inside_blocks_are_proposed", "models/blocks.py",
+        "  return bool(inner_sizes - beside - {image_size, sizes.get(name)})",
+        "  return len(inner_sizes) > 1",
+        "models/test_blocks.py::test_proposals"),
+  Fault("stem_is_a_block", "models/blocks.py",
+        "if _kind(n) in kinds] if holders else blocks", "]",
+        "models/test_blocks.py::test_proposals"),
+  Fault("scanned_layers_backwards", "models/scans.py",
+        '-1 if params["reverse"] else 1', "1",
+        f"{_NETWORKS}test_loops_may_be_nested_reversed_and_repeated"),
+  Fault("first_axis_is_not_checked", "models/tapping.py",
+        " or x.shape[0] != batch_size", "",
+        f"{_NETWORKS}test_nested_features_and_outputs_that_are_tuples"),
+  Fault("resume_with_another_program", "run/setup.py",
+        'getattr(source.network, "digest", ""),\n      )', "'',\n      )",
+        "run/test_programs.py::"
+        "test_a_run_goes_on_with_the_program_that_it_began_with"),
+  Fault("resume_with_another_normalisation", "run/setup.py",
+        "        source.image_format,\n        getattr", "        getattr",
+        f"{_FAULTS}test_a_run_goes_on_with_what_it_began_with"),
   Fault("class_token_stays_in_the_map", "models/tapping.py",
         "x[:, grid.num_prefix :]", "x[:, : grid.height * grid.width]",
         "models/test_networks.py::test_tokens_become_maps[True]"),

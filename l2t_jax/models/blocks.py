@@ -1,0 +1,144 @@
+"""The blocks of a network, found by the names and maps of its submodules.
+
+By their names submodules form a tree: "encoder/block_0/conv" is inside
+"encoder/block_0". A list or dict of modules returns nothing itself; its members
+count as those of the module that holds it. Blocks are the modules of one level
+of the tree that have submodules themselves. Nothing inside a block is proposed
+as a tap: the last map of a resolution is often that of a layer inside the block
+that lowers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+import re
+
+Shape = tuple[int, int, int]  # (H, W, C).
+_Parts = Mapping[str, Sequence[str]]  # Module (root: "") -> its submodules.
+_Sizes = Mapping[str, tuple[int, int]]  # Module -> (H, W) of its map.
+# Number of blocks to propose if all have the same resolution.
+_NUM_PROPOSED = 4
+
+
+def propose_taps(
+  taps: Mapping[str, Shape], others: Collection[str], image_shape: Shape
+) -> tuple[str, ...]:
+  """Propose the last block of each resolution.
+
+  If all blocks have the same resolution, as in a transformer, propose four of
+  them, evenly spaced. A network without blocks is a chain of layers, of which
+  the last one of each resolution is proposed.
+
+  Args:
+    taps: submodule -> shape of its map, in the order of computation.
+    others: submodules that return no map.
+    image_shape: shape of an image.
+  """
+  # Maps of one position are results of pooling.
+  sizes = {name: x[:2] for name, x in taps.items() if x[0] * x[1] > 1}
+  if not sizes:
+    return tuple(taps)[-1:]
+  parts = _find_parts([*taps, *others])
+  level = _find_level(parts, sizes, image_shape[:2])
+  layers = [name for name in sizes if name in level]
+  blocks = _without_stem([n for n in layers if n in parts], parts)
+  if len({sizes[name] for name in blocks}) > 1:
+    return _last_of_each_size(blocks, sizes)
+  while len(repeated := _most_repeated(blocks)) < 2:
+    holders = _find_holders(level, parts)
+    if len({sizes[name] for name in layers}) > 1 or not holders:
+      break
+    level = _open(level, holders, parts)
+    blocks = [name for name in sizes if name in level and name in parts]
+  if len(repeated) > 1:
+    return _spread(repeated)
+  if len({sizes[name] for name in layers}) > 1:
+    return _last_of_each_size(layers, sizes)
+  return _spread(_most_repeated(blocks or layers or list(sizes)))
+
+
+def _find_parts(names) -> dict[str, list[str]]:
+  """Return module -> the modules directly inside it."""
+  names = dict.fromkeys(names)
+  parts: dict[str, list[str]] = {"": []}
+  for name in names:
+    holder = name.rpartition("/")[0]
+    while holder and holder not in names:  # A list or dict of modules.
+      holder = holder.rpartition("/")[0]
+    parts.setdefault(holder, []).append(name)
+  return parts
+
+
+def _find_level(parts: _Parts, sizes: _Sizes, image_size) -> list[str]:
+  """Return the modules of the level on which blocks are."""
+  level = list(parts[""])
+  while to_open := [
+    name
+    for name in level
+    if name in parts and _holds_blocks(name, level, parts, sizes, image_size)
+  ]:
+    level = _open(level, to_open, parts)
+  return level
+
+
+def _holds_blocks(name, level, parts, sizes, image_size):
+  """Tell a module that holds blocks, such as an encoder, from a block."""
+  others = [other for other in level if other != name]
+  is_alone = not any(other in parts and other in sizes for other in others)
+  inner = [part for part in parts[name] if part in parts]
+  if not inner:  # A chain of layers, such as VGG's.
+    return is_alone and len({sizes.get(part) for part in parts[name]}) > 2
+  inner_sizes = {sizes[part] for part in inner if part in sizes}
+  if _find_holders(level, parts) == [name]:
+    return is_alone or len(inner_sizes) > 1 or len(_most_repeated(inner)) > 1
+  # It goes through resolutions that nothing beside it has.
+  beside = {sizes.get(other) for other in others}
+  return bool(inner_sizes - beside - {image_size, sizes.get(name)})
+
+
+def _find_holders(level, parts):
+  """Return the modules that have submodules with submodules."""
+  return [
+    name for name in level if any(part in parts for part in parts.get(name, ()))
+  ]
+
+
+def _without_stem(blocks, parts):
+  """Leave out modules of layers among modules of modules.
+
+  They are stems, norms with an activation and the like, unless one of the same
+  kind is a module of modules: some blocks of a network may be simpler.
+  """
+  holders = _find_holders(blocks, parts)
+  kinds = set(map(_kind, holders))
+  return [n for n in blocks if _kind(n) in kinds] if holders else blocks
+
+
+def _open(level, names, parts):
+  """Replace modules by what is inside them."""
+  opened = lambda name: parts[name] if name in names else [name]
+  return [part for name in level for part in opened(name)]
+
+
+def _most_repeated(names):
+  """Return the names that differ in numbers only, of the most frequent kind.
+
+  If no two do, return the last one.
+  """
+  kinds: dict[str, list[str]] = {}
+  for name in reversed(names):
+    kinds.setdefault(_kind(name), []).append(name)
+  return max(kinds.values(), key=len, default=[])[::-1]
+
+
+def _kind(name):
+  return re.sub(r"\d+", "", name)
+
+
+def _last_of_each_size(names, sizes):
+  return tuple({sizes[name]: name for name in names}.values())
+
+
+def _spread(names):
+  count = min(_NUM_PROPOSED, len(names))
+  return tuple(names[(i + 1) * len(names) // count - 1] for i in range(count))

@@ -1,0 +1,127 @@
+"""The layers of `jax.lax.scan`, one by one.
+
+Libraries scan over layers of the same kind, to compile one of them only. What a
+layer inside such a loop returns cannot leave it; but it is the loop's carry,
+which the loop can return for each step. That needs no help of the library: the
+jaxpr of the network shows its loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import re
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+
+# Longer loops go over positions, not layers.
+_MAX_LAYERS = 128
+_JIT = ("jit", "pjit")
+
+
+def is_layer(name: str) -> bool:
+  """Return whether a name is that of a scanned layer."""
+  return re.search(r"(^|/)scan(#\d+)?/\d+$", name) is not None
+
+
+def with_layers(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Transform a function to return also the layers of its loops.
+
+  Args:
+    function: of PyTrees of arrays.
+
+  Returns:
+    A function that returns (result, {"module/scan/0": layer [B, ...], ...}).
+    Further loops of a module are "scan#1" and so on. The layers are the first
+    carry with three or four axes, after each step.
+  """
+
+  def transformed(*args):
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    layers: dict[str, jax.Array] = {}
+    outputs = _evaluate(jaxpr, jax.tree.leaves(args), "", layers)
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs), layers
+
+  return transformed
+
+
+def _evaluate(closed, args, module, layers):
+  """Evaluate a jaxpr; add the layers of its loops to `layers`.
+
+  Args:
+    closed: the jaxpr, with its constants.
+    args: what to evaluate it on.
+    module: path of the module that calls it, with the network's name in front.
+    layers: name -> layer.
+  """
+  jaxpr = closed.jaxpr
+  values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  values |= zip(jaxpr.invars, args, strict=True)
+
+  def read(x):
+    return x.val if isinstance(x, jax.extend.core.Literal) else values[x]
+
+  for equation in jaxpr.eqns:
+    inputs = [read(x) for x in equation.invars]
+    primitive, params = equation.primitive, equation.params
+    inner = str(equation.source_info.name_stack)
+    path = "/".join(filter(None, (module, inner)))
+    if primitive.name == "scan":
+      outputs, steps = _scan(params, inputs)
+      layers |= _name(steps, path, layers)
+    elif primitive.name in _JIT and _has_scan(params["jaxpr"].jaxpr):
+      outputs = _evaluate(params["jaxpr"], inputs, path, layers)
+    else:
+      with equation.ctx.manager:
+        outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
+      outputs = outputs if primitive.multiple_results else [outputs]
+    values |= zip(equation.outvars, outputs, strict=True)
+  return [read(x) for x in jaxpr.outvars]
+
+
+def _has_scan(jaxpr):
+  return any(
+    e.primitive.name == "scan"
+    or (e.primitive.name in _JIT and _has_scan(e.params["jaxpr"].jaxpr))
+    for e in jaxpr.eqns
+  )
+
+
+def _scan(params, inputs):
+  """Run a loop; return its outputs, and a carry after each step (or ())."""
+  num_consts, num_carry = params["num_consts"], params["num_carry"]
+  consts = inputs[:num_consts]
+  first = inputs[num_consts : num_consts + num_carry]
+  body = jax.extend.core.jaxpr_as_fun(params["jaxpr"])
+  features = [i for i, x in enumerate(first) if jnp.ndim(x) in (3, 4)]
+  kept = features[:1] if params["length"] <= _MAX_LAYERS else []
+
+  def step(carry, x):
+    outputs = body(*consts, *carry, *x)
+    carry, ys = outputs[:num_carry], outputs[num_carry:]
+    return carry, (ys, [carry[i] for i in kept])
+
+  carry, (ys, steps) = jax.lax.scan(
+    step,
+    first,
+    inputs[num_consts + num_carry :],
+    length=params["length"],
+    reverse=params["reverse"],
+    unroll=params["unroll"],
+  )
+  in_order = slice(None, None, -1 if params["reverse"] else 1)
+  layers = [layer for stacked in steps for layer in stacked[in_order]]
+  if layers:
+    # One array for both, so that a module that returns it comes after it.
+    carry[kept[0]] = layers[-1]
+  return [*carry, *ys], layers
+
+
+def _name(steps, path, layers):
+  """Return name -> layer of a loop in a module."""
+  name = "/".join([*path.split("/")[1:], "scan"])
+  count = sum(re.sub(r"#\d+", "", other) == f"{name}/0" for other in layers)
+  name += f"#{count}" if count else ""
+  return {f"{name}/{i}": layer for i, layer in enumerate(steps)}
