@@ -187,6 +187,9 @@ TRANSFER = {
   "transfer.pair_weights": Field("learned", one_of(("learned", "constant"))),
   # Turns g's output into a pair weight: relu6, relu or softplus.
   "transfer.pair_activation": Field("relu6", one_of(transfer.PAIR_ACTIVATIONS)),
+  # std: divide each source tap by its standard deviation over the training
+  # images, so that β means the same for all sources; none: leave it.
+  "transfer.feature_scale": Field("none", one_of(("none", "std"))),
   # transfer_map.json of another run: match its pairs with its mean weights,
   # which stay fixed.
   "transfer.map": Field(""),

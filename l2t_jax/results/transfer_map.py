@@ -33,6 +33,8 @@ class Setting(NamedTuple):
   sources: Sequence[str] = ()
   frozen: bool = False  # Whether all weights were taken from another map.
   maximum: float = 6.0  # Upper bound of learned pair weights, or inf.
+  # Source tap -> what its features were divided by; {} for nothing.
+  scales: Mapping[str, float] = {}
 
 
 def strongest_first(content: Mapping[str, Any]) -> list[Pair]:
@@ -43,6 +45,12 @@ def strongest_first(content: Mapping[str, Any]) -> list[Pair]:
   share = lambda pair: pair["channel_concentration"] / pair["num_channels"]
   rank = lambda pair: (-pair["pair_weight"], share(pair))
   return sorted(content["pairs"], key=rank)
+
+
+def scales_of(content: Mapping[str, Any]) -> dict[str, float]:
+  """Return source tap -> what its features were divided by; {} for nothing."""
+  taps = content["source_taps"]
+  return {tap["name"]: tap["scale"] for tap in taps if "scale" in tap}
 
 
 def pair_name(pair: Pair) -> str:
@@ -115,11 +123,15 @@ def collect(
     }
     for key in records[-1]["pair_weights"]
   ]
-  taps = lambda side: [{"name": n, "shape": list(s)} for n, s in side]
+  taps = lambda side, scales: [
+    {"name": name, "shape": list(shape)}
+    | ({"scale": scales[name]} if name in scales else {})
+    for name, shape in side
+  ]
   content = {
     "method": setting.method,
-    "source_taps": taps(setting.source_taps),
-    "target_taps": taps(setting.target_taps),
+    "source_taps": taps(setting.source_taps, setting.scales),
+    "target_taps": taps(setting.target_taps, {}),
     "epochs": sorted(by_epoch),
     "fixed": all(np.allclose(p["history"], 1, atol=1e-6) for p in pairs),
     "channels_fixed": all(
@@ -230,6 +242,16 @@ def read_weights(
       f"{path}: all pair weights are 0; that run ended without any transfer."
     )
   return channel, weight
+
+
+def read_scales(path: pathlib.Path | str) -> dict[str, float]:
+  """Return what a map's source taps were divided by; see `scales_of`.
+
+  Args:
+    path: a file that `read_weights` accepts.
+  """
+  content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  return scales_of(content) if "source_taps" in content else {}
 
 
 def _read_pair(pair: Pair) -> tuple[np.ndarray, float]:

@@ -49,6 +49,7 @@ class Transfer(NamedTuple):
   channel_weights: str
   pair_weights: str
   pair_activation: str
+  feature_scale: str
   map: str
 
 

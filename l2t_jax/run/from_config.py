@@ -144,9 +144,17 @@ def settings(config: ml_collections.ConfigDict) -> experiments.Settings:
 
 def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:
   """Read the weights that config.transfer.map names; None for no such file."""
-  if not config.transfer.map:
+  path = config.transfer.map
+  if not path:
     return None
-  return transfer.TransferMap(*transfer_map.read_weights(config.transfer.map))
+  weights = transfer_map.read_weights(path)
+  scale = "std" if transfer_map.read_scales(path) else "none"
+  if config.transfer.feature_scale != scale:
+    raise errors.InputError(
+      f"config.transfer.feature_scale is {config.transfer.feature_scale!r}, but"
+      f" the weights of {path} were learned with {scale!r}; set it to that"
+    )
+  return transfer.TransferMap(*weights)
 
 
 def _load_source(fields, precision):

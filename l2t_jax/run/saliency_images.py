@@ -15,7 +15,7 @@ from PIL import Image
 from l2t_jax import cli, errors
 from l2t_jax.method import saliency, training, transfer
 from l2t_jax.results import run_reader, transfer_map
-from l2t_jax.run import from_config, train
+from l2t_jax.run import feature_scales, from_config, train
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import checkpoint
 
@@ -60,12 +60,13 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
   problem = setup.problem
   meta_params = _restore(run, setup.create_state(config.seed)).meta_params
   images = _spread_images(setup.dataset, num_images)
+  sources = feature_scales.set_scales(
+    setup.sources, transfer_map.scales_of(run.map)
+  )
 
   @jax.jit
   def features_fn(images):
-    _, features = training.run_sources(
-      problem.source_fns, setup.sources, images
-    )
+    _, features = training.run_sources(problem.source_fns, sources, images)
     return features
 
   source = transfer.prepare_source(

@@ -25,6 +25,8 @@ from l2t_jax.runtime import compilation, phases, sharding
 _AUTO_MODES = ("linearized", "mixed")
 # Folded into the seed's key for initialisation; the data fold in epochs.
 _INIT = 2**32 - 1
+# Collection of a source's model state: tap -> what its features are divided by.
+FEATURE_SCALE = "feature_scale"
 
 
 class Setup(NamedTuple):
@@ -85,7 +87,13 @@ class _Source(NamedTuple):
 
     def on_target_images(params, model_state, images, *, train):
       images = image_formats.convert(images, images_from, self.image_format)
-      return apply_fn(params, model_state, images, train=train)
+      model_state = dict(model_state)
+      scales = model_state.pop(FEATURE_SCALE, {})
+      logits, features, model_state = apply_fn(
+        params, model_state, images, train=train
+      )
+      scaled = {tap: features[tap] / scale for tap, scale in scales.items()}
+      return logits, features | scaled, model_state
 
     return on_target_images
 
@@ -162,7 +170,14 @@ def build(experiment: experiments.Experiment) -> Setup:
     ),
     recipe=recipe,
     modes=modes,
-    sources={source.name: place(source.variables) for source in sources},
+    sources={
+      source.name: place(
+        _with_scales(source, plan.source_taps)
+        if settings.transfer.feature_scale == "std"
+        else source.variables
+      )
+      for source in sources
+    },
     source_taps=plan.source_taps,
     learns=plan.learn_channels or plan.learn_pairs,
     create_state=create_state,
@@ -336,6 +351,14 @@ def _source_notes(experiment, sources, pairs):
 
 def _short(values):
   return ", ".join(f"{value:g}" for value in values)
+
+
+def _with_scales(source, taps):
+  """Add a scale of 1 for each tap in use to a source's variables."""
+  names = source.named({tap: tap for tap in source.layout.taps})
+  scales = {tap: np.float32(1.0) for name, tap in names.items() if name in taps}
+  params, model_state = source.variables
+  return training.Variables(params, {**model_state, FEATURE_SCALE: scales})
 
 
 def _num_outputs(layout):

@@ -23,7 +23,7 @@ import optax
 from l2t_jax import errors
 from l2t_jax.method import transfer
 from l2t_jax.results import map_picture, transfer_map
-from l2t_jax.run import experiments, loop
+from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
 from l2t_jax.run import trainer as trainers
 from l2t_jax.runtime import (
@@ -256,10 +256,25 @@ def _train(setup, trainer, group, requests):
     if step:
       display.say(f"resuming after iteration {step}")
     display.begin(step)
-    trainer.start(states)
+    trainer.start(states, _scale_sources(setup, runs, display))
     del states  # The copies would stay in the accelerator's memory.
     loop.Loop(setup, trainer, runs, display, requests).train(step)
   return _summarise(setup, trainer, runs)
+
+
+def _scale_sources(setup, runs, display):
+  """Return the sources with the scales that the runs began with."""
+  settings = runs[0].experiment.settings
+  if settings.transfer.feature_scale != "std":
+    return setup.sources
+  scales = runs[0].progress.get("feature_scales")
+  if scales is None:
+    scales = feature_scales.measure(setup)
+    shown = ", ".join(f"{tap} {scale:.3g}" for tap, scale in scales.items())
+    display.say(f"source features are divided by: {shown}")
+  for run in runs:
+    run.progress["feature_scales"] = scales
+  return feature_scales.set_scales(setup.sources, scales)
 
 
 def _open_logs(runs, step, stack):
@@ -334,6 +349,7 @@ def _write_transfer_map(setup, run):
     sources=list(setup.sources) if len(setup.sources) > 1 else (),
     frozen=run.experiment.frozen is not None,
     maximum=transfer.largest_pair_weight(settings.transfer.pair_activation),
+    scales=run.progress.get("feature_scales", {}),
   )
   weights = {
     name: np.array(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import errors, types
+from l2t_jax.method import training
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import compilation, metrics, phases, sharding
 
@@ -57,6 +58,7 @@ class Trainer:
       sharding.shapes_of(blank_eval_batch),
     )
     self._state: types.TrainState | None = None
+    self._sources: Mapping[str, training.Variables] = setup.sources
 
   def compile(self) -> None:
     """Wait for the training step, in the first mode that fits into memory.
@@ -86,8 +88,18 @@ class Trainer:
         )
       )
 
-  def start(self, states: Sequence[types.TrainState]) -> None:
-    """Take over the states to train from, one per seed; they are donated."""
+  def start(
+    self,
+    states: Sequence[types.TrainState],
+    sources: Mapping[str, training.Variables],
+  ) -> None:
+    """Take over what to train from.
+
+    Args:
+      states: one per seed; they are donated.
+      sources: those of the setup, with the scales of their features.
+    """
+    self._sources = sources
     self._state = states[0]
     if self.num_seeds > 1:
       self._state = jax.device_put(
@@ -112,7 +124,7 @@ class Trainer:
     updates_meta = number % self._update_every == 0
     program = self.program if updates_meta else self._without_meta
     self._state, values = program.call(
-      self._state, self._setup.sources, self._shard(batches)
+      self._state, self._sources, self._shard(batches)
     )
     return metrics.pack(values)
 

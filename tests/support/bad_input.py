@@ -214,18 +214,21 @@ def _checkpoint(
   return prepare
 
 
-def write_program(gain: float = 1.0, **metadata: str) -> Prepare:
+def write_program(
+  gain: float = 1.0, offset: float = 0.0, **metadata: str
+) -> Prepare:
   """Write source.safetensors, a network that was converted to a program.
 
   Args:
-    gain: by which the program multiplies its features.
+    gain: by which the program multiplies the images, to get its features.
+    offset: which it adds to them.
     **metadata: of the file.
   """
   usual = {"model": "timm:x", "num_classes": "2", "precision": "f32"}
   usual["command"] = "python -m l2t_jax.pretrained timm:x source.safetensors"
 
   def apply(params, images):
-    return (images.mean((1, 2)) @ params["kernel"], gain * images)
+    return (images.mean((1, 2)) @ params["kernel"], gain * images + offset)
 
   def prepare(folder):
     network = programs.Exportable(

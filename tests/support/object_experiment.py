@@ -36,6 +36,7 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       channel_weights="learned",
       pair_weights="learned",
       pair_activation="relu6",
+      feature_scale="none",
       map="",
     ),
     losses={

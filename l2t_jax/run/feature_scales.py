@@ -1,0 +1,91 @@
+"""The scale of each source tap, for losses that do not depend on it.
+
+Magnitudes of features differ by orders between networks and layers. With
+config.transfer.feature_scale="std" the features of each tap are divided by one
+number, so that a weight of the matching loss means the same for all sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2t_jax.method import pair_sets, training
+from l2t_jax.run import setup as setups
+from l2t_jax.runtime import compilation, phases, sharding
+
+# Images that a scale is measured on, in whole batches.
+_NUM_IMAGES = 2048
+# Smallest scale, as a share of the root mean square: what hardly varies is not
+# blown up.
+_FLOOR = 1e-3
+
+
+@phases.phase("feature scales")
+@compilation.garbage_collection_paused()
+def measure(setup: setups.Setup) -> dict[str, float]:
+  """Measure the standard deviation of each source tap.
+
+  It is taken over training images, augmented as for training, all positions
+  and all channels. All processes must call this.
+
+  Args:
+    setup: of the experiment.
+
+  Returns:
+    Tap, named as in pairs -> its scale.
+  """
+  # Not the order of the experiment's seed: seeds that train together share it.
+  batches = setup.dataset.with_seed(0).train_batches(0)
+  batch_size = len(setup.blank_batch.images) * jax.process_count()
+  num_batches = -(-_NUM_IMAGES // batch_size)
+
+  @jax.jit
+  def moments(sources, images):
+    _, features = training.run_sources(
+      setup.problem.source_fns, sources, images
+    )
+    features = {n: x.astype(jnp.float32) for n, x in features.items()}
+    return {n: (x.mean(), jnp.square(x).mean()) for n, x in features.items()}
+
+  found = [
+    moments(setup.sources, sharding.shard(batch.images, setup.mesh))
+    for batch in itertools.islice(batches, num_batches)
+  ]
+  scales = {}
+  for tap in setup.source_taps:
+    mean, mean_square = np.mean(
+      [np.float64(jax.device_get(one[tap])) for one in found], axis=0
+    )
+    floor = _FLOOR * np.sqrt(mean_square)
+    std = np.sqrt(max(mean_square - mean**2, 0.0))
+    scales[tap] = float(max(std, floor)) or 1.0
+  return scales
+
+
+def set_scales(
+  sources: Mapping[str, training.Variables], scales: Mapping[str, float]
+) -> dict[str, training.Variables]:
+  """Replace the scales among the variables of sources.
+
+  Args:
+    sources: `Setup.sources`; their scales are 1.
+    scales: from `measure`.
+  """
+
+  def replace(name: str, variables: training.Variables) -> Any:
+    state = dict(variables.model_state)
+    state[setups.FEATURE_SCALE] = {
+      tap: jax.device_put(
+        np.float32(scales[pair_sets.tap_name(name, tap)]), one.sharding
+      )
+      for tap, one in state.get(setups.FEATURE_SCALE, {}).items()
+    }
+    return variables._replace(model_state=state)
+
+  return {name: replace(name, one) for name, one in sources.items()}
