@@ -30,7 +30,9 @@ def _map(workdir):
 
 
 def _losses(workdir):
-  return [record["train_loss"] for record in small_runs.records(workdir, "epoch")]
+  return [
+    record["train_loss"] for record in small_runs.records(workdir, "epoch")
+  ]
 
 
 def test_a_scale_is_the_standard_deviation_over_training_images(
