@@ -82,6 +82,15 @@ def in_one_line(error: BaseException) -> str:
   return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"
 
 
+def first_line(error: BaseException) -> str:
+  """Return the first line of a message, of at most some 300 characters.
+
+  Some libraries write pages, of which the first line says what is wrong.
+  """
+  lines = str(error).split("\n")
+  return next((x.strip()[:300] for x in lines if x.strip()), "")
+
+
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
   """Context manager: print a `Stop` in one line and exit with its code."""

@@ -85,7 +85,7 @@ def read(path: pathlib.Path, key: str = "") -> Checkpoint:
     if not tensors:
       raise errors.InputError(
         f"{path} has neither a state dict {key!r} nor tensors named {prefix}*;"
-        f" it has {', '.join(map(repr, found))}"
+        f" it has {', '.join(filter(None, found)) or 'one state dict alone'}"
       )
   return Checkpoint(tensors, tuple(notes))
 

@@ -159,10 +159,9 @@ def _make(maker, checkpoint, image_size):
   except errors.InputError:
     raise
   except Exception as error:  # Keras raises anything, also without internet.
+    hint = "" if checkpoint else "; --checkpoint=FILE takes weights you have"
     raise errors.InputError(
-      f"Keras cannot load the weights of {maker.__name__!r}:"
-      f" {errors.in_one_line(error)}; give --checkpoint=FILE for weights that"
-      " you have"
+      f"Keras cannot make {maker.__name__!r}: {errors.in_one_line(error)}{hint}"
     ) from error
 
 

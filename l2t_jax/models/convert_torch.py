@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
+import io
 import json
 import pathlib
 import re
@@ -117,6 +118,11 @@ def from_module(
       does not fit, or the images are not described.
   """
   torch = _require_torch(f"torch:{name}")
+  if not all(name.partition(":")[::2]):
+    raise errors.InputError(
+      f"torch:{name} names no function; give torch:package.module:function,"
+      " where the function returns a torch.nn.Module"
+    )
   if name.startswith("torchvision."):
     reading = reading.or_else(224, *programs.IMAGENET)
   if missing := [f for f in reading._fields if not getattr(reading, f)]:
@@ -139,7 +145,15 @@ def from_module(
         f"{name} returned a {type(module).__name__}; it must return a"
         " torch.nn.Module"
       )
-    return module
+    if isinstance(module, torch.jit.ScriptModule):
+      raise errors.InputError(
+        f"{name} returned TorchScript; give a function that makes the module"
+        " itself, with the weights as --checkpoint"
+      )
+    # What torch.compile and nn.DataParallel wrap.
+    module = getattr(module, "_orig_mod", module)
+    parallel = isinstance(module, torch.nn.DataParallel)
+    return module.module if parallel else module
 
   if checkpoint:
     module, notes, found = _load(make, checkpoint, key)
@@ -157,7 +171,8 @@ def from_module(
 
 def _require_torch(what):
   torch = imports.require("torch", needed_for=what)
-  imports.require("torchax", needed_for=what)
+  if not imports.is_installed("torchax"):  # Importing it changes torch.
+    imports.require("torchax", needed_for=what)
   return torch
 
 
@@ -411,7 +426,8 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
   batch = torch.export.Dim("batch", min=1)
   whole = WithFeatures().eval().float()
   try:
-    with torch.no_grad():
+    # torch prints the whole graph that it failed at.
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
       traced = torch.export.export(
         whole, (torch.zeros(shape),), dynamic_shapes=({0: batch},), strict=False
       ).run_decompositions()  # This orders the inputs of the graph anew.
@@ -428,7 +444,9 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
     )
   except Exception as error:  # torch raises anything for what it cannot trace.
     raise errors.InputError(
-      f"torch.export cannot trace the network: {errors.in_one_line(error)}"
+      "torch.export cannot trace the network:"
+      f" {type(error).__name__}: {errors.first_line(error)};"
+      f" {programs.HOW_TO_BE_TRACED}"
     ) from error
   num_maps = len(signature.user_outputs) - 1
   if len(names) != num_maps:

@@ -25,6 +25,11 @@ from l2t_jax.models import pure_functions
 
 # Where networks come from: LIBRARY:NAME.
 LIBRARIES = ("timm", "keras", "torch")
+# What a network's code must be like.
+HOW_TO_BE_TRACED = (
+  "its forward pass must not branch on values of tensors (no .item()), nor fix"
+  " the number of images"
+)
 # The platforms that a program is lowered for.
 _PLATFORMS = ("cpu", "cuda", "tpu")
 # What a program may call besides operations of StableHLO: functions of XLA and

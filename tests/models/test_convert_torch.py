@@ -140,8 +140,22 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     (f"{MODULE}:TwoOutputs", (8, MEAN, STD), "returns a dict; it must return"),
     (f"{MODULE}:torch", (8, MEAN, STD), "cannot be called"),
     ("no_such_module:f", (8, MEAN, STD), "cannot import the network"),
+    ("no_such_module", (8, MEAN, STD), "names no function"),
+    (f"{MODULE}:make_script", (8, MEAN, STD), "returned TorchScript"),
+    (
+      f"{MODULE}:make_branching",
+      (8, MEAN, STD),
+      "nor fix the number",
+    ),
   ],
 )
 def test_what_is_no_network(name, reading, message):
   with pytest.raises(errors.InputError, match=message):
     convert_torch.from_module(name, None, "", programs.Reading(*reading))
+
+
+def test_what_wraps_a_network_is_taken_off():
+  wrapped = convert_torch.from_module(
+    f"{MODULE}:make_compiled", None, "", programs.Reading(8, MEAN, STD)
+  )
+  assert "stem" in wrapped.taps

@@ -879,7 +879,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A prefix that no tensor has",
       f"{_CONVERTED} --key=student",
       "in.safetensors has neither a state dict 'student' nor tensors named "
-      "student.*; it has ''",
+      "student.*; it has one state dict alone",
       _checkpoint(),
       command=CONVERT,
     ),

@@ -120,5 +120,24 @@ def make_awkward(num_classes=5):
   return Awkward(num_classes)
 
 
+class Branching(Convolutional):
+  """Its forward pass depends on values."""
+
+  def forward(self, x):
+    return super().forward(-x if x.sum() > 0 else x)
+
+
+def make_branching():
+  return Branching()
+
+
+def make_script():
+  return torch.jit.script(Convolutional())
+
+
+def make_compiled():
+  return torch.compile(make_convolutional())
+
+
 def make_nothing():
   """Return no network."""
