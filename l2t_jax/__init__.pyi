@@ -28,6 +28,7 @@ from .run.fit import Result as Result
 from .run.fit import default_config as default_config
 from .run.fit import fit as fit
 from .run.predictor import load as load
+from .run.sources import load_source as load_source
 from .run.train import train as train
 from .types import Batch as Batch
 from .types import InnerLossFn as InnerLossFn

@@ -21,7 +21,7 @@ import l2t_jax.config
 from l2t_jax.method import objectives, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.results import transfer_map
-from l2t_jax.run import experiments, train
+from l2t_jax.run import experiments, sources, train
 from l2t_jax.runtime import compilation, phases, tracking
 
 
@@ -95,10 +95,17 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
   dtype, _ = compilation.PRECISIONS[config.precision]
   reading = data_fields(config)
   images = data.open_images(reading)
-  sources = {}
+  given = {}
   if method.needs_source:
-    sources = {
-      name: _load_source(fields, config.precision)
+    given = {
+      name: sources.load_source(
+        fields.weights,
+        fields.taps,
+        image_size=fields.image_size,
+        mean=fields.mean,
+        std=fields.std,
+        precision=config.precision,
+      )
       for name, fields in l2t_jax.config.source_configs(config).items()
     }
   num_classes = len(reading.classes or images.class_names)
@@ -112,7 +119,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     images,
     reading,
     settings(config),
-    sources,
+    given,
     task,
     tuple(config.target.taps),
     load_map(config),
@@ -155,50 +162,6 @@ def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:
       f" the weights of {path} were learned with {scale!r}; set it to that"
     )
   return transfer.TransferMap(*weights)
-
-
-def _load_source(fields, precision):
-  dtype, _ = compilation.PRECISIONS[precision]
-  loaded = weight_files.load_network(pathlib.Path(fields.weights), dtype)
-  if "taps" in loaded.metadata:
-    _check_program(fields, loaded.metadata, precision)
-  recorded = lambda what: tuple(json.loads(loaded.metadata.get(what, "[]")))
-  return experiments.Source(
-    loaded.network,
-    loaded.params,
-    loaded.model_state,
-    tuple(fields.taps),
-    fields.image_size or int(loaded.metadata.get("image_size", 0)),
-    int(loaded.metadata.get("channels", 0)),
-    tuple(fields.mean) or recorded("mean"),
-    tuple(fields.std) or recorded("std"),
-    recorded("class_names"),
-    loaded.metadata["num_classes"] != "0",
-    fields.weights,
-  )
-
-
-def _check_program(fields, metadata, precision):
-  """Require the images and the precision that a converted network has."""
-  size = int(metadata["image_size"])
-  again = f"convert it again, with {{}}: {metadata['command']}"
-  if fields.image_size not in (0, size):
-    raise errors.InputError(
-      f"the image_size of the source {fields.weights} is {fields.image_size},"
-      f" but it was converted for {size}; leave it out, or"
-      f" {again.format(f'--image_size={fields.image_size}')}"
-    )
-  if fields.mean or fields.std:
-    raise errors.InputError(
-      f"the source {fields.weights} normalises its images itself; leave out its"
-      " fields mean and std"
-    )
-  if precision != metadata["precision"]:
-    raise errors.InputError(
-      f"config.precision is {precision!r}, but the source {fields.weights} was"
-      f" converted for {metadata['precision']!r};"
-      f" {again.format(f'--precision={precision}')}"
-    )
 
 
 def _check_num_outputs(target, images, reading, num_classes):

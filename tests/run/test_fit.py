@@ -12,7 +12,8 @@ from sklearn import datasets
 
 from examples import networks, tasks
 from l2t_jax import errors, models, types
-from l2t_jax.run import experiments, fit
+from l2t_jax.run import experiments, fit, sources
+from tests.support import bad_input
 
 SHAPE = (8, 8, 1)
 
@@ -134,6 +135,20 @@ def test_what_differs_is_another_run(arrays, tmp_path):
   other = models.create("vgg_tiny", 11)
   with pytest.raises(errors.InputError, match=r"target.model was 'VGG"):
     fit.fit(other, arrays, config=config, workdir=tmp_path)
+
+
+def test_a_source_from_a_weight_file(arrays, tmp_path):
+  bad_input.write_program()(tmp_path)
+  result = fit.fit(
+    models.create("vgg_tiny", 10),
+    arrays,
+    source=sources.load_source(tmp_path / "source.safetensors"),
+    config=small_config("fm_single", 1),
+  )
+  (pair,) = result.transfer_map["pairs"]
+  assert pair["source"] == "stem"
+  with pytest.raises(errors.InputError, match="it was converted for 8"):
+    sources.load_source(tmp_path / "source.safetensors", image_size=16)
 
 
 @pytest.mark.parametrize(
