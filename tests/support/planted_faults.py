@@ -45,6 +45,7 @@ _UNLABELED = "data/test_unlabeled.py::"
 _EXPERIMENTS = "run/test_experiments.py::"
 _METHODS = "run/test_methods.py::"
 _RUN = "run/test_train.py::"
+_SCALES = "run/test_feature_scales.py::"
 _FAULTS = "run/test_faults.py::"
 _TABLES = "results/test_tables.py::"
 _MAP = "results/test_transfer_map.py::"
@@ -207,6 +208,18 @@ FAULTS = (
   Fault("first_axis_is_not_checked", "models/tapping.py",
         " or x.shape[0] != batch_size", "",
         f"{_NETWORKS}test_nested_features_and_outputs_that_are_tuples"),
+  Fault("mean_counts_as_deviation", "run/feature_scales.py",
+        "max(mean_square - mean**2, 0.0)", "mean_square",
+        f"{_SCALES}test_a_scale_is_the_standard_deviation_over_training_images"),
+  Fault("what_hardly_varies_is_blown_up", "run/feature_scales.py",
+        "_FLOOR * np.sqrt", "0.0 * np.sqrt",
+        f"{_SCALES}test_what_hardly_varies_is_not_blown_up[50.0-0.05]"),
+  Fault("scales_are_measured_again", "run/train.py",
+        'runs[0].progress.get("feature_scales")', "None",
+        f"{_SCALES}test_a_run_goes_on_with_the_scale_that_it_began_with"),
+  Fault("features_are_not_divided", "run/setup.py",
+        "features[tap] / scale", "features[tap]",
+        f"{_SCALES}test_magnitudes_of_the_source_change_nothing"),
   Fault("resume_with_another_program", "run/setup.py",
         'getattr(source.network, "digest", ""),\n      )', "'',\n      )",
         "run/test_programs.py::"
