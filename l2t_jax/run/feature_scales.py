@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2t_jax import errors
 from l2t_jax.method import pair_sets, training
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import compilation, phases, sharding
@@ -39,6 +40,9 @@ def measure(setup: setups.Setup) -> dict[str, float]:
 
   Returns:
     Tap, named as in pairs -> its scale.
+
+  Raises:
+    errors.InputError: a feature is NaN or infinite.
   """
   # Not the order of the experiment's seed: seeds that train together share it.
   batches = setup.dataset.with_seed(0).train_batches(0)
@@ -62,6 +66,11 @@ def measure(setup: setups.Setup) -> dict[str, float]:
     mean, mean_square = np.mean(
       [np.float64(jax.device_get(one[tap])) for one in found], axis=0
     )
+    if not np.isfinite(mean_square):
+      raise errors.InputError(
+        f"config.transfer.feature_scale: the features of source tap {tap!r} are"
+        " not finite, or overflow; choose other taps, or check the weights"
+      )
     floor = _FLOOR * np.sqrt(mean_square)
     std = np.sqrt(max(mean_square - mean**2, 0.0))
     scales[tap] = float(max(std, floor)) or 1.0

@@ -57,6 +57,12 @@ def test_what_hardly_varies_is_not_blown_up(config, tmp_path, offset, expected):
   )
 
 
+def test_features_that_are_not_finite(config, tmp_path):
+  bad_input.write_program(offset=np.inf)(tmp_path)
+  with pytest.raises(errors.InputError, match="'stem' are not finite"):
+    small_runs.train(config, tmp_path / "run")
+
+
 def test_magnitudes_of_the_source_change_nothing(config, tmp_path, capsys):
   losses = {}
   for gain in (1.0, 100.0):
