@@ -28,6 +28,11 @@ class Layout(NamedTuple):
   untappable: dict[str, str]  # Output that cannot be tapped -> the reason.
   default_taps: tuple[str, ...]  # The network's own choice; () for none.
 
+  @property
+  def num_outputs(self) -> int:
+    """Number of logits K of an output [B, K]; 1 for [B]."""
+    return (1, *self.output_shape)[-1]
+
 
 def select_taps(
   layout: Layout, patterns: Sequence[str] = ()

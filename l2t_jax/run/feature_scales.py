@@ -18,6 +18,7 @@ import numpy as np
 from l2t_jax import errors
 from l2t_jax.method import pair_sets, training
 from l2t_jax.run import setup as setups
+from l2t_jax.run.sources import FEATURE_SCALE
 from l2t_jax.runtime import compilation, phases, sharding
 
 # Images that a scale is measured on, in whole batches.
@@ -89,11 +90,11 @@ def set_scales(
 
   def replace(name: str, variables: training.Variables) -> Any:
     state = dict(variables.model_state)
-    state[setups.FEATURE_SCALE] = {
+    state[FEATURE_SCALE] = {
       tap: jax.device_put(
         np.float32(scales[pair_sets.tap_name(name, tap)]), one.sharding
       )
-      for tap, one in state.get(setups.FEATURE_SCALE, {}).items()
+      for tap, one in state.get(FEATURE_SCALE, {}).items()
     }
     return variables._replace(model_state=state)
 

@@ -6,7 +6,7 @@ Everything that training needs is put together here, once, from plain objects;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 import contextlib
 import functools
 from typing import Any, NamedTuple
@@ -19,14 +19,13 @@ from l2t_jax.data import image_formats
 from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
+from l2t_jax.run import sources as source_networks
 from l2t_jax.runtime import compilation, phases, sharding
 
 # The fastest mode, and the one that keeps least between the passes.
 _AUTO_MODES = ("linearized", "mixed")
 # Folded into the seed's key for initialisation; the data fold in epochs.
 _INIT = 2**32 - 1
-# Collection of a source's model state: tap -> what its features are divided by.
-FEATURE_SCALE = "feature_scale"
 
 
 class Setup(NamedTuple):
@@ -50,52 +49,6 @@ class Setup(NamedTuple):
   mesh: jax.sharding.Mesh
   inputs: dict[str, str]  # Name -> fingerprint of what training reads.
   notes: tuple[str, ...]  # What the user should be told, one line each.
-
-
-class _Source(NamedTuple):
-  """A source network that has been traced."""
-
-  name: str  # "" for a single one.
-  network: models.Network
-  layout: models.Layout
-  variables: training.Variables
-  image_format: image_formats.ImageFormat  # What the network sees.
-  num_classes: int  # 0 without a classifier.
-  class_names: tuple[str, ...]  # () where they are not known.
-  patterns: tuple[str, ...]  # Names or globs of its taps.
-
-  @property
-  def label(self) -> str:
-    """Its name in a sentence."""
-    return f"source{self.name and ' '}{self.name}"
-
-  def named(self, taps: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename taps to the names that pairs use."""
-    return {pair_sets.tap_name(self.name, t): x for t, x in taps.items()}
-
-  def make_apply_fn(
-    self, taps: Collection[str], images_from: image_formats.ImageFormat
-  ) -> types.ApplyFn:
-    """Make the function that computes some taps, named as in pairs.
-
-    Its images are in the format of the target's.
-    """
-    name = lambda tap: pair_sets.tap_name(self.name, tap)
-    apply_fn = models.as_apply_fn(
-      self.network, {tap for tap in self.layout.taps if name(tap) in taps}
-    )
-
-    def on_target_images(params, model_state, images, *, train):
-      images = image_formats.convert(images, images_from, self.image_format)
-      model_state = dict(model_state)
-      scales = model_state.pop(FEATURE_SCALE, {})
-      logits, features, model_state = apply_fn(
-        params, model_state, images, train=train
-      )
-      scaled = {tap: features[tap] / scale for tap, scale in scales.items()}
-      return logits, features | scaled, model_state
-
-    return on_target_images
 
 
 class _Target(NamedTuple):
@@ -140,7 +93,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     tuple(experiment.reading.mean),
     tuple(experiment.reading.std),
   )
-  sources = _trace_sources(experiment, image_format)
+  sources = source_networks.trace(experiment, image_format)
   target = _make_target(experiment, sources, image_format)
   _check_outputs(experiment, dataset, sources, target.layout)
   plan = _Plan()
@@ -158,7 +111,7 @@ def build(experiment: experiments.Experiment) -> Setup:
   return Setup(
     dataset=dataset,
     image_format=image_format,
-    num_outputs=_num_outputs(target.layout),
+    num_outputs=target.layout.num_outputs,
     problem=training.Problem(
       _make_losses(experiment, target_fn, plan.pairs, target.head_tap),
       {
@@ -172,7 +125,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     modes=modes,
     sources={
       source.name: place(
-        _with_scales(source, plan.source_taps)
+        source.with_scales(plan.source_taps)
         if settings.transfer.feature_scale == "std"
         else source.variables
       )
@@ -191,7 +144,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     mesh=mesh,
     inputs=_fingerprints(dataset, sources, experiment.frozen),
     notes=(
-      *_source_notes(experiment, sources, plan.pairs),
+      *source_networks.notes(experiment, sources, plan.pairs),
       *target.notes,
       *dataset.notes,
     ),
@@ -280,91 +233,6 @@ def _blank_rows(dataset: data.Dataset, count: int) -> tuple[Any, Any]:
   )
 
 
-def _trace_sources(experiment, image_format):
-  method = experiment.method
-  if not method.needs_source:
-    return []
-  if not experiment.sources:
-    raise errors.InputError(
-      f"method {experiment.settings.method!r} needs a source, but there is"
-      " none; give one, or use the method scratch"
-    )
-  return [
-    _trace_source(name, source, image_format)
-    for name, source in experiment.sources.items()
-  ]
-
-
-def _trace_source(name, source, image_format):
-  """Trace a source network on images of its own format."""
-  own_format = image_formats.ImageFormat(
-    source.image_size or image_format.size,
-    source.channels or image_format.channels,
-    tuple(source.mean) or image_format.mean,
-    tuple(source.std) or image_format.std,
-  )
-  for what, values in (("mean", own_format.mean), ("std", own_format.std)):
-    if len(values) not in (1, own_format.channels):
-      numbers = sorted({1, own_format.channels})
-      raise errors.InputError(
-        f"{what} of the source {source.origin or name} is {values}, but it sees"
-        f" images of {own_format.channels} channels; set its field {what} to"
-        f" {' or '.join(map(str, numbers))} values"
-      )
-  layout = models.trace(source.network, own_format.shape)
-  params, model_state = experiments.variables_of(source)
-  traced = _Source(
-    name,
-    source.network,
-    layout,
-    training.Variables(params, model_state),
-    own_format,
-    _num_outputs(layout) if source.has_classifier else 0,
-    source.class_names,
-    experiments.as_patterns(source.taps),
-  )
-  weight_files.check_shapes(
-    layout, {"params": params, **model_state}, source.origin or traced.label
-  )
-  return traced
-
-
-def _source_notes(experiment, sources, pairs):
-  """Yield a line per source: what it sees, and what is taken from it."""
-  for source in sources:
-    given = experiment.sources[source.name]
-    size, channels, mean, std = source.image_format
-    sees = f"{size}x{size} images of {channels} channels"
-    if not (given.mean and given.std):
-      sees += ", normalised as the data's (its own normalisation is not known)"
-    elif getattr(source.network, "digest", ""):  # An exported program.
-      sees += ", which it normalises itself"
-    else:
-      sees += f", normalised by mean {_short(mean)} and std {_short(std)}"
-    name = f"source {given.origin}" if given.origin else source.label
-    taps = source.named(source.layout.taps)
-    parts = [sees, f"{source.num_classes or 'no'} classes"]
-    if pairs:
-      parts.append(f"{sum(pair.source in taps for pair in pairs)} pairs")
-    yield f"{name}: {'; '.join(parts)}"
-
-
-def _short(values):
-  return ", ".join(f"{value:g}" for value in values)
-
-
-def _with_scales(source, taps):
-  """Add a scale of 1 for each tap in use to a source's variables."""
-  names = source.named({tap: tap for tap in source.layout.taps})
-  scales = {tap: np.float32(1.0) for name, tap in names.items() if name in taps}
-  params, model_state = source.variables
-  return training.Variables(params, {**model_state, FEATURE_SCALE: scales})
-
-
-def _num_outputs(layout):
-  return (1, *layout.output_shape)[-1]  # [B, K], or [B].
-
-
 def _check_outputs(experiment, dataset, sources, layout):
   if experiment.task is objectives.CLASSIFICATION:
     _check_classification(dataset, layout.output_shape)
@@ -376,7 +244,7 @@ def _check_outputs(experiment, dataset, sources, layout):
         " features"
       )
   if "kd" in experiment.method.losses:
-    _check_same_classes(sources, _num_outputs(layout), dataset.class_names)
+    _check_same_classes(sources, layout.num_outputs, dataset.class_names)
 
 
 def _check_classification(dataset, outputs):

@@ -1,16 +1,24 @@
-"""Sources from weight files."""
+"""Sources: read from weight files, and traced for the images of a target."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import json
 import os
 import pathlib
+from typing import Any, NamedTuple
 
-from l2t_jax import errors
+import numpy as np
+
+from l2t_jax import errors, models, types
+from l2t_jax.data import image_formats
+from l2t_jax.method import pair_sets, training
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
 from l2t_jax.runtime import compilation
+
+# Collection of a source's model state: tap -> what its features are divided by.
+FEATURE_SCALE = "feature_scale"
 
 
 def load_source(
@@ -60,6 +68,110 @@ def load_source(
   )
 
 
+class TracedSource(NamedTuple):
+  """A source network that has been traced."""
+
+  name: str  # "" for a single one.
+  network: models.Network
+  layout: models.Layout
+  variables: training.Variables
+  image_format: image_formats.ImageFormat  # What the network sees.
+  num_classes: int  # 0 without a classifier.
+  class_names: tuple[str, ...]  # () where they are not known.
+  patterns: tuple[str, ...]  # Names or globs of its taps.
+
+  @property
+  def label(self) -> str:
+    """Its name in a sentence."""
+    return f"source{self.name and ' '}{self.name}"
+
+  def named(self, taps: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename taps to the names that pairs use."""
+    return {pair_sets.tap_name(self.name, t): x for t, x in taps.items()}
+
+  def make_apply_fn(
+    self, taps: Collection[str], images_from: image_formats.ImageFormat
+  ) -> types.ApplyFn:
+    """Make the function that computes some taps, named as in pairs.
+
+    Its images are in the format of the target's.
+    """
+    name = lambda tap: pair_sets.tap_name(self.name, tap)
+    apply_fn = models.as_apply_fn(
+      self.network, {tap for tap in self.layout.taps if name(tap) in taps}
+    )
+
+    def on_target_images(params, model_state, images, *, train):
+      images = image_formats.convert(images, images_from, self.image_format)
+      model_state = dict(model_state)
+      scales = model_state.pop(FEATURE_SCALE, {})
+      logits, features, model_state = apply_fn(
+        params, model_state, images, train=train
+      )
+      scaled = {tap: features[tap] / scale for tap, scale in scales.items()}
+      return logits, features | scaled, model_state
+
+    return on_target_images
+
+  def with_scales(self, taps: Collection[str]) -> training.Variables:
+    """Return its variables with a scale of 1 for each of some taps."""
+    names = self.named({tap: tap for tap in self.layout.taps})
+    scales = {
+      tap: np.float32(1.0) for name, tap in names.items() if name in taps
+    }
+    params, model_state = self.variables
+    return training.Variables(params, {**model_state, FEATURE_SCALE: scales})
+
+
+def trace(
+  experiment: experiments.Experiment, image_format: image_formats.ImageFormat
+) -> list[TracedSource]:
+  """Trace the sources that an experiment's method needs.
+
+  Args:
+    experiment: what is trained.
+    image_format: of the target's images, for what a source does not say.
+
+  Raises:
+    errors.InputError: there is no source, or it does not fit its weights.
+  """
+  if not experiment.method.needs_source:
+    return []
+  if not experiment.sources:
+    raise errors.InputError(
+      f"method {experiment.settings.method!r} needs a source, but there is"
+      " none; give one, or use the method scratch"
+    )
+  return [
+    _trace(name, source, image_format)
+    for name, source in experiment.sources.items()
+  ]
+
+
+def notes(
+  experiment: experiments.Experiment,
+  sources: Sequence[TracedSource],
+  pairs: Sequence[pair_sets.Pair],
+) -> Iterator[str]:
+  """Yield a line per source: what it sees, and what is taken from it."""
+  for source in sources:
+    given = experiment.sources[source.name]
+    size, channels, mean, std = source.image_format
+    sees = f"{size}x{size} images of {channels} channels"
+    if not (given.mean and given.std):
+      sees += ", normalised as the data's (its own normalisation is not known)"
+    elif getattr(source.network, "digest", ""):  # An exported program.
+      sees += ", which it normalises itself"
+    else:
+      sees += f", normalised by mean {_short(mean)} and std {_short(std)}"
+    name = f"source {given.origin}" if given.origin else source.label
+    taps = source.named(source.layout.taps)
+    parts = [sees, f"{source.num_classes or 'no'} classes"]
+    if pairs:
+      parts.append(f"{sum(pair.source in taps for pair in pairs)} pairs")
+    yield f"{name}: {'; '.join(parts)}"
+
+
 def _check_program(
   path: str | os.PathLike[str],
   metadata: Mapping[str, str],
@@ -87,3 +199,41 @@ def _check_program(
       f" for {metadata['precision']!r};"
       f" {again.format(f'--precision={precision}')}"
     )
+
+
+def _trace(name, source, image_format):
+  """Trace a source network on images of its own format."""
+  own_format = image_formats.ImageFormat(
+    source.image_size or image_format.size,
+    source.channels or image_format.channels,
+    tuple(source.mean) or image_format.mean,
+    tuple(source.std) or image_format.std,
+  )
+  for what, values in (("mean", own_format.mean), ("std", own_format.std)):
+    if len(values) not in (1, own_format.channels):
+      numbers = sorted({1, own_format.channels})
+      raise errors.InputError(
+        f"{what} of the source {source.origin or name} is {values}, but it sees"
+        f" images of {own_format.channels} channels; set its field {what} to"
+        f" {' or '.join(map(str, numbers))} values"
+      )
+  layout = models.trace(source.network, own_format.shape)
+  params, model_state = experiments.variables_of(source)
+  traced = TracedSource(
+    name,
+    source.network,
+    layout,
+    training.Variables(params, model_state),
+    own_format,
+    layout.num_outputs if source.has_classifier else 0,
+    source.class_names,
+    experiments.as_patterns(source.taps),
+  )
+  weight_files.check_shapes(
+    layout, {"params": params, **model_state}, source.origin or traced.label
+  )
+  return traced
+
+
+def _short(values):
+  return ", ".join(f"{value:g}" for value in values)

@@ -111,7 +111,7 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
     shapes = sharding.stacked(run.state_shapes, 2)
     together = trainer.Trainer(run, 2)
     other = run.create_state(0)
-    together.start([one, other])
+    together.start([one, other], run.sources)
     state = together._state
     chex.assert_trees_all_equal(together.state_of(1), other)
 
