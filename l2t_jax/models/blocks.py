@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 import re
 
+from l2t_jax.models import scans
+
 Shape = tuple[int, int, int]  # (H, W, C).
 _Parts = Mapping[str, Sequence[str]]  # Module (root: "") -> its submodules.
 _Sizes = Mapping[str, tuple[int, int]]  # Module -> (H, W) of its map.
 # Number of blocks to propose if all have the same resolution.
 _NUM_PROPOSED = 4
+# Parts of a module that is one layer: a convolution, a norm, an activation.
+_SINGLE_LAYER = 3
 
 
 def propose_taps(
@@ -66,6 +70,12 @@ def _find_parts(names) -> dict[str, list[str]]:
     while holder and holder not in names:  # A list or dict of modules.
       holder = holder.rpartition("/")[0]
     parts.setdefault(holder, []).append(name)
+  # Layers of a loop are blocks, whose modules do not show.
+  parts |= {name: [] for name in names if scans.is_layer(name)}
+  for name in names:
+    first_call = name.partition("#")[0]
+    if first_call in parts:  # Further calls have the same modules inside.
+      parts[name] = parts[first_call]
   return parts
 
 
@@ -91,9 +101,17 @@ def _holds_blocks(name, level, parts, sizes, image_size):
   inner_sizes = {sizes[part] for part in inner if part in sizes}
   if _find_holders(level, parts) == [name]:
     return is_alone or len(inner_sizes) > 1 or len(_most_repeated(inner)) > 1
-  # It goes through resolutions that nothing beside it has.
+  # A stage that ends by lowering the resolution.
+  if {sizes.get(part) for part in _find_holders(inner, parts)} - {
+    sizes.get(name),
+    None,
+  }:
+    return True
+  # It goes through resolutions that nothing beside it has; a stem through one.
   beside = {sizes.get(other) for other in others}
-  return bool(inner_sizes - beside - {image_size, sizes.get(name)})
+  new = inner_sizes - beside - {image_size, sizes.get(name)}
+  is_first = name == next(other for other in level if other in parts)
+  return len(new) > int(is_first)
 
 
 def _find_holders(level, parts):
@@ -104,14 +122,24 @@ def _find_holders(level, parts):
 
 
 def _without_stem(blocks, parts):
-  """Leave out modules of layers among modules of modules.
+  """Leave out stems, and single layers that are modules with their norm.
 
-  They are stems, norms with an activation and the like, unless one of the same
-  kind is a module of modules: some blocks of a network may be simpler.
+  The main kinds are those that are repeated, or else those of modules of
+  modules. What comes before the first block of these is a stem.
   """
+  kinds = [_kind(name) for name in blocks]
   holders = _find_holders(blocks, parts)
-  kinds = set(map(_kind, holders))
-  return [n for n in blocks if _kind(n) in kinds] if holders else blocks
+  is_single = {
+    name: name not in holders and 0 < len(parts[name]) <= _SINGLE_LAYER
+    for name in blocks
+  }
+  main = {_kind(n) for n in blocks if not is_single[n]}
+  main = {kind for kind in main if kinds.count(kind) > 1}
+  main = main or {_kind(name) for name in holders}
+  if not main:
+    return blocks
+  start = next(i for i, kind in enumerate(kinds) if kind in main)
+  return [n for n in blocks[start:] if _kind(n) in main or not is_single[n]]
 
 
 def _open(level, names, parts):
@@ -132,11 +160,12 @@ def _most_repeated(names):
 
 
 def _kind(name):
-  return re.sub(r"\d+", "", name)
+  return re.sub(r"#?\d+", "", name)
 
 
 def _last_of_each_size(names, sizes):
-  return tuple({sizes[name]: name for name in names}.values())
+  last = {sizes[name]: name for name in names}.values()
+  return tuple(name for name in names if name in last)
 
 
 def _spread(names):

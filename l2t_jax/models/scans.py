@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 # Longer loops go over positions, not layers.
 _MAX_LAYERS = 128
-_JIT = ("jit", "pjit")
+# Primitives that call a jaxpr once: of `jax.jit` and of `jax.checkpoint`.
+_JIT, _CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat", "remat2")
 
 
 def is_layer(name: str) -> bool:
@@ -71,8 +72,11 @@ def _evaluate(closed, args, module, layers):
     if primitive.name == "scan":
       outputs, steps = _scan(params, inputs)
       layers |= _name(steps, path, layers)
-    elif primitive.name in _JIT and _has_scan(params["jaxpr"].jaxpr):
+    elif primitive.name in _JIT and _has_scan(params["jaxpr"]):
       outputs = _evaluate(params["jaxpr"], inputs, path, layers)
+    elif primitive.name in _CHECKPOINT and _has_scan(params["jaxpr"]):
+      outputs, found = _evaluate_checkpoint(params, inputs, path, layers)
+      layers |= found
     else:
       with equation.ctx.manager:
         outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
@@ -81,10 +85,27 @@ def _evaluate(closed, args, module, layers):
   return [read(x) for x in jaxpr.outvars]
 
 
+def _evaluate_checkpoint(params, inputs, module, layers):
+  """Evaluate a jaxpr in `jax.checkpoint`; return (outputs, its layers)."""
+  closed = jax.extend.core.ClosedJaxpr(params["jaxpr"], ())
+
+  def evaluate(*inputs):
+    known = dict.fromkeys(layers)
+    outputs = _evaluate(closed, inputs, module, known)
+    return outputs, {n: x for n, x in known.items() if n not in layers}
+
+  return jax.checkpoint(
+    evaluate, prevent_cse=params["prevent_cse"], policy=params["policy"]
+  )(*inputs)
+
+
 def _has_scan(jaxpr):
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # It may be closed.
   return any(
     e.primitive.name == "scan"
-    or (e.primitive.name in _JIT and _has_scan(e.params["jaxpr"].jaxpr))
+    or (
+      e.primitive.name in (*_JIT, *_CHECKPOINT) and _has_scan(e.params["jaxpr"])
+    )
     for e in jaxpr.eqns
   )
 

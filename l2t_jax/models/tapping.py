@@ -144,6 +144,9 @@ def as_map(
     return x
   if x.ndim != 3:
     return None
+  positions = {height * width for height, width in maps}
+  if x.shape[2] in positions and x.shape[1] not in positions:
+    return None  # Transposed, as inside of an MLP-Mixer.
   grid = find_grid(x.shape[1], maps)
   return None if grid is None else to_grid(x, grid)
 
@@ -164,14 +167,17 @@ def find_grid(
   Args:
     num_tokens: N.
     maps: (H, W) of the network's maps. The largest one with room for all of its
-      positions is the map of patches, if few tokens remain. Without one, N must
-      be a square number, or one more than that with a class token.
+      positions is the map of patches, if few tokens remain. Otherwise N must be
+      a square number, or one more than that with a class token, and not above
+      the positions of the largest map.
   """
   for height, width in sorted(maps, key=math.prod, reverse=True):
     num_prefix = num_tokens - height * width
     # One position is the result of pooling, not a map of patches.
     if height * width > 1 and 0 <= num_prefix <= _MAX_PREFIX:
       return Grid(num_prefix, height, width)
+  if maps and num_tokens > max(map(math.prod, maps)) > 1:
+    return None
   for num_prefix in (0, 1):
     side = math.isqrt(max(num_tokens - num_prefix, 0))
     if side and side**2 == num_tokens - num_prefix:

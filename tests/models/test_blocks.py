@@ -108,6 +108,49 @@ _STAGES = [
       },
       ("features/0", "features/2", "features/3"),
     ),
+    # Simple blocks before ones with modules inside, as in EfficientNetV2.
+    (
+      {"conv": 32}
+      | {
+        f"Fused_{i}": _bottleneck(size, norm2=size)
+        for i, size in enumerate((32, 16, 16))
+      }
+      | {f"MBConv_{i}": _convs(size, size) for i, size in enumerate((8, 4))},
+      ("Fused_0", "Fused_2", "MBConv_0", "MBConv_1"),
+    ),
+    # Single layers that are modules, before and after, as in GoogLeNet.
+    (
+      {"conv1": (32, {"conv": 32}), "conv2": (16, {"conv": 16})}
+      | {f"inception{i}": _convs(size, size) for i, size in enumerate((8, 4))}
+      | {"conv3": (4, {"conv": 4, "norm": 4})},
+      ("inception0", "inception1"),
+    ),
+    # Stages that end by lowering the resolution, as in Swin.
+    (
+      {
+        "embed": 16,
+        "layers_0": _chain(_attention(16), _attention(16), _bottleneck(8)),
+        "layers_1": _chain(_attention(8), _attention(8), _bottleneck(4)),
+        "layers_2": _chain(_attention(4), _attention(4)),
+      },
+      ("layers_0/1", "layers_1/1", "layers_2"),
+    ),
+    # One block that is called several times.
+    (
+      {"patches": 4, "block": _attention(4)}
+      | {f"block#{i}": 4 for i in range(1, 6)},
+      ("block", "block#2", "block#3", "block#5"),
+    ),
+    # A stem with blocks of its own before a transformer.
+    (
+      {"stem": _convs(16, 8)} | {f"block_{i}": _attention(4) for i in range(2)},
+      ("block_0", "block_1"),
+    ),
+    # An encoder and a decoder.
+    (
+      {"encoder": _chain(*_STAGES), "decoder": _chain(_convs(8), _convs(16))},
+      ("encoder/2", "decoder/0", "decoder/1"),
+    ),
     # Stages without numbers; each ends as its last block does.
     (
       {

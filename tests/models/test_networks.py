@@ -429,6 +429,63 @@ def test_scanned_layers_are_taps_in_nnx():
   )
 
 
+def test_scans_are_found_inside_remat():
+  class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layers = nn.scan(
+        ScannedBlock,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=2,
+      )
+      return layers(name="layers")(x, None)[0]
+
+  class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Conv(4, (3, 3), name="stem")(x)
+      x = nn.remat(Encoder)(name="encoder")(x)
+      return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+  network = Network()
+  taps = ["encoder/scan/0", "encoder/scan/1"]
+  assert list(models.select_taps(models.trace(network, IMAGES))) == taps
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  images = jax.random.normal(jax.random.key(1), (2, *IMAGES))
+  run = models.as_apply_fn(network, [*taps, "encoder"])
+
+  def loss(params):
+    logits, features, _ = run(params, state, images, train=True)
+    return jnp.sum(features["encoder/scan/1"] ** 2), (logits, features)
+
+  grads, (logits, features) = jax.grad(loss, has_aux=True)(params)
+  np.testing.assert_allclose(
+    logits, network.apply({"params": params}, images), rtol=1e-5, atol=1e-6
+  )
+  np.testing.assert_array_equal(features["encoder/scan/1"], features["encoder"])
+  assert bool(jnp.any(grads["stem"]["kernel"]))
+
+
+def test_transposed_tokens_are_no_map():
+  """The MLP-Mixer mixes tokens in [B, C, N]; here C is a square number."""
+
+  class Mixer(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Conv(self.width, (2, 2), strides=2, name="patches")(x)
+      x = x.reshape(len(x), -1, self.width)
+      y = nn.Dense(16, name="mixing")(jnp.swapaxes(x, 1, 2))
+      x += jnp.swapaxes(y, 1, 2)
+      return nn.Dense(5, name="head")(x.mean(1))
+
+  for width in (9, 64):
+    layout = models.trace(Mixer(width), IMAGES)
+    assert layout.taps == {"patches": (4, 4, width)}
+
+
 def test_loops_may_be_nested_reversed_and_repeated():
   """And what is no layer: a carry without an axis of images."""
 
@@ -505,7 +562,7 @@ def test_nested_features_and_outputs_that_are_tuples():
       (),
       tuple(f"block_{i}" for i in (0, 2, 3, 5)),
     ),
-    (LinenNet(), (), ("shared#1",)),
+    (LinenNet(), (), ("shared", "shared#1")),
     (small_setup.TARGET, (), small_setup.TARGET.default_taps),
   ],
 )
