@@ -35,9 +35,11 @@ import l2t_jax.config
 from l2t_jax.data import from_arrays
 from l2t_jax.method import objectives
 from l2t_jax.results import map_picture, transfer_map
-from l2t_jax.run import experiments, from_config, train
+from l2t_jax.run import experiments, from_config, sources, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.runtime import cpu_lowering
+
+SourceLike = experiments.Source | str | os.PathLike[str]
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -94,7 +96,7 @@ def fit(
   target: models.Network,
   arrays: Mapping[str, np.ndarray],
   *,
-  source: experiments.Source | Mapping[str, experiments.Source] | None = None,
+  source: SourceLike | Mapping[str, SourceLike] | None = None,
   config: ml_collections.ConfigDict | None = None,
   task: types.Task | None = None,
   workdir: str | os.PathLike[str] | None = None,
@@ -107,8 +109,8 @@ def fit(
     arrays: "x_train", uint8 images [N, H, W] or [N, H, W, C], and "y_train",
       their classes [N], or "t_train", [N, ...], what else `task` reads; the
       same with "_val" and "_test". What is missing of these is split off.
-    source: what is transferred from; several with a name each; None for
-      methods that need none.
+    source: what is transferred from, or the path of its weight file; several
+      with a name each; None for methods that need none.
     config: the fields of l2t_jax/config.py, from `default_config`. What the
       objects say (data.source, image_size, channels, source, target.model and
       task) is filled in.
@@ -131,16 +133,12 @@ def fit(
   images = from_arrays.image_set(arrays, "arrays")
   _fit_to_images(config, arrays)
   l2t_jax.config.check(config, names_objects=False)
-  if source is None:
-    source = {}
-  elif isinstance(source, experiments.Source):
-    source = {"": source}
   experiment = experiments.Experiment(
     target,
     images,
     from_config.data_fields(config),
     from_config.settings(config),
-    source,
+    _as_sources(source, config.precision),
     task or objectives.CLASSIFICATION,
     tuple(config.target.taps),
     from_config.load_map(config),
@@ -155,6 +153,26 @@ def fit(
     json.loads(map_file.read_text()) if map_file.exists() else None,
     workdir,
   )
+
+
+def _as_sources(source, precision):
+  """Return name -> source of what `fit` was given."""
+  given = source if isinstance(source, Mapping) else {"": source}
+  found = {}
+  for name, one in given.items():
+    if not isinstance(name, str) or "/" in name:
+      raise errors.InputError(
+        f"the name of a source is {name!r}; it must be a string without '/'"
+      )
+    if isinstance(one, str | os.PathLike):
+      one = sources.load_source(one, precision=precision)
+    if not isinstance(one, experiments.Source | None):
+      raise errors.InputError(
+        f"source is a {type(one).__name__}; it must be a Source, the path of a"
+        " weight file, or a dict of these"
+      )
+    found[name] = one
+  return {name: one for name, one in found.items() if one is not None}
 
 
 def _fit_to_images(config, arrays):

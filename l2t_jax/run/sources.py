@@ -47,6 +47,11 @@ def load_source(
     errors.InputError: the file is missing or damaged, or holds a converted
       network that takes other images or has another precision.
   """
+  if precision not in compilation.PRECISIONS:
+    raise errors.InputError(
+      f"precision is {precision!r}; it must be one of"
+      f" {', '.join(compilation.PRECISIONS)}"
+    )
   loaded = weight_files.load_network(
     pathlib.Path(path), compilation.PRECISIONS[precision][0]
   )
@@ -216,6 +221,12 @@ def _trace(name, source, image_format):
         f"{what} of the source {source.origin or name} is {values}, but it sees"
         f" images of {own_format.channels} channels; set its field {what} to"
         f" {' or '.join(map(str, numbers))} values"
+      )
+    if not np.isfinite(values).all() or (what == "std" and min(values) <= 0):
+      above = " and above 0" if what == "std" else ""
+      raise errors.InputError(
+        f"{what} of the source {source.origin or name} is {values}; it must be"
+        f" finite{above}"
       )
   layout = models.trace(source.network, own_format.shape)
   params, model_state = experiments.variables_of(source)

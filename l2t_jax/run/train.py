@@ -265,7 +265,7 @@ def _train(setup, trainer, group, requests):
 def _scale_sources(setup, runs, display):
   """Return the sources with the scales that the runs began with."""
   settings = runs[0].experiment.settings
-  if settings.transfer.feature_scale != "std":
+  if settings.transfer.feature_scale != "std" or not setup.source_taps:
     return setup.sources
   scales = runs[0].progress.get("feature_scales")
   if scales is None:

@@ -142,13 +142,15 @@ def test_a_source_from_a_weight_file(arrays, tmp_path):
   result = fit.fit(
     models.create("vgg_tiny", 10),
     arrays,
-    source=sources.load_source(tmp_path / "source.safetensors"),
+    source=tmp_path / "source.safetensors",
     config=small_config("fm_single", 1),
   )
   (pair,) = result.transfer_map["pairs"]
   assert pair["source"] == "stem"
   with pytest.raises(errors.InputError, match="it was converted for 8"):
     sources.load_source(tmp_path / "source.safetensors", image_size=16)
+  with pytest.raises(errors.InputError, match="precision is 'fp32'; it must"):
+    sources.load_source(tmp_path / "source.safetensors", precision="fp32")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,12 @@ def test_a_source_from_a_weight_file(arrays, tmp_path):
     (
       experiments.Source(networks.ConvNeXt(10)),
       "source ConvNeXt has no params",
+    ),
+    ([1], "source is a list; it must be a Source, the path of a weight file"),
+    ({"a/b": "x"}, "the name of a source is 'a/b'"),
+    (
+      experiments.Source(networks.ConvNeXt(10), {}, mean=(0.5,), std=(-1.0,)),
+      r"std of the source .*\(-1.0,\); it must be finite and above 0",
     ),
     (
       experiments.Source(
