@@ -144,11 +144,13 @@ def as_map(
     return x
   if x.ndim != 3:
     return None
-  positions = {height * width for height, width in maps}
-  if x.shape[2] in positions and x.shape[1] not in positions:
-    return None  # Transposed, as inside of an MLP-Mixer.
   grid = find_grid(x.shape[1], maps)
-  return None if grid is None else to_grid(x, grid)
+  if grid is None:
+    return None
+  is_of_a_map = (grid.height, grid.width) in maps
+  if not is_of_a_map and x.shape[2] in map(math.prod, maps):
+    return None  # [B, C, N], as inside of an MLP-Mixer.
+  return to_grid(x, grid)
 
 
 class Grid(NamedTuple):

@@ -294,16 +294,19 @@ def test_tokens_become_maps(class_token):
   )
 
 
-@pytest.mark.parametrize("num_prefix", [1, 5])
-def test_tokens_lie_on_the_map_of_patches(num_prefix):
-  """With a class and four register tokens, 9 would be 3x3."""
+@pytest.mark.parametrize(("num_prefix", "width"), [(1, 8), (5, 8), (1, 4)])
+def test_tokens_lie_on_the_map_of_patches(num_prefix, width):
+  """With a class and four register tokens, 9 would be 3x3.
+
+  There may be as many channels as patches.
+  """
 
   class Transformer(nn.Module):
     @nn.compact
     def __call__(self, images):
-      patches = nn.Conv(8, (4, 4), 4, name="patches")(images)
-      tokens = patches.reshape(len(images), -1, 8)
-      prefix = jnp.full((len(images), num_prefix, 8), -1.0)
+      patches = nn.Conv(width, (4, 4), 4, name="patches")(images)
+      tokens = patches.reshape(len(images), -1, width)
+      prefix = jnp.full((len(images), num_prefix, width), -1.0)
       tokens = jnp.concatenate([prefix, tokens], axis=1)
       tokens = nn.LayerNorm(name="norm")(tokens)
       return nn.Dense(5)(tokens[:, 0])
@@ -311,8 +314,8 @@ def test_tokens_lie_on_the_map_of_patches(num_prefix):
   network = Transformer()
   shape = (8, 8, 3)
   assert models.trace(network, shape).taps == {
-    "patches": (2, 2, 8),
-    "norm": (2, 2, 8),
+    "patches": (2, 2, width),
+    "norm": (2, 2, width),
   }
   params, state = models.init(network, jax.random.key(0), shape)
   images = jax.random.normal(jax.random.key(1), (2, *shape))
