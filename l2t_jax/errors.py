@@ -83,12 +83,12 @@ def in_one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-  """Return the first line of a message, of at most some 300 characters.
+  """Return an error's kind and the first line of its message, cut to 300.
 
   Some libraries write pages, of which the first line says what is wrong.
   """
-  lines = str(error).split("\n")
-  return next((x.strip()[:300] for x in lines if x.strip()), "")
+  lines = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 @contextlib.contextmanager

@@ -139,8 +139,8 @@ def _convert_network(args, library, name):
     program = programs.export(network, dtype=dtype, precision=precision)
   except Exception as error:  # A library's operations may raise anything.
     raise errors.InputError(
-      f"{args.network} cannot be exported: {type(error).__name__}:"
-      f" {errors.first_line(error)}; {programs.HOW_TO_BE_TRACED}"
+      f"{args.network} cannot be exported: {errors.first_line(error)};"
+      f" {programs.HOW_TO_BE_TRACED}"
     ) from error
   functions = programs.to_functions(
     program, network.params, network.taps, network.default_taps

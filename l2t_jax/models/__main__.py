@@ -5,8 +5,8 @@
     python -m l2t_jax.models weights/convnext.safetensors
 
 The column "default" marks the taps that are used if a config names none. What
-cannot be tapped is listed with the reason. Pairs
-are those of config.transfer.pairs=nearest.
+cannot be tapped is listed with the reason. Pairs are those of
+config.transfer.pairs=nearest.
 """
 
 from __future__ import annotations

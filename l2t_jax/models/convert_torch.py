@@ -444,8 +444,7 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
     )
   except Exception as error:  # torch raises anything for what it cannot trace.
     raise errors.InputError(
-      "torch.export cannot trace the network:"
-      f" {type(error).__name__}: {errors.first_line(error)};"
+      f"torch.export cannot trace the network: {errors.first_line(error)};"
       f" {programs.HOW_TO_BE_TRACED}"
     ) from error
   num_maps = len(signature.user_outputs) - 1

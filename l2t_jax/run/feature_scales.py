@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +87,7 @@ def set_scales(
     scales: from `measure`.
   """
 
-  def replace(name: str, variables: training.Variables) -> Any:
+  def replace(name, variables):
     state = dict(variables.model_state)
     state[FEATURE_SCALE] = {
       tap: jax.device_put(
