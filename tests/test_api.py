@@ -107,6 +107,8 @@ def test_the_wheel_works_without_the_clone(tmp_path):
   (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
   readme = (small_runs.ROOT / "README.md").read_text()
   example = re.search(r"```python\n(import l2t_jax.*?)```", readme, re.S)[1]
+  assert _SOURCE_FILE in example
+  example = example.replace(_SOURCE_FILE, "my_source_network")
   program = _BEFORE_EXAMPLE + example.replace("= 30, 32", "= 1, 16")
   program += "\nassert logits.shape == (4, 10)\nprint(l2t.__file__)\n"
   run = lambda *arguments: (
@@ -123,8 +125,9 @@ def test_the_wheel_works_without_the_clone(tmp_path):
   assert "stage1_block1" in run("-m", "l2t_jax.models", "resnet_tiny")
 
 
+_SOURCE_FILE = '"weights/convnext.safetensors"'
 _BEFORE_EXAMPLE = """
-import flax.linen as nn, jax, numpy as np
+import flax.linen as nn, jax, l2t_jax, numpy as np
 class MyTarget(nn.Module):
   num_classes: int
   @nn.compact
@@ -133,7 +136,9 @@ class MyTarget(nn.Module):
     return nn.Dense(self.num_classes)(x.mean((1, 2)))
 my_source = MyTarget(num_classes=4)
 variables = my_source.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
-my_params, my_stats = variables["params"], variables["batch_stats"]
+my_source_network = l2t_jax.Source(
+  my_source, variables["params"], {"batch_stats": variables["batch_stats"]}
+)
 rng = np.random.default_rng(0)
 images = rng.integers(0, 256, (200, 8, 8, 1), np.uint8)
 labels, new_images = np.arange(200) % 10, images[:4]
