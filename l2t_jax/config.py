@@ -135,6 +135,10 @@ DATA = {
   "data.unlabeled_batch_size": Field(0, AT_LEAST_0),
   # Processes that decode streamed images; 0 for threads.
   "data.num_workers": Field(8, AT_LEAST_0, may_change=True),
+  # What happens where images cannot be read: stop names all of them; skip
+  # leaves them out, if they are at most max_bad_fraction of all images.
+  "data.bad_images": Field("stop", one_of(("stop", "skip"))),
+  "data.max_bad_fraction": Field(0.01, BELOW_1),
 }
 
 # The source network. In place of it `sources` holds several: a name and these
@@ -154,6 +158,9 @@ SOURCE = {
   # the data if the weights file does not say.
   "mean": Field((), FINITE),
   "std": Field((), ALL_POSITIVE),
+  # Names of its classes in the order of its logits, for kd, which compares
+  # classes by name; () for what the weights file says.
+  "class_names": Field(()),
 }
 
 # The target network.

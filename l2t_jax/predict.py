@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 from l2t_jax import errors
-from l2t_jax.data import from_folders
+from l2t_jax.data import from_folders, records
 from l2t_jax.run import predictor
 from l2t_jax.runtime import cpu_lowering
 
@@ -48,7 +48,11 @@ def find_images(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
   found: list[pathlib.Path] = []
   for path in paths:
     if path.is_dir():
-      found += from_folders.list_images(path)
+      images, others = from_folders.list_images(path)
+      found += images
+      if others:
+        passed_over = records.counted(others)
+        print(f"{path}: passed over {passed_over}", file=sys.stderr)
     elif path.exists():
       found.append(path)
     else:

@@ -75,6 +75,10 @@ class DataFields:
   unlabeled_batch_size: int = 0
   # Processes that decode streamed training images; 0 for threads.
   num_workers: int = 0
+  # What to do about images that cannot be read, "stop" or "skip", and the share
+  # of the images that may be skipped.
+  bad_images: str = "stop"
+  max_bad_fraction: float = 0.01
   # Whether all images stay on the device; None to decide by image_size and
   # MAX_IN_MEMORY_SIZE. Configs do not have this field.
   in_memory: bool | None = None

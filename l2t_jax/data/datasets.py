@@ -9,7 +9,7 @@ permutation, cut into one batch per step of the whole training.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import copy
 import functools
 from typing import Any, NamedTuple, Self
@@ -34,6 +34,9 @@ class Subset(NamedTuple):
   records: records.Records
   indices: np.ndarray  # [N] int64, into records.
   channels: int  # 1 (grey) or 3 (RGB); images are converted.
+  bit_depth: int = 16  # Of images with more than 8 bits.
+  # The images as in batches, uint8 [N, H, W, C], if they stay in memory.
+  pixels: np.ndarray | None = None
 
   @property
   def labels(self) -> np.ndarray:
@@ -56,7 +59,22 @@ class Subset(NamedTuple):
       uint8 [H, W, C].
     """
     image = self.records.read_image(int(self.indices[position]))
-    return pillow.to_array(transform(pillow.convert(image, self.channels)))
+    return self.to_pixels(image, transform)
+
+  def to_pixels(
+    self,
+    image: Image.Image | np.ndarray,
+    transform: Callable[[Image.Image], Image.Image],
+  ) -> np.ndarray:
+    """Convert and transform an image that was read, uint8 [H, W, C]."""
+    converted = pillow.convert(image, self.channels, self.bit_depth)
+    return pillow.to_array(transform(converted))
+
+  def name_of(self, position: int) -> str:
+    """Return what messages call the image at a position."""
+    index = int(self.indices[position])
+    open_file = self.records.open_file
+    return open_file(index).name if open_file else f"image {index}"
 
 
 class BatchPlan(NamedTuple):
@@ -104,20 +122,21 @@ class BatchPlan(NamedTuple):
 class Contents(NamedTuple):
   """The images of a Dataset, and how they are cut into batches."""
 
-  images: records.ImageSet
-  split: splits.Split
-  unlabeled: Subset | None
+  subsets: Mapping[str, Subset]  # train, val, test; unlabeled if there are any.
+  class_names: tuple[str, ...]
+  notes: tuple[str, ...]  # What the user should know about the images.
+  skipped: tuple[str, ...]  # Names of the images that cannot be read.
   plan: BatchPlan
   unlabeled_plan: BatchPlan
   seed: int  # Decides the order of training images and their augmentation.
 
 
-def _eval_batch_size(plan, split, image_shape):
+def _eval_batch_size(plan, num_images, image_shape):
   """Return one size for both splits, so that one program evaluates them."""
   height, width, _ = image_shape
   smallest, largest = EVAL_BATCH_SIZES
   size = min(largest, max(smallest, _EVAL_PIXELS // (height * width)))
-  size = min(size, max(len(split.val), len(split.test), 1))
+  size = min(size, max(num_images, 1))
   # A multiple, so that devices which divide one size divide the other.
   return -(-size // plan.batch_size) * plan.batch_size
 
@@ -129,6 +148,7 @@ class Dataset(abc.ABC):
 
   Attributes:
     class_names: one per class.
+    bit_depth: of images with more than 8 bits.
     num_classes: number of classes.
     num_labels: num_classes; for other targets, one more than the largest.
     label_shape: shape of the label of one image; () for a class.
@@ -138,44 +158,47 @@ class Dataset(abc.ABC):
     num_val: 0 if no validation images were asked for.
     num_test: number of test images.
     num_unlabeled: 0 if batches hold only labelled images.
+    skipped: names of the images that cannot be read and are left out.
     num_eval_rows: this process's rows of an evaluation batch.
     split_hash: 16 hex digits of the indices in use.
     fingerprint: 16 hex digits of the indices, labels and images in use.
-    notes: what the user should know about the split.
+    notes: what the user should know about the images and the split.
     steps_per_epoch: number of whole training batches; the smaller batch that
       remains is dropped.
   """
 
   def __init__(self, contents: Contents, fields: data_fields.DataFields):
     """Set what does not depend on how images are read."""
-    images, split, unlabeled, plan, unlabeled_plan, seed = contents
-    self._seed = seed
-    self._plan = plan
-    self._unlabeled_plan = unlabeled_plan
-    self._eval_plan = plan._replace(
-      batch_size=_eval_batch_size(plan, split, fields.image_shape)
+    self._subsets = contents.subsets
+    train, val, test = (
+      self._subsets[name] for name in ("train", "val", "test")
+    )
+    sizes = [len(subset.indices) for subset in (train, val, test)]
+    self._seed = contents.seed
+    self._plan = contents.plan
+    self._unlabeled_plan = contents.unlabeled_plan
+    self._eval_plan = self._plan._replace(
+      batch_size=_eval_batch_size(
+        self._plan, max(sizes[1:]), fields.image_shape
+      )
     )
     self._eval_resize = data_fields.make_eval_resize(
       fields.image_size, fields.eval_resize, fields.in_memory
     )
-    test = images.test or images.train
-    self._subsets = {
-      "train": Subset(images.train, split.train, fields.channels),
-      "val": Subset(images.train, split.val, fields.channels),
-      "test": Subset(test, split.test, fields.channels),
-    }
-    if unlabeled is not None:
-      self._subsets["unlabeled"] = unlabeled
-    self.class_names = images.class_names
-    self.num_classes = len(images.class_names)
+    self.class_names = contents.class_names
+    self.num_classes = len(self.class_names)
     self.num_labels = self.num_classes
-    if images.train.targets is not None:
-      self.num_labels = 1 + int(images.train.targets.max(initial=0))
-    targets = self._subsets["train"].targets
-    self.label_shape, self.label_dtype = targets.shape[1:], targets.dtype
+    if train.records.targets is not None:
+      self.num_labels = 1 + int(train.records.targets.max(initial=0))
+    self.label_shape = train.targets.shape[1:]
+    self.label_dtype = train.targets.dtype
     self.image_shape = fields.image_shape
-    self.num_train, self.num_val, self.num_test = map(len, split)
-    self.num_unlabeled = 0 if unlabeled is None else len(unlabeled.indices)
+    self.bit_depth = train.bit_depth
+    self.num_train, self.num_val, self.num_test = sizes
+    self.num_unlabeled = 0
+    if "unlabeled" in self._subsets:
+      self.num_unlabeled = len(self._subsets["unlabeled"].indices)
+    self.skipped = contents.skipped
     self.num_eval_rows = len(self._eval_plan.slots(0))
     self.split_hash = splits.split_hash(
       subset.indices for subset in self._subsets.values()
@@ -183,8 +206,8 @@ class Dataset(abc.ABC):
     self.fingerprint = fingerprints.fingerprint(
       {name: _sample(subset) for name, subset in self._subsets.items()}
     )
-    self.notes = tuple(self._missing_classes())
-    self.steps_per_epoch = self.num_train // plan.batch_size
+    self.notes = (*contents.notes, *self._missing_classes())
+    self.steps_per_epoch = self.num_train // self._plan.batch_size
 
   @abc.abstractmethod
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:

@@ -9,7 +9,6 @@ import pathlib
 import zipfile
 
 import numpy as np
-from PIL import Image
 
 from l2t_jax import errors, imports
 from l2t_jax.data import records
@@ -108,16 +107,12 @@ def _array_records(
   images: np.ndarray, labels: np.ndarray, targets: np.ndarray | None = None
 ) -> records.Records:
   """Wrap images uint8 [N, H, W, C], labels [N] and targets [N, ...]."""
-  read_image = functools.partial(_image_from_array, images)
   if targets is not None:
     is_float = targets.dtype.kind == "f"
     targets = targets.astype(np.float32 if is_float else np.int32)
-  return records.Records(read_image, labels.astype(np.int32), images, targets)
-
-
-def _image_from_array(images: np.ndarray, index: int) -> Image.Image:
-  image = images[index]
-  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  return records.Records(
+    labels.astype(np.int32), pixels=images, targets=targets
+  )
 
 
 def _checked_arrays(

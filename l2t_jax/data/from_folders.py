@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 import filecmp
 import functools
 import os
 import pathlib
+import re
+import unicodedata
 
 import numpy as np
-from PIL import Image
 
 from l2t_jax import errors
 from l2t_jax.data import pillow, records
 
-IMAGE_SUFFIXES = (
-  ".bmp",
-  ".gif",
-  ".jfif",
-  ".jpeg",
-  ".jpg",
-  ".pgm",
-  ".png",
-  ".ppm",
-  ".tif",
-  ".tiff",
-  ".webp",
+# Names of the folders of a part, in lower case.
+_PART_NAMES = {
+  "train": "train|training",
+  "val": "val|valid|validation|dev",
+  "test": "test|testing",
+}
+# What systems leave beside images, besides hidden files such as `._1.jpg`.
+_DEBRIS = (
+  "__macosx",
+  "thumbs.db",
+  "desktop.ini",
+  "@eadir",
+  "#recycle",
+  "$recycle.bin",
+  "system volume information",
+  "lost+found",
 )
-
-# Other common names of the folder that must be called `val` here.
-_VAL_NAMES = ("dev", "valid", "validation")
 
 # (path, label) of each image.
 _Files = list[tuple[pathlib.Path, int]]
@@ -38,32 +41,31 @@ _Files = list[tuple[pathlib.Path, int]]
 def open_folder(path: str) -> records.ImageSet:
   """Open PATH/CLASS/*, or PATH/train/CLASS/* with optional val and test.
 
+  The parts may have any usual name, such as `Training` and `valid`. Classes are
+  sorted by name, as text.
+
   Raises:
-    errors.InputError: there is no such folder, a class has no images, or many
-      validation or test images are copies of training images.
+    errors.InputError: there is no such folder, a class has no images, it is not
+      clear which folders are parts, or many validation or test images are
+      copies of training images.
   """
   root = _existing_folder(path)
-  parts = {
-    part: root / part
-    for part in ("train", "val", "test")
-    if (root / part).is_dir()
-  }
-  if "train" not in parts:
-    parts = {"train": root}
-  elif unused := [name for name in _VAL_NAMES if (root / name).is_dir()]:
-    raise errors.InputError(
-      f"folder {str(root / unused[0])!r} would be ignored; rename it to val,"
-      " where validation images belong, or move it elsewhere"
-    )
-  class_names = _subfolders(parts["train"])
+  passed_over: collections.Counter[str] = collections.Counter()
+  parts = _find_parts(root, passed_over)
+  class_names = tuple(_class_folders(parts["train"]))
   files = {
-    part: _list_classes(folder, class_names) for part, folder in parts.items()
+    part: _list_classes(folder, class_names, passed_over)
+    for part, folder in parts.items()
   }
   _check_copies(parts, files)
   val = files.get("val", [])
   test = file_records(files["test"]) if "test" in files else None
   return records.ImageSet(
-    file_records(files["train"] + val), len(val), test, class_names
+    file_records(files["train"] + val),
+    len(val),
+    test,
+    class_names,
+    passed_over,
   )
 
 
@@ -76,37 +78,62 @@ def open_unlabeled(path: str) -> records.Records:
   Raises:
     errors.InputError: there is no such folder, or it has no images.
   """
-  return file_records(
-    [(file, -1) for file in list_images(_existing_folder(path))]
-  )
+  files, _ = list_images(_existing_folder(path))
+  return file_records([(file, -1) for file in files])
 
 
-def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+def list_images(
+  folder: pathlib.Path,
+) -> tuple[list[pathlib.Path], collections.Counter[str]]:
   """List the images in a folder and its subfolders, sorted by path.
 
-  Hidden subfolders are skipped, because programs keep previews there.
+  Hidden files and folders, and what systems leave behind, do not count.
+
+  Returns:
+    The images, and how many other files there are of each suffix.
 
   Raises:
     errors.InputError: there are no images.
   """
-  files = []
-  for where, subfolders, names in os.walk(folder):
-    subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-    files += [
-      pathlib.Path(where, name)
-      for name in names
-      if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+  files, others = _walk(folder)
   if not files:
+    beside = f", only {records.counted(others)}" if others else ""
     raise errors.InputError(
-      f"folder {str(folder)!r} has no images; their names end in"
-      f" {records.listed(IMAGE_SUFFIXES)}"
+      f"folder {str(folder)!r} has no images{beside}; their names end in .jpg,"
+      " .png, .tif or another suffix of an image format that Pillow reads"
     )
-  return sorted(files)
+  return sorted(files), others
 
 
-def _image_from_file(paths: Sequence[pathlib.Path], index: int) -> Image.Image:
-  return pillow.decode(paths[index], name=str(paths[index]))
+def _walk(folder):
+  """Return the images below a folder, and the numbers of other files."""
+  suffixes = pillow.suffixes()
+  files: list[pathlib.Path] = []
+  others: collections.Counter[str] = collections.Counter()
+  for where, subfolders, names in os.walk(folder):
+    subfolders[:] = [name for name in subfolders if not _is_debris(name)]
+    for name in names:
+      if _is_debris(name):
+        continue
+      if name.lower().endswith(suffixes):
+        files.append(pathlib.Path(where, name))
+      else:
+        others[_suffix(name)] += 1
+  return files, others
+
+
+def _suffix(name):
+  return pathlib.PurePath(name).suffix.lower() or "no suffix"
+
+
+def _is_debris(name):
+  return name.startswith(".") or name.lower() in _DEBRIS
+
+
+def _file_by_index(
+  paths: Sequence[pathlib.Path], index: int
+) -> records.ImageFile:
+  return records.ImageFile(str(paths[index]), paths[index])
 
 
 def file_records(
@@ -114,8 +141,9 @@ def file_records(
 ) -> records.Records:
   """Wrap (path, label) of image files; each is read when it is asked for."""
   paths, labels = zip(*files, strict=True)
-  read_image = functools.partial(_image_from_file, paths)
-  return records.Records(read_image, np.array(labels, np.int32))
+  return records.Records(
+    np.array(labels, np.int32), functools.partial(_file_by_index, paths)
+  )
 
 
 def _check_copies(
@@ -159,30 +187,89 @@ def _existing_folder(path: str) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
-  """Return the names of the classes in a folder, sorted."""
-  names = sorted(
-    child.name
-    for child in folder.iterdir()
-    if child.is_dir() and not child.name.startswith(".")
-  )
-  if not names:
+def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Return the folders in a folder, without what systems leave behind."""
+  children = (child for child in folder.iterdir() if child.is_dir())
+  return sorted(child for child in children if not _is_debris(child.name))
+
+
+def _find_parts(
+  root: pathlib.Path, passed_over: collections.Counter[str]
+) -> dict[str, pathlib.Path]:
+  """Return the folders of train, and of val and test if there are any."""
+  folders = _subfolders(root)
+  found: dict[str, list[pathlib.Path]] = {}
+  for folder in folders:
+    for part, names in _PART_NAMES.items():
+      if re.fullmatch(
+        f"({names})([ _-]?(set|data|images))?", folder.name, re.I
+      ):
+        found.setdefault(part, []).append(folder)
+  others = [each for each in folders if [each] not in found.values()]
+  for part, same in found.items():
+    if len(same) > 1:
+      raise errors.InputError(
+        f"folder {str(root)!r} has {len(same)} folders for {part}:"
+        f" {records.listed(each.name for each in same)}; move all but one"
+        " elsewhere"
+      )
+  if not others and found and "train" not in found:
+    raise errors.InputError(
+      f"folder {str(root)!r} has {records.listed(f.name for f in folders)}, but"
+      " no folder train"
+    )
+  # A class may be called train, beside bus and car.
+  if "train" not in found or (
+    len(found) == 1 and others and not _subfolders(found["train"][0])
+  ):
+    for child in root.iterdir():
+      if child.is_file() and not _is_debris(child.name):
+        passed_over[f"{_suffix(child.name)} outside the classes"] += 1
+    return {"train": root}
+  for other in others:
+    files, _ = _walk(other)
+    if files:
+      passed_over[f"images in {other.name}"] += len(files)
+  return {part: same[0] for part, same in found.items()}
+
+
+def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Return the folders of the classes, by name, sorted as text.
+
+  Names are compared in Unicode's composed form: a Mac writes them decomposed.
+  """
+  classes: dict[str, pathlib.Path] = {}
+  for child in _subfolders(folder):
+    name = unicodedata.normalize("NFC", child.name)
+    if name in classes:
+      raise errors.InputError(
+        f"folder {str(folder)!r} has two folders {name!r}, which differ only in"
+        " how accents are encoded; put their images into one"
+      )
+    classes[name] = child
+  if not classes:
     raise errors.InputError(
       f"folder {str(folder)!r} has no subfolders; one per class is needed"
     )
-  return tuple(names)
+  return dict(sorted(classes.items()))
 
 
-def _list_classes(folder: pathlib.Path, class_names: tuple[str, ...]) -> _Files:
-  """List every image in folder/CLASS and below."""
-  different = set(_subfolders(folder)) ^ set(class_names)
+def _list_classes(
+  folder: pathlib.Path,
+  class_names: tuple[str, ...],
+  passed_over: collections.Counter[str],
+) -> _Files:
+  """List every image in folder/CLASS and below, and count what is no image."""
+  classes = _class_folders(folder)
+  different = classes.keys() ^ set(class_names)
   if different:
     raise errors.InputError(
       f"folder {str(folder)!r} must have the same classes as train; only one"
       f" of the two has {records.listed(sorted(different))}"
     )
-  return [
-    (path, label)
-    for label, name in enumerate(class_names)
-    for path in list_images(folder / name)
-  ]
+  files = []
+  for label, name in enumerate(class_names):
+    paths, others = list_images(classes[name])
+    files += [(path, label) for path in paths]
+    passed_over.update(others)
+  return files

@@ -10,10 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from l2t_jax import errors, imports
-from l2t_jax.data import pillow, records
+from l2t_jax.data import records
 
 
 def open_tfds(name: str, path: str) -> records.ImageSet:
@@ -55,7 +54,7 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
     )
     labels = np.array([example["label"] for example in examples], np.int32)
     return records.Records(
-      functools.partial(_image_from_tfds, name, examples), labels
+      labels, functools.partial(_file_from_tfds, name, examples)
     )
 
   try:
@@ -79,11 +78,11 @@ def unless_secret(test: records.Records) -> records.Records | None:
   return test if (test.labels >= 0).any() else None
 
 
-def _image_from_tfds(
+def _file_from_tfds(
   name: str, examples: Sequence[dict[str, Any]], index: int
-) -> Image.Image:
+) -> records.ImageFile:
   encoded = io.BytesIO(examples[index]["image"])
-  return pillow.decode(encoded, name=f"{index} of tfds {name}")
+  return records.ImageFile(f"{index} of tfds {name}", encoded)
 
 
 def _prepared_builder(tfds: ModuleType, name: str, path: str) -> Any:

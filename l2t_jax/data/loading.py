@@ -11,6 +11,7 @@ from l2t_jax.data import (
   from_arrays,
   from_folders,
   from_tfds,
+  inspection,
   memory,
   records,
   splits,
@@ -62,21 +63,82 @@ def load(
     split = splits.keep_per_class(
       whole_split, images, per_class=fields.per_class, seed=fields.split_seed
     )
-  if len(split.train) < batch_size:
+  left_over = np.setdiff1d(whole_split.train, split.train)
+  subsets = {
+    name: _with_pixels(subset, fields)
+    for name, subset in _make_subsets(images, split, left_over, fields).items()
+  }
+  resize = None
+  if not fields.is_streamed:
+    resize = data_fields.make_eval_resize(
+      fields.image_size, fields.eval_resize, fields.in_memory
+    )
+  inspected = inspection.inspect(
+    subsets,
+    resize,
+    bad_images=fields.bad_images,
+    max_bad_fraction=fields.max_bad_fraction,
+  )
+  train = inspected.subsets["train"]
+  if len(train.indices) < batch_size:
     raise errors.InputError(
-      f"batch_size is {batch_size}, but there are only {len(split.train)}"
+      f"batch_size is {batch_size}, but there are only {len(train.indices)}"
       " training images"
     )
-  unlabeled = None
-  if fields.unlabeled:
-    left_over = np.setdiff1d(whole_split.train, split.train)
-    unlabeled = _open_unlabeled(fields, images.train, left_over)
+  if inspected.skipped and train.records.targets is None:
+    splits.check_classes(images.class_names, train.labels)
   contents = datasets.Contents(
-    images, split, unlabeled, plan, unlabeled_plan, seed
+    inspected.subsets,
+    images.class_names,
+    tuple(_notes(images, inspected)),
+    inspected.skipped,
+    plan,
+    unlabeled_plan,
+    seed,
   )
   if fields.is_streamed:
     return streaming.StreamingDataset(contents, fields)
   return memory.InMemoryDataset(contents, fields)
+
+
+def _make_subsets(images, split, left_over, fields):
+  """Return the subsets by name, with images not read yet."""
+  test = images.test or images.train
+  subsets = {
+    "train": datasets.Subset(images.train, split.train, fields.channels),
+    "val": datasets.Subset(images.train, split.val, fields.channels),
+    "test": datasets.Subset(test, split.test, fields.channels),
+  }
+  if fields.unlabeled:
+    subsets["unlabeled"] = _open_unlabeled(fields, images.train, left_over)
+  return subsets
+
+
+def _with_pixels(subset, fields):
+  """Add the images that have the right size already."""
+  pixels = subset.records.pixels
+  if (
+    fields.is_streamed
+    or pixels is None
+    or pixels.shape[1:] != fields.image_shape
+  ):
+    return subset
+  return subset._replace(pixels=pixels[subset.indices])
+
+
+def _notes(images, inspected):
+  """Yield what the user should know about the files, one line each."""
+  if images.passed_over:
+    yield f"passed over: {records.counted(images.passed_over)}"
+  if inspected.bit_depth:
+    white = 2**inspected.bit_depth - 1
+    yield (
+      f"images with more than 8 bits: 0 is black, and {white} is white"
+      f" ({inspected.bit_depth} bits hold the largest training value)"
+    )
+  if inspected.skipped:
+    names = records.some_of(inspected.skipped)
+    yield f"left out {len(inspected.skipped)} unreadable images: {names}"
 
 
 def open_images(fields: data_fields.DataFields) -> records.ImageSet:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent import futures
+from collections.abc import Iterator
 import functools
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from l2t_jax import types
 from l2t_jax.data import augmentation, data_fields, datasets
@@ -19,7 +17,7 @@ NO_EPOCH = 2**32 - 1
 
 
 class InMemoryDataset(datasets.Dataset):
-  """Images that are resized once and then kept on the device as uint8."""
+  """Images that stay on the device as uint8, resized; `Subset.pixels`."""
 
   def __init__(
     self, contents: datasets.Contents, fields: data_fields.DataFields
@@ -28,7 +26,9 @@ class InMemoryDataset(datasets.Dataset):
     self._arrays = {
       name: jax.device_put(
         (
-          _read_resized(subset, self.image_shape, self._eval_resize),
+          np.zeros((0, *self.image_shape), np.uint8)
+          if subset.pixels is None
+          else subset.pixels,
           subset.targets,
         )
       )
@@ -73,24 +73,6 @@ class InMemoryDataset(datasets.Dataset):
     for step in range(self._eval_plan.num_eval_steps(len(labels))):
       positions, mask = self._eval_plan.eval_positions(len(labels), step)
       yield self._eval_batch(images, labels, positions, mask)
-
-
-def _read_resized(
-  subset: datasets.Subset,
-  image_shape: tuple[int, int, int],
-  resize: Callable[[Image.Image], Image.Image],
-) -> np.ndarray:
-  """Read all images of a subset as uint8 [N, H, W, C]."""
-  pixels = subset.records.pixels
-  if pixels is not None and pixels.shape[1:] == image_shape:
-    return pixels[subset.indices]
-  num_images = len(subset.indices)
-  resized = np.empty((num_images, *image_shape), np.uint8)
-  read = functools.partial(subset.read, transform=resize)
-  with futures.ThreadPoolExecutor() as pool:
-    for position, image in enumerate(pool.map(read, range(num_images))):
-      resized[position] = image
-  return resized
 
 
 @functools.partial(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from l2t_jax import errors
+from l2t_jax.data import pillow
 
 # Share of test images that may also be training images. In CIFAR-100 a tenth
 # have near copies (Barz and Denzler, 2020), and fewer have exact ones.
@@ -16,18 +19,37 @@ MAX_COPIES = 0.1
 MIN_COPIES = 5  # Fewer copies are accepted, whatever their share.
 
 
+class ImageFile(NamedTuple):
+  """An encoded image."""
+
+  name: str  # For messages.
+  content: pathlib.Path | io.BytesIO
+
+
 class Records(NamedTuple):
   """Labelled images that can be read in any order, by index."""
 
-  # Reads one image, of any size and mode; picklable, for worker processes.
-  read_image: Callable[[int], Image.Image]
   # [N] int32, 0 .. num_classes - 1; -1 for classes that are left out and for
   # test labels that are kept secret.
   labels: np.ndarray
-  # The same images, uint8 [N, H, W, C], if they are in memory.
+  # The images as files, by index; picklable, for worker processes.
+  open_file: Callable[[int], ImageFile] | None = None
+  # Or the images themselves, uint8 [N, H, W, C].
   pixels: np.ndarray | None = None
   # [N, ...], what is learned from each image if that is not its class.
   targets: np.ndarray | None = None
+
+  def read_image(self, index: int) -> Image.Image | np.ndarray:
+    """Read one image, as `pillow.decode` returns it.
+
+    Raises:
+      errors.InputError: its file cannot be read.
+    """
+    if self.pixels is not None:
+      return self.pixels[index]
+    assert self.open_file
+    name, content = self.open_file(index)
+    return pillow.decode(content, name=name)
 
 
 class ImageSet(NamedTuple):
@@ -37,6 +59,8 @@ class ImageSet(NamedTuple):
   num_official_val: int  # Number of validation images at the end of `train`.
   test: Records | None  # None if there is no official test set.
   class_names: tuple[str, ...]
+  # What was found beside the images: (suffix or folder, number of files), ...
+  passed_over: Mapping[str, int] = {}
 
 
 def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
@@ -112,3 +136,12 @@ def some_of(names: Sequence[str]) -> str:
 def listed(items: Iterable[Any]) -> str:
   """Join items with commas, for a message."""
   return ", ".join(map(str, items))
+
+
+def counted(counts: Mapping[str, int]) -> str:
+  """Write numbers of things for a message: "3 .txt, 1 .csv"."""
+  most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+  text = some_of([f"{number} {name}" for name, number in most])
+  if ".heic" in counts:
+    text += " (to read .heic: pip install pillow-heif)"
+  return text

@@ -48,16 +48,24 @@ def make_split(
       " takes none of any class; raise it"
     )
   if images.train.targets is None:
-    _check_classes(images, split)
+    check_classes(images.class_names, images.train.labels[split.train])
   return split
 
 
-def _check_classes(images: records.ImageSet, split: Split) -> None:
-  """Refuse classes without training images."""
-  unseen = without_images(images.class_names, images.train.labels[split.train])
+def check_classes(class_names: Sequence[str], train: np.ndarray) -> None:
+  """Refuse classes that no training image has as its label.
+
+  Args:
+    class_names: of all classes.
+    train: the labels of the training images, int [N].
+
+  Raises:
+    errors.InputError: some classes have no training images.
+  """
+  unseen = without_images(class_names, train)
   if unseen:
     raise errors.InputError(
-      f"{len(unseen)} of {len(images.class_names)} classes have no training"
+      f"{len(unseen)} of {len(class_names)} classes have no training"
       f" images: {records.some_of(unseen)}; number the labels from 0 without"
       " gaps, or list the classes to keep in data.classes"
     )

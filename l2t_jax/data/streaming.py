@@ -49,7 +49,7 @@ class StreamingDataset(datasets.Dataset):
       _TrainReader,
       self._subsets["train"],
       self._plan,
-      contents.unlabeled,
+      self._subsets.get("unlabeled"),
       self._unlabeled_plan,
       self._eval_resize,
       None if fields.augment == "none" else crop,
@@ -58,7 +58,7 @@ class StreamingDataset(datasets.Dataset):
       _normalise, mean=tuple(fields.mean), std=tuple(fields.std)
     )
     # Each worker would get a copy of images that are in memory.
-    is_decoded = contents.images.train.pixels is not None
+    is_decoded = self._subsets["train"].records.pixels is not None
     self._num_workers = 0 if is_decoded else fields.num_workers
     # After an epoch: (number of the next step over all epochs, its iterator).
     self._parked: tuple[int, Any] | None = None

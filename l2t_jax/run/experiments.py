@@ -158,10 +158,13 @@ def describe(experiment: Experiment) -> dict[str, Any]:
       "image_size": source.image_size,
       "mean": source.mean,
       "std": source.std,
+      "class_names": source.class_names,
     }
     for name, source in experiment.sources.items()
   }
-  nothing = {"weights": "", "taps": (), "image_size": 0, "mean": (), "std": ()}
+  nothing = {"weights": "", "taps": (), "image_size": 0} | dict.fromkeys(
+    ("mean", "std", "class_names"), ()
+  )
   task = "classification"
   if experiment.task is not objectives.CLASSIFICATION:
     task = " ".join(map(_name_of_function, experiment.task))

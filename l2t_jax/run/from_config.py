@@ -104,6 +104,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
         image_size=fields.image_size,
         mean=fields.mean,
         std=fields.std,
+        class_names=fields.class_names,
         precision=config.precision,
       )
       for name, fields in l2t_jax.config.source_configs(config).items()

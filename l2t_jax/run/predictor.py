@@ -31,6 +31,7 @@ class Predictor:
   params: types.PyTree
   model_state: types.PyTree
   image_format: image_formats.ImageFormat
+  bit_depth: int  # Of images with more than 8 bits.
   class_names: tuple[str, ...]
   task: str  # As in config.target.task.
   # An image of any size -> one of the network's size, as in evaluation.
@@ -43,13 +44,13 @@ class Predictor:
       errors.InputError: it cannot be read.
     """
     image = pillow.decode(path, name=str(path))
-    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+    if pillow.is_transparent(image):
       warnings.warn(
         "some images have transparent pixels; transparency is dropped, as in"
         " training: put them on a background if it was not there",
         stacklevel=2,
       )
-    image = pillow.convert(image, self.image_format.channels)
+    image = pillow.convert(image, self.image_format.channels, self.bit_depth)
     return pillow.to_array(self.resize(image))
 
   def apply(self, images: chex.Array) -> jax.Array:
@@ -161,6 +162,7 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     params,
     model_state,
     image_format,
+    int(metadata["bit_depth"]),
     tuple(json.loads(metadata["class_names"])),
     config["target"]["task"],
     data.make_eval_resize(size, config["data"]["eval_resize"]),

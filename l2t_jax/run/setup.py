@@ -96,6 +96,11 @@ def build(experiment: experiments.Experiment) -> Setup:
   sources = source_networks.trace(experiment, image_format)
   target = _make_target(experiment, sources, image_format)
   _check_outputs(experiment, dataset, sources, target.layout)
+  if "kd" in method.losses and experiment.task is objectives.CLASSIFICATION:
+    sources = [
+      source_networks.in_class_order(source, dataset.class_names)
+      for source in sources
+    ]
   plan = _Plan()
   if method.pair_set:
     plan = _plan_transfer(experiment, sources, target.layout)
@@ -243,8 +248,14 @@ def _check_outputs(experiment, dataset, sources, layout):
         f" the {source.label} has no classifier; use a method that matches"
         " features"
       )
-  if "kd" in experiment.method.losses:
-    _check_same_classes(sources, layout.num_outputs, dataset.class_names)
+    if "kd" in experiment.method.losses and (
+      source.num_classes != layout.num_outputs
+    ):
+      raise errors.InputError(
+        f"method 'kd' needs as many logits of the {source.label},"
+        f" {source.num_classes}, as of the target, {layout.num_outputs}; use"
+        " 'lwf'"
+      )
 
 
 def _check_classification(dataset, outputs):
@@ -265,30 +276,6 @@ def _check_classification(dataset, outputs):
       f"the target's outputs are {['B', *outputs]}, but the data have"
       f" {classes} classes; it needs a logit for each"
     )
-
-
-def _check_same_classes(sources, num_outputs, class_names):
-  """Require the sources to have the classes of the target."""
-  numbers = tuple(str(number) for number in range(num_outputs))
-  for source in sources:
-    needs = (
-      "method 'kd' needs the source's classes to be the target's: the"
-      f" {source.label}"
-    )
-    if source.num_classes != num_outputs:
-      raise errors.InputError(
-        f"{needs} has {source.num_classes}, the data have {num_outputs}; use"
-        " 'lwf'"
-      )
-    named = (source.class_names, class_names)
-    if not all(names and names != numbers for names in named):
-      continue
-    for number, (theirs, ours) in enumerate(zip(*named, strict=False)):
-      if theirs != ours:
-        raise errors.InputError(
-          f"{needs} has {theirs!r} as class {number}, the data have {ours!r};"
-          " use 'lwf'"
-        )
 
 
 def _plan_transfer(experiment, sources, target_layout):
@@ -527,6 +514,7 @@ def _fingerprints(dataset, sources, frozen):
       (
         jax.device_get(source.variables),
         source.image_format,
+        source.class_order,
         getattr(source.network, "digest", ""),
       )
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2t_jax import errors, models, types
-from l2t_jax.data import image_formats
+from l2t_jax.data import image_formats, records
 from l2t_jax.method import pair_sets, training
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
@@ -28,6 +28,7 @@ def load_source(
   image_size: int = 0,
   mean: Sequence[float] = (),
   std: Sequence[float] = (),
+  class_names: Sequence[str] = (),
   precision: str = "f32",
 ) -> experiments.Source:
   """Read a source from a weight file.
@@ -41,6 +42,7 @@ def load_source(
     mean: of the red, green and blue of its images, on a scale from 0 to 1; ()
       for what the file says.
     std: the same for the standard deviation.
+    class_names: one per logit; () for what the file says.
     precision: config.precision of the run.
 
   Raises:
@@ -67,7 +69,7 @@ def load_source(
     int(loaded.metadata.get("channels", 0)),
     tuple(mean) or recorded("mean"),
     tuple(std) or recorded("std"),
-    recorded("class_names"),
+    tuple(class_names) or recorded("class_names"),
     loaded.metadata["num_classes"] != "0",
     str(path),
   )
@@ -84,6 +86,7 @@ class TracedSource(NamedTuple):
   num_classes: int  # 0 without a classifier.
   class_names: tuple[str, ...]  # () where they are not known.
   patterns: tuple[str, ...]  # Names or globs of its taps.
+  class_order: tuple[int, ...] = ()  # Of its logits; () for their own order.
 
   @property
   def label(self) -> str:
@@ -113,6 +116,8 @@ class TracedSource(NamedTuple):
       logits, features, model_state = apply_fn(
         params, model_state, images, train=train
       )
+      if self.class_order:
+        logits = logits[:, np.array(self.class_order)]
       scaled = {tap: features[tap] / scale for tap, scale in scales.items()}
       return logits, features | scaled, model_state
 
@@ -151,6 +156,46 @@ def trace(
     _trace(name, source, image_format)
     for name, source in experiment.sources.items()
   ]
+
+
+def in_class_order(
+  source: TracedSource, class_names: Sequence[str]
+) -> TracedSource:
+  """Order the logits of a source as the classes of the data, by name.
+
+  Args:
+    source: whose logits are distilled.
+    class_names: of the data; further logits have no name.
+
+  Raises:
+    errors.InputError: the source has other classes, or does not name them.
+  """
+  needs = (
+    "method 'kd' needs the source's classes to be the target's: the"
+    f" {source.label}"
+  )
+  names = source.class_names
+  if not names:
+    raise errors.InputError(
+      f"{needs} does not name its {source.num_classes} classes; list them in"
+      " the order of its logits in its field class_names"
+    )
+  if len(set(names)) < len(names) or len(names) > source.num_classes:
+    raise errors.InputError(
+      f"class_names of the {source.label} are {records.some_of(names)}; they"
+      f" must be up to {source.num_classes} different names, one per logit"
+    )
+  different = sorted(set(names) ^ set(class_names))
+  if different:
+    raise errors.InputError(
+      f"{needs} and the data do not both have {records.some_of(different)}; use"
+      " 'lwf', or name the source's classes in its field class_names, or those"
+      " of the data as class_names of the npz file"
+    )
+  order = [names.index(name) for name in class_names]
+  return source._replace(
+    class_order=(*order, *range(len(names), source.num_classes))
+  )
 
 
 def notes(

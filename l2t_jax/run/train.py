@@ -404,6 +404,7 @@ def _summary(setup, trainer, run, num_seeds, seconds):
     "num_val": dataset.num_val,
     "num_test": dataset.num_test,
     "num_unlabeled": dataset.num_unlabeled,
+    "skipped_images": list(dataset.skipped),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "processes": jax.process_count(),
     "versions": {

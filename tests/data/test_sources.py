@@ -22,7 +22,7 @@ def test_bundled_sets(name, size, num_records):
   assert len(source.train.labels) == num_records
   assert set(source.train.labels) == set(range(10))
   image = source.train.read_image(0)
-  assert (image.size, image.mode) == ((size, size), "L")
+  chex.assert_shape(image, (size, size, 1))
   brightest = [np.asarray(source.train.read_image(i)).max() for i in range(9)]
   assert max(brightest) > 240
 
@@ -143,7 +143,7 @@ def test_sixteen_bits_of_a_pgm_are_those_of_a_png(tmp_path):
   deep = np.full((9, 7), 40_000, np.uint16)
   Image.fromarray(deep).save(tmp_path / "deep.pgm")
   image = pillow.decode(tmp_path / "deep.pgm", name="deep")
-  assert set(np.asarray(pillow.convert(image, 1)).flat) == {40_000 // 256}
+  assert set(np.asarray(pillow.convert(image, 1, 16)).flat) == {40_000 // 256}
 
 
 def test_a_split_without_classes_is_no_pair_of_classes(tmp_path):

@@ -441,7 +441,7 @@ def test_batches_of_several_processes_are_those_of_one(
   pixels = np.arange(45, dtype=np.uint8)[:, None, None, None]
   pixels = np.broadcast_to(5 * pixels, (45, 2, 2, 1))
   source = records.ImageSet(
-    records.Records(lambda index: None, labels, pixels), 0, None, tuple("abc")
+    records.Records(labels, pixels=pixels), 0, None, tuple("abc")
   )
 
   def load(share):
@@ -481,9 +481,7 @@ def test_batches_of_several_processes_are_those_of_one(
 def source_of_labels(labels):
   """Return a source whose images are never read."""
   labels = np.asarray(labels, np.int32)
-  return records.ImageSet(
-    records.Records(lambda index: None, labels), 0, None, tuple("abcd")
-  )
+  return records.ImageSet(records.Records(labels), 0, None, tuple("abcd"))
 
 
 SHARES = st.floats(0, 0.49)

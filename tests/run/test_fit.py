@@ -206,7 +206,9 @@ def test_distillation_reads_no_features(arrays):
   result = fit.fit(
     models.create("vgg_tiny", 10),
     arrays,
-    source=experiments.Source(Linear(), params),
+    source=experiments.Source(
+      Linear(), params, class_names=tuple("0123456789")
+    ),
     config=small_config("kd", 1),
   )
   assert np.isfinite(result.summary["val_accuracy"])

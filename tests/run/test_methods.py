@@ -306,7 +306,7 @@ def test_a_source_as_a_plain_dict_is_told_what_it_lacks(source):
   config = small_runs.small_config(source)
   config.source.weights = ""
   config.sources.mine = {"weights": str(source)}
-  message = "config.sources.mine lacks taps, image_size, mean, std; start from"
+  message = "lacks taps, image_size, mean, std, class_names; start from"
   with pytest.raises(errors.InputError, match=message):
     l2t_jax.config.check(config)
 
@@ -431,3 +431,29 @@ def test_nothing_is_lost_where_seeds_cannot_train_together(
   for workdir in workdirs.values():
     epochs = small_runs.records(workdir, "epoch")
     assert [record["epoch"] for record in epochs] == [1, 2]
+
+
+def test_distillation_compares_classes_by_name(source, tmp_path):
+  """A teacher whose classes have another order teaches the same."""
+  losses = []
+  variables, metadata = weight_files.load(source)
+  order = np.random.default_rng(0).permutation(10)
+  head = variables["params"]["fc"]
+  for name, rows in (("own", np.arange(10)), ("other", order)):
+    changed = {key: value[..., rows] for key, value in head.items()}
+    file = tmp_path / f"{name}.safetensors"
+    weight_files.save(
+      file,
+      variables | {"params": variables["params"] | {"fc": changed}},
+      metadata | {"class_names": json.dumps([str(row) for row in rows])},
+    )
+    config = small_runs.small_config(file, epochs=1)
+    config.method, config.transfer.pairs = "kd", ""
+    small_runs.train(config, tmp_path / name)
+    (record,) = small_runs.records(tmp_path / name, "epoch")
+    losses.append(record["train_loss"])
+  assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+  config.source.class_names = tuple("0123456789")  # Wrong, but as one says.
+  small_runs.train(config, tmp_path / "said")
+  (record,) = small_runs.records(tmp_path / "said", "epoch")
+  assert abs(record["train_loss"] - losses[0]) > 1e-3

@@ -662,8 +662,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A class without images",
       _FOLDER,
-      "folder 'images/cow' has no images; their names end in .bmp, .gif, "
-      ".jfif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp",
+      "folder 'images/cow' has no images; their names end in .jpg, .png, .tif "
+      "or another suffix of an image format that Pillow reads",
       _pictures(lambda images: (images / "cow").mkdir()),
     ),
     Case(
@@ -677,16 +677,24 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
-      "Validation images under another name",
+      "Two folders of validation images",
       _FOLDER,
-      "folder 'images/valid' would be ignored; rename it to val, where "
-      "validation images belong, or move it elsewhere",
-      _pictures(parts=("train", "valid")),
+      "folder 'images' has 2 folders for val: Valid, val; move all but one "
+      "elsewhere",
+      _pictures(parts=("train", "Valid", "val")),
+    ),
+    Case(
+      "Test images without training images",
+      _FOLDER,
+      "folder 'images' has test, val, but no folder train",
+      _pictures(parts=("test", "val")),
     ),
     Case(
       "An image that was cut off",
       _FOLDER,
-      "image images/dog/3.png cannot be read (OSError); replace or remove it",
+      "1 of 32 images cannot be used: image images/dog/3.png cannot be read "
+      "(OSError); replace or remove them, or set config.data.bad_images to "
+      "'skip'",
       _pictures(lambda images: _cut(images / "dog" / "3.png")),
     ),
     Case(
@@ -702,8 +710,9 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "An image with pixels of 32 bits",
       _FOLDER,
-      "image images/dog/3.tif has pixels of 32 bits (floats), whose values for "
-      "black and white are unknown; save it with 8 or 16 bits",
+      "1 of 33 images cannot be used: image images/dog/3.tif has pixels of 32 "
+      "bits (floats), whose values for black and white are unknown; replace or "
+      "remove them, or set config.data.bad_images to 'skip'",
       _pictures(
         lambda images: PIL.Image.new("F", (SIZE, SIZE)).save(
           images / "dog" / "3.tif"
@@ -820,11 +829,21 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "Distillation from a source of as many other classes",
       f"--config.method=kd {_FOLDER}",
       "method 'kd' needs the source's classes to be the target's: the source"
-      " has 'bird' as class 0, the data have 'cat'; use 'lwf'",
+      " and the data do not both have bird, gnu; use 'lwf', or name the"
+      " source's classes in its field class_names, or those of the data as"
+      " class_names of the npz file",
       _both(
         _pictures(names=("cat", "dog", "eel", "fox", "gnu")),
         _source(class_names='["bird", "cat", "dog", "eel", "fox"]'),
       ),
+    ),
+    Case(
+      "Distillation from a source whose classes have no names",
+      f"--config.method=kd {_FOLDER}",
+      "method 'kd' needs the source's classes to be the target's: the source"
+      " does not name its 5 classes; list them in the order of its logits in"
+      " its field class_names",
+      _pictures(names=("cat", "dog", "eel", "fox", "gnu")),
     ),
     Case(
       "A converted file where a run belongs",

@@ -1,0 +1,319 @@
+"""Files of pictures as people have them: formats, depths, debris, damage."""
+
+import io
+import pathlib
+import unicodedata
+
+import cv2
+import numpy as np
+from PIL import Image, ImageCms
+import pytest
+import tifffile
+
+from l2t_jax import errors
+from l2t_jax.data import from_folders, pillow
+from tests.support import data_sets
+
+# EXIF orientation -> how a viewer shows the stored pixels [H, W, C].
+_SHOWN = {
+  1: lambda x: x,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.transpose(1, 0, 2),
+  6: lambda x: np.rot90(x, -1),
+  7: lambda x: np.rot90(x.transpose(1, 0, 2), 2),
+  8: lambda x: np.rot90(x),
+}
+
+
+def _flag():
+  """Return an image that looks different in each orientation."""
+  pixels = np.zeros((24, 40, 3), np.uint8)
+  pixels[:12, :20], pixels[12:, :20], pixels[:12, 20:] = np.diag([250] * 3)
+  return pixels
+
+
+def _random(depth, channels, shape=(13, 17)):
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 2**depth, (*shape, channels), np.uint16)
+
+
+@pytest.mark.parametrize("orientation", _SHOWN)
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif", "mpo"])
+def test_pictures_are_read_as_viewers_show_them(kind, orientation):
+  exif = Image.Exif()
+  exif[274] = orientation
+  file = io.BytesIO()
+  Image.fromarray(_flag()).save(file, kind, exif=exif, quality=95)
+  image = pillow.decode(file, name=kind)
+  shown = _SHOWN[orientation](_flag())
+  difference = np.asarray(image).astype(int) - shown
+  assert np.abs(difference).mean() < 8  # Of 250; some formats lose details.
+
+
+def test_damaged_exif_is_no_damage(tmp_path):
+  Image.fromarray(_flag()).save(tmp_path / "0.jpg", exif=b"Exif\0\0MM\0*\0\1")
+  image = pillow.decode(tmp_path / "0.jpg", name="0")
+  assert image.size == (40, 24)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits_of_a_png(tmp_path, channels):
+  pixels = _random(12, channels)
+  # OpenCV has blue first.
+  order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]
+  cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., order])
+  image = pillow.decode(tmp_path / "deep.png", name="deep")
+  np.testing.assert_array_equal(image, pixels)
+  content = io.BytesIO((tmp_path / "deep.png").read_bytes())
+  np.testing.assert_array_equal(pillow.decode(content, name="deep"), pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"byteorder": ">"},
+    {"compression": "lzw"},
+    {"compression": "zlib", "predictor": 2, "byteorder": ">"},
+    {"tile": (16, 16)},
+  ],
+)
+def test_sixteen_bits_of_a_tiff(tmp_path, channels, options):
+  pixels = _random(14, channels)
+  tifffile.imwrite(
+    tmp_path / "deep.tif",
+    pixels if channels == 3 else pixels[..., 0],
+    photometric="rgb" if channels == 3 else "minisblack",
+    **options,
+  )
+  image = pillow.decode(tmp_path / "deep.tif", name="deep")
+  np.testing.assert_array_equal(image, pixels)
+
+
+def test_planes_that_pillow_misreads_are_refused(tmp_path):
+  pixels = _random(16, 3).transpose(2, 0, 1)
+  for compression in (None, "zlib"):
+    tifffile.imwrite(
+      tmp_path / "0.tif",
+      pixels,
+      photometric="rgb",
+      planarconfig="separate",
+      compression=compression,
+    )
+    with pytest.raises(errors.InputError, match="in separate planes"):
+      pillow.decode(tmp_path / "0.tif", name="0.tif")
+
+
+@pytest.mark.parametrize(
+  ("maximum", "depth"),
+  [
+    (0, 8),
+    (255, 8),
+    (256, 10),
+    (1024, 12),
+    (4095, 12),
+    (4096, 14),
+    (2**14, 16),
+  ],
+)
+def test_bit_depth_holds_the_maximum(maximum, depth):
+  assert pillow.bit_depth(maximum) == depth
+
+
+def test_lab_becomes_the_rgb_that_it_was_made_from(tmp_path):
+  lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+  grey = Image.new("RGB", (8, 8), (120, 120, 120))
+  ImageCms.profileToProfile(grey, srgb, lab, outputMode="LAB").save(
+    tmp_path / "lab.tif"
+  )
+  image = pillow.decode(tmp_path / "lab.tif", name="lab")
+  assert image.mode == "LAB"
+  pixels = np.asarray(pillow.convert(image, 3, 16)).astype(int)
+  assert np.abs(pixels - 120).max() < 3
+
+
+def _save_deep(root, depth, parts=("train", "test"), num_images=10):
+  """Write root/PART/{cat,dog}/*.png of 16 bits; return the pixels by path."""
+  rng, pixels = np.random.default_rng(0), {}
+  for part in parts:
+    for name in ("cat", "dog"):
+      (root / part / name).mkdir(parents=True)
+      for index in range(num_images):
+        path = root / part / name / f"{index}.png"
+        pixels[path] = rng.integers(0, 2**depth, (8, 8), np.uint16)
+        Image.fromarray(pixels[path]).save(path)
+  return pixels
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("depth", [10, 12, 14, 16])
+def test_the_brightest_training_value_says_what_white_is(
+  tmp_path, depth, in_memory
+):
+  pixels = _save_deep(tmp_path, depth)
+  # A test image whose values training images do not have is clipped.
+  bright = tmp_path / "test" / "cat" / "0.png"
+  pixels[bright] = np.full((8, 8), 2**16 - 1, np.uint16)
+  Image.fromarray(pixels[bright]).save(bright)
+  dataset = data_sets.load(
+    "folder",
+    path=str(tmp_path),
+    in_memory=in_memory,
+    eval_resize=8,
+    augment="none",
+    channels=1,
+    mean=(0,),
+    std=(1,),
+    val_fraction=0.2,
+  )
+  assert dataset.bit_depth == depth
+  assert any(f"{2**depth - 1} is white" in note for note in dataset.notes)
+  test = data_sets.concatenated(dataset.eval_batches("test"))
+  expected = [
+    np.minimum(image >> (depth - 8), 255)
+    for path, image in sorted(pixels.items())
+    if "test" in path.parts
+  ]
+  seen = np.rint(test.images[test.mask == 1][..., 0] * 255)
+  np.testing.assert_array_equal(seen, expected)
+
+
+def test_images_of_8_and_12_bits_together(tmp_path):
+  _save_deep(tmp_path, 12)
+  shallow = tmp_path / "test" / "dog" / "0.png"
+  Image.new("L", (8, 8), 77).save(shallow)
+  dataset = data_sets.load(
+    "folder", path=str(tmp_path), channels=1, mean=(0,), std=(1,)
+  )
+  test = data_sets.concatenated(dataset.eval_batches("test"))
+  np.testing.assert_allclose(test.images[10], 77 / 255, rtol=1e-6)
+
+
+def test_all_raster_formats_of_pillow_are_images():
+  suffixes = pillow.suffixes()
+  wanted = ".avif .bmp .jp2 .jpe .mpo .pcx .ppm .qoi .tga .tif .webp"
+  assert {*wanted.split()} <= {*suffixes}
+  assert not {".eps", ".h5", ".mpg", ".pdf", ".wmf"} & {*suffixes}
+
+
+def test_the_pictures_of_phones(tmp_path, monkeypatch):
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    for index in range(2):
+      file = tmp_path / name / f"{index}.HEIC"
+      pillow.suffixes()  # Registers the format.
+      Image.fromarray(_flag()).save(file, "HEIF", quality=95)
+  images = from_folders.open_folder(str(tmp_path))
+  difference = np.asarray(images.train.read_image(0)).astype(int) - _flag()
+  assert np.abs(difference).mean() < 8
+  # Without the library it is said how to read them.
+  monkeypatch.setattr(pillow, "suffixes", lambda: (".png",))
+  with pytest.raises(errors.InputError, match="pip install pillow-heif"):
+    from_folders.open_folder(str(tmp_path))
+
+
+def test_what_systems_leave_behind_is_passed_over(tmp_path):
+  root = data_sets.save_folder(tmp_path, num_images=4)
+  clean = from_folders.open_folder(str(root))
+  for name in ("._0.png", "Thumbs.db", "desktop.ini", ".DS_Store", ".0.png"):
+    (root / "train" / "cat" / name).write_bytes(b"\0\5\x16\7")
+  for folder in ("__MACOSX/train/cat", "train/@eaDir/cat", "train/.cache"):
+    (root / folder).mkdir(parents=True)
+    (root / folder / "0.png").write_bytes(b"\0\5\x16\7")
+  (root / "train" / "cat" / "more").mkdir()
+  (root / "train" / "cat" / "more" / "._5.jpg").write_bytes(b"")
+  images = from_folders.open_folder(str(root))
+  assert images.class_names == clean.class_names == ("cat", "dog")
+  np.testing.assert_array_equal(images.train.labels, clean.train.labels)
+  assert not images.passed_over
+
+
+def test_what_is_no_image_is_counted(tmp_path):
+  root = data_sets.save_folder(tmp_path)
+  (root / "extra").mkdir()
+  Image.new("L", (4, 4)).save(root / "extra" / "0.png")
+  (root / "train" / "cat" / "a.txt").write_text("")
+  (root / "test" / "dog" / "b.TXT").write_text("")
+  (root / "test" / "dog" / "README").write_text("")
+  images = from_folders.open_folder(str(root))
+  assert images.passed_over == {".txt": 2, "no suffix": 1, "images in extra": 1}
+  note, *_ = data_sets.load("folder", path=str(root)).notes
+  assert note == "passed over: 2 .txt, 1 images in extra, 1 no suffix"
+
+
+@pytest.mark.parametrize(
+  "parts",
+  [
+    ("Train", "Valid", "Test"),
+    ("training", "validation", "testing"),
+    ("TRAIN", "dev", "TEST"),
+    ("training_set", "val", "test_set"),
+    ("Train data", "validation-images", "testset"),
+  ],
+)
+def test_parts_under_their_usual_names(tmp_path, parts):
+  root = data_sets.save_folder(tmp_path, parts, num_images=5)
+  dataset = data_sets.load("folder", path=str(root))
+  assert dataset.class_names == ("cat", "dog")
+  sizes = (dataset.num_train, dataset.num_val, dataset.num_test)
+  assert sizes == (10, 10, 10)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+  data_sets.save_folder(tmp_path, ("",))
+  (tmp_path / "cat").rename(tmp_path / "train")
+  images = from_folders.open_folder(str(tmp_path))
+  assert images.class_names == ("dog", "train")
+
+
+def test_accents_of_a_mac_name_the_same_class(tmp_path):
+  root = data_sets.save_folder(tmp_path)
+  forms = {"train": "NFD", "test": "NFC"}
+  for part, form in forms.items():
+    name = unicodedata.normalize(form, "bébé chat")
+    (root / part / "cat").rename(root / part / name)
+  images = from_folders.open_folder(str(root))
+  assert images.class_names == (
+    unicodedata.normalize("NFC", "bébé chat"),
+    "dog",
+  )
+  (root / "train" / "bébé chat").mkdir()
+  with pytest.raises(errors.InputError, match="how accents are encoded"):
+    from_folders.open_folder(str(root))
+
+
+def _damage(root: pathlib.Path) -> set[str]:
+  """Spoil an image of each part in another way; return their paths."""
+  train, test = (
+    root / "train" / "cat" / "1.png",
+    root / "test" / "dog" / "2.png",
+  )
+  train.write_bytes(train.read_bytes()[:-40])
+  test.write_bytes(b"")
+  floats = root / "train" / "dog" / "f.tif"
+  Image.new("F", (8, 8)).save(floats)
+  return {str(path) for path in (train, test, floats)}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_all_bad_images_are_named_before_training(tmp_path, in_memory):
+  root = data_sets.save_folder(tmp_path)
+  bad = _damage(root)
+  load = lambda **fields: data_sets.load(
+    "folder", path=str(root), in_memory=in_memory, augment="none", **fields
+  )
+  with pytest.raises(errors.InputError, match="3 of 41 images") as caught:
+    load()
+  assert all(name in str(caught.value) for name in bad)
+  with pytest.raises(errors.InputError, match=r"max_bad_fraction is 0\.01"):
+    load(bad_images="skip")
+  dataset = load(bad_images="skip", max_bad_fraction=0.1)
+  assert {*dataset.skipped} == bad
+  assert (dataset.num_train + dataset.num_val, dataset.num_test) == (19, 19)
+  assert sum(len(b.labels) for b in dataset.train_batches(0)) == 8
+  test = data_sets.concatenated(dataset.eval_batches("test"))
+  assert test.mask.sum() == 19
+  np.testing.assert_array_equal(test.labels[test.mask == 1], [0] * 10 + [1] * 9)
