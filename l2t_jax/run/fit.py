@@ -45,10 +45,13 @@ SourceLike = experiments.Source | str | os.PathLike[str]
 def default_config() -> ml_collections.ConfigDict:
   """Return the fields of l2t_jax/config.py, to be changed for `fit`.
 
-  data.mean and data.std are (): those of the training images.
+  data.mean and data.std are (): those of the training images. Source features
+  are divided by their standard deviation (transfer.feature_scale), so that one
+  beta suits networks of different kinds.
   """
   config = l2t_jax.config.get_config()
   config.data.mean = config.data.std = ()
+  config.transfer.feature_scale = "std"
   return config
 
 
