@@ -70,12 +70,6 @@ class Subset(NamedTuple):
     converted = pillow.convert(image, self.channels, self.bit_depth)
     return pillow.to_array(transform(converted))
 
-  def name_of(self, position: int) -> str:
-    """Return what messages call the image at a position."""
-    index = int(self.indices[position])
-    open_file = self.records.open_file
-    return open_file(index).name if open_file else f"image {index}"
-
 
 class BatchPlan(NamedTuple):
   """How large batches are, and which of their rows this process has."""

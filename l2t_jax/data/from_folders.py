@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
-import filecmp
+from collections.abc import Sequence
 import functools
 import os
 import pathlib
@@ -45,9 +44,8 @@ def open_folder(path: str) -> records.ImageSet:
   sorted by name, as text.
 
   Raises:
-    errors.InputError: there is no such folder, a class has no images, it is not
-      clear which folders are parts, or many validation or test images are
-      copies of training images.
+    errors.InputError: there is no such folder, a class has no images, or it is
+      not clear which folders are parts.
   """
   root = _existing_folder(path)
   passed_over: collections.Counter[str] = collections.Counter()
@@ -57,7 +55,6 @@ def open_folder(path: str) -> records.ImageSet:
     part: _list_classes(folder, class_names, passed_over)
     for part, folder in parts.items()
   }
-  _check_copies(parts, files)
   val = files.get("val", [])
   test = file_records(files["test"]) if "test" in files else None
   return records.ImageSet(
@@ -144,41 +141,6 @@ def file_records(
   return records.Records(
     np.array(labels, np.int32), functools.partial(_file_by_index, paths)
   )
-
-
-def _check_copies(
-  parts: Mapping[str, pathlib.Path], files: Mapping[str, _Files]
-) -> None:
-  """Compare files of val and test with those of train.
-
-  Links to the same file are found whatever their names, and equal files if
-  they have the same name.
-  """
-  training = {_identity(path) for path, _ in files["train"]}
-  for part in files.keys() - {"train"}:
-    copies = []
-    for path, _ in files[part]:
-      other = parts["train"] / path.relative_to(parts[part])
-      are_files = path.is_file() and other.is_file()
-      if _identity(path) in training or (
-        are_files and filecmp.cmp(path, other, shallow=False)
-      ):
-        copies.append(path)
-    records.check_copies(
-      f"folder {str(parts[part].parent)!r}",
-      part,
-      num_copies=len(copies),
-      num_images=len(files[part]),
-    )
-
-
-def _identity(path: pathlib.Path) -> tuple[object, ...]:
-  """Return what all links to a file have in common."""
-  if not path.is_file():  # A broken link, which reading will report.
-    return (path,)
-  status = path.stat()
-  # Some file systems number no files.
-  return (status.st_dev, status.st_ino or path)
 
 
 def _existing_folder(path: str) -> pathlib.Path:

@@ -32,12 +32,15 @@ class Inspected(NamedTuple):
   subsets: dict[str, datasets.Subset]
   skipped: tuple[str, ...]  # Names of the images that cannot be read.
   bit_depth: int  # Of the images with more than 8 bits; 0 if there are none.
+  # How many images of val and test, read from files, have an equal in train.
+  num_copies: dict[str, int]
 
 
 class _Seen(NamedTuple):
   """What reading an image has shown."""
 
   maximum: int = 0  # Of an image with more than 8 bits; else 0.
+  thumbprint: int = 0  # Equal for equal images; 0 for images in memory.
   pixels: np.ndarray | None = None  # uint8 [H, W, C] as in batches, if kept.
 
 
@@ -136,8 +139,12 @@ def inspect(
       name: _keep(subset, seen[name], resize, depth)
       for name, subset in subsets.items()
     },
-    tuple(subset.name_of(position) for subset, position, _ in bad),
+    tuple(
+      subset.records.name_of(int(subset.indices[position]))
+      for subset, position, _ in bad
+    ),
     depth,
+    {name: _count_copies(name, subsets, seen) for name in ("val", "test")},
   )
 
 
@@ -149,15 +156,37 @@ def _read_subset(subset, resize, name):
     return [_Seen()] * len(subset.indices)  # They are in memory.
 
   def look(image):
+    thumbprint = hash(pillow.thumbprint(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint16:
       # How bright white is depends on images that may not be read yet.
-      return _Seen(int(image.max()))
+      return _Seen(int(image.max()), thumbprint)
     if resize is None:
-      return _Seen()
-    return _Seen(0, subset.to_pixels(image, resize))
+      return _Seen(0, thumbprint)
+    return _Seen(0, thumbprint, subset.to_pixels(image, resize))
 
   return list(
     read_all(subset.records, subset.indices, look, title=f"reading {name}")
+  )
+
+
+def _count_copies(name, subsets, seen):
+  """Return how many images of a part have the pixels of a training image."""
+  read = lambda part, position: subsets[part].records.read_image(
+    int(subsets[part].indices[position])
+  )
+  train = {
+    one.thumbprint: position
+    for position, one in enumerate(seen["train"])
+    if isinstance(one, _Seen)
+  }
+  return sum(
+    isinstance(one, _Seen)
+    and one.thumbprint in train
+    and one.thumbprint != 0
+    and pillow.are_equal(
+      read(name, position), read("train", train[one.thumbprint])
+    )
+    for position, one in enumerate(seen[name])
   )
 
 

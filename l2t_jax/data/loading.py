@@ -79,6 +79,17 @@ def load(
     bad_images=fields.bad_images,
     max_bad_fraction=fields.max_bad_fraction,
   )
+  for part, is_official in (
+    ("val", images.num_official_val),
+    ("test", images.test),
+  ):
+    if is_official:
+      records.check_copies(
+        "the images",
+        part,
+        num_copies=inspected.num_copies[part],
+        num_images=len(inspected.subsets[part].indices),
+      )
   train = inspected.subsets["train"]
   if len(train.indices) < batch_size:
     raise errors.InputError(
@@ -136,6 +147,9 @@ def _notes(images, inspected):
       f"images with more than 8 bits: 0 is black, and {white} is white"
       f" ({inspected.bit_depth} bits hold the largest training value)"
     )
+  for part, count in inspected.num_copies.items():
+    if count:
+      yield f"{count} {part} images have the same pixels as training images"
   if inspected.skipped:
     names = records.some_of(inspected.skipped)
     yield f"left out {len(inspected.skipped)} unreadable images: {names}"

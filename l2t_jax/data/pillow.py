@@ -33,6 +33,7 @@ _OTHER_BYTE = {
   "16L": "16B",
   "16N": "16B" if sys.byteorder == "little" else "16L",
 }
+_NUM_SAMPLES = 16  # Of a row and a column, for a thumbprint.
 _BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284  # TIFF tags.
 
 
@@ -125,6 +126,34 @@ def convert(
     assert in_rgb
     image = in_rgb
   return image.convert("L" if channels == 1 else "RGB")
+
+
+def thumbprint(image: Image.Image | np.ndarray) -> tuple[object, ...]:
+  """Return what images with equal pixels have in common; few others do.
+
+  Args:
+    image: from `decode`, or uint8 [H, W, C].
+  """
+  if isinstance(image, np.ndarray):
+    rows, columns = (
+      np.linspace(0, side - 1, _NUM_SAMPLES).astype(int)
+      for side in image.shape[:2]
+    )
+    if image.dtype != np.uint8:
+      return (image.shape, image[np.ix_(rows, columns)].tobytes())
+    image = convert(image, 3, 8)
+  samples = image.resize((_NUM_SAMPLES,) * 2, Image.Resampling.NEAREST)
+  return (image.size, convert(samples, 3, 8).tobytes())
+
+
+def are_equal(
+  one: Image.Image | np.ndarray, other: Image.Image | np.ndarray
+) -> bool:
+  """Return whether two images from `decode` have the same pixels, as RGB."""
+  if isinstance(one, np.ndarray) and one.dtype != np.uint8:
+    return np.array_equal(one, np.asarray(other))
+  first, second = (np.asarray(convert(image, 3, 8)) for image in (one, other))
+  return np.array_equal(first, second)
 
 
 def is_transparent(image: Image.Image | np.ndarray) -> bool:

@@ -51,6 +51,10 @@ class Records(NamedTuple):
     name, content = self.open_file(index)
     return pillow.decode(content, name=name)
 
+  def name_of(self, index: int) -> str:
+    """Return what messages call an image."""
+    return self.open_file(index).name if self.open_file else f"image {index}"
+
 
 class ImageSet(NamedTuple):
   """A data set as it was published."""

@@ -700,7 +700,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A copy of the training images as test images",
       _FOLDER,
-      "folder 'images': 32 of 32 images of test are in train, too; each image "
+      "the images: 24 of 32 images of test are in train, too; each image "
       "belongs in only one of them",
       _pictures(
         lambda images: shutil.copytree(images / "train", images / "test"),
