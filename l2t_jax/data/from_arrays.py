@@ -68,9 +68,10 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
 
   Args:
     arrays: "x_train", uint8 images [N, H, W] or [N, H, W, 1 or 3], with
-      "y_train", their classes, int [N], or "t_train", [N, ...], any other
-      target of each image; optionally the same arrays with "_val" and "_test"
-      in place of "_train", and "class_names".
+      "y_train", their classes: int [N] or [N, 1], one-hot [N, K], or names [N];
+      or "t_train", [N, ...], any other target of each image. Optionally the
+      same arrays with "_val" and "_test" in place of "_train", and
+      "class_names".
     where: where the arrays come from, for error messages.
 
   Returns:
@@ -79,6 +80,7 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
   Raises:
     errors.InputError: an array is missing or malformed.
   """
+  arrays = _with_numbers(where, arrays)
   is_given = lambda part: any(f"{kind}_{part}" in arrays for kind in "xyt")
   train, num_val = _checked_arrays(where, arrays, "train"), 0
   if is_given("val"):
@@ -154,6 +156,14 @@ def _checked_arrays(
     raise errors.InputError(
       f"{where}: {y} has label {labels.min()}, but labels start at 0"
     )
+  num_train = len(arrays["x_train"])
+  if "class_names" not in arrays and labels.max() >= num_train:
+    raise errors.InputError(
+      f"{where}: {y} has label {labels.max()}, but there are only {num_train}"
+      " training images; labels are numbers from 0 without gaps: class_names,"
+      " y_train = np.unique(y_train, return_inverse=True) makes them from"
+      " identifiers"
+    )
   if t not in arrays:
     return [images, labels]
   targets = arrays[t]
@@ -162,12 +172,71 @@ def _checked_arrays(
     targets.dtype.kind in "fiub" and len(targets) == len(images),
     f"numbers [{len(images)}, ...], one entry per image of {x}",
   )
+  if targets.dtype.kind in "iu" and not _fits_int32(targets):
+    raise errors.InputError(
+      f"{where}: {t} has values from {targets.min()} to {targets.max()}, but"
+      " integers must fit in 32 bits; use floats"
+    )
   if not np.isfinite(targets).all():
     raise errors.InputError(
       f"{where}: {t} has {np.sum(~np.isfinite(targets))} values that are NaN or"
       " infinite; leave these images out"
     )
   return [images, labels, targets]
+
+
+def _fits_int32(values: np.ndarray) -> bool:
+  limits = np.iinfo(np.int32)
+  return not values.size or (
+    values.min() >= limits.min and values.max() <= limits.max
+  )
+
+
+def _with_numbers(
+  where: str, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Return the arrays with labels as numbers [N] where that is unambiguous."""
+  arrays = dict(arrays)
+  keys = [key for key in ("y_train", "y_val", "y_test") if key in arrays]
+  for key in keys:
+    labels = arrays[key]
+    if labels.ndim == 2 and labels.shape[1] == 1:
+      labels = labels[:, 0]
+    elif labels.ndim == 2 and _is_one_hot(labels):
+      labels = labels.argmax(axis=1)
+    if labels.dtype == object and all(isinstance(x, str) for x in labels.flat):
+      labels = labels.astype(str)
+    elif labels.dtype.kind == "S":
+      labels = np.char.decode(labels, "utf-8")
+    arrays[key] = labels
+  named = [key for key in keys if arrays[key].dtype.kind == "U"]
+  if not named:
+    return arrays
+  if len(named) < len(keys):
+    raise errors.InputError(
+      f"{where}: {named[0]} holds names; all of {records.listed(keys)} must, or"
+      " none"
+    )
+  source = "class_names" if "class_names" in arrays else keys[0]
+  names = list(map(str, arrays[source]))
+  if source == keys[0]:
+    names = sorted(set(names))
+  numbers = {name: number for number, name in enumerate(names)}
+  for key in keys:
+    unknown = sorted({*map(str, arrays[key])} - numbers.keys())
+    if unknown:
+      raise errors.InputError(
+        f"{where}: {key} has {records.some_of(unknown)}, which {source} lacks"
+      )
+    arrays[key] = np.array([numbers[str(name)] for name in arrays[key]])
+  return arrays | {"class_names": np.array(names)}
+
+
+def _is_one_hot(labels: np.ndarray) -> bool:
+  """Return whether each row has a single 1 and else zeros."""
+  if labels.dtype.kind not in "biuf" or labels.shape[1] < 2:
+    return False
+  return bool(np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all())
 
 
 def _check_shapes(

@@ -52,7 +52,14 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
     examples = builder.as_data_source(
       split=part, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    labels = np.array([example["label"] for example in examples], np.int32)
+    try:
+      labels = np.array([example["label"] for example in examples], np.int32)
+    # array_record and protobuf raise anything for a damaged file.
+    except Exception as error:
+      raise errors.InputError(
+        f"tfds {name!r} cannot be read ({errors.first_line(error)}); remove"
+        f" {builder.data_dir} and prepare it again"
+      ) from error
     return records.Records(
       labels, functools.partial(_file_from_tfds, name, examples)
     )
@@ -81,8 +88,14 @@ def unless_secret(test: records.Records) -> records.Records | None:
 def _file_from_tfds(
   name: str, examples: Sequence[dict[str, Any]], index: int
 ) -> records.ImageFile:
-  encoded = io.BytesIO(examples[index]["image"])
-  return records.ImageFile(f"{index} of tfds {name}", encoded)
+  try:
+    content = examples[index]["image"]
+  except Exception as error:  # As above.
+    raise errors.InputError(
+      f"image {index} of tfds {name} cannot be read"
+      f" ({errors.first_line(error)}); prepare the data set again"
+    ) from error
+  return records.ImageFile(f"{index} of tfds {name}", io.BytesIO(content))
 
 
 def _prepared_builder(tfds: ModuleType, name: str, path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import io
 import pathlib
 from typing import Any, NamedTuple
@@ -53,7 +54,10 @@ class Records(NamedTuple):
 
   def name_of(self, index: int) -> str:
     """Return what messages call an image."""
-    return self.open_file(index).name if self.open_file else f"image {index}"
+    if self.open_file:
+      with contextlib.suppress(errors.InputError):  # A damaged record.
+        return self.open_file(index).name
+    return f"image {index}"
 
 
 class ImageSet(NamedTuple):

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from l2t_jax import errors, imports
-from l2t_jax.data import pillow
+from l2t_jax.data import from_arrays, pillow
 from tests.support import data_sets
 
 
@@ -57,6 +57,71 @@ def test_malformed_npz_is_refused(tmp_path, changes, message):
   }
   with pytest.raises(errors.InputError, match=message):
     data_sets.load(path=data_sets.save_npz(tmp_path / "bad.npz", arrays))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda y: y[:, None],
+    lambda y: np.eye(3)[y],
+    lambda y: np.eye(3, dtype=bool)[y],
+    lambda y: np.array(["ant", "bee", "cät"])[y],
+    lambda y: np.array(["ant", "bee", "cät"], object)[y],
+    lambda y: np.char.encode(np.array(["ant", "bee", "cät"])[y], "utf-8"),
+    lambda y: y.astype(np.uint64),
+  ],
+)
+def test_labels_as_people_have_them(change):
+  arrays = data_sets.random_arrays()
+  numbers = arrays["y_train"].copy(), arrays["y_test"].copy()
+  arrays |= {key: change(arrays[key]) for key in ("y_train", "y_test")}
+  images = from_arrays.image_set(arrays, "arrays")
+  np.testing.assert_array_equal(images.train.labels, numbers[0])
+  np.testing.assert_array_equal(images.test.labels, numbers[1])
+  is_named = arrays["y_train"].dtype.kind in "USO"
+  names = ("ant", "bee", "cät") if is_named else ("0", "1", "2")
+  assert images.class_names == names
+
+
+def test_class_names_number_the_names(tmp_path):
+  arrays = data_sets.random_arrays()
+  arrays["class_names"] = np.array(["bee", "cat", "ant"])
+  for key in ("y_train", "y_test"):
+    arrays[key] = np.array(["ant", "bee", "cat"])[arrays[key]]
+  images = from_arrays.image_set(arrays, "arrays")
+  assert images.class_names == ("bee", "cat", "ant")
+  assert images.train.labels[:3].tolist() == [2, 0, 1]
+  arrays["y_test"][3] = "dog"
+  with pytest.raises(errors.InputError, match="y_test has dog, which class_"):
+    from_arrays.image_set(arrays, "arrays")
+
+
+@pytest.mark.parametrize("identifier", [60, 10**9, 2**32 + 1, 2**63 - 1])
+def test_identifiers_are_no_labels(identifier):
+  arrays = data_sets.random_arrays()
+  arrays["y_train"] = arrays["y_train"].astype(np.int64)
+  arrays["y_train"][7] = identifier
+  with pytest.raises(errors.InputError, match=f"label {identifier}, but there"):
+    from_arrays.image_set(arrays, "arrays")
+  others = data_sets.random_arrays()
+  others["y_test"] = np.full(21, identifier)
+  with pytest.raises(errors.InputError, match="y_test has label"):
+    from_arrays.image_set(others, "arrays")
+  # The line of the message mends it.
+  names, labels = np.unique(arrays["y_train"], return_inverse=True)
+  arrays |= {"class_names": names, "y_train": labels}
+  images = from_arrays.image_set(arrays, "arrays")
+  assert images.class_names == ("0", "1", "2", str(identifier))
+
+
+def test_targets_beyond_32_bits_are_refused():
+  arrays = data_sets.random_arrays()
+  arrays = {
+    "x_train": arrays["x_train"],
+    "t_train": arrays["y_train"].astype(np.int64) + 2**32,
+  }
+  with pytest.raises(errors.InputError, match="integers must fit in 32 bits"):
+    from_arrays.image_set(arrays, "arrays")
 
 
 def test_folder_converts_every_kind_of_image(tmp_path):
@@ -244,3 +309,29 @@ def test_tfds_in_another_format_is_refused(tmp_path, tfds_dir):
 def test_missing_package_is_named():
   with pytest.raises(errors.InputError, match="pip install some-package"):
     imports.require("no_such_module", needed_for="it", package="some-package")
+
+
+def _damage_records(path, how):
+  content = path.read_bytes()
+  if how == "missing":
+    path.unlink()
+  elif how == "empty":
+    path.write_bytes(b"")
+  elif how == "cut":
+    path.write_bytes(content[: len(content) // 2])
+  else:
+    middle = bytearray(content)
+    for position in range(500, 520):  # Among the first images.
+      middle[position] ^= 255
+    path.write_bytes(middle)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "spoilt"])
+def test_damaged_records_are_one_line(tfds_dir, tmp_path, how):
+  folder = shutil.copytree(tfds_dir, tmp_path / "tfds")
+  (file,) = folder.rglob("*-train.array_record*")
+  _damage_records(file, how)
+  with pytest.raises(errors.InputError, match="tfds 'tiny_pets'") as caught:
+    data_sets.load("tfds", name="tiny_pets", path=str(folder))
+  assert "\n" not in str(caught.value)
+  assert str(folder) in str(caught.value)
