@@ -106,6 +106,7 @@ def load_config(
   l2t_jax.config.check_fields(
     f"config.{name}" for name in l2t_jax.config.flatten(config.to_dict())
   )
+  l2t_jax.config.expand_home(config)
   return config
 
 

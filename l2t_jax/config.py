@@ -10,6 +10,7 @@ import difflib
 import functools
 import math
 import numbers
+import os
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -77,7 +78,11 @@ EXPERIMENT = {
   # Seed of the initial values, the order of the images and their augmentation.
   # The split has a seed of its own.
   "seed": Field(0, Rule(lambda x: 0 <= x < 2**63, "be 0 or more, below 2**63")),
+  # With the schedule constant, a run may go on with more epochs.
   "epochs": Field(200, AT_LEAST_1),
+  # Folder of a run whose target, regressors and meta-networks this one starts
+  # from, as its newest checkpoint has them; "" to start afresh.
+  "init_from": Field(""),
   # Labelled images per iteration, over all devices.
   "batch_size": Field(128, AT_LEAST_1),
   # f32, tf32 (matrix products on tensor cores) or bf16 (activations).
@@ -281,6 +286,14 @@ FIELDS: Mapping[str, Field] = {
 }
 
 # Fields that may differ between a run and its resumption.
+# The fields that are paths of files or folders, beside the sources' weights.
+PATHS = (
+  "init_from",
+  "data.path",
+  "data.split_file",
+  "data.unlabeled_path",
+  "transfer.map",
+)
 FREE_FIELDS = tuple(name for name in FIELDS if FIELDS[name].may_change)
 
 
@@ -400,6 +413,17 @@ def source_configs(
 ) -> dict[str, ml_collections.ConfigDict]:
   """Return name -> fields of all sources; a single one has the name ""."""
   return dict(config.sources.items()) or {"": config.source}
+
+
+def expand_home(config: ml_collections.ConfigDict) -> None:
+  """Replace a leading ~ in the fields that are paths, in place."""
+  for name in PATHS:
+    group, _, field = name.rpartition(".")
+    fields = get(config, group) if group else config
+    fields[field] = os.path.expanduser(fields[field])
+  for fields in source_configs(config).values():
+    if "weights" in fields:
+      fields.weights = os.path.expanduser(fields.weights)
 
 
 def get(config: ml_collections.ConfigDict, field: str) -> Any:

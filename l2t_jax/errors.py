@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 import contextlib
+import os
+import re
 import sys
 from typing import NoReturn
 
@@ -20,6 +22,18 @@ class Parser(argparse.ArgumentParser):
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
     )
+
+  def parse_known_args(self, args=None, namespace=None):  # type: ignore
+    """Parse arguments as argparse does, with ~ for the home folder.
+
+    A shell expands it in `~/runs`, but not in `--workdir=~/runs`.
+    """
+    arguments = []
+    for argument in sys.argv[1:] if args is None else args:
+      match = re.match(r"(--\w+=)?(?=~(/|$))", argument)
+      start = match.end() if match else len(argument)
+      arguments.append(argument[:start] + os.path.expanduser(argument[start:]))
+    return super().parse_known_args(arguments, namespace)
 
   def error(self, message: str) -> NoReturn:
     self.exit(InputError.exit_code, f"error: {message}; see --help\n")

@@ -6,6 +6,7 @@ from l2t_jax.data.data_fields import (
   resized_for_evaluation,
 )
 from l2t_jax.data.datasets import Dataset
+from l2t_jax.data.from_folders import digest
 from l2t_jax.data.loading import load, open_images
 from l2t_jax.data.records import ImageSet
 
@@ -13,6 +14,7 @@ __all__ = [
   "DataFields",
   "Dataset",
   "ImageSet",
+  "digest",
   "load",
   "make_eval_resize",
   "open_images",

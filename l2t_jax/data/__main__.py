@@ -80,7 +80,7 @@ def _show(found: dict[str, Any]) -> None:
     out.print(f"passed over: {records.counted(found['passed_over'])}")
   _list(
     out,
-    "groups of equal images",
+    "images with the same pixels",
     [
       " = ".join(f"{one['file']} ({one['part']}, {one['class']})" for one in g)
       for g in found["equal"]
@@ -100,10 +100,10 @@ def _common(counts: dict[str, int]) -> str:
 
 
 def _list(out: console.Console, title: str, lines: list[str]) -> None:
-  """Print the first of some lines below how many there are."""
+  """Print a title, how many lines there are, and the first of them."""
   if not lines:
     return
-  out.print(f"{len(lines)} {title}:")
+  out.print(f"{title} ({len(lines)}):")
   for line in lines[:_MAX_LISTED]:
     out.print(f"  {line}", markup=False, soft_wrap=True)
   if len(lines) > _MAX_LISTED:

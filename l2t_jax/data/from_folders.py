@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -100,6 +101,27 @@ def list_images(
       " .png, .tif or another suffix of an image format that Pillow reads"
     )
   return sorted(files), others
+
+
+def digest(path: str) -> str:
+  """Return a digest of a file's bytes, or of a folder's images.
+
+  Images count with their names within the folder and their sizes, so that the
+  folder may move.
+
+  Returns:
+    16 hex digits of a SHA-256; "" if there is no such file or folder.
+  """
+  if os.path.isfile(path):
+    with open(path, "rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+  if not os.path.isdir(path):
+    return ""
+  folder, sha = pathlib.Path(path), hashlib.sha256()
+  for file in sorted(_walk(folder)[0]):
+    name, size = file.relative_to(folder).as_posix(), os.path.getsize(file)
+    sha.update(os.fsencode(f"{name}\0{size}\0"))
+  return sha.hexdigest()[:16]
 
 
 def _walk(folder):

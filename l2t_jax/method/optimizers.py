@@ -106,5 +106,20 @@ def steps_by_epoch(
   return lambda step: schedule(step // steps_per_epoch)
 
 
+def constant(
+  learning_rate: float, *, epochs: int, steps_per_epoch: int
+) -> Callable[[chex.Numeric], chex.Numeric]:
+  """Return a schedule that never changes, however many epochs there are.
+
+  Arguments and result are those of `cosine_by_epoch`.
+  """
+  del epochs, steps_per_epoch
+  return optax.constant_schedule(learning_rate)
+
+
 # config.optimizer.schedule -> function that makes the schedule.
-SCHEDULES = {"cosine": cosine_by_epoch, "step": steps_by_epoch}
+SCHEDULES = {
+  "cosine": cosine_by_epoch,
+  "step": steps_by_epoch,
+  "constant": constant,
+}

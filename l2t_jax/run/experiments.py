@@ -91,6 +91,7 @@ class Settings(NamedTuple):
   method: str
   seed: int
   epochs: int
+  init_from: str
   batch_size: int
   precision: str
   shard_params: bool
@@ -123,6 +124,9 @@ class Experiment(NamedTuple):
   description: Mapping[str, Any] | None = None
   # Fields of the description in which a resumed run may differ.
   free_fields: tuple[str, ...] = ()
+  # Field of the description that is a path -> digest of what is there. Runs
+  # may differ in the path if the digests agree.
+  contents: Mapping[str, str] = {}
 
   @property
   def method(self) -> objectives.Method:

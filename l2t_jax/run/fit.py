@@ -37,7 +37,7 @@ from l2t_jax.method import objectives
 from l2t_jax.results import map_picture, transfer_map
 from l2t_jax.run import experiments, from_config, sources, train
 from l2t_jax.run import predictor as predictors
-from l2t_jax.runtime import cpu_lowering
+from l2t_jax.runtime import compilation, cpu_lowering
 
 SourceLike = experiments.Source | str | os.PathLike[str]
 
@@ -128,10 +128,12 @@ def fit(
     errors.InputError: for arrays, networks and values that cannot work
       together.
   """
+  compilation.use_cache()
   cpu_lowering.install()
   config = ml_collections.ConfigDict(
     (config or default_config()).to_dict(), type_safe=False
   )
+  l2t_jax.config.expand_home(config)
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
   images = from_arrays.image_set(arrays, "arrays")
   _fit_to_images(config, arrays)
@@ -147,7 +149,8 @@ def fit(
     from_config.load_map(config),
     free_fields=l2t_jax.config.FREE_FIELDS,
   )
-  workdir = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
+  workdir = workdir or tempfile.mkdtemp(prefix="l2t_jax_")
+  workdir = pathlib.Path(workdir).expanduser()
   summary = train.train(experiment, workdir)
   map_file = workdir / transfer_map.FILE
   return Result(

@@ -22,7 +22,7 @@ from l2t_jax.method import objectives, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.results import transfer_map
 from l2t_jax.run import experiments, sources, train
-from l2t_jax.runtime import compilation, phases, tracking
+from l2t_jax.runtime import compilation, phases, run_folder, tracking
 
 
 def train_and_evaluate(
@@ -42,7 +42,7 @@ def train_and_evaluate(
     errors.Stop: as `train.Training.run`, and for a config that cannot work.
   """
   check(config, workdirs)
-  summaries = train.completed(workdirs)
+  summaries = train.completed(workdirs, config.epochs)
   left = {s: path for s, path in workdirs.items() if s not in summaries}
   if left:
     trained = train.Training(resolve(config)).run(left)
@@ -69,7 +69,12 @@ def check(
     one.seed = seed
     l2t_jax.config.check(one)
   if workdirs:
-    train.check_folders(describe(config), workdirs, l2t_jax.config.FREE_FIELDS)
+    train.check_folders(
+      describe(config),
+      workdirs,
+      l2t_jax.config.FREE_FIELDS,
+      contents(config),
+    )
   tracking.check_trackers(config.trackers)
   if objectives.METHODS[config.method].needs_source:
     for fields in l2t_jax.config.source_configs(config).values():
@@ -126,7 +131,27 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     load_map(config),
     describe(config),
     l2t_jax.config.FREE_FIELDS,
+    contents(config),
   )
+
+
+def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Return field -> digest of the files that it names; "" where none are.
+
+  A folder's is that of the relative names and sizes of its images, a file's
+  that of its bytes, and a run's that of its target.
+  """
+  paths = {
+    name: l2t_jax.config.get(config, name) for name in l2t_jax.config.PATHS
+  }
+  if config.data.source not in ("folder", "npz"):
+    del paths["data.path"]  # Of a cache, which may hold other data sets, too.
+  if config.init_from:
+    paths["init_from"] = os.path.join(config.init_from, run_folder.TARGET)
+  for name, fields in l2t_jax.config.source_configs(config).items():
+    field = f"sources.{name}.weights" if name else "source.weights"
+    paths[field] = fields.weights
+  return {name: data.digest(path) for name, path in paths.items() if path}
 
 
 def data_fields(config: ml_collections.ConfigDict) -> data.DataFields:

@@ -26,6 +26,7 @@ from l2t_jax.runtime import (
   logs,
   metrics,
   phases,
+  run_folder,
   sharding,
   signals,
 )
@@ -377,7 +378,7 @@ def _save_target(setup, seed, inner, epoch):
   if not distributed.is_first():
     return
   weight_files.save(
-    seed.workdir / "target.safetensors",
+    seed.workdir / run_folder.TARGET,
     variables,
     {
       "model": description["target"]["model"],

@@ -49,6 +49,7 @@ def load_source(
     errors.InputError: the file is missing or damaged, or holds a converted
       network that takes other images or has another precision.
   """
+  path = os.path.expanduser(path)
   if precision not in compilation.PRECISIONS:
     raise errors.InputError(
       f"precision is {precision!r}; it must be one of"

@@ -38,6 +38,7 @@ from l2t_jax.runtime import (
 )
 
 CHECKPOINTS = "checkpoints"
+_CONTENTS = "contents.json"  # Field that is a path -> digest of its files.
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Below any finite accuracy; that of a task may be a negated error.
 _WORST = -sys.float_info.max
@@ -110,9 +111,14 @@ class Training:
         their folders are unchanged.
     """
     settings = self._experiment.settings
-    check_folders(self._description, workdirs, self._experiment.free_fields)
+    check_folders(
+      self._description,
+      workdirs,
+      self._experiment.free_fields,
+      self._experiment.contents,
+    )
     tracking.check_trackers(settings.trackers)
-    summaries = completed(workdirs)
+    summaries = completed(workdirs, settings.epochs)
     left = {
       pathlib.Path(workdir): _with_seed(self._experiment, seed)
       for seed, workdir in workdirs.items()
@@ -152,16 +158,16 @@ class Training:
 
 
 def completed(
-  workdirs: Mapping[int, str | os.PathLike[str]],
+  workdirs: Mapping[int, str | os.PathLike[str]], epochs: int
 ) -> dict[int, dict[str, Any]]:
-  """Return seed -> summary of the runs that are complete, and say so."""
+  """Return seed -> summary of the runs that have all epochs, and say so."""
   summaries = {}
   for seed, workdir in workdirs.items():
-    summary_file = pathlib.Path(workdir) / "summary.json"
-    if distributed.from_first(summary_file.exists()):
+    summary = run_folder.read_json(pathlib.Path(workdir) / "summary.json") or {}
+    if distributed.from_first(summary.get("epochs", 0) >= epochs):
       if distributed.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
-      summaries[seed] = run_folder.read_json(summary_file)
+      summaries[seed] = summary
   return summaries
 
 
@@ -169,6 +175,7 @@ def check_folders(
   description: Mapping[str, Any],
   workdirs: Mapping[int, str | os.PathLike[str]],
   free_fields: Collection[str],
+  contents: Mapping[str, str],
 ) -> None:
   """Make sure that folders hold no run of another experiment.
 
@@ -176,6 +183,7 @@ def check_folders(
     description: of the experiment; its seed is not read.
     workdirs: seed -> folder of its run, which need not be there.
     free_fields: dotted names of those that may differ.
+    contents: dotted name of a field that is a path -> digest of what is there.
 
   Raises:
     errors.InputError: naming the fields that differ.
@@ -193,16 +201,40 @@ def check_folders(
       continue
     old = experiments.comparable(run_folder.read_json(config_file))
     new = experiments.comparable({**description, "seed": seed})
+    if _only_goes_on(old, new):
+      old["epochs"] = new["epochs"]
+    before = run_folder.read_json(workdir / _CONTENTS) or {}
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
       for field in new | old
-      if old.get(field) != new.get(field) and field not in free_fields
+      if old.get(field) != new.get(field)
+      and field not in free_fields
+      and (field not in contents or contents[field] != before.get(field))
+    ]
+    differences += [
+      f"{field} {new[field]!r} holds other files than before"
+      for field, digest in contents.items()
+      if field in before
+      and digest != before[field]
+      and old.get(field) == new.get(field)
     ]
     if differences:
+      advice = "use another --workdir"
+      if len(differences) == 1 and old["epochs"] < new["epochs"]:
+        advice += (
+          f", where --config.init_from={workdir} starts from what this run has"
+          " learned"
+        )
       raise errors.InputError(
         f"{workdir} holds a run of another config: {'; '.join(differences)};"
-        " use another --workdir"
+        f" {advice}"
       )
+
+
+def _only_goes_on(old, new):
+  """Return whether a run of more epochs goes on as if it had them before."""
+  schedules = {fields["optimizer.schedule"] for fields in (old, new)}
+  return schedules == {"constant"} and old["epochs"] <= new["epochs"]
 
 
 def _with_seed(experiment, seed):
@@ -232,6 +264,7 @@ def _train(setup, trainer, group, requests):
   trainer.compile()
   for workdir, experiment in group.items():
     run_folder.write_json(workdir / "config.json", experiment.description)
+    run_folder.write_json(workdir / _CONTENTS, dict(experiment.contents))
   display = logs.Progress(
     settings.epochs * setup.dataset.steps_per_epoch,
     settings.batch_size * len(group),
@@ -255,11 +288,38 @@ def _train(setup, trainer, group, requests):
     display.say(_headline(setup, first))
     if step:
       display.say(f"resuming after iteration {step}")
+    elif settings.init_from:
+      states = [_start_from(settings.init_from, state) for state in states]
     display.begin(step)
     trainer.start(states, _scale_sources(setup, runs, display))
     del states  # The copies would stay in the accelerator's memory.
     loop.Loop(setup, trainer, runs, display, requests).train(step)
   return _summarise(setup, trainer, runs)
+
+
+def _start_from(workdir, state):
+  """Return a first state with what another run has learned."""
+  folder = pathlib.Path(workdir) / CHECKPOINTS
+  if not (steps := checkpoint.steps_in(folder)):
+    raise errors.InputError(
+      f"config.init_from is {workdir!r}, but there is no checkpoint in"
+      f" {folder}; name the --workdir of a run"
+    )
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    try:
+      learned, _ = checkpoints.restore(
+        max(steps), state, advice="it cannot start this run"
+      )
+    except checkpoint.DamagedError as error:
+      raise errors.StorageError(
+        f"the checkpoint {folder / str(max(steps))} is damaged: {error}"
+      ) from error
+  return state._replace(
+    inner=state.inner._replace(
+      params=learned.inner.params, model_state=learned.inner.model_state
+    ),
+    meta_params=learned.meta_params,
+  )
 
 
 def _scale_sources(setup, runs, display):

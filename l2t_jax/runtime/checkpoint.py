@@ -90,7 +90,11 @@ class Checkpoints:
       )
 
   def restore(
-    self, step: int, like: types.TrainState
+    self,
+    step: int,
+    like: types.TrainState,
+    *,
+    advice: str = "use another --workdir",
   ) -> tuple[types.TrainState, dict[str, Any]]:
     """Restore a checkpoint.
 
@@ -98,6 +102,7 @@ class Checkpoints:
       step: one of `steps`.
       like: a state with the checkpoint's shapes and with the shardings for the
         restored state.
+      advice: what to do about a checkpoint of another network.
 
     Returns:
       (state, progress).
@@ -110,7 +115,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
     reason = ""
     try:
-      self._check_shapes(step, like)
+      self._check_shapes(step, like, advice)
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -156,7 +161,7 @@ class Checkpoints:
       if later > step:
         self._manager.delete(later)
 
-  def _check_shapes(self, step, like):
+  def _check_shapes(self, step, like, advice):
     """Raise an InputError if a shape differs from the checkpoint's."""
     stored = self._manager.item_metadata(step)["state"].tree
     shapes = lambda tree: {
@@ -170,7 +175,7 @@ class Checkpoints:
         raise errors.InputError(
           f"checkpoint {self._path(step)} is of another network: {name} is"
           f" {found.get(name, 'missing')} in it,"
-          f" {expected.get(name, 'missing')} in this run; use another --workdir"
+          f" {expected.get(name, 'missing')} in this run; {advice}"
         )
 
   def _path(self, step):

@@ -184,14 +184,14 @@ def fits(program: Program) -> bool:
 def use_cache() -> None:
   """Store compiled programs, including small ones, in ~/.cache/l2t_jax.
 
-  JAX_COMPILATION_CACHE_DIR chooses another folder;
+  JAX_COMPILATION_CACHE_DIR, or jax.config, chooses another folder;
   JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
   """
   wanted: dict[str, Any] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
   }
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  if not getattr(jax.config, "jax_compilation_cache_dir", None):
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     wanted["jax_compilation_cache_dir"] = str(home.expanduser() / "l2t_jax")
   for name, value in wanted.items():

@@ -13,6 +13,7 @@ from l2t_jax import errors, files
 from l2t_jax.runtime import distributed
 
 METRICS = "metrics.jsonl"
+TARGET = "target.safetensors"
 # Error numbers of the operating system when a folder cannot be written.
 _STORAGE_ERRORS = (
   errno.ENOSPC,

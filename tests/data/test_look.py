@@ -124,7 +124,7 @@ def test_the_command(tmp_path):
   (odd / "1.png").write_bytes(b"")
   result = small_runs.run_python("-m", "l2t_jax.data", root)
   assert result.returncode == 2, result.stderr
-  assert "1 files that cannot be read" in result.stdout
+  assert "files that cannot be read (1):" in result.stdout
   result = small_runs.run_python(
     "-m",
     "l2t_jax.data",

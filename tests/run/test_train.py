@@ -1,15 +1,20 @@
 """From the command line to a trained network, on real digits."""
 
+import copy
 import dataclasses
 import importlib
 import json
 import os
+import pathlib
 import re
+import shutil
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 
@@ -17,9 +22,11 @@ from configs import default
 from l2t_jax import errors, types
 import l2t_jax.config
 from l2t_jax.data import memory, streaming
+from l2t_jax.models import weight_files
 from l2t_jax.run import from_config, loop, train
+from l2t_jax.run import setup as setups
 from l2t_jax.runtime import checkpoint
-from tests.support import small_runs
+from tests.support import data_sets, small_runs
 
 # Runs and their compiled steps are shared by the tests of one process.
 pytestmark = pytest.mark.xdist_group("experiment")
@@ -215,7 +222,134 @@ def test_a_run_that_evaluates_alike_is_the_same(
   old["data"]["eval_resize"] = before
   (tmp_path / "config.json").write_text(json.dumps(old))
   if is_same:
-    train.check_folders(description, {0: tmp_path}, ())
+    train.check_folders(description, {0: tmp_path}, (), {})
     return
   with pytest.raises(errors.InputError, match=f"eval_resize was {before}, is"):
-    train.check_folders(description, {0: tmp_path}, ())
+    train.check_folders(description, {0: tmp_path}, (), {})
+
+
+def test_a_run_and_its_files_may_move(source, tmp_path, monkeypatch):
+  """What is in the files tells runs apart, not where they are."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  old, new = pathlib.Path("old"), pathlib.Path("new")
+  data_sets.save_folder(old / "pictures", ("train", "test"), size=(16, 16))
+  shutil.copy(source, old / "teacher.safetensors")
+  config = small_runs.small_config(old / "teacher.safetensors", epochs=1)
+  config.data.source, config.data.path = "folder", "old/pictures"
+  config.data.val_fraction = 0.2
+  config.batch_size = 4
+  before = small_runs.train(config, old / "run")
+  old.rename(new)
+  moved = copy.deepcopy(config)
+  moved.source.weights = str(new.absolute() / "teacher.safetensors")
+  moved.data.path = "~/new/pictures"
+  l2t_jax.config.expand_home(moved)
+  assert small_runs.train(moved, new / "run") == before  # It is complete.
+  (new / "run" / "summary.json").unlink()
+  resumed = small_runs.train(moved, new / "run")
+  assert resumed["test_accuracy"] == before["test_accuracy"]
+
+  def check(message):
+    with pytest.raises(errors.InputError, match=message):
+      small_runs.train(moved, new / "run")
+
+  file = new / "pictures" / "train" / "cat" / "0.png"
+  content = file.read_bytes()
+  file.write_bytes(content + b"longer")
+  check("data.path ")
+  file.write_bytes(content)
+  file.rename(file.with_name("other.png"))
+  check("data.path ")
+  file.with_name("other.png").rename(file)
+  small_runs.train(moved, new / "run")
+  variables, metadata = weight_files.load(source)
+  variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + 1
+  weight_files.save(new / "teacher.safetensors", variables, metadata)
+  check("source.weights .* holds other files than before")
+
+
+def test_home_folders_on_the_command_line(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  parser = errors.Parser("")
+  parser.add_argument("--workdir")
+  parser.add_argument("path")
+  args = parser.parse_args(["--workdir=~/runs", "~/a~b"])
+  assert args.workdir == f"{tmp_path}/runs"
+  assert args.path == f"{tmp_path}/a~b"
+  assert parser.parse_args(["--workdir=a/~/b", "x~"]).workdir == "a/~/b"
+
+
+def _learned(workdir):
+  """Return the newest checkpoint's state as bytes, and the best target's."""
+  folder = workdir / train.CHECKPOINTS
+  step = max(checkpoint.steps_in(folder))
+  with ocp.StandardCheckpointer() as reader:
+    state = reader.restore(folder.absolute() / str(step) / "state")
+  return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_more_epochs_go_on_to_the_bits(source, tmp_path):
+  """With a constant learning rate: one run of 3 epochs, and 1 and then 3."""
+  config = small_runs.small_config(source, epochs=3)
+  config.optimizer.schedule = "constant"
+  whole = small_runs.train(config, tmp_path / "whole")
+  config.epochs = 1
+  assert small_runs.train(config, tmp_path / "parts")["epochs"] == 1
+  config.epochs = 3
+  parts = small_runs.train(config, tmp_path / "parts")
+  assert parts["epochs"] == 3
+  assert _learned(tmp_path / "parts") == _learned(tmp_path / "whole")
+  for name in ("val_accuracy", "test_accuracy", "best_epoch"):
+    assert parts[name] == whole[name]
+  losses = [
+    [
+      record["train_loss"]
+      for record in small_runs.records(tmp_path / n, "epoch")
+    ]
+    for n in ("whole", "parts")
+  ]
+  assert losses[0] == losses[1]
+  config.epochs = 2
+  with pytest.raises(errors.InputError, match="epochs was 3, is 2"):
+    small_runs.train(config, tmp_path / "parts")
+
+
+def test_more_epochs_of_another_schedule_are_refused(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  small_runs.train(config, tmp_path / "run")
+  config.epochs = 2
+  with pytest.raises(errors.InputError, match=r"--config\.init_from="):
+    small_runs.train(config, tmp_path / "run")
+
+
+def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.init_from = str(finished)
+  config.optimizer.learning_rate = 1e-30  # Nothing moves but the statistics.
+  config.meta.learning_rate = 1e-30
+  config.optimizer.momentum = 0.0
+  small_runs.train(config, tmp_path / "next")
+  run = setups.build(from_config.resolve(config))
+  shapes, (old, new) = run.state_shapes, (finished, tmp_path / "next")
+  states = []
+  for workdir in (old, new):
+    folder = workdir / train.CHECKPOINTS
+    with checkpoint.Checkpoints(folder) as checkpoints:
+      step = max(checkpoints.steps())
+      states.append(checkpoints.restore(step, shapes)[0])
+  chex.assert_trees_all_close(states[0].inner.params, states[1].inner.params)
+  chex.assert_trees_all_close(states[0].meta_params, states[1].meta_params)
+  assert int(states[1].step) < int(states[0].step)
+  fresh = run.create_state(config.seed)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(fresh.inner.params, states[1].inner.params)
+  # The other run is not needed any more once there is a checkpoint.
+  config.init_from = str(tmp_path)
+  with pytest.raises(errors.InputError, match="init_from was"):
+    small_runs.train(config, tmp_path / "next")
+  with pytest.raises(errors.InputError, match="no checkpoint in"):
+    small_runs.train(config, tmp_path / "third")
+  config.init_from, config.method = str(finished), "scratch"
+  with pytest.raises(errors.InputError, match="it cannot start this run"):
+    small_runs.train(config, tmp_path / "fourth")

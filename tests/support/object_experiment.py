@@ -26,6 +26,7 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
     method="l2t_ww",
     seed=0,
     epochs=2,
+    init_from="",
     batch_size=8,
     precision="f32",
     shard_params=False,
