@@ -97,12 +97,18 @@ EXPERIMENT = {
 
 # The images. Rules about several of these fields are in l2t_jax/data.
 DATA = {
-  # Where they come from: bundled, npz, folder or tfds.
+  # Where they come from: bundled, npz, folder, tfds or huggingface.
   "data.source": Field("tfds"),
-  # Name of a bundled ("mnist", "digits") or tfds data set.
+  # Name of a bundled ("mnist", "digits") or tfds data set, or of one on the hub
+  # of Hugging Face, such as "uoft-cs/cifar100".
   "data.name": Field(""),
-  # The npz file, the folder of images, or tfds's data_dir ("" for its own).
+  # The npz file, the folder of images, tfds's data_dir ("" for its own), or a
+  # Hugging Face data set on disk, instead of its name.
   "data.path": Field(""),
+  # Columns of a Hugging Face data set; "" for the only one that holds images,
+  # and the only one of type ClassLabel.
+  "data.image_column": Field(""),
+  "data.label_column": Field(""),
   # Labels to keep, renumbered from 0 in this order; () for all.
   "data.classes": Field(()),
   # Height and width in pixels that images are resized to.

@@ -30,10 +30,13 @@ class DataFields:
   """
 
   # Where images come from; `loading.open_images` lists what is possible. If
-  # the images are given as objects, this field and the next two are ignored.
+  # the images are given as objects, this field and the next four are ignored.
   source: str = ""
   name: str = ""
   path: str = ""
+  # Columns of a Hugging Face data set; "" for the only one of its type.
+  image_column: str = ""
+  label_column: str = ""
   # Published labels to keep, renumbered from 0 in this order; () for all.
   classes: Sequence[int] = ()
   # Height and width that images are resized to, in pixels.

@@ -34,6 +34,9 @@ _DEBRIS = (
   "lost+found",
 )
 
+# Files of a Hugging Face data set.
+_TABLES = (".arrow", ".parquet")
+
 # (path, label) of each image.
 _Files = list[tuple[pathlib.Path, int]]
 
@@ -104,9 +107,9 @@ def list_images(
 
 
 def digest(path: str) -> str:
-  """Return a digest of a file's bytes, or of a folder's images.
+  """Return a digest of a file's bytes, or of a folder's images and tables.
 
-  Images count with their names within the folder and their sizes, so that the
+  They count with their names within the folder and their sizes, so that the
   folder may move.
 
   Returns:
@@ -118,15 +121,15 @@ def digest(path: str) -> str:
   if not os.path.isdir(path):
     return ""
   folder, sha = pathlib.Path(path), hashlib.sha256()
-  for file in sorted(_walk(folder)[0]):
+  for file in sorted(_walk(folder, _TABLES)[0]):
     name, size = file.relative_to(folder).as_posix(), os.path.getsize(file)
     sha.update(os.fsencode(f"{name}\0{size}\0"))
   return sha.hexdigest()[:16]
 
 
-def _walk(folder):
+def _walk(folder, more_suffixes=()):
   """Return the images below a folder, and the numbers of other files."""
-  suffixes = pillow.suffixes()
+  suffixes = (*pillow.suffixes(), *more_suffixes)
   files: list[pathlib.Path] = []
   others: collections.Counter[str] = collections.Counter()
   for where, subfolders, names in os.walk(folder):
@@ -177,6 +180,14 @@ def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(child for child in children if not _is_debris(child.name))
 
 
+def part_of(name: str) -> str:
+  """Return train, val or test for a usual name of that part, or ""."""
+  for part, names in _PART_NAMES.items():
+    if re.fullmatch(f"({names})([ _-]?(set|data|images))?", name, re.I):
+      return part
+  return ""
+
+
 def _find_parts(
   root: pathlib.Path, passed_over: collections.Counter[str]
 ) -> dict[str, pathlib.Path]:
@@ -184,11 +195,8 @@ def _find_parts(
   folders = _subfolders(root)
   found: dict[str, list[pathlib.Path]] = {}
   for folder in folders:
-    for part, names in _PART_NAMES.items():
-      if re.fullmatch(
-        f"({names})([ _-]?(set|data|images))?", folder.name, re.I
-      ):
-        found.setdefault(part, []).append(folder)
+    if part := part_of(folder.name):
+      found.setdefault(part, []).append(folder)
   others = [each for each in folders if [each] not in found.values()]
   for part, same in found.items():
     if len(same) > 1:

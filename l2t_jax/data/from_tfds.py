@@ -69,7 +69,7 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
     return records.ImageSet(
       read("train+validation" if has_val else "train"),
       official["validation"].num_examples if has_val else 0,
-      unless_secret(read("test")) if "test" in official else None,
+      records.unless_secret(read("test")) if "test" in official else None,
       tuple(features["label"].names),
     )
   except NotImplementedError as error:
@@ -78,11 +78,6 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
       " has no random access; prepare it as array_record in another directory"
       " and give that as path"
     ) from error
-
-
-def unless_secret(test: records.Records) -> records.Records | None:
-  """Return test images, or None if all of their labels are secret (-1)."""
-  return test if (test.labels >= 0).any() else None
 
 
 def _file_from_tfds(

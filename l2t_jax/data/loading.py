@@ -10,6 +10,7 @@ from l2t_jax.data import (
   datasets,
   from_arrays,
   from_folders,
+  from_huggingface,
   from_tfds,
   inspection,
   memory,
@@ -166,6 +167,12 @@ def open_images(fields: data_fields.DataFields) -> records.ImageSet:
     "npz": lambda: from_arrays.open_npz(fields.path),
     "folder": lambda: from_folders.open_folder(fields.path),
     "tfds": lambda: from_tfds.open_tfds(fields.name, fields.path),
+    "huggingface": lambda: from_huggingface.open_huggingface(
+      fields.name,
+      fields.path,
+      image_column=fields.image_column,
+      label_column=fields.label_column,
+    ),
   }
   if fields.source not in sources:
     raise errors.InputError(

@@ -112,6 +112,11 @@ def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
   )
 
 
+def unless_secret(test: Records) -> Records | None:
+  """Return test images, or None if all of their labels are secret (-1)."""
+  return test if (test.labels >= 0).any() else None
+
+
 def check_copies(
   where: str, part: str, *, num_copies: int, num_images: int
 ) -> None:

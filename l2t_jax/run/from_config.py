@@ -144,14 +144,15 @@ def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
   paths = {
     name: l2t_jax.config.get(config, name) for name in l2t_jax.config.PATHS
   }
-  if config.data.source not in ("folder", "npz"):
-    del paths["data.path"]  # Of a cache, which may hold other data sets, too.
   if config.init_from:
     paths["init_from"] = os.path.join(config.init_from, run_folder.TARGET)
   for name, fields in l2t_jax.config.source_configs(config).items():
     field = f"sources.{name}.weights" if name else "source.weights"
     paths[field] = fields.weights
-  return {name: data.digest(path) for name, path in paths.items() if path}
+  digests = {name: data.digest(path) for name, path in paths.items() if path}
+  if config.data.source == "tfds":  # A cache; the name says what is read.
+    digests["data.path"] = ""
+  return digests
 
 
 def data_fields(config: ml_collections.ConfigDict) -> data.DataFields:

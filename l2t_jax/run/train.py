@@ -220,7 +220,7 @@ def check_folders(
     ]
     if differences:
       advice = "use another --workdir"
-      if len(differences) == 1 and old["epochs"] < new["epochs"]:
+      if len(differences) == 1 and old.get("epochs", 0) < new["epochs"]:
         advice += (
           f", where --config.init_from={workdir} starts from what this run has"
           " learned"
@@ -233,7 +233,7 @@ def check_folders(
 
 def _only_goes_on(old, new):
   """Return whether a run of more epochs goes on as if it had them before."""
-  schedules = {fields["optimizer.schedule"] for fields in (old, new)}
+  schedules = {fields.get("optimizer.schedule") for fields in (old, new)}
   return schedules == {"constant"} and old["epochs"] <= new["epochs"]
 
 

@@ -24,6 +24,7 @@ def make_predictor(network, shape):
     params,
     model_state,
     image_format,
+    16,
     CLASSES,
     "classification",
     lambda image: image,

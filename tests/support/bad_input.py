@@ -660,7 +660,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "An unknown kind of data",
       "--config.data.source=zip",
-      "source 'zip' is unknown; possible: bundled, npz, folder, tfds",
+      "source 'zip' is unknown; possible: bundled, npz, folder, tfds, "
+      "huggingface",
     ),
     Case(
       "A folder that does not exist",

@@ -1,0 +1,185 @@
+"""Data sets of Hugging Face: from the hub, or files on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+import io
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from l2t_jax import errors, imports
+from l2t_jax.data import from_folders, records
+
+
+def open_huggingface(
+  name: str, path: str, *, image_column: str = "", label_column: str = ""
+) -> records.ImageSet:
+  """Open a data set with the `datasets` library.
+
+  Args:
+    name: of a data set on the hub, such as "uoft-cs/cifar100"; "" for files.
+    path: what `save_to_disk` wrote, a parquet file, or a folder that
+      `datasets.load_dataset` reads; "" for the hub.
+    image_column: the column of images; "" for the only one of that type.
+    label_column: the column of classes; "" for the only one of type ClassLabel.
+
+  Returns:
+    Its splits train, validation and test, under any usual names; without train,
+    the only split.
+
+  Raises:
+    errors.InputError: there is no such data set, it cannot be reached, or a
+      column is missing or not the only one.
+  """
+  if bool(name) == bool(path):
+    raise errors.InputError(
+      "data.source is huggingface; give data.name, such as 'uoft-cs/cifar100',"
+      " or data.path, one of the two"
+    )
+  where = f"Hugging Face {name or path!r}"
+  datasets = imports.require("datasets", needed_for=where)
+  try:
+    loaded = _load(datasets, name, pathlib.Path(path))
+  # The library raises anything, from the network to the file system.
+  except Exception as error:
+    raise errors.InputError(
+      f"{where} cannot be opened ({errors.first_line(error)})"
+    ) from error
+  if isinstance(loaded, datasets.Dataset):
+    loaded = {"train": loaded}
+  parts = _parts(where, loaded)
+  features = parts["train"].features
+  image = _column(where, features, datasets.Image, image_column, "image_column")
+  label = label_column or _column(
+    where, features, datasets.ClassLabel, "", "label_column"
+  )
+  if label not in features:
+    raise errors.InputError(
+      f"{where} has no column {label!r}, only {records.listed(features)}"
+    )
+  class_names = _class_names(where, parts, label)
+  encoded = datasets.Image(decode=False)
+
+  def read(part: str) -> records.Records:
+    images = parts[part].select_columns([image]).cast_column(image, encoded)
+    return records.Records(
+      _labels(where, parts[part], label, class_names),
+      functools.partial(_file, f"{where} {part}", images, image),
+    )
+
+  train, num_val, test = read("train"), 0, None
+  if "val" in parts:
+    val = read("val")
+    num_val = len(val.labels)
+    train = records.Records(
+      np.concatenate([train.labels, val.labels]),
+      functools.partial(
+        _file_of_two, train.open_file, val.open_file, len(train.labels)
+      ),
+    )
+  if "test" in parts:
+    test = records.unless_secret(read("test"))
+  return records.ImageSet(train, num_val, test, class_names)
+
+
+def _load(datasets, name, path):
+  if name:
+    return datasets.load_dataset(name)
+  if path.is_file():
+    return datasets.load_dataset("parquet", data_files=str(path))
+  if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    return datasets.load_from_disk(str(path))
+  return datasets.load_dataset(str(path))
+
+
+def _parts(where, loaded):
+  """Return train, val and test, as far as there are such splits."""
+  parts: dict[str, Any] = {}
+  for split, rows in loaded.items():
+    part = from_folders.part_of(split)
+    if part in parts:
+      raise errors.InputError(
+        f"{where} has several splits for {part}: {records.listed(loaded)}"
+      )
+    if part:
+      parts[part] = rows
+  if "train" not in parts:
+    if len(loaded) > 1:
+      raise errors.InputError(
+        f"{where} has no split train, only {records.listed(loaded)}"
+      )
+    parts = {"train": next(iter(loaded.values()))}
+  return parts
+
+
+def _column(where, features, kind, given, field):
+  """Return the column that is given, or the only one of a type."""
+  found = [name for name, one in features.items() if isinstance(one, kind)]
+  if given:
+    if given not in found:
+      raise errors.InputError(
+        f"{where}: column {given!r} is not of type {kind.__name__}, but"
+        f" {records.listed(found) or 'none'}"
+      )
+    return given
+  if len(found) != 1:
+    raise errors.InputError(
+      f"{where} has {len(found)} columns of type {kind.__name__}"
+      f" ({records.listed(found or features)}); name one as"
+      f" config.data.{field}"
+    )
+  return found[0]
+
+
+def _class_names(where, parts, label):
+  """Return the names of a ClassLabel, or the values that train has, sorted."""
+  names = getattr(parts["train"].features[label], "names", None)
+  if names is not None:
+    return tuple(names)
+  values = parts["train"].unique(label)
+  if not all(isinstance(value, (int, str)) for value in values):
+    raise errors.InputError(
+      f"{where}: column {label!r} holds neither whole numbers nor names"
+    )
+  return tuple(map(str, sorted(values)))
+
+
+def _labels(where, rows, label, class_names):
+  """Return labels int32 [N]; -1 for those that are kept secret."""
+  values = rows.with_format(None)[label][:]
+  if hasattr(rows.features[label], "names"):
+    return np.array([-1 if v is None else v for v in values], np.int32)
+  numbers = {name: number for number, name in enumerate(class_names)}
+  unknown = sorted({*map(str, values)} - numbers.keys())
+  if unknown:
+    raise errors.InputError(
+      f"{where}: column {label!r} has {records.some_of(unknown)}, which train"
+      " lacks"
+    )
+  return np.array([numbers[str(value)] for value in values], np.int32)
+
+
+def _file(
+  where: str, rows: Sequence[dict[str, Any]], column: str, index: int
+) -> records.ImageFile:
+  name = f"{index} of {where}"
+  try:
+    found = rows[index][column] or {}
+  except Exception as error:  # pyarrow raises anything for a damaged file.
+    raise errors.InputError(
+      f"image {name} cannot be read ({errors.first_line(error)}); download the"
+      " data set again"
+    ) from error
+  if found.get("bytes") is not None:
+    return records.ImageFile(name, io.BytesIO(found["bytes"]))
+  path = found.get("path")
+  if not path:
+    raise errors.InputError(f"image {name} is missing; leave its row out")
+  return records.ImageFile(path, pathlib.Path(path))
+
+
+def _file_of_two(first, second, num_first, index):
+  return first(index) if index < num_first else second(index - num_first)
