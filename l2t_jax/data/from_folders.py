@@ -122,7 +122,8 @@ def digest(path: str) -> str:
     return ""
   folder, sha = pathlib.Path(path), hashlib.sha256()
   for file in sorted(_walk(folder, _TABLES)[0]):
-    name, size = file.relative_to(folder).as_posix(), os.path.getsize(file)
+    name = file.relative_to(folder).as_posix()
+    size = os.path.getsize(file) if file.exists() else 0  # A broken link.
     sha.update(os.fsencode(f"{name}\0{size}\0"))
   return sha.hexdigest()[:16]
 
@@ -132,7 +133,7 @@ def _walk(folder, more_suffixes=()):
   suffixes = (*pillow.suffixes(), *more_suffixes)
   files: list[pathlib.Path] = []
   others: collections.Counter[str] = collections.Counter()
-  for where, subfolders, names in os.walk(folder):
+  for where, subfolders, names in os.walk(folder, onerror=_refuse):
     subfolders[:] = [name for name in subfolders if not _is_debris(name)]
     for name in names:
       if _is_debris(name):
@@ -142,6 +143,12 @@ def _walk(folder, more_suffixes=()):
       else:
         others[_suffix(name)] += 1
   return files, others
+
+
+def _refuse(error):
+  raise errors.InputError(
+    f"folder {error.filename!r} cannot be read ({error.strerror})"
+  ) from error
 
 
 def _suffix(name):

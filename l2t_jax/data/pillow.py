@@ -74,6 +74,10 @@ def decode(
   Raises:
     errors.InputError: the image is damaged, or its pixels have 32 bits.
   """
+  if isinstance(file, pathlib.Path) and file.exists() and not file.is_file():
+    raise errors.InputError(  # Of a pipe, reading would never end.
+      f"image {name} is no regular file; remove it"
+    )
   try:
     image, rawmodes = _load(file)
   # Pillow's decoders raise errors of many types for broken files.

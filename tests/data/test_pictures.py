@@ -1,6 +1,7 @@
 """Files of pictures as people have them: formats, depths, debris, damage."""
 
 import io
+import os
 import pathlib
 import unicodedata
 
@@ -296,6 +297,17 @@ def _damage(root: pathlib.Path) -> set[str]:
   floats = root / "train" / "dog" / "f.tif"
   Image.new("F", (8, 8)).save(floats)
   return {str(path) for path in (train, test, floats)}
+
+
+def test_pipes_and_broken_links_are_named(tmp_path):
+  root = data_sets.save_folder(tmp_path)
+  os.mkfifo(root / "train" / "cat" / "pipe.png")
+  (root / "test" / "dog" / "link.png").symlink_to(tmp_path / "gone.png")
+  with pytest.raises(errors.InputError, match="2 of 42 images") as caught:
+    data_sets.load("folder", path=str(root))
+  assert "pipe.png is no regular file" in str(caught.value)
+  assert "link.png cannot be read (FileNotFoundError)" in str(caught.value)
+  assert from_folders.digest(str(root))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
