@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.data import from_tfds, records, splits
+from l2t_jax.data import records, splits
 from tests.support import data_sets
 
 SHARED_DATA = pathlib.Path(__file__).parents[3] / "shared" / "data"
@@ -115,9 +115,9 @@ def test_classes_without_validation_images_are_named(tmp_path):
 def test_test_images_whose_labels_are_secret_do_not_test():
   """As those of ImageNet, which tfds labels -1."""
   secret = records.Records(np.full(6, -1, np.int32))
-  assert from_tfds.unless_secret(secret) is None
+  assert records.unless_secret(secret) is None
   half = secret._replace(labels=np.array([0, 1, 2, -1, -1, -1], np.int32))
-  assert from_tfds.unless_secret(half) is half
+  assert records.unless_secret(half) is half
   source = records.ImageSet(half, 0, half, ("ant", "bee", "cat"))
   kept = records.keep_classes(source, (0, 2))
   np.testing.assert_array_equal(kept.test.labels, [0, -1, 1, -1, -1, -1])

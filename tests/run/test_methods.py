@@ -264,6 +264,9 @@ def test_a_reused_map_is_frozen_and_costs_no_look_ahead(
   # A run goes on with the map that it began with.
   content["pairs"][0]["pair_weight"] = 2.0
   edited.write_text(json.dumps(content))
+  with pytest.raises(errors.InputError, match=r"transfer\.map .* other files"):
+    train_edited()
+  (tmp_path / "edited" / "contents.json").unlink()
   with pytest.raises(errors.InputError, match="the transfer map changed since"):
     train_edited()
 

@@ -45,8 +45,15 @@ def test_a_run_goes_on_with_the_program_that_it_began_with(
   original = weights.read_bytes()
   small_runs.kill_in_epoch(2, train, monkeypatch)
   bad_input.write_program(gain=2.0)(tmp_path)
+  with pytest.raises(
+    errors.InputError, match=r"source\.weights .* other files"
+  ):
+    train()
+  contents = tmp_path / "run" / "contents.json"
+  contents.unlink()
   with pytest.raises(errors.InputError, match="the source changed since"):
     train()
+  contents.unlink()
   weights.write_bytes(original)
   train()
 
