@@ -18,10 +18,12 @@ from l2t_jax.data import pillow, records
 
 # Names of the folders of a part, in lower case.
 _PART_NAMES = {
-  "train": "train|training",
+  "train": "train|training|trainval",
   "val": "val|valid|validation|dev",
   "test": "test|testing",
 }
+# What the names of parts contain, and names of classes seldom do.
+_LIKE_PART = "train|val|test|fold|split|holdout"
 # What systems leave beside images, besides hidden files such as `._1.jpg`.
 _DEBRIS = (
   "__macosx",
@@ -133,7 +135,14 @@ def _walk(folder, more_suffixes=()):
   suffixes = (*pillow.suffixes(), *more_suffixes)
   files: list[pathlib.Path] = []
   others: collections.Counter[str] = collections.Counter()
-  for where, subfolders, names in os.walk(folder, onerror=_refuse):
+  walk = os.walk(folder, onerror=_refuse, followlinks=True)
+  been_in = set()
+  for where, subfolders, names in walk:
+    real = os.path.realpath(where)
+    if real in been_in:  # A link may lead back.
+      subfolders.clear()
+      continue
+    been_in.add(real)
     subfolders[:] = [name for name in subfolders if not _is_debris(name)]
     for name in names:
       if _is_debris(name):
@@ -181,29 +190,57 @@ def _existing_folder(path: str) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Return the folders in a folder, without what systems leave behind."""
-  children = (child for child in folder.iterdir() if child.is_dir())
-  return sorted(child for child in children if not _is_debris(child.name))
+def _list_folder(
+  folder: pathlib.Path,
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """Return the folders and files in a folder, sorted, without debris."""
+  found: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
+  try:
+    with os.scandir(folder) as entries:
+      for entry in entries:
+        if not _is_debris(entry.name):
+          found[not entry.is_dir()].append(folder / entry.name)
+  except OSError as error:
+    _refuse(error)
+  return sorted(found[0]), sorted(found[1])
 
 
 def part_of(name: str) -> str:
   """Return train, val or test for a usual name of that part, or ""."""
   for part, names in _PART_NAMES.items():
-    if re.fullmatch(f"({names})([ _-]?(set|data|images))?", name, re.I):
+    if re.fullmatch(
+      rf"({names})([ _-]?(set|data|images|\d{{4}}))?", name, re.I
+    ):
       return part
   return ""
+
+
+def _parts_by_name(
+  folders: Sequence[pathlib.Path],
+) -> dict[str, list[pathlib.Path]]:
+  """Return part -> folders whose names say so: train, or pets_train."""
+  words = {folder: [folder.name] for folder in folders}
+  if not any(part_of(folder.name) for folder in folders):
+    words = {folder: re.split("[ _.-]+", folder.name) for folder in folders}
+    # A class may be called test_tube, but not all have the same other words.
+    others = {
+      tuple(w for w in each if not part_of(w)) for each in words.values()
+    }
+    if len(others) > 1 or len(folders) < 2:
+      return {}
+  found: dict[str, list[pathlib.Path]] = {}
+  for folder, each in words.items():
+    for part in filter(None, map(part_of, each)):
+      found.setdefault(part, []).append(folder)
+  return found
 
 
 def _find_parts(
   root: pathlib.Path, passed_over: collections.Counter[str]
 ) -> dict[str, pathlib.Path]:
   """Return the folders of train, and of val and test if there are any."""
-  folders = _subfolders(root)
-  found: dict[str, list[pathlib.Path]] = {}
-  for folder in folders:
-    if part := part_of(folder.name):
-      found.setdefault(part, []).append(folder)
+  folders, files = _list_folder(root)
+  found = _parts_by_name(folders)
   others = [each for each in folders if [each] not in found.values()]
   for part, same in found.items():
     if len(same) > 1:
@@ -219,17 +256,51 @@ def _find_parts(
     )
   # A class may be called train, beside bus and car.
   if "train" not in found or (
-    len(found) == 1 and others and not _subfolders(found["train"][0])
+    len(found) == 1 and others and not _list_folder(found["train"][0])[0]
   ):
-    for child in root.iterdir():
-      if child.is_file() and not _is_debris(child.name):
-        passed_over[f"{_suffix(child.name)} outside the classes"] += 1
+    _check_classes(root, folders)
     return {"train": root}
   for other in others:
-    files, _ = _walk(other)
-    if files:
-      passed_over[f"images in {other.name}"] += len(files)
+    images, _ = _walk(other)
+    if images:
+      passed_over[f"images in {other.name}"] += len(images)
+  _pass_over(files, passed_over)
   return {part: same[0] for part, same in found.items()}
+
+
+def _check_classes(root, folders):
+  """Refuse folders that are parts under other names, or hold parts."""
+  if len(folders) == 1:
+    raise errors.InputError(
+      f"folder {str(root)!r} has a single subfolder, but at least two classes"
+      f" are needed; if these are in {folders[0].name!r}, give"
+      f" {str(folders[0])!r} as the path"
+    )
+  names_in = lambda folder: {sub.name for sub in _list_folder(folder)[0]}
+  parts_in = lambda folder: {part_of(name) for name in names_in(folder)} - {""}
+  if folders and all({"train"} < parts_in(folder) for folder in folders):
+    raise errors.InputError(
+      f"folder {str(root)!r} has the parts in the classes"
+      f" ({folders[0].name}/train); they must be around them"
+      f" (train/{folders[0].name})"
+    )
+  if any(re.search(_LIKE_PART, folder.name, re.I) for folder in folders):
+    classes = names_in(folders[0])
+    if len(classes) > 1 and all(
+      names_in(folder) == classes for folder in folders
+    ):
+      raise errors.InputError(
+        f"the folders {records.some_of([f.name for f in folders])} in"
+        f" {str(root)!r} all have the folders"
+        f" {records.some_of(sorted(classes))}; if they are parts of a data set,"
+        " call them train, val and test"
+      )
+
+
+def _pass_over(files, passed_over):
+  """Count files that are beside the folders of parts or classes."""
+  for file in files:
+    passed_over[f"{_suffix(file.name)} outside the classes"] += 1
 
 
 def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -238,7 +309,7 @@ def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   Names are compared in Unicode's composed form: a Mac writes them decomposed.
   """
   classes: dict[str, pathlib.Path] = {}
-  for child in _subfolders(folder):
+  for child in _list_folder(folder)[0]:
     name = unicodedata.normalize("NFC", child.name)
     if name in classes:
       raise errors.InputError(
@@ -266,6 +337,7 @@ def _list_classes(
       f"folder {str(folder)!r} must have the same classes as train; only one"
       f" of the two has {records.listed(sorted(different))}"
     )
+  _pass_over(_list_folder(folder)[1], passed_over)
   files = []
   for label, name in enumerate(class_names):
     paths, others = list_images(classes[name])

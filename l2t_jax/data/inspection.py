@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
+import functools
 import itertools
 import os
 from typing import NamedTuple, TypeVar
@@ -32,6 +34,8 @@ class Inspected(NamedTuple):
   subsets: dict[str, datasets.Subset]
   skipped: tuple[str, ...]  # Names of the images that cannot be read.
   bit_depth: int  # Of the images with more than 8 bits; 0 if there are none.
+  maximum: int  # Of the training images with more than 8 bits, or 0.
+  num_clipped: int  # Images with values above what the bit depth holds.
   # How many images of val and test, read from files, have an equal in train.
   num_copies: dict[str, int]
 
@@ -124,16 +128,18 @@ def inspect(
       f"{_listed_errors(bad, num_images)}; config.data.max_bad_fraction is"
       f" {max_bad_fraction}"
     )
-  good = {
-    name: [one for one in each if isinstance(one, _Seen)]
-    for name, each in seen.items()
-  }
-  depth = 0
-  if any(one.maximum for each in good.values() for one in each):
+  maxima = {}
+  for name, each in seen.items():
+    maxima[name] = [one.maximum for one in each if isinstance(one, _Seen)]
+    if each and not maxima[name]:
+      raise errors.InputError(
+        f"none of the {len(each)} images of {name} can be used:"
+        f" {_listed_errors(bad, num_images)}"
+      )
+  maximum, depth = max(maxima["train"]), 0
+  if any(map(any, maxima.values())):
     # Without such images in train, all of their 16 bits count.
-    depth = pillow.bit_depth(
-      max(one.maximum for one in good["train"]) or 2**16 - 1
-    )
+    depth = pillow.bit_depth(maximum or 2**16 - 1)
   return Inspected(
     {
       name: _keep(subset, seen[name], resize, depth)
@@ -144,6 +150,8 @@ def inspect(
       for subset, position, _ in bad
     ),
     depth,
+    maximum,
+    sum(one >= 2**depth for each in maxima.values() for one in each if one),
     {name: _count_copies(name, subsets, seen) for name in ("val", "test")},
   )
 
@@ -171,21 +179,24 @@ def _read_subset(subset, resize, name):
 
 def _count_copies(name, subsets, seen):
   """Return how many images of a part have the pixels of a training image."""
-  read = lambda part, position: subsets[part].records.read_image(
-    int(subsets[part].indices[position])
+
+  def digest(part, position):
+    subset = subsets[part]
+    return pillow.digest(
+      subset.records.read_image(int(subset.indices[position]))
+    )
+
+  similar = collections.defaultdict(list)
+  for position, one in enumerate(seen["train"]):
+    if isinstance(one, _Seen) and one.thumbprint:
+      similar[one.thumbprint].append(position)
+  digests = functools.cache(
+    lambda thumbprint: {digest("train", p) for p in similar[thumbprint]}
   )
-  train = {
-    one.thumbprint: position
-    for position, one in enumerate(seen["train"])
-    if isinstance(one, _Seen)
-  }
   return sum(
     isinstance(one, _Seen)
-    and one.thumbprint in train
-    and one.thumbprint != 0
-    and pillow.are_equal(
-      read(name, position), read("train", train[one.thumbprint])
-    )
+    and one.thumbprint in similar
+    and digest(name, position) in digests(one.thumbprint)
     for position, one in enumerate(seen[name])
   )
 

@@ -97,8 +97,12 @@ def load(
       f"batch_size is {batch_size}, but there are only {len(train.indices)}"
       " training images"
     )
-  if inspected.skipped and train.records.targets is None:
-    splits.check_classes(images.class_names, train.labels)
+  lost = splits.without_images(images.class_names, train.labels)
+  if inspected.skipped and train.records.targets is None and lost:
+    raise errors.InputError(
+      f"none of the training images of {records.some_of(lost)} can be used;"
+      " mend some, or list the other classes in data.classes"
+    )
   contents = datasets.Contents(
     inspected.subsets,
     images.class_names,
@@ -143,11 +147,16 @@ def _notes(images, inspected):
   if images.passed_over:
     yield f"passed over: {records.counted(images.passed_over)}"
   if inspected.bit_depth:
+    why = "no training image has more than 8 bits"
+    if inspected.maximum:
+      why = f"the largest training value is {inspected.maximum}"
     white = 2**inspected.bit_depth - 1
-    yield (
-      f"images with more than 8 bits: 0 is black, and {white} is white"
-      f" ({inspected.bit_depth} bits hold the largest training value)"
-    )
+    yield f"images with more than 8 bits: {white} is white, since {why}"
+    if inspected.num_clipped:
+      yield (
+        f"{inspected.num_clipped} images of other parts have larger values,"
+        " which are white, too"
+      )
   for part, count in inspected.num_copies.items():
     if count:
       yield f"{count} {part} images have the same pixels as training images"

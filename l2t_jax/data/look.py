@@ -141,16 +141,11 @@ def _equal_groups(places: Iterable[_Place]) -> list[list[_Place]]:
   places = list(places)
   if not _is_spread(places):
     return []
-  groups: list[tuple[Any, list[_Place]]] = []
+  groups: dict[bytes, list[_Place]] = collections.defaultdict(list)
   for place in places:
     image = place.records.read_image(place.position)
-    for other, group in groups:
-      if pillow.are_equal(image, other):
-        group.append(place)
-        break
-    else:
-      groups.append((image, [place]))
-  return [group for _, group in groups if _is_spread(group)]
+    groups[pillow.digest(image)].append(place)
+  return [group for group in groups.values() if _is_spread(group)]
 
 
 def _is_spread(places):

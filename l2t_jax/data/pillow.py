@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import math
 import pathlib
 import sys
+import warnings
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
@@ -34,7 +36,11 @@ _OTHER_BYTE = {
   "16N": "16B" if sys.byteorder == "little" else "16L",
 }
 _NUM_SAMPLES = 16  # Of a row and a column, for a thumbprint.
-_BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284  # TIFF tags.
+# TIFF tags.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 262, 284
+# Formats of several pages or frames; the others of an MPO are previews.
+_WITH_FRAMES = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}
+_JPEG2000_START = b"\xff\x4f\xff\x51"  # SOC and SIZ.
 
 
 @functools.cache
@@ -72,36 +78,32 @@ def decode(
     says; or uint16 [H, W, C] if the file has more bits.
 
   Raises:
-    errors.InputError: the image is damaged, or its pixels have 32 bits.
+    errors.InputError: the image is damaged, or of a kind that Pillow misreads.
   """
   if isinstance(file, pathlib.Path) and file.exists() and not file.is_file():
     raise errors.InputError(  # Of a pipe, reading would never end.
       f"image {name} is no regular file; remove it"
     )
   try:
-    image, rawmodes = _load(file)
+    # Of a file that it opens itself, Pillow maps the memory, and mixes up the
+    # rows of a TIFF that lies on its side.
+    with (
+      contextlib.nullcontext(file)
+      if isinstance(file, io.BytesIO)
+      else file.open("rb")
+    ) as stream:
+      image, tiles = _load(stream)
+      reason = _why_misread(stream, image, tiles)
+      deep = None if reason else _read_deep(stream, image, tiles)
   # Pillow's decoders raise errors of many types for broken files.
   except Exception as error:
     raise errors.InputError(
       f"image {name} cannot be read ({type(error).__name__}); replace or"
       " remove it"
     ) from error
-  if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-    kind = "integers" if image.mode == "I" else "floats"
-    raise errors.InputError(
-      f"image {name} has pixels of 32 bits ({kind}), whose values for black and"
-      " white are unknown; save it with 8 or 16 bits"
-    )
-  if _is_misread(image):
-    raise errors.InputError(
-      f"image {name} has more than 8 bits per channel, in separate planes,"
-      " which Pillow misreads; save it with interleaved channels, or as PNG"
-    )
-  if image.mode.startswith("I"):
-    return np.asarray(image).astype(np.uint16)[..., None]
-  if image.mode in ("RGB", "RGBA", "LA") and "16" in "".join(rawmodes):
-    return _all_16_bits(file, image)
-  return image
+  if reason:
+    raise errors.InputError(f"image {name} has {reason}")
+  return image if deep is None else deep
 
 
 def bit_depth(maximum: int) -> int:
@@ -150,14 +152,16 @@ def thumbprint(image: Image.Image | np.ndarray) -> tuple[object, ...]:
   return (image.size, convert(samples, 3, 8).tobytes())
 
 
-def are_equal(
-  one: Image.Image | np.ndarray, other: Image.Image | np.ndarray
-) -> bool:
-  """Return whether two images from `decode` have the same pixels, as RGB."""
-  if isinstance(one, np.ndarray) and one.dtype != np.uint8:
-    return np.array_equal(one, np.asarray(other))
-  first, second = (np.asarray(convert(image, 3, 8)) for image in (one, other))
-  return np.array_equal(first, second)
+def digest(image: Image.Image | np.ndarray) -> bytes:
+  """Return a digest of the pixels: equal for equal images, as RGB.
+
+  Args:
+    image: from `decode`, or uint8 [H, W, C].
+  """
+  if not isinstance(image, np.ndarray) or image.dtype == np.uint8:
+    image = np.asarray(convert(image, 3, 8))
+  header = f"{image.dtype} {image.shape} ".encode()
+  return hashlib.blake2b(header + image.tobytes(), digest_size=16).digest()
 
 
 def is_transparent(image: Image.Image | np.ndarray) -> bool:
@@ -178,40 +182,100 @@ def _register_formats():
     heif.register_heif_opener()
 
 
-def _load(file, swap=False):
-  """Return (image, how the bytes of its pixels are read)."""
+def _load(stream, swap=False):
+  """Return the image, and the tiles that say how its bytes are read."""
   _register_formats()
-  with Image.open(file) as image:
-    rawmodes = []
-    for index, (codec, box, offset, args) in enumerate(image.tile):
+  stream.seek(0)
+  image = Image.open(stream)
+  tiles = list(image.tile)
+  if swap:
+    for index, (codec, box, offset, args) in enumerate(tiles):
       first, *rest = args if isinstance(args, tuple) else (args,)
-      rawmodes.append(str(first))
-      if swap:
-        mode, _, order = str(first).partition(";")
-        swapped = f"{mode};{_OTHER_BYTE[order]}"
-        args = (swapped, *rest) if isinstance(args, tuple) else swapped
-        image.tile[index] = ImageFile._Tile(codec, box, offset, args)
-    image.load()
+      mode, _, order = first.partition(";")
+      swapped = f"{mode};{_OTHER_BYTE[order]}"
+      args = (swapped, *rest) if isinstance(args, tuple) else swapped
+      image.tile[index] = ImageFile._Tile(codec, box, offset, args)
+  is_animated = image.format in _WITH_FRAMES and getattr(
+    image, "is_animated", False
+  )
+  if is_animated and not swap:
+    warnings.warn(
+      "some images have several pages or frames, of which the first is read",
+      stacklevel=2,
+    )
+    image.seek(0)
+  image.load()
   # A damaged EXIF block is no damage to the image; viewers ignore it, too.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(image, in_place=True)
-  return image, rawmodes
+  return image, tiles
 
 
-def _is_misread(image):
-  """Return whether Pillow mistakes the planes of a TIFF for 8-bit ones."""
+def _rawmodes(tiles):
+  """Return how the bytes of an image's pixels are read: RGB, I;16B, ..."""
+  args = [tile.args for tile in tiles]
+  return [str(one[0] if isinstance(one, tuple) else one) for one in args]
+
+
+def _why_misread(stream, image, tiles):
+  """Return what is wrong with an image that Pillow reads, and what to do."""
+  if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+    kind = "32-bit integers" if image.mode == "I" else "floats"
+    if any("S" in mode for mode in _rawmodes(tiles)):
+      kind = "signed integers"
+    return (
+      f"pixels that are {kind}, whose values for black and white are unknown;"
+      " save it with 8 or 16 unsigned bits"
+    )
   tags = getattr(image, "tag_v2", {})
   is_deep = max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8
-  return is_deep and tags.get(_PLANAR_CONFIGURATION) == 2
+  if is_deep and tags.get(_PLANAR_CONFIGURATION) == 2:
+    how = "in separate planes"
+  elif (
+    image.format == "JPEG2000"
+    and image.mode != "I;16"
+    and _jpeg2000_depth(stream) > 8
+  ):
+    how = "as JPEG 2000"
+  else:
+    return ""
+  return (
+    f"more than 8 bits per channel, {how}, which Pillow misreads; save it as"
+    " PNG, or as TIFF with interleaved channels"
+  )
 
 
-def _all_16_bits(file, image):
-  """Return uint16 [H, W, C], of which Pillow keeps the higher bytes."""
+def _jpeg2000_depth(stream):
+  """Return the bits per channel that the header of a codestream says."""
+  stream.seek(0)
+  content = stream.read()
+  start = content.index(_JPEG2000_START)
+  return (content[start + 42] & 0x7F) + 1
+
+
+def _read_deep(stream, image, tiles):
+  """Return the uint16 [H, W, C] of more than 8 bits; None for other images."""
+  rawmodes = _rawmodes(tiles)
+  if image.mode.startswith("I"):
+    pixels = np.asarray(image).astype(np.uint16)[..., None]
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PHOTOMETRIC) == 0:  # White is 0, which Pillow leaves so.
+      pixels = np.uint16(2 ** tags[_BITS_PER_SAMPLE][0] - 1) - pixels
+    return pixels
+  if image.format == "PPM" and tiles[0].codec_name == "ppm":
+    maximum = tiles[0].args[1]
+    if image.mode == "RGB" and maximum > 255:
+      stream.seek(tiles[0].offset)
+      pixels = np.frombuffer(stream.read(), ">u2", math.prod(image.size) * 3)
+      pixels = pixels.reshape(image.height, image.width, 3).astype(np.uint32)
+      return (pixels * (2**16 - 1) // maximum).astype(np.uint16)
+    return None
+  if image.mode not in ("RGB", "RGBA", "LA") or "16" not in "".join(rawmodes):
+    return None
+  # Pillow keeps the higher byte of each channel.
   pixels = np.asarray(image).astype(np.uint16) << 8
-  if image.mode != "LA":  # Pillow does not read the other bytes of these.
-    if isinstance(file, io.BytesIO):
-      file.seek(0)
-    pixels |= np.asarray(_load(file, swap=True)[0])
+  if not rawmodes[0].startswith("LA"):  # It has no mode for the lower bytes.
+    pixels |= np.asarray(_load(stream, swap=True)[0])
   return pixels
 
 

@@ -87,6 +87,23 @@ def test_equal_pixels_whatever_their_names_and_formats(tmp_path):
   assert found["unreadable"] == []
 
 
+def test_many_images_that_look_blank(tmp_path):
+  root = _clean(tmp_path)
+  for part in ("Train", "test"):
+    for index in range(40):
+      pixels = np.full((50, 50), 255, np.uint8)
+      pixels[1, index] = 0
+      if part == "test" and index:
+        pixels[2, 0] = 0
+      Image.fromarray(pixels).save(root / part / "cat" / f"blank {index}.png")
+  (group,) = _look(root)["equal"]
+  assert [os.path.basename(one["file"]) for one in group] == ["blank 0.png"] * 2
+  images = data_sets.load(
+    "folder", path=str(root), channels=1, mean=(0,), std=(1,)
+  )
+  assert any(note.startswith("1 test images have the") for note in images.notes)
+
+
 def test_depths_modes_and_other_files(tmp_path):
   root = _clean(tmp_path)
   deep = np.full((8, 8), 1000, np.uint16)

@@ -1,8 +1,10 @@
 """Files of pictures as people have them: formats, depths, debris, damage."""
 
 import io
+import itertools
 import os
 import pathlib
+import re
 import unicodedata
 
 import cv2
@@ -171,7 +173,12 @@ def test_the_brightest_training_value_says_what_white_is(
     val_fraction=0.2,
   )
   assert dataset.bit_depth == depth
-  assert any(f"{2**depth - 1} is white" in note for note in dataset.notes)
+  said, *clipped = (note for note in dataset.notes if "white" in note)
+  assert f"{2**depth - 1} is white" in said
+  assert re.search(r"since the largest training value is \d+$", said)
+  assert (["1 images of other parts"] if depth < 16 else []) == [
+    note[:23] for note in clipped
+  ]
   test = data_sets.concatenated(dataset.eval_batches("test"))
   expected = [
     np.minimum(image >> (depth - 8), 255)
@@ -239,10 +246,20 @@ def test_what_is_no_image_is_counted(tmp_path):
   (root / "train" / "cat" / "a.txt").write_text("")
   (root / "test" / "dog" / "b.TXT").write_text("")
   (root / "test" / "dog" / "README").write_text("")
+  for where in (root, root / "train"):
+    Image.new("L", (4, 4)).save(where / "loose.png")
   images = from_folders.open_folder(str(root))
-  assert images.passed_over == {".txt": 2, "no suffix": 1, "images in extra": 1}
+  assert images.passed_over == {
+    ".txt": 2,
+    "no suffix": 1,
+    "images in extra": 1,
+    ".png outside the classes": 2,
+  }
   note, *_ = data_sets.load("folder", path=str(root)).notes
-  assert note == "passed over: 2 .txt, 1 images in extra, 1 no suffix"
+  assert note == (
+    "passed over: 2 .png outside the classes, 2 .txt, 1 images in extra, 1 no"
+    " suffix"
+  )
 
 
 @pytest.mark.parametrize(
@@ -253,6 +270,8 @@ def test_what_is_no_image_is_counted(tmp_path):
     ("TRAIN", "dev", "TEST"),
     ("training_set", "val", "test_set"),
     ("Train data", "validation-images", "testset"),
+    ("train2017", "val2017", "test2017"),
+    ("pets_train", "pets_valid", "pets_test"),
   ],
 )
 def test_parts_under_their_usual_names(tmp_path, parts):
@@ -268,6 +287,80 @@ def test_a_class_may_be_called_train(tmp_path):
   (tmp_path / "cat").rename(tmp_path / "train")
   images = from_folders.open_folder(str(tmp_path))
   assert images.class_names == ("dog", "train")
+
+
+def _move_parts_into_classes(root):
+  for name in ("cat", "dog"):
+    (root / name).mkdir()
+    for part in ("train", "test"):
+      (root / part / name).rename(root / name / part)
+  for part in ("train", "test"):
+    (root / part).rmdir()
+
+
+def _rename_parts(*names):
+  def rename(root):
+    for part, name in zip(("train", "test"), names, strict=True):
+      (root / part).rename(root / name)
+
+  return rename
+
+
+def _wrap(root):
+  (root / "pets").mkdir()
+  for part in ("train", "test"):
+    (root / part).rename(root / "pets" / part)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (_move_parts_into_classes, "has the parts in the classes (cat/train)"),
+    (_rename_parts("fold1", "fold2"), "if they are parts of a data set"),
+    (_rename_parts("rest", "test"), "if they are parts of a data set"),
+    (_wrap, "pets' as the path"),
+  ],
+)
+def test_other_layouts_are_not_taken_for_classes(tmp_path, change, message):
+  root = data_sets.save_folder(tmp_path)
+  change(root)
+  with pytest.raises(errors.InputError, match=re.escape(message)):
+    from_folders.open_folder(str(root))
+
+
+def test_classes_may_have_names_like_parts_and_equal_subfolders(tmp_path):
+  for name, part in itertools.product(("test_tube", "flask"), ("left", "top")):
+    (tmp_path / name / part).mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / name / part / "0.png")
+  (tmp_path / "flask" / "top").rename(tmp_path / "flask" / "right")
+  images = from_folders.open_folder(str(tmp_path))
+  assert images.class_names == ("flask", "test_tube")
+  assert len(images.train.labels) == 4
+
+
+def test_links_are_followed_once(tmp_path):
+  root = data_sets.save_folder(tmp_path / "pictures")
+  elsewhere = data_sets.save_folder(tmp_path / "elsewhere", ("more",))
+  cats = root / "train" / "cat"
+  (cats / "more").symlink_to(elsewhere / "more" / "cat")
+  (cats / "loop").symlink_to(cats)
+  images = from_folders.open_folder(str(root))
+  np.testing.assert_array_equal(np.bincount(images.train.labels), [20, 10])
+
+
+@pytest.mark.parametrize("folder", [".", "train", "train/cat"])
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, folder):
+  root = data_sets.save_folder(tmp_path)
+  scandir = os.scandir
+
+  def refuse(path):
+    if pathlib.Path(path) == root / folder:
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with pytest.raises(errors.InputError, match=r"cannot be read \(Permission"):
+    from_folders.open_folder(str(root))
 
 
 def test_accents_of_a_mac_name_the_same_class(tmp_path):
@@ -329,3 +422,27 @@ def test_all_bad_images_are_named_before_training(tmp_path, in_memory):
   test = data_sets.concatenated(dataset.eval_batches("test"))
   assert test.mask.sum() == 19
   np.testing.assert_array_equal(test.labels[test.mask == 1], [0] * 10 + [1] * 9)
+
+
+def test_a_part_without_usable_images_is_refused(tmp_path):
+  root = data_sets.save_folder(tmp_path)
+  for file in root.glob("test/*/*"):
+    file.write_bytes(b"")
+  with pytest.raises(errors.InputError, match="none of the 20 images of test"):
+    data_sets.load(
+      "folder", path=str(root), bad_images="skip", max_bad_fraction=0.9
+    )
+
+
+def test_a_class_without_usable_images_is_refused(tmp_path):
+  root = data_sets.save_folder(tmp_path)
+  for file in root.glob("train/dog/*"):
+    file.write_bytes(b"")
+  with pytest.raises(errors.InputError, match="training images of dog can be"):
+    data_sets.load(
+      "folder",
+      path=str(root),
+      bad_images="skip",
+      max_bad_fraction=0.9,
+      batch_size=2,
+    )
