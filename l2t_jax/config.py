@@ -57,6 +57,10 @@ ALL_POSITIVE = Rule(
   lambda x: all(_is_finite(value) and value > 0 for value in x),
   "hold finite numbers above 0 only",
 )
+ALL_AT_LEAST_0 = Rule(
+  lambda x: all(isinstance(value, int) and value >= 0 for value in x),
+  "hold whole numbers from 0 only",
+)
 
 # What is trained, and how long.
 EXPERIMENT = {
@@ -113,9 +117,11 @@ DATA = {
   "data.classes": Field(()),
   # Height and width in pixels that images are resized to.
   "data.image_size": Field(32, AT_LEAST_1),
-  # 1 (grey) or 3 (RGB).
-  "data.channels": Field(3, Rule((1, 3).__contains__, "be 1 or 3")),
-  # Normalisation of the pixels, on a scale of 0 to 1. These are ImageNet's.
+  # 1 (grey) or 3 (RGB); or the channels of the images in an npz file.
+  "data.channels": Field(3, AT_LEAST_1),
+  # Normalisation of the pixels, on a scale of 0 to 1, for arrays of floats on
+  # their own. These are ImageNet's. () is that of the training images, if they
+  # are arrays or stay in memory.
   "data.mean": Field((0.485, 0.456, 0.406), FINITE),
   "data.std": Field((0.229, 0.224, 0.225), ALL_POSITIVE),
   # none, crop (pad and crop) or crop_flip; for streamed images none or
@@ -169,6 +175,9 @@ SOURCE = {
   # the data if the weights file does not say.
   "mean": Field((), FINITE),
   "std": Field((), ALL_POSITIVE),
+  # Which channels of the images it sees, in its order, counted from 0; () for
+  # all of them, where grey becomes RGB and RGB becomes grey.
+  "bands": Field((), ALL_AT_LEAST_0),
   # Names of its classes in the order of its logits, for kd, which compares
   # classes by name; () for what the weights file says.
   "class_names": Field(()),

@@ -7,9 +7,9 @@
 RUN is the folder of a run, or its target.safetensors. The first two formats
 are a PyTorch state dict with names and layouts as in torchvision's ResNet and
 the authors' networks, written by torch.save (needs torch) or as safetensors.
-The third is a program for CPU, GPU and TPU that maps images, uint8 [B, H, W, C]
-with any B, to the network's outputs. It includes the weights and the
-normalisation:
+The third is a program for CPU, GPU and TPU that maps images [B, H, W, C] with
+any B, uint8 or the type of the training arrays, to the network's outputs. It
+includes the weights and the normalisation:
 
     program = jax.export.deserialize(open("OUT.stablehlo", "rb").read())
     outputs = program.call(images)
@@ -23,7 +23,6 @@ import pathlib
 
 from flax import traverse_util
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -61,7 +60,7 @@ def to_stablehlo(predictor: predictors.Predictor) -> bytes:
   (batch,) = jax.export.symbolic_shape("batch")
   shape = (batch, *predictor.image_format.shape)
   exported = jax.export.export(jax.jit(predictor.apply), platforms=_PLATFORMS)(
-    jax.ShapeDtypeStruct(shape, jnp.uint8)
+    jax.ShapeDtypeStruct(shape, predictor.dtype)
   )
   return bytes(exported.serialize())
 

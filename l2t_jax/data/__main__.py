@@ -71,8 +71,10 @@ def _show(found: dict[str, Any]) -> None:
   counts.add_row("all", *(str(p["images"]) for p in found["parts"].values()))
   out.print(counts)
   for name, part in found["parts"].items():
-    out.print(f"{name}: {_common(part['sizes'])} pixels;", end=" ")
-    out.print(f"{_common(part['modes'])}; {_common(part['formats'])}")
+    common = [f"{_common(part['sizes'])} pixels", _common(part["modes"])]
+    if part["formats"]:
+      common.append(_common(part["formats"]))
+    out.print(f"{name}: {'; '.join(common)}")
   if found["bit_depth"]:
     white = 2 ** found["bit_depth"] - 1
     out.print(f"images with more than 8 bits: {white} is white")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def draw_crops(
@@ -31,19 +32,19 @@ def draw_crops(
 def pad_crop_flip(
   images: jax.Array, offsets: jax.Array, flips: jax.Array, *, padding: int
 ) -> jax.Array:
-  """Pad with black, crop to the original size at an offset, and mirror.
+  """Pad with 0 (black), crop to the original size at an offset, and mirror.
 
   This comes before normalisation, as in torchvision's RandomCrop(padding=...),
   so that the border is black and not the mean colour.
 
   Args:
-    images: uint8 [B, H, W, C].
+    images: [B, H, W, C].
     offsets: (top, left) of the crop in the padded image, int32 [B, 2].
     flips: whether to mirror left and right, bool [B].
     padding: width of the border, in pixels.
 
   Returns:
-    uint8 [B, H, W, C].
+    [B, H, W, C] of the same type.
   """
   chex.assert_rank([images, offsets, flips], [4, 2, 1])
   batch_size, height, width, _ = images.shape
@@ -57,18 +58,35 @@ def pad_crop_flip(
   return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def normalise(
-  images: jax.Array, mean: Sequence[float], std: Sequence[float]
-) -> jax.Array:
-  """Return (images / 255 - mean) / std as float32.
+def white(dtype: np.dtype, bit_depth: int) -> int:
+  """Return the value of a pixel that is 1 for normalisation.
 
   Args:
-    images: uint8 [B, H, W, C].
-    mean: one value, or one per channel, on a scale from 0 to 1.
+    dtype: of the pixels. The values of floats are left as they are.
+    bit_depth: of pixels that are uint16.
+  """
+  if dtype == np.uint16:
+    return 2**bit_depth - 1
+  return 255 if dtype == np.uint8 else 1
+
+
+def normalise(
+  images: jax.Array,
+  mean: Sequence[float],
+  std: Sequence[float],
+  *,
+  white: int,
+) -> jax.Array:
+  """Return (images / white - mean) / std as float32.
+
+  Args:
+    images: uint8, uint16 or float32 [B, H, W, C].
+    mean: one value, or one per channel, on a scale where `white` is 1.
     std: one value, or one per channel, on the same scale.
+    white: see `white`.
 
   Returns:
     float32 [B, H, W, C].
   """
-  scaled = images.astype(jnp.float32) / 255
+  scaled = images.astype(jnp.float32) / white
   return (scaled - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)

@@ -41,10 +41,12 @@ class DataFields:
   classes: Sequence[int] = ()
   # Height and width that images are resized to, in pixels.
   image_size: int
-  # 1 (grey) or 3 (RGB); images are converted.
+  # 1 (grey) or 3 (RGB), and images are converted; or the channels that arrays
+  # have.
   channels: int
-  # Mean and standard deviation of the pixels, on a scale from 0 to 1: one
-  # value, or one per channel.
+  # Mean and standard deviation of the pixels: one value, or one per channel, or
+  # () for those of the training images, which have to be arrays or in memory.
+  # The scale is from 0 to 1, for floats their own.
   mean: Sequence[float]
   std: Sequence[float]
   # One of IN_MEMORY_AUGMENTS or STREAMED_AUGMENTS.
@@ -88,7 +90,7 @@ class DataFields:
 
   def __post_init__(self) -> None:
     for name, values in (("mean", self.mean), ("std", self.std)):
-      if len(values) not in (1, self.channels):
+      if len(values) not in (0, 1, self.channels):
         raise errors.InputError(
           f"{name} is {tuple(values)}, but must have 1 or"
           f" channels={self.channels} values"

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from l2t_jax import errors, fingerprints, types
-from l2t_jax.data import data_fields, pillow, records, splits
+from l2t_jax.data import augmentation, data_fields, pillow, records, splits
 
 # The smallest and the largest evaluation batch: large ones are faster, the
 # results are the same. How many pixels one may hold decides in between.
@@ -33,10 +33,21 @@ class Subset(NamedTuple):
 
   records: records.Records
   indices: np.ndarray  # [N] int64, into records.
-  channels: int  # 1 (grey) or 3 (RGB); images are converted.
+  channels: int  # Grey images become RGB (3), RGB images grey (1).
   bit_depth: int = 16  # Of images with more than 8 bits.
-  # The images as in batches, uint8 [N, H, W, C], if they stay in memory.
+  # The images as in batches, [N, H, W, C], if they stay in memory.
   pixels: np.ndarray | None = None
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Type of the pixels in batches: uint8, or as in the data set's arrays."""
+    pixels = self.records.pixels
+    return np.dtype(np.uint8) if pixels is None else pixels.dtype
+
+  @property
+  def white(self) -> int:
+    """The value of a pixel that is 1 for normalisation."""
+    return augmentation.white(self.dtype, self.bit_depth)
 
   @property
   def labels(self) -> np.ndarray:
@@ -56,7 +67,7 @@ class Subset(NamedTuple):
     """Read the image at a position from 0 to N - 1, transformed.
 
     Returns:
-      uint8 [H, W, C].
+      `dtype` [H, W, C].
     """
     image = self.records.read_image(int(self.indices[position]))
     return self.to_pixels(image, transform)
@@ -66,7 +77,10 @@ class Subset(NamedTuple):
     image: Image.Image | np.ndarray,
     transform: Callable[[Image.Image], Image.Image],
   ) -> np.ndarray:
-    """Convert and transform an image that was read, uint8 [H, W, C]."""
+    """Convert and transform an image that was read, `dtype` [H, W, C]."""
+    pixels = self.records.pixels
+    if pixels is not None and not pillow.is_grey_or_rgb(pixels):
+      return pillow.transform_channels(np.asarray(image), transform)
     converted = pillow.convert(image, self.channels, self.bit_depth)
     return pillow.to_array(transform(converted))
 
@@ -122,6 +136,8 @@ class Contents(NamedTuple):
   skipped: tuple[str, ...]  # Names of the images that cannot be read.
   plan: BatchPlan
   unlabeled_plan: BatchPlan
+  mean: tuple[float, ...]  # Of the pixels: one value, or one per channel.
+  std: tuple[float, ...]
   seed: int  # Decides the order of training images and their augmentation.
 
 
@@ -142,7 +158,11 @@ class Dataset(abc.ABC):
 
   Attributes:
     class_names: one per class.
+    dtype: of the pixels before they are normalised.
     bit_depth: of images with more than 8 bits.
+    mean: of the pixels, for normalisation; one value or one per channel.
+    std: the same for the standard deviation.
+    values: the smallest and largest value of arrays of floats; else (0, 1).
     num_classes: number of classes.
     num_labels: num_classes; for other targets, one more than the largest.
     label_shape: shape of the label of one image; () for a class.
@@ -187,7 +207,12 @@ class Dataset(abc.ABC):
     self.label_shape = train.targets.shape[1:]
     self.label_dtype = train.targets.dtype
     self.image_shape = fields.image_shape
-    self.bit_depth = train.bit_depth
+    self.dtype, self.bit_depth = train.dtype, train.bit_depth
+    self.mean, self.std = contents.mean, contents.std
+    self.values = (0.0, 1.0)
+    pixels = train.records.pixels
+    if pixels is not None and pixels.dtype == np.float32:
+      self.values = float(pixels.min()), float(pixels.max())
     self.num_train, self.num_val, self.num_test = sizes
     self.num_unlabeled = 0
     if "unlabeled" in self._subsets:

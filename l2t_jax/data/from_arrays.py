@@ -13,6 +13,8 @@ import numpy as np
 from l2t_jax import errors, imports
 from l2t_jax.data import records
 
+_IMAGE_DTYPES = (np.uint8, np.uint16, np.float32)
+
 
 def open_bundled(name: str) -> records.ImageSet:
   """Open a set of grey images: "mnist" (28x28) or "digits" (8x8).
@@ -67,11 +69,11 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
   """Make a data set of arrays.
 
   Args:
-    arrays: "x_train", uint8 images [N, H, W] or [N, H, W, 1 or 3], with
-      "y_train", their classes: int [N] or [N, 1], one-hot [N, K], or names [N];
-      or "t_train", [N, ...], any other target of each image. Optionally the
-      same arrays with "_val" and "_test" in place of "_train", and
-      "class_names".
+    arrays: "x_train", images [N, H, W] or [N, H, W, C] of uint8, uint16 or
+      float32, with "y_train", their classes: int [N] or [N, 1], one-hot [N, K],
+      or names [N]; or "t_train", [N, ...], any other target of each image.
+      Optionally the same arrays with "_val" and "_test" in place of "_train",
+      and "class_names".
     where: where the arrays come from, for error messages.
 
   Returns:
@@ -85,30 +87,25 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
   train, num_val = _checked_arrays(where, arrays, "train"), 0
   if is_given("val"):
     val = _checked_arrays(where, arrays, "val")
-    _check_shapes(where, "val", val, train)
+    _check_alike(where, "val", val, train)
     train = [np.concatenate(pair) for pair in zip(train, val, strict=True)]
     num_val = len(val[0])
   train_records, test_records = _array_records(*train), None
   num_seen = 1 + train_records.labels.max(initial=0)
   if is_given("test"):
     test = _checked_arrays(where, arrays, "test")
-    _check_shapes(where, "test", test[2:], train[2:])  # Images may differ.
+    _check_alike(where, "test", test, train, sizes_differ=True)
     test_records = _array_records(*test)
     num_seen = max(num_seen, 1 + test_records.labels.max(initial=0))
   _check_copies(where, arrays)
   class_names = tuple(map(str, arrays.get("class_names", np.arange(num_seen))))
-  if num_seen > len(class_names):
-    raise errors.InputError(
-      f"{where} has label {num_seen - 1}, but class_names has only"
-      f" {len(class_names)} entries"
-    )
   return records.ImageSet(train_records, num_val, test_records, class_names)
 
 
 def _array_records(
   images: np.ndarray, labels: np.ndarray, targets: np.ndarray | None = None
 ) -> records.Records:
-  """Wrap images uint8 [N, H, W, C], labels [N] and targets [N, ...]."""
+  """Wrap images [N, H, W, C], labels [N] and targets [N, ...]."""
   if targets is not None:
     is_float = targets.dtype.kind == "f"
     targets = targets.astype(np.float32 if is_float else np.int32)
@@ -141,12 +138,24 @@ def _checked_arrays(
   images, labels = arrays[x], arrays[y]
   if images.ndim == 3:
     images = images[..., None]
-  is_image = images.ndim == 4 and images.shape[-1] in (1, 3)
   check(
     x,
-    images.dtype == np.uint8 and is_image and images.size > 0,
-    "uint8 [N, H, W] or [N, H, W, 1 or 3], and not empty",
+    images.dtype in _IMAGE_DTYPES and images.ndim == 4 and images.size > 0,
+    "uint8, uint16 or float32 [N, H, W] or [N, H, W, C], and not empty",
   )
+  _, first, second, third = images.shape
+  check(
+    x,
+    not first < second <= third,
+    f"[N, H, W, C]; if its second axis is that of the channels, {x} ="
+    f" {x}.transpose(0, 2, 3, 1) moves it",
+  )
+  if images.dtype == np.float32 and not np.isfinite(images.sum()):
+    bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    raise errors.InputError(
+      f"{where}: {len(bad)} images of {x} have values that are NaN or infinite,"
+      f" the first is {bad[0]}; leave these images out, or replace the values"
+    )
   check(
     y,
     labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
@@ -157,12 +166,19 @@ def _checked_arrays(
       f"{where}: {y} has label {labels.min()}, but labels start at 0"
     )
   num_train = len(arrays["x_train"])
-  if "class_names" not in arrays and labels.max() >= num_train:
+  if "class_names" in arrays:
+    num_names = len(arrays["class_names"])
+    if labels.max() >= num_names:
+      raise errors.InputError(
+        f"{where}: {y} has label {labels.max()}, but class_names has only"
+        f" {num_names} entries"
+      )
+  elif labels.max() >= num_train:
     raise errors.InputError(
       f"{where}: {y} has label {labels.max()}, but there are only {num_train}"
-      " training images; labels are numbers from 0 without gaps: class_names,"
-      " y_train = np.unique(y_train, return_inverse=True) makes them from"
-      " identifiers"
+      " training images; labels are numbers from 0 without gaps: class_names ="
+      f" np.unique(y_train) and {y} = np.searchsorted(class_names, {y}) make"
+      " them from identifiers"
     )
   if t not in arrays:
     return [images, labels]
@@ -198,17 +214,27 @@ def _with_numbers(
   """Return the arrays with labels as numbers [N] where that is unambiguous."""
   arrays = dict(arrays)
   keys = [key for key in ("y_train", "y_val", "y_test") if key in arrays]
+  if "class_names" in arrays:
+    arrays["class_names"] = _names(where, arrays, "class_names")
+  widths = {}
   for key in keys:
     labels = arrays[key]
     if labels.ndim == 2 and labels.shape[1] == 1:
       labels = labels[:, 0]
     elif labels.ndim == 2 and _is_one_hot(labels):
+      widths[key] = labels.shape[1]
       labels = labels.argmax(axis=1)
-    if labels.dtype == object and all(isinstance(x, str) for x in labels.flat):
-      labels = labels.astype(str)
-    elif labels.dtype.kind == "S":
-      labels = np.char.decode(labels, "utf-8")
     arrays[key] = labels
+    is_text = labels.dtype == object and all(
+      isinstance(x, str) for x in labels.flat
+    )
+    if is_text or labels.dtype.kind in "SU":
+      arrays[key] = _names(where, arrays, key)
+  if len(set(widths.values())) > 1:
+    raise errors.InputError(
+      f"{where}: one-hot labels have different numbers of classes:"
+      f" {records.listed(f'{key} {width}' for key, width in widths.items())}"
+    )
   named = [key for key in keys if arrays[key].dtype.kind == "U"]
   if not named:
     return arrays
@@ -232,6 +258,34 @@ def _with_numbers(
   return arrays | {"class_names": np.array(names)}
 
 
+def _names(
+  where: str, arrays: Mapping[str, np.ndarray], key: str
+) -> np.ndarray:
+  """Return an array of names as strings [N]; those of classes must differ."""
+  names = arrays[key]
+  if names.ndim != 1:
+    raise errors.InputError(
+      f"{where}: {key} is {names.dtype} {list(names.shape)}, but must be a list"
+      " of names [N]"
+    )
+  if names.dtype.kind == "S":
+    try:
+      names = np.char.decode(names, "utf-8")
+    except UnicodeDecodeError as error:
+      raise errors.InputError(
+        f"{where}: {key} holds bytes that are not UTF-8; {key} ="
+        f" np.char.decode({key}, 'latin-1') decodes those of Western Europe"
+      ) from error
+  names = names.astype(str)
+  if key == "class_names" and len(set(names)) < len(names):
+    values, counts = np.unique(names, return_counts=True)
+    raise errors.InputError(
+      f"{where}: class_names has {str(values[counts.argmax()])!r}"
+      f" {counts.max()} times; each class needs a name of its own"
+    )
+  return names
+
+
 def _is_one_hot(labels: np.ndarray) -> bool:
   """Return whether each row has a single 1 and else zeros."""
   if labels.dtype.kind not in "biuf" or labels.shape[1] < 2:
@@ -239,18 +293,28 @@ def _is_one_hot(labels: np.ndarray) -> bool:
   return bool(np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all())
 
 
-def _check_shapes(
-  where: str, part: str, arrays: list[np.ndarray], train: list[np.ndarray]
+def _check_alike(
+  where: str,
+  part: str,
+  arrays: list[np.ndarray],
+  train: list[np.ndarray],
+  *,
+  sizes_differ: bool = False,
 ) -> None:
-  """Refuse arrays whose entries have other shapes than those of train."""
-  shapes, expected = (
-    [array.shape[1:] for array in each] for each in (arrays, train)
-  )
-  if shapes != expected:
+  """Refuse images of another type, or entries of another shape than train's."""
+  if len(arrays) != len(train):
     raise errors.InputError(
-      f"{where}: images or targets of {part} and train differ in shape:"
-      f" {shapes}, {expected}"
+      f"{where}: only one of train and {part} has targets, t_train or t_{part}"
     )
+  for kind, one, other in zip("xyt", arrays, train, strict=False):
+    may_differ = kind == "x" and sizes_differ
+    if (kind == "x" and one.dtype != other.dtype) or (
+      not may_differ and one.shape[1:] != other.shape[1:]
+    ):
+      raise errors.InputError(
+        f"{where}: {kind}_{part} is {one.dtype} {list(one.shape)}, but"
+        f" {kind}_train is {other.dtype} {list(other.shape)}; they must agree"
+      )
 
 
 def _check_copies(where: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -16,8 +17,9 @@ class ImageFormat(NamedTuple):
   """Size, colours and normalisation of square images."""
 
   size: int  # Height and width in pixels.
-  channels: int  # 1 (grey) or 3 (RGB).
-  # One value or one per channel, on a scale from 0 to 1.
+  channels: int
+  # One value or one per channel, on a scale from 0 to 1; for arrays of floats,
+  # on their own.
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
@@ -25,6 +27,15 @@ class ImageFormat(NamedTuple):
   def shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return (self.size, self.size, self.channels)
+
+  def select(self, bands: Sequence[int]) -> ImageFormat:
+    """Return the format of some channels; () selects all of them."""
+    if not bands:
+      return self
+    pick = lambda values: (
+      values if len(values) == 1 else tuple(values[band] for band in bands)
+    )
+    return ImageFormat(self.size, len(bands), pick(self.mean), pick(self.std))
 
 
 def convert(

@@ -34,7 +34,7 @@ class Inspected(NamedTuple):
   subsets: dict[str, datasets.Subset]
   skipped: tuple[str, ...]  # Names of the images that cannot be read.
   bit_depth: int  # Of the images with more than 8 bits; 0 if there are none.
-  maximum: int  # Of the training images with more than 8 bits, or 0.
+  maximum: int  # Of the training images with more than 8 bits; 0 without.
   num_clipped: int  # Images with values above what the bit depth holds.
   # How many images of val and test, read from files, have an equal in train.
   num_copies: dict[str, int]
@@ -45,7 +45,7 @@ class _Seen(NamedTuple):
 
   maximum: int = 0  # Of an image with more than 8 bits; else 0.
   thumbprint: int = 0  # Equal for equal images; 0 for images in memory.
-  pixels: np.ndarray | None = None  # uint8 [H, W, C] as in batches, if kept.
+  pixels: np.ndarray | None = None  # [H, W, C] as in batches, if kept.
 
 
 def read_all(
@@ -160,8 +160,11 @@ def _read_subset(subset, resize, name):
   """Return what was seen of each image, or the error that reading it raised."""
   if subset.pixels is not None or (
     resize is None and subset.records.open_file is None
-  ):
-    return [_Seen()] * len(subset.indices)  # They are in memory.
+  ):  # They are in memory.
+    if subset.dtype != np.uint16:
+      return [_Seen()] * len(subset.indices)
+    pixels = subset.records.pixels
+    return [_Seen(int(pixels[index].max())) for index in subset.indices]
 
   def look(image):
     thumbprint = hash(pillow.thumbprint(image))

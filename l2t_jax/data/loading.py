@@ -14,10 +14,13 @@ from l2t_jax.data import (
   from_tfds,
   inspection,
   memory,
+  pillow,
   records,
   splits,
   streaming,
 )
+
+_FEW_IMAGES = 256  # Looked at together.
 
 
 def load(
@@ -58,6 +61,7 @@ def load(
     images = open_images(fields)
   images = records.keep_classes(images, fields.classes)
   _check_augment(fields.augment, images)
+  _check_channels(fields, images)
   whole_split = splits.make_split(images, fields)
   split = whole_split
   if fields.per_class:
@@ -103,6 +107,10 @@ def load(
       f"none of the training images of {records.some_of(lost)} can be used;"
       " mend some, or list the other classes in data.classes"
     )
+  mean, std = tuple(fields.mean), tuple(fields.std)
+  if not (mean and std):
+    own_mean, own_std = _statistics(train)
+    mean, std = mean or own_mean, std or own_std
   contents = datasets.Contents(
     inspected.subsets,
     images.class_names,
@@ -110,6 +118,8 @@ def load(
     inspected.skipped,
     plan,
     unlabeled_plan,
+    mean,
+    std,
     seed,
   )
   if fields.is_streamed:
@@ -152,7 +162,7 @@ def _notes(images, inspected):
       why = f"the largest training value is {inspected.maximum}"
     white = 2**inspected.bit_depth - 1
     yield f"images with more than 8 bits: {white} is white, since {why}"
-    if inspected.num_clipped:
+    if inspected.num_clipped and images.train.pixels is None:
       yield (
         f"{inspected.num_clipped} images of other parts have larger values,"
         " which are white, too"
@@ -199,6 +209,61 @@ def _check_augment(augment: str, images: records.ImageSet) -> None:
       f"augment is {augment!r} and would move the images, but not their targets"
       f" of shape {list(targets.shape[1:])}; use 'none'"
     )
+
+
+def _check_channels(
+  fields: data_fields.DataFields, images: records.ImageSet
+) -> None:
+  """Refuse a number of channels that images do not have or cannot get."""
+  for each in filter(None, (images.train, images.test)):
+    if each.pixels is None or pillow.is_grey_or_rgb(each.pixels):
+      if fields.channels not in (1, 3):
+        raise errors.InputError(
+          f"channels is {fields.channels}, but the images are grey or RGB; set"
+          " it to 1 or 3"
+        )
+    elif each.pixels.shape[-1] != fields.channels:
+      raise errors.InputError(
+        f"channels is {fields.channels}, but the images are"
+        f" {each.pixels.dtype} with {each.pixels.shape[-1]} channels, which are"
+        " not converted; set it to that, or choose channels of the arrays"
+      )
+    elif fields.unlabeled_path:
+      raise errors.InputError(
+        f"the images are {each.pixels.dtype} with {fields.channels} channels,"
+        f" which no files in unlabeled_path {fields.unlabeled_path!r} hold; use"
+        " per_class and unlabeled alone"
+      )
+
+
+def _statistics(
+  train: datasets.Subset,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Return mean and standard deviation of each channel of training images."""
+  pixels, indices = train.pixels, np.arange(len(train.indices))
+  if pixels is None:
+    pixels, indices = train.records.pixels, train.indices
+  if pixels is None:
+    raise errors.InputError(
+      "mean or std is (), but the images are read from files when they are"
+      " needed; give numbers, such as those of ImageNet, (0.485, 0.456, 0.406)"
+      " and (0.229, 0.224, 0.225)"
+    )
+
+  def average(function):
+    sums = [
+      function(pixels[some].astype(np.float64)).sum(axis=(0, 1, 2))
+      for some in np.split(
+        indices, range(_FEW_IMAGES, len(indices), _FEW_IMAGES)
+      )
+    ]
+    return np.sum(sums, axis=0) / (len(indices) * np.prod(pixels.shape[1:3]))
+
+  mean = average(lambda x: x)
+  std = np.sqrt(average(lambda x: (x - mean) ** 2))
+  std = np.where(std > 0, std / train.white, 1)  # 1 where nothing varies.
+  rounded = lambda values: tuple(float(f"{value:.6g}") for value in values)
+  return rounded(mean / train.white), rounded(std)
 
 
 def _open_unlabeled(

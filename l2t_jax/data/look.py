@@ -107,7 +107,7 @@ def _note(image: Image.Image | np.ndarray) -> _Picture:
   thumbprint = hash(pillow.thumbprint(image))
   if isinstance(image, np.ndarray):
     height, width, channels = image.shape
-    is_deep = image.dtype != np.uint8
+    is_deep = image.dtype == np.uint16
     return _Picture(
       (width, height),
       f"{image.dtype} of {channels}",

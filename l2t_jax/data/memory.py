@@ -17,7 +17,7 @@ NO_EPOCH = 2**32 - 1
 
 
 class InMemoryDataset(datasets.Dataset):
-  """Images that stay on the device as uint8, resized; `Subset.pixels`."""
+  """Images that stay on the device, resized; `Subset.pixels`."""
 
   def __init__(
     self, contents: datasets.Contents, fields: data_fields.DataFields
@@ -26,7 +26,7 @@ class InMemoryDataset(datasets.Dataset):
     self._arrays = {
       name: jax.device_put(
         (
-          np.zeros((0, *self.image_shape), np.uint8)
+          np.zeros((0, *self.image_shape), subset.dtype)
           if subset.pixels is None
           else subset.pixels,
           subset.targets,
@@ -34,15 +34,18 @@ class InMemoryDataset(datasets.Dataset):
       )
       for name, subset in self._subsets.items()
     }
-    mean, std = tuple(fields.mean), tuple(fields.std)
+    normalisation = {
+      "mean": self.mean,
+      "std": self.std,
+      "white": self._subsets["train"].white,
+    }
     self._train_batch = functools.partial(
       _train_batch,
       augment=fields.augment,
       padding=fields.crop_padding,
-      mean=mean,
-      std=std,
+      **normalisation,
     )
-    self._eval_batch = functools.partial(_eval_batch, mean=mean, std=std)
+    self._eval_batch = functools.partial(_eval_batch, **normalisation)
 
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
     """See `Dataset.train_batches`."""
@@ -76,7 +79,8 @@ class InMemoryDataset(datasets.Dataset):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("plan", "augment", "padding", "mean", "std")
+  jax.jit,
+  static_argnames=("plan", "augment", "padding", "mean", "std", "white"),
 )
 def _train_batch(
   images: jax.Array,
@@ -89,11 +93,12 @@ def _train_batch(
   padding: int,
   mean: tuple[float, ...],
   std: tuple[float, ...],
+  white: int,
 ) -> types.Batch:
   """Gather, augment and normalise this process's rows of a batch.
 
   Args:
-    images: all images, uint8 [N, H, W, C].
+    images: all images, [N, H, W, C].
     labels: of all images, [N, ...].
     positions: which images are in the rows, [b].
     draw: PRNG key, epoch and step.
@@ -102,6 +107,7 @@ def _train_batch(
     padding: width of the black border, in pixels.
     mean: of the pixels, for normalisation.
     std: of the pixels, for normalisation.
+    white: the value of a pixel that is 1 for normalisation.
 
   Returns:
     Images float32 [b, H, W, C] and labels [b, ...].
@@ -119,11 +125,11 @@ def _train_batch(
     flips = flips & (augment == "crop_flip")
     batch = augmentation.pad_crop_flip(batch, offsets, flips, padding=padding)
   return types.Batch(
-    augmentation.normalise(batch, mean, std), labels[positions]
+    augmentation.normalise(batch, mean, std, white=white), labels[positions]
   )
 
 
-@functools.partial(jax.jit, static_argnames=("mean", "std"))
+@functools.partial(jax.jit, static_argnames=("mean", "std", "white"))
 def _eval_batch(
   images: jax.Array,
   labels: jax.Array,
@@ -132,7 +138,8 @@ def _eval_batch(
   *,
   mean: tuple[float, ...],
   std: tuple[float, ...],
+  white: int,
 ) -> types.EvalBatch:
   """Gather and normalise this process's rows of a batch."""
-  batch = augmentation.normalise(images[positions], mean, std)
+  batch = augmentation.normalise(images[positions], mean, std, white=white)
   return types.EvalBatch(batch, labels[positions], mask)

@@ -6,6 +6,7 @@ RandomResizedCrop, so that accuracies compare with published ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import contextlib
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import io
 import math
 import pathlib
 import sys
+from typing import Any, NamedTuple
 import warnings
 
 import numpy as np
@@ -35,6 +37,8 @@ _OTHER_BYTE = {
   "16L": "16B",
   "16N": "16B" if sys.byteorder == "little" else "16L",
 }
+# How bytes of 16 bits per channel are read, of images that are not grey.
+_DEEP_COLOUR = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")
 _NUM_SAMPLES = 16  # Of a row and a column, for a thumbprint.
 # TIFF tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 262, 284
@@ -126,6 +130,8 @@ def convert(
     if pixels.dtype == np.uint16:
       pixels = np.minimum(pixels >> (depth - 8), 255).astype(np.uint8)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  if image.mode == "P" and image.has_transparency_data:
+    image = image.convert("RGBA")  # Otherwise Pillow warns.
   if image.mode == "LAB":  # `Image.convert` has no way from it to RGB.
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     in_rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
@@ -134,18 +140,68 @@ def convert(
   return image.convert("L" if channels == 1 else "RGB")
 
 
+def is_grey_or_rgb(pixels: np.ndarray) -> bool:
+  """Return whether `convert` takes an array [..., C] that is no file's."""
+  return pixels.dtype == np.uint8 and pixels.shape[-1] in (1, 3)
+
+
+def transform_channels(
+  pixels: np.ndarray, transform: Callable[[Any], Any]
+) -> np.ndarray:
+  """Transform each channel of an image as if it were a grey image.
+
+  Args:
+    pixels: uint8, uint16 or float32 [H, W, C].
+    transform: resizes, crops and mirrors an image.
+
+  Returns:
+    The transformed channels [h, w, C], of the same type.
+  """
+  channels = transform(_Channels.of(pixels)).images
+  values = np.stack([np.asarray(each) for each in channels], axis=-1)
+  if pixels.dtype == np.uint16:
+    values = np.rint(values)
+  return values.astype(pixels.dtype)
+
+
+class _Channels(NamedTuple):
+  """Grey images of one size, used as if they were one `Image`."""
+
+  images: tuple[Image.Image, ...]
+
+  @classmethod
+  def of(cls, pixels):
+    # Pillow resizes 16 bits as floats, which hold them exactly.
+    kind = np.uint8 if pixels.dtype == np.uint8 else np.float32
+    planes = np.moveaxis(pixels, -1, 0).astype(kind, order="C")
+    return cls(tuple(map(Image.fromarray, planes)))
+
+  @property
+  def size(self):
+    return self.images[0].size
+
+  def resize(self, *args):
+    return _Channels(tuple(each.resize(*args) for each in self.images))
+
+  def crop(self, box):
+    return _Channels(tuple(each.crop(box) for each in self.images))
+
+  def transpose(self, method):
+    return _Channels(tuple(each.transpose(method) for each in self.images))
+
+
 def thumbprint(image: Image.Image | np.ndarray) -> tuple[object, ...]:
   """Return what images with equal pixels have in common; few others do.
 
   Args:
-    image: from `decode`, or uint8 [H, W, C].
+    image: from `decode`, or an array [H, W, C].
   """
   if isinstance(image, np.ndarray):
     rows, columns = (
       np.linspace(0, side - 1, _NUM_SAMPLES).astype(int)
       for side in image.shape[:2]
     )
-    if image.dtype != np.uint8:
+    if not is_grey_or_rgb(image):
       return (image.shape, image[np.ix_(rows, columns)].tobytes())
     image = convert(image, 3, 8)
   samples = image.resize((_NUM_SAMPLES,) * 2, Image.Resampling.NEAREST)
@@ -156,9 +212,9 @@ def digest(image: Image.Image | np.ndarray) -> bytes:
   """Return a digest of the pixels: equal for equal images, as RGB.
 
   Args:
-    image: from `decode`, or uint8 [H, W, C].
+    image: from `decode`, or an array [H, W, C].
   """
-  if not isinstance(image, np.ndarray) or image.dtype == np.uint8:
+  if not isinstance(image, np.ndarray) or is_grey_or_rgb(image):
     image = np.asarray(convert(image, 3, 8))
   header = f"{image.dtype} {image.shape} ".encode()
   return hashlib.blake2b(header + image.tobytes(), digest_size=16).digest()
@@ -182,23 +238,25 @@ def _register_formats():
     heif.register_heif_opener()
 
 
-def _load(stream, swap=False):
-  """Return the image, and the tiles that say how its bytes are read."""
+def _load(stream, rawmode=""):
+  """Return the image, and the tiles that say how its bytes are read.
+
+  Args:
+    stream: the file.
+    rawmode: how they are read instead.
+  """
   _register_formats()
   stream.seek(0)
   image = Image.open(stream)
   tiles = list(image.tile)
-  if swap:
+  if rawmode:
     for index, (codec, box, offset, args) in enumerate(tiles):
-      first, *rest = args if isinstance(args, tuple) else (args,)
-      mode, _, order = first.partition(";")
-      swapped = f"{mode};{_OTHER_BYTE[order]}"
-      args = (swapped, *rest) if isinstance(args, tuple) else swapped
+      args = (rawmode, *args[1:]) if isinstance(args, tuple) else rawmode
       image.tile[index] = ImageFile._Tile(codec, box, offset, args)
   is_animated = image.format in _WITH_FRAMES and getattr(
     image, "is_animated", False
   )
-  if is_animated and not swap:
+  if is_animated and not rawmode:
     warnings.warn(
       "some images have several pages or frames, of which the first is read",
       stacklevel=2,
@@ -211,17 +269,17 @@ def _load(stream, swap=False):
   return image, tiles
 
 
-def _rawmodes(tiles):
+def _rawmode(tiles):
   """Return how the bytes of an image's pixels are read: RGB, I;16B, ..."""
-  args = [tile.args for tile in tiles]
-  return [str(one[0] if isinstance(one, tuple) else one) for one in args]
+  args = tiles[0].args if tiles else ""
+  return str(args[0] if isinstance(args, tuple) else args)
 
 
 def _why_misread(stream, image, tiles):
   """Return what is wrong with an image that Pillow reads, and what to do."""
   if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
     kind = "32-bit integers" if image.mode == "I" else "floats"
-    if any("S" in mode for mode in _rawmodes(tiles)):
+    if _rawmode(tiles).endswith("S"):
       kind = "signed integers"
     return (
       f"pixels that are {kind}, whose values for black and white are unknown;"
@@ -231,12 +289,23 @@ def _why_misread(stream, image, tiles):
   is_deep = max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8
   if is_deep and tags.get(_PLANAR_CONFIGURATION) == 2:
     how = "in separate planes"
+  elif is_deep and not (
+    image.mode.startswith("I") or _rawmode(tiles).startswith(_DEEP_COLOUR)
+  ):
+    how = f"as {_rawmode(tiles).partition(';')[0]}"
   elif (
     image.format == "JPEG2000"
     and image.mode != "I;16"
     and _jpeg2000_depth(stream) > 8
   ):
     how = "as JPEG 2000"
+  elif (
+    image.format == "PPM"
+    and image.mode == "RGB"
+    and tiles[0].codec_name == "ppm_plain"
+    and tiles[0].args[1] > 255
+  ):
+    how = "as text"
   else:
     return ""
   return (
@@ -255,28 +324,29 @@ def _jpeg2000_depth(stream):
 
 def _read_deep(stream, image, tiles):
   """Return the uint16 [H, W, C] of more than 8 bits; None for other images."""
-  rawmodes = _rawmodes(tiles)
   if image.mode.startswith("I"):
-    pixels = np.asarray(image).astype(np.uint16)[..., None]
+    values = np.asarray(image)[..., None]
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PHOTOMETRIC) == 0:  # White is 0, which Pillow leaves so.
-      pixels = np.uint16(2 ** tags[_BITS_PER_SAMPLE][0] - 1) - pixels
-    return pixels
+      values = 2 ** tags[_BITS_PER_SAMPLE][0] - 1 - values
+    return values.astype(np.uint16)
   if image.format == "PPM" and tiles[0].codec_name == "ppm":
     maximum = tiles[0].args[1]
-    if image.mode == "RGB" and maximum > 255:
-      stream.seek(tiles[0].offset)
-      pixels = np.frombuffer(stream.read(), ">u2", math.prod(image.size) * 3)
-      pixels = pixels.reshape(image.height, image.width, 3).astype(np.uint32)
-      return (pixels * (2**16 - 1) // maximum).astype(np.uint16)
+    if image.mode == "L" or maximum < 256:
+      return None
+    stream.seek(tiles[0].offset)
+    pixels = np.frombuffer(stream.read(), ">u2", math.prod(image.size) * 3)
+    pixels = pixels.reshape(image.height, image.width, 3).astype(np.uint32)
+    return (pixels * (2**16 - 1) // maximum).astype(np.uint16)
+  mode, _, order = _rawmode(tiles).partition(";")
+  if not _rawmode(tiles).startswith(_DEEP_COLOUR):
     return None
-  if image.mode not in ("RGB", "RGBA", "LA") or "16" not in "".join(rawmodes):
-    return None
+  if mode == "LA":  # Read the two bytes of both channels as four channels.
+    both = np.ascontiguousarray(_load(stream, "RGBA")[0])
+    return both.view(">u2").astype(np.uint16)
   # Pillow keeps the higher byte of each channel.
-  pixels = np.asarray(image).astype(np.uint16) << 8
-  if not rawmodes[0].startswith("LA"):  # It has no mode for the lower bytes.
-    pixels |= np.asarray(_load(stream, swap=True)[0])
-  return pixels
+  lower, _ = _load(stream, f"{mode};{_OTHER_BYTE[order]}")
+  return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -35,7 +35,7 @@ class Records(NamedTuple):
   labels: np.ndarray
   # The images as files, by index; picklable, for worker processes.
   open_file: Callable[[int], ImageFile] | None = None
-  # Or the images themselves, uint8 [N, H, W, C].
+  # Or the images themselves, uint8, uint16 or float32 [N, H, W, C].
   pixels: np.ndarray | None = None
   # [N, ...], what is learned from each image if that is not its class.
   targets: np.ndarray | None = None

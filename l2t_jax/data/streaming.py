@@ -28,7 +28,9 @@ _WORKER_DIED = "Worker process was terminated unexpectedly"
 MAX_THREADS = 16
 
 _Transform = Callable[..., Image.Image]
-_normalise = jax.jit(augmentation.normalise, static_argnames=("mean", "std"))
+_normalise = jax.jit(
+  augmentation.normalise, static_argnames=("mean", "std", "white")
+)
 
 
 class StreamingDataset(datasets.Dataset):
@@ -55,7 +57,10 @@ class StreamingDataset(datasets.Dataset):
       None if fields.augment == "none" else crop,
     )
     self._normalise = functools.partial(
-      _normalise, mean=tuple(fields.mean), std=tuple(fields.std)
+      _normalise,
+      mean=self.mean,
+      std=self.std,
+      white=self._subsets["train"].white,
     )
     # Each worker would get a copy of images that are in memory.
     is_decoded = self._subsets["train"].records.pixels is not None
@@ -143,8 +148,8 @@ class _TrainReader:
     """Read a step.
 
     Returns:
-      Images uint8 [b, H, W, C], labels [b, ...] and, if there are any, images
-      without labels uint8 [u, H, W, C].
+      Images [b, H, W, C], labels [b, ...] and, if there are any, images
+      without labels [u, H, W, C].
     """
     num_images = len(self.subset.indices)
     epoch, step_of_epoch = divmod(step, num_images // self.plan.batch_size)
@@ -175,7 +180,7 @@ class _TrainReader:
     positions: np.ndarray,
     entropies: Sequence[tuple[int, ...]],
   ) -> np.ndarray:
-    """Read images uint8 [n, H, W, C], each with its own generator."""
+    """Read images [n, H, W, C], each with its own generator."""
     images = []
     for position, entropy in zip(positions, entropies, strict=True):
       transform = self.resize
@@ -192,7 +197,7 @@ def _read_eval_step(
   resize: _Transform,
   step: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Return images uint8 [b, H, W, C], labels [b, ...], mask [b] of a step."""
+  """Return images [b, H, W, C], labels [b, ...] and mask [b] of a step."""
   positions, mask = plan.eval_positions(len(subset.indices), step)
   images = [subset.read(position, resize) for position in positions]
   return np.stack(images), subset.targets[positions], mask

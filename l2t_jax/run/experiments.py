@@ -33,9 +33,11 @@ class Source(NamedTuple):
   taps: str | tuple[str, ...] = ()
   # The images that it was trained on; 0 and () mean those of the target.
   image_size: int = 0  # Height and width in pixels.
-  channels: int = 0  # 1 (grey) or 3 (RGB).
+  channels: int = 0
   mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
   std: tuple[float, ...] = ()
+  # Channels of the target's images that it sees, in its order; () for all.
+  bands: tuple[int, ...] = ()
   class_names: tuple[str, ...] = ()  # () if unknown.
   has_classifier: bool = True  # False if its outputs are no logits.
   origin: str = ""  # The file that it was read from, for messages.
@@ -162,12 +164,13 @@ def describe(experiment: Experiment) -> dict[str, Any]:
       "image_size": source.image_size,
       "mean": source.mean,
       "std": source.std,
+      "bands": source.bands,
       "class_names": source.class_names,
     }
     for name, source in experiment.sources.items()
   }
   nothing = {"weights": "", "taps": (), "image_size": 0} | dict.fromkeys(
-    ("mean", "std", "class_names"), ()
+    ("mean", "std", "bands", "class_names"), ()
   )
   task = "classification"
   if experiment.task is not objectives.CLASSIFICATION:

@@ -55,9 +55,6 @@ def default_config() -> ml_collections.ConfigDict:
   return config
 
 
-_FEW_IMAGES = 256  # Looked at together.
-
-
 class Result(NamedTuple):
   """A trained target, at its best validation epoch."""
 
@@ -70,7 +67,7 @@ class Result(NamedTuple):
     """Compute the target's outputs in eval mode.
 
     Args:
-      images: uint8 [N, H, W] or [N, H, W, C], as in training.
+      images: [N, H, W] or [N, H, W, C], of the same type as in training.
       batch_size: images at a time.
 
     Returns:
@@ -78,9 +75,10 @@ class Result(NamedTuple):
     """
     _, size, channels = self.predictor.image_format.shape
     images = _with_channels(images)
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
+    dtype = self.predictor.dtype
+    if images.dtype != dtype or images.shape[1:] != (size, size, channels):
       raise errors.InputError(
-        f"images are {images.dtype} {list(images.shape)}, but must be uint8"
+        f"images are {images.dtype} {list(images.shape)}, but must be {dtype}"
         f" [N, {size}, {size}, {channels}], as in training"
       )
     return self.predictor.outputs(images, min(batch_size, len(images) or 1))
@@ -109,9 +107,10 @@ def fit(
   Args:
     target: a Linen module; or an NNX module, or a function that makes one; or
       `models.Functions`. An NNX module that exists starts from its values.
-    arrays: "x_train", uint8 images [N, H, W] or [N, H, W, C], and "y_train",
-      their classes [N], or "t_train", [N, ...], what else `task` reads; the
-      same with "_val" and "_test". What is missing of these is split off.
+    arrays: "x_train", images [N, H, W] or [N, H, W, C] of uint8, uint16 or
+      float32, and "y_train", their classes [N], or "t_train", [N, ...], what
+      else `task` reads; the same with "_val" and "_test". What is missing of
+      these is split off.
     source: what is transferred from, or the path of its weight file; several
       with a name each; None for methods that need none.
     config: the fields of l2t_jax/config.py, from `default_config`. What the
@@ -189,31 +188,8 @@ def _fit_to_images(config, arrays):
     raise errors.InputError(
       f"images are {height}x{width}; they must be square: crop or resize them"
     )
-  if not (config.data.mean and config.data.std):
-    mean, std = _statistics(images)
-    config.data.mean = config.data.mean or mean
-    config.data.std = config.data.std or std
   config.data.image_size, config.data.channels = height, channels
   config.data.eval_resize = height  # Large ones are evaluated as they are.
-
-
-def _statistics(images):
-  """Return mean and standard deviation of each channel, on a scale of 0 to 1.
-
-  Computed from histograms of the uint8 values, to avoid a float copy of the
-  images.
-  """
-  counts = np.zeros((images.shape[-1], 256), np.int64)
-  for start in range(0, len(images), _FEW_IMAGES):
-    for channel, count in enumerate(counts):
-      pixels = images[start : start + _FEW_IMAGES, ..., channel]
-      count += np.bincount(pixels.ravel(), minlength=256)
-  values, total = np.arange(256) / 255, counts[0].sum()
-  mean = counts @ values / total
-  std = np.sqrt(np.sum(counts * (values - mean[:, None]) ** 2, axis=1) / total)
-  return tuple(
-    tuple(np.round(numbers, 4).tolist()) for numbers in (mean, std + 1e-6)
-  )
 
 
 def _with_channels(images):

@@ -109,6 +109,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
         image_size=fields.image_size,
         mean=fields.mean,
         std=fields.std,
+        bands=fields.bands,
         class_names=fields.class_names,
         precision=config.precision,
       )

@@ -385,6 +385,7 @@ def _save_target(setup, seed, inner, epoch):
       "num_classes": str(setup.num_outputs),
       "class_names": json.dumps(list(setup.dataset.class_names)),
       "channels": str(image_format.channels),
+      "dtype": str(setup.dataset.dtype),
       "bit_depth": str(setup.dataset.bit_depth),
       "mean": json.dumps(image_format.mean),
       "std": json.dumps(image_format.std),

@@ -31,6 +31,7 @@ class Predictor:
   params: types.PyTree
   model_state: types.PyTree
   image_format: image_formats.ImageFormat
+  dtype: np.dtype  # Of the pixels: uint8, or as in the training arrays.
   bit_depth: int  # Of images with more than 8 bits.
   class_names: tuple[str, ...]
   task: str  # As in config.target.task.
@@ -41,8 +42,16 @@ class Predictor:
     """Read an image as the network wants it, uint8 [H, W, C].
 
     Raises:
-      errors.InputError: it cannot be read.
+      errors.InputError: it cannot be read, or images of files are none that
+        the network sees.
     """
+    channels = self.image_format.channels
+    if self.dtype != np.uint8 or channels not in (1, 3):
+      raise errors.InputError(
+        f"the network sees {self.dtype} arrays of {channels} channels, not"
+        " image files; python -m l2t_jax.export writes it as a program that"
+        " takes arrays"
+      )
     image = pillow.decode(path, name=str(path))
     if pillow.is_transparent(image):
       warnings.warn(
@@ -50,18 +59,18 @@ class Predictor:
         " training: put them on a background if it was not there",
         stacklevel=2,
       )
-    image = pillow.convert(image, self.image_format.channels, self.bit_depth)
+    image = pillow.convert(image, channels, self.bit_depth)
     return pillow.to_array(self.resize(image))
 
   def apply(self, images: chex.Array) -> jax.Array:
-    """Compute the outputs [B, ...] for images uint8 [B, H, W, C]."""
+    """Compute the outputs [B, ...] for images of `dtype` [B, H, W, C]."""
     return self._apply_fn(self.params, self.model_state, images)
 
   def outputs(self, images: np.ndarray, batch_size: int) -> np.ndarray:
     """Compute the outputs of many images, batch by batch.
 
     Args:
-      images: uint8 [N, H, W, C].
+      images: of `dtype`, [N, H, W, C].
       batch_size: images per forward pass; a last, smaller batch is padded with
         zeros so that one shape is compiled.
 
@@ -110,7 +119,10 @@ class Predictor:
     @jax.default_matmul_precision("highest")  # As evaluation has it.
     def outputs(params, model_state, images):
       images = augmentation.normalise(
-        images, self.image_format.mean, self.image_format.std
+        images,
+        self.image_format.mean,
+        self.image_format.std,
+        white=augmentation.white(self.dtype, self.bit_depth),
       )
       return apply_fn(params, model_state, images, train=False)[0]
 
@@ -162,6 +174,7 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
     params,
     model_state,
     image_format,
+    np.dtype(metadata["dtype"]),
     int(metadata["bit_depth"]),
     tuple(json.loads(metadata["class_names"])),
     config["target"]["task"],

@@ -94,6 +94,10 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
     )
   mean, std = setup.image_format.mean, setup.image_format.std
   pixels = np.asarray(images) * np.array(std) + np.array(mean)
+  lowest, highest = setup.dataset.values
+  pixels = (pixels - lowest) / (highest - lowest or 1)
+  if pixels.shape[-1] not in (1, 3):
+    pixels = pixels.mean(axis=-1, keepdims=True)
   return Saliency(tuple(_picture(image) for image in pixels), tuple(pairs))
 
 

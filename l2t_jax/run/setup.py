@@ -90,10 +90,11 @@ def build(experiment: experiments.Experiment) -> Setup:
   image_format = image_formats.ImageFormat(
     dataset.image_shape[0],
     dataset.image_shape[-1],
-    tuple(experiment.reading.mean),
-    tuple(experiment.reading.std),
+    dataset.mean,
+    dataset.std,
   )
   sources = source_networks.trace(experiment, image_format)
+  source_networks.check_values(experiment, dataset.values)
   target = _make_target(experiment, sources, image_format)
   _check_outputs(experiment, dataset, sources, target.layout)
   if "kd" in method.losses and experiment.task is objectives.CLASSIFICATION:

@@ -28,6 +28,7 @@ def load_source(
   image_size: int = 0,
   mean: Sequence[float] = (),
   std: Sequence[float] = (),
+  bands: Sequence[int] = (),
   class_names: Sequence[str] = (),
   precision: str = "f32",
 ) -> experiments.Source:
@@ -42,6 +43,7 @@ def load_source(
     mean: of the red, green and blue of its images, on a scale from 0 to 1; ()
       for what the file says.
     std: the same for the standard deviation.
+    bands: which channels of the target's images it sees; () for all.
     class_names: one per logit; () for what the file says.
     precision: config.precision of the run.
 
@@ -70,6 +72,7 @@ def load_source(
     int(loaded.metadata.get("channels", 0)),
     tuple(mean) or recorded("mean"),
     tuple(std) or recorded("std"),
+    tuple(bands),
     tuple(class_names) or recorded("class_names"),
     loaded.metadata["num_classes"] != "0",
     str(path),
@@ -84,6 +87,7 @@ class TracedSource(NamedTuple):
   layout: models.Layout
   variables: training.Variables
   image_format: image_formats.ImageFormat  # What the network sees.
+  bands: tuple[int, ...]  # Channels of the target's images; () for all.
   num_classes: int  # 0 without a classifier.
   class_names: tuple[str, ...]  # () where they are not known.
   patterns: tuple[str, ...]  # Names or globs of its taps.
@@ -111,7 +115,11 @@ class TracedSource(NamedTuple):
     )
 
     def on_target_images(params, model_state, images, *, train):
-      images = image_formats.convert(images, images_from, self.image_format)
+      if self.bands:
+        images = images[..., np.array(self.bands)]
+      images = image_formats.convert(
+        images, images_from.select(self.bands), self.image_format
+      )
       model_state = dict(model_state)
       scales = model_state.pop(FEATURE_SCALE, {})
       logits, features, model_state = apply_fn(
@@ -157,6 +165,38 @@ def trace(
     _trace(name, source, image_format)
     for name, source in experiment.sources.items()
   ]
+
+
+def check_values(
+  experiment: experiments.Experiment, values: tuple[float, float]
+) -> None:
+  """Refuse sources that were trained on values of 0 to 1 for others.
+
+  Args:
+    experiment: its sources say how they normalise.
+    values: the smallest and the largest of the images.
+
+  Raises:
+    errors.InputError: naming the source.
+  """
+  lowest, highest = values
+  if not experiment.method.needs_source or (lowest > -0.1 and highest < 2):
+    return
+  for name, source in experiment.sources.items():
+    # The standard deviation of values from 0 to 1 is at most 0.5.
+    from_0_to_1 = _is_program(source.network) or (
+      source.mean
+      and source.std
+      and min(source.mean) >= 0
+      and max(source.mean) <= 1
+      and max(source.std) <= 0.5
+    )
+    if from_0_to_1:
+      raise errors.InputError(
+        f"the source {source.origin or name} was trained on values from 0 to 1,"
+        f" but those of the images go from {lowest:.4g} to {highest:.4g}; scale"
+        " the images, or set its fields mean and std to numbers on their scale"
+      )
 
 
 def in_class_order(
@@ -211,7 +251,7 @@ def notes(
     sees = f"{size}x{size} images of {channels} channels"
     if not (given.mean and given.std):
       sees += ", normalised as the data's (its own normalisation is not known)"
-    elif getattr(source.network, "digest", ""):  # An exported program.
+    elif _is_program(source.network):
       sees += ", which it normalises itself"
     else:
       sees += f", normalised by mean {_short(mean)} and std {_short(std)}"
@@ -221,6 +261,11 @@ def notes(
     if pairs:
       parts.append(f"{sum(pair.source in taps for pair in pairs)} pairs")
     yield f"{name}: {'; '.join(parts)}"
+
+
+def _is_program(network):
+  """Return whether a network is a converted one, which normalises itself."""
+  return bool(getattr(network, "digest", ""))
 
 
 def _check_program(
@@ -254,25 +299,39 @@ def _check_program(
 
 def _trace(name, source, image_format):
   """Trace a source network on images of its own format."""
+  given = source.origin or name
+  if max(source.bands, default=0) >= image_format.channels:
+    raise errors.InputError(
+      f"bands of the source {given} are {source.bands}, but the images have"
+      f" only the channels 0 to {image_format.channels - 1}"
+    )
+  selected = image_format.select(source.bands)
   own_format = image_formats.ImageFormat(
     source.image_size or image_format.size,
-    source.channels or image_format.channels,
-    tuple(source.mean) or image_format.mean,
-    tuple(source.std) or image_format.std,
+    source.channels or selected.channels,
+    tuple(source.mean) or selected.mean,
+    tuple(source.std) or selected.std,
   )
+  channels = {selected.channels, own_format.channels}
+  if len(channels) > 1 and channels != {1, 3}:
+    raise errors.InputError(
+      f"the source {given} sees images of {own_format.channels} channels, but"
+      f" those of the target have {selected.channels}; set its field bands to"
+      f" the {own_format.channels} that it shall see, in its order and counted"
+      " from 0"
+    )
   for what, values in (("mean", own_format.mean), ("std", own_format.std)):
     if len(values) not in (1, own_format.channels):
       numbers = sorted({1, own_format.channels})
       raise errors.InputError(
-        f"{what} of the source {source.origin or name} is {values}, but it sees"
+        f"{what} of the source {given} is {values}, but it sees"
         f" images of {own_format.channels} channels; set its field {what} to"
         f" {' or '.join(map(str, numbers))} values"
       )
     if not np.isfinite(values).all() or (what == "std" and min(values) <= 0):
       above = " and above 0" if what == "std" else ""
       raise errors.InputError(
-        f"{what} of the source {source.origin or name} is {values}; it must be"
-        f" finite{above}"
+        f"{what} of the source {given} is {values}; it must be finite{above}"
       )
   layout = models.trace(source.network, own_format.shape)
   params, model_state = experiments.variables_of(source)
@@ -282,6 +341,7 @@ def _trace(name, source, image_format):
     layout,
     training.Variables(params, model_state),
     own_format,
+    tuple(source.bands),
     layout.num_outputs if source.has_classifier else 0,
     source.class_names,
     experiments.as_patterns(source.taps),

@@ -24,6 +24,7 @@ def make_predictor(network, shape):
     params,
     model_state,
     image_format,
+    np.dtype(np.uint8),
     16,
     CLASSES,
     "classification",

@@ -46,7 +46,7 @@ def test_normalise_matches_numpy():
   pixels = data_sets.random_arrays()["x_train"]
   expected = (pixels / 255 - np.array(data_sets.MEAN)) / np.array(data_sets.STD)
   np.testing.assert_allclose(
-    augmentation.normalise(pixels, data_sets.MEAN, data_sets.STD),
+    augmentation.normalise(pixels, data_sets.MEAN, data_sets.STD, white=255),
     expected,
     rtol=1e-5,
     atol=1e-6,

@@ -15,19 +15,7 @@ import tifffile
 
 from l2t_jax import errors
 from l2t_jax.data import from_folders, pillow
-from tests.support import data_sets
-
-# EXIF orientation -> how a viewer shows the stored pixels [H, W, C].
-_SHOWN = {
-  1: lambda x: x,
-  2: lambda x: x[:, ::-1],
-  3: lambda x: x[::-1, ::-1],
-  4: lambda x: x[::-1],
-  5: lambda x: x.transpose(1, 0, 2),
-  6: lambda x: np.rot90(x, -1),
-  7: lambda x: np.rot90(x.transpose(1, 0, 2), 2),
-  8: lambda x: np.rot90(x),
-}
+from tests.support import data_sets, picture_zoo
 
 
 def _flag():
@@ -42,7 +30,7 @@ def _random(depth, channels, shape=(13, 17)):
   return rng.integers(0, 2**depth, (*shape, channels), np.uint16)
 
 
-@pytest.mark.parametrize("orientation", _SHOWN)
+@pytest.mark.parametrize("orientation", picture_zoo.SHOWN)
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif", "mpo"])
 def test_pictures_are_read_as_viewers_show_them(kind, orientation):
   exif = Image.Exif()
@@ -50,7 +38,7 @@ def test_pictures_are_read_as_viewers_show_them(kind, orientation):
   file = io.BytesIO()
   Image.fromarray(_flag()).save(file, kind, exif=exif, quality=95)
   image = pillow.decode(file, name=kind)
-  shown = _SHOWN[orientation](_flag())
+  shown = picture_zoo.SHOWN[orientation](_flag())
   difference = np.asarray(image).astype(int) - shown
   assert np.abs(difference).mean() < 8  # Of 250; some formats lose details.
 

@@ -44,7 +44,28 @@ def test_grey_npz_becomes_rgb(tmp_path):
   [
     ({"x_test": None}, "lacks 'x_test'"),
     ({"x_train": np.zeros((60, 64), np.uint8)}, r"uint8 \[60, 64\]"),
-    ({"x_train": np.zeros((60, 8, 8, 4), np.uint8)}, r"\[60, 8, 8, 4\]"),
+    (
+      {"x_train": np.zeros((60, 8, 8, 4), np.uint8)},
+      "channels is 3, but the images are uint8 with 4 channels",
+    ),
+    ({"x_train": np.zeros((60, 3, 8, 8), np.uint8)}, r"transpose\(0, 2, 3, 1"),
+    ({"x_test": np.zeros((21, 8, 8, 3), np.float32)}, "x_train is uint8"),
+    ({"x_train": np.zeros((60, 8, 8, 3))}, "x_train is float64"),
+    ({"x_train": np.full((60, 8, 8, 3), np.nan, np.float32)}, "60 images of x"),
+    ({"class_names": np.array(["a", "b", "a"])}, "class_names has 'a' 2 times"),
+    ({"class_names": np.array("abc")}, r"class_names is <U3 \[\]"),
+    (
+      {
+        "y_train": np.full(60, 2**32),
+        "class_names": np.array(["a", "b", "c"]),
+      },
+      "y_train has label 4294967296, but class_names has only 3",
+    ),
+    ({"y_train": np.full(60, b"\xe9")}, "y_train holds bytes that are not"),
+    (
+      {"y_train": np.eye(4)[np.zeros(60, int)], "y_test": np.eye(3)[[0] * 21]},
+      "y_train 4, y_test 3",
+    ),
     ({"y_train": np.zeros(60)}, "y_train is float64"),
     ({"y_test": np.full(21, -1)}, "y_test has label -1"),
   ],
@@ -69,6 +90,7 @@ def test_malformed_npz_is_refused(tmp_path, changes, message):
     lambda y: np.array(["ant", "bee", "cät"], object)[y],
     lambda y: np.char.encode(np.array(["ant", "bee", "cät"])[y], "utf-8"),
     lambda y: y.astype(np.uint64),
+    lambda y: np.eye(3, dtype=np.float32)[y],
   ],
 )
 def test_labels_as_people_have_them(change):
@@ -108,7 +130,8 @@ def test_identifiers_are_no_labels(identifier):
   with pytest.raises(errors.InputError, match="y_test has label"):
     from_arrays.image_set(others, "arrays")
   # The line of the message mends it.
-  names, labels = np.unique(arrays["y_train"], return_inverse=True)
+  names = np.unique(arrays["y_train"])
+  labels = np.searchsorted(names, arrays["y_train"])
   arrays |= {"class_names": names, "y_train": labels}
   images = from_arrays.image_set(arrays, "arrays")
   assert images.class_names == ("0", "1", "2", str(identifier))

@@ -533,8 +533,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "NaN among the pixels",
       "",
-      "'data.npz': x_train is float32 [64, 8, 8], but must be uint8 [N, H, "
-      "W] or [N, H, W, 1 or 3], and not empty",
+      "'data.npz': 1 images of x_train have values that are NaN or infinite, "
+      "the first is 0; leave these images out, or replace the values",
       _data(x_train=_with_nan(_X)),
     ),
     Case(
@@ -553,7 +553,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A label beyond the class names",
       "",
-      "'data.npz' has label 1, but class_names has only 1 entries",
+      "'data.npz': y_train has label 1, but class_names has only 1 entries",
       _data(class_names=["cat"]),
     ),
     Case(
@@ -568,8 +568,9 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "Identifiers in place of labels",
       "",
       "'data.npz': y_train has label 1000000007, but there are only 64 training"
-      " images; labels are numbers from 0 without gaps: class_names, y_train ="
-      " np.unique(y_train, return_inverse=True) makes them from identifiers",
+      " images; labels are numbers from 0 without gaps: class_names ="
+      " np.unique(y_train) and y_train = np.searchsorted(class_names, y_train)"
+      " make them from identifiers",
       _data(y_train=_Y.astype(np.int64) + 1_000_000_006),
     ),
     Case(
