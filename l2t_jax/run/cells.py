@@ -24,7 +24,7 @@ from l2t_jax.run import experiments, from_config, train
 from l2t_jax.runtime import phases, run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
-_SUMMARY, _ERROR = "summary.json", "error.txt"  # What a run leaves.
+_ERROR = "error.txt"  # What a run that failed leaves.
 
 
 class Cell(NamedTuple):
@@ -165,7 +165,7 @@ def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
       left = {
         seed: cell.workdirs[seed]
         for seed in mine
-        if not (cell.workdirs[seed] / _SUMMARY).exists()
+        if not train.is_complete(cell.workdirs[seed], cell.config.epochs)
       }
       jobs.append(cell._replace(workdirs=left))
   return jobs

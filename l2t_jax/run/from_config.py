@@ -75,6 +75,11 @@ def check(
       l2t_jax.config.FREE_FIELDS,
       contents(config),
     )
+    if all(train.is_complete(w, config.epochs) for w in workdirs.values()):
+      return
+  begun = [train.has_begun(w) for w in (workdirs or {}).values()]
+  if config.init_from and not (begun and all(begun)):
+    train.check_can_start_from(config.init_from)
   tracking.check_trackers(config.trackers)
   if objectives.METHODS[config.method].needs_source:
     for fields in l2t_jax.config.source_configs(config).values():
@@ -147,9 +152,10 @@ def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
   }
   if config.init_from:
     paths["init_from"] = os.path.join(config.init_from, run_folder.TARGET)
-  for name, fields in l2t_jax.config.source_configs(config).items():
-    field = f"sources.{name}.weights" if name else "source.weights"
-    paths[field] = fields.weights
+  if objectives.METHODS[config.method].needs_source:
+    for name, fields in l2t_jax.config.source_configs(config).items():
+      field = f"sources.{name}.weights" if name else "source.weights"
+      paths[field] = fields.weights
   digests = {name: data.digest(path) for name, path in paths.items() if path}
   if config.data.source == "tfds":  # A cache; the name says what is read.
     digests["data.path"] = ""

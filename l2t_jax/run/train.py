@@ -163,12 +163,26 @@ def completed(
   """Return seed -> summary of the runs that have all epochs, and say so."""
   summaries = {}
   for seed, workdir in workdirs.items():
-    summary = run_folder.read_json(pathlib.Path(workdir) / "summary.json") or {}
-    if distributed.from_first(summary.get("epochs", 0) >= epochs):
+    summary = _read_summary(workdir)
+    if distributed.from_first(is_complete(workdir, epochs)):
       if distributed.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
       summaries[seed] = summary
   return summaries
+
+
+def is_complete(workdir: str | os.PathLike[str], epochs: int) -> bool:
+  """Return whether a folder holds a run that has trained all epochs."""
+  return _read_summary(workdir).get("epochs", 0) >= epochs
+
+
+def has_begun(workdir: str | os.PathLike[str]) -> bool:
+  """Return whether a folder holds a run that resumes from a checkpoint."""
+  return bool(checkpoint.steps_in(pathlib.Path(workdir) / CHECKPOINTS))
+
+
+def _read_summary(workdir):
+  return run_folder.read_json(pathlib.Path(workdir) / "summary.json") or {}
 
 
 def check_folders(
@@ -204,6 +218,8 @@ def check_folders(
     if _only_goes_on(old, new):
       old["epochs"] = new["epochs"]
     before = run_folder.read_json(workdir / _CONTENTS) or {}
+    if has_begun(workdir):  # It has been read.
+      before.pop("init_from", None)
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
       for field in new | old
@@ -214,8 +230,8 @@ def check_folders(
     differences += [
       f"{field} {new[field]!r} holds other files than before"
       for field, digest in contents.items()
-      if field in before
-      and digest != before[field]
+      if digest  # What is missing is named when it is needed.
+      and digest != before.get(field, digest)
       and old.get(field) == new.get(field)
     ]
     if differences:
@@ -262,9 +278,6 @@ def _train(setup, trainer, group, requests):
   tracking.import_trackers(settings.trackers)
   # It may raise `DoesNotFit`, so before the folders change.
   trainer.compile()
-  for workdir, experiment in group.items():
-    run_folder.write_json(workdir / "config.json", experiment.description)
-    run_folder.write_json(workdir / _CONTENTS, dict(experiment.contents))
   display = logs.Progress(
     settings.epochs * setup.dataset.steps_per_epoch,
     settings.batch_size * len(group),
@@ -284,12 +297,16 @@ def _train(setup, trainer, group, requests):
       for workdir, experiment in group.items()
     ]
     step, states = _restore(runs, states, display)
+    if settings.init_from and not step:
+      states = [_start_from(settings.init_from, state) for state in states]
+    # Only now: a run that cannot begin leaves no trace.
+    for workdir, experiment in group.items():
+      run_folder.write_json(workdir / "config.json", experiment.description)
+      run_folder.write_json(workdir / _CONTENTS, dict(experiment.contents))
     _open_logs(runs, step, stack)
     display.say(_headline(setup, first))
     if step:
       display.say(f"resuming after iteration {step}")
-    elif settings.init_from:
-      states = [_start_from(settings.init_from, state) for state in states]
     display.begin(step)
     trainer.start(states, _scale_sources(setup, runs, display))
     del states  # The copies would stay in the accelerator's memory.
@@ -297,14 +314,27 @@ def _train(setup, trainer, group, requests):
   return _summarise(setup, trainer, runs)
 
 
-def _start_from(workdir, state):
-  """Return a first state with what another run has learned."""
+def check_can_start_from(workdir: str) -> set[int]:
+  """Return the iterations of the checkpoints of config.init_from.
+
+  Raises:
+    errors.InputError: there are none.
+  """
   folder = pathlib.Path(workdir) / CHECKPOINTS
   if not (steps := checkpoint.steps_in(folder)):
     raise errors.InputError(
       f"config.init_from is {workdir!r}, but there is no checkpoint in"
       f" {folder}; name the --workdir of a run"
     )
+  return steps
+
+
+def _start_from(workdir, state):
+  """Return a first state with what another run has learned."""
+  steps, folder = (
+    check_can_start_from(workdir),
+    pathlib.Path(workdir) / CHECKPOINTS,
+  )
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:
       learned, _ = checkpoints.restore(

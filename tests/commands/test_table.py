@@ -238,10 +238,13 @@ def cells(workdir, num_seeds=3):
 @pytest.mark.parametrize("together", [1, 2, 3])
 def test_shares_are_all_of_the_runs_once(tmp_path, together):
   everything = cells(tmp_path)
-  # Also where some are done already.
-  done = tmp_path / "digits" / "lwf" / "seed1"
-  done.mkdir(parents=True)
-  (done / "summary.json").write_text("{}")
+  # Also where some are done already, or were done with fewer epochs.
+  epochs = everything[0].config.epochs
+  for seed, number in ((1, epochs), (0, epochs - 1)):
+    done = tmp_path / "digits" / "lwf" / f"seed{seed}"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text(json.dumps({"epochs": number}))
+  done = done.with_name("seed1")
   shares = [
     table_cells.make_jobs(everything, together)[table.parse_shard(f"{i}/4")]
     for i in range(1, 5)

@@ -53,7 +53,6 @@ def test_a_run_goes_on_with_the_program_that_it_began_with(
   contents.unlink()
   with pytest.raises(errors.InputError, match="the source changed since"):
     train()
-  contents.unlink()
   weights.write_bytes(original)
   train()
 

@@ -267,6 +267,21 @@ def test_a_run_and_its_files_may_move(source, tmp_path, monkeypatch):
   variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + 1
   weight_files.save(new / "teacher.safetensors", variables, metadata)
   check("source.weights .* holds other files than before")
+  # A complete run needs none of them.
+  moved.source.weights = str(source)
+  old.mkdir()
+  (new / "pictures").rename(old / "pictures")
+  assert small_runs.train(moved, new / "run")["epochs"] == 1
+
+
+def test_files_that_a_method_does_not_read(source, tmp_path):
+  weights = shutil.copy(source, tmp_path / "teacher.safetensors")
+  config = small_runs.small_config(weights, epochs=1)
+  config.method = "scratch"
+  small_runs.train(config, tmp_path / "run")
+  (tmp_path / "run" / "summary.json").unlink()
+  weights.unlink()
+  assert small_runs.train(config, tmp_path / "run")["epochs"] == 1
 
 
 def test_home_folders_on_the_command_line(tmp_path, monkeypatch):
@@ -325,7 +340,8 @@ def test_more_epochs_of_another_schedule_are_refused(source, tmp_path):
 
 def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
-  config.init_from = str(finished)
+  other = shutil.copytree(finished, tmp_path / "other")
+  config.init_from = str(other)
   config.optimizer.learning_rate = 1e-30  # Nothing moves but the statistics.
   config.meta.learning_rate = 1e-30
   config.optimizer.momentum = 0.0
@@ -345,6 +361,9 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(fresh.inner.params, states[1].inner.params)
   # The other run is not needed any more once there is a checkpoint.
+  (tmp_path / "next" / "summary.json").unlink()
+  shutil.rmtree(other)
+  small_runs.train(config, tmp_path / "next")
   config.init_from = str(tmp_path)
   with pytest.raises(errors.InputError, match="init_from was"):
     small_runs.train(config, tmp_path / "next")
@@ -353,3 +372,5 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   config.init_from, config.method = str(finished), "scratch"
   with pytest.raises(errors.InputError, match="it cannot start this run"):
     small_runs.train(config, tmp_path / "fourth")
+  config.init_from = ""  # What was refused has left no trace.
+  small_runs.train(config, tmp_path / "fourth")
