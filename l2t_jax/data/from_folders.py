@@ -14,7 +14,7 @@ import unicodedata
 import numpy as np
 
 from l2t_jax import errors
-from l2t_jax.data import pillow, records
+from l2t_jax.data import image_files, records
 
 # Names of the folders of a part, in lower case.
 _PART_NAMES = {
@@ -132,7 +132,7 @@ def digest(path: str) -> str:
 
 def _walk(folder, more_suffixes=()):
   """Return the images below a folder, and the numbers of other files."""
-  suffixes = (*pillow.suffixes(), *more_suffixes)
+  suffixes = (*image_files.suffixes(), *more_suffixes)
   files: list[pathlib.Path] = []
   others: collections.Counter[str] = collections.Counter()
   walk = os.walk(folder, onerror=_refuse, followlinks=True)

@@ -16,7 +16,7 @@ import rich.console
 import rich.progress
 
 from l2t_jax import errors
-from l2t_jax.data import datasets, pillow, records
+from l2t_jax.data import datasets, image_files, pillow, records
 
 # More threads only wait for Python's lock.
 _MAX_THREADS = 16
@@ -139,7 +139,7 @@ def inspect(
   maximum, depth = max(maxima["train"]), 0
   if any(map(any, maxima.values())):
     # Without such images in train, all of their 16 bits count.
-    depth = pillow.bit_depth(maximum or 2**16 - 1)
+    depth = image_files.bit_depth(maximum or 2**16 - 1)
   return Inspected(
     {
       name: _keep(subset, seen[name], resize, depth)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from l2t_jax import errors
-from l2t_jax.data import inspection, pillow, records
+from l2t_jax.data import image_files, inspection, pillow, records
 
 
 class _Picture(NamedTuple):
@@ -73,7 +73,7 @@ def look(images: records.ImageSet) -> dict[str, Any]:
   return {
     "classes": list(images.class_names),
     "parts": parts,
-    "bit_depth": pillow.bit_depth(maximum) if maximum else 0,
+    "bit_depth": image_files.bit_depth(maximum) if maximum else 0,
     "unreadable": unreadable,
     "equal": [
       [

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from l2t_jax import errors
-from l2t_jax.data import pillow
+from l2t_jax.data import image_files
 
 # Share of test images that may also be training images. In CIFAR-100 a tenth
 # have near copies (Barz and Denzler, 2020), and fewer have exact ones.
@@ -41,7 +41,7 @@ class Records(NamedTuple):
   targets: np.ndarray | None = None
 
   def read_image(self, index: int) -> Image.Image | np.ndarray:
-    """Read one image, as `pillow.decode` returns it.
+    """Read one image, as `image_files.decode` returns it.
 
     Raises:
       errors.InputError: its file cannot be read.
@@ -50,7 +50,7 @@ class Records(NamedTuple):
       return self.pixels[index]
     assert self.open_file
     name, content = self.open_file(index)
-    return pillow.decode(content, name=name)
+    return image_files.decode(content, name=name)
 
   def name_of(self, index: int) -> str:
     """Return what messages call an image."""

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from l2t_jax import data, errors, models, types
-from l2t_jax.data import augmentation, image_formats, pillow
+from l2t_jax.data import augmentation, image_files, image_formats, pillow
 from l2t_jax.models import weight_files
 
 _BATCH_SIZE = 64
@@ -52,7 +52,7 @@ class Predictor:
         " image files; python -m l2t_jax.export writes it as a program that"
         " takes arrays"
       )
-    image = pillow.decode(path, name=str(path))
+    image = image_files.decode(path, name=str(path))
     if pillow.is_transparent(image):
       warnings.warn(
         "some images have transparent pixels; transparency is dropped, as in"

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 
 from l2t_jax import errors
-from l2t_jax.data import from_folders, pillow
+from l2t_jax.data import from_folders, image_files, pillow
 from tests.support import data_sets, picture_zoo
 
 
@@ -37,7 +37,7 @@ def test_pictures_are_read_as_viewers_show_them(kind, orientation):
   exif[274] = orientation
   file = io.BytesIO()
   Image.fromarray(_flag()).save(file, kind, exif=exif, quality=95)
-  image = pillow.decode(file, name=kind)
+  image = image_files.decode(file, name=kind)
   shown = picture_zoo.SHOWN[orientation](_flag())
   difference = np.asarray(image).astype(int) - shown
   assert np.abs(difference).mean() < 8  # Of 250; some formats lose details.
@@ -45,7 +45,7 @@ def test_pictures_are_read_as_viewers_show_them(kind, orientation):
 
 def test_damaged_exif_is_no_damage(tmp_path):
   Image.fromarray(_flag()).save(tmp_path / "0.jpg", exif=b"Exif\0\0MM\0*\0\1")
-  image = pillow.decode(tmp_path / "0.jpg", name="0")
+  image = image_files.decode(tmp_path / "0.jpg", name="0")
   assert image.size == (40, 24)
 
 
@@ -55,10 +55,12 @@ def test_sixteen_bits_of_a_png(tmp_path, channels):
   # OpenCV has blue first.
   order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]
   cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., order])
-  image = pillow.decode(tmp_path / "deep.png", name="deep")
+  image = image_files.decode(tmp_path / "deep.png", name="deep")
   np.testing.assert_array_equal(image, pixels)
   content = io.BytesIO((tmp_path / "deep.png").read_bytes())
-  np.testing.assert_array_equal(pillow.decode(content, name="deep"), pixels)
+  np.testing.assert_array_equal(
+    image_files.decode(content, name="deep"), pixels
+  )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -80,7 +82,7 @@ def test_sixteen_bits_of_a_tiff(tmp_path, channels, options):
     photometric="rgb" if channels == 3 else "minisblack",
     **options,
   )
-  image = pillow.decode(tmp_path / "deep.tif", name="deep")
+  image = image_files.decode(tmp_path / "deep.tif", name="deep")
   np.testing.assert_array_equal(image, pixels)
 
 
@@ -95,7 +97,7 @@ def test_planes_that_pillow_misreads_are_refused(tmp_path):
       compression=compression,
     )
     with pytest.raises(errors.InputError, match="in separate planes"):
-      pillow.decode(tmp_path / "0.tif", name="0.tif")
+      image_files.decode(tmp_path / "0.tif", name="0.tif")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_planes_that_pillow_misreads_are_refused(tmp_path):
   ],
 )
 def test_bit_depth_holds_the_maximum(maximum, depth):
-  assert pillow.bit_depth(maximum) == depth
+  assert image_files.bit_depth(maximum) == depth
 
 
 def test_lab_becomes_the_rgb_that_it_was_made_from(tmp_path):
@@ -120,7 +122,7 @@ def test_lab_becomes_the_rgb_that_it_was_made_from(tmp_path):
   ImageCms.profileToProfile(grey, srgb, lab, outputMode="LAB").save(
     tmp_path / "lab.tif"
   )
-  image = pillow.decode(tmp_path / "lab.tif", name="lab")
+  image = image_files.decode(tmp_path / "lab.tif", name="lab")
   assert image.mode == "LAB"
   pixels = np.asarray(pillow.convert(image, 3, 16)).astype(int)
   assert np.abs(pixels - 120).max() < 3
@@ -189,7 +191,7 @@ def test_images_of_8_and_12_bits_together(tmp_path):
 
 
 def test_all_raster_formats_of_pillow_are_images():
-  suffixes = pillow.suffixes()
+  suffixes = image_files.suffixes()
   wanted = ".avif .bmp .jp2 .jpe .mpo .pcx .ppm .qoi .tga .tif .webp"
   assert {*wanted.split()} <= {*suffixes}
   assert not {".eps", ".h5", ".mpg", ".pdf", ".wmf"} & {*suffixes}
@@ -200,7 +202,7 @@ def test_the_pictures_of_phones(tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
     for index in range(2):
       file = tmp_path / name / f"{index}.HEIC"
-      pillow.suffixes()  # Registers the format.
+      image_files.suffixes()  # Registers the format.
       Image.fromarray(_flag()).save(file, "HEIF", quality=95)
   images = from_folders.open_folder(str(tmp_path))
   difference = np.asarray(images.train.read_image(0)).astype(int) - _flag()

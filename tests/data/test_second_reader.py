@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.data import look, pillow
+from l2t_jax.data import image_files, look, pillow
 from tests.support import data_sets, picture_zoo, small_runs
 
 
@@ -26,7 +26,7 @@ def _decode(picture, content):
   with warnings.catch_warnings():
     # Some images have several frames.
     warnings.simplefilter("ignore")
-    return pillow.decode(content, name=picture.path.name)
+    return image_files.decode(content, name=picture.path.name)
 
 
 def _compare(picture, image, expected):

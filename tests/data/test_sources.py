@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from l2t_jax import errors, imports
-from l2t_jax.data import from_arrays, pillow
+from l2t_jax.data import from_arrays, image_files, pillow
 from tests.support import data_sets
 
 
@@ -230,7 +230,7 @@ def test_links_to_training_images_are_copies(
 def test_sixteen_bits_of_a_pgm_are_those_of_a_png(tmp_path):
   deep = np.full((9, 7), 40_000, np.uint16)
   Image.fromarray(deep).save(tmp_path / "deep.pgm")
-  image = pillow.decode(tmp_path / "deep.pgm", name="deep")
+  image = image_files.decode(tmp_path / "deep.pgm", name="deep")
   assert set(np.asarray(pillow.convert(image, 1, 16)).flat) == {40_000 // 256}
 
 
