@@ -136,6 +136,8 @@ def _checked_arrays(
       )
 
   images, labels = arrays[x], arrays[y]
+  if not images.dtype.isnative:
+    images = images.astype(images.dtype.newbyteorder("="))
   if images.ndim == 3:
     images = images[..., None]
   check(
@@ -150,8 +152,8 @@ def _checked_arrays(
     f"[N, H, W, C]; if its second axis is that of the channels, {x} ="
     f" {x}.transpose(0, 2, 3, 1) moves it",
   )
-  if images.dtype == np.float32 and not np.isfinite(images.sum()):
-    bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+  bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+  if len(bad):
     raise errors.InputError(
       f"{where}: {len(bad)} images of {x} have values that are NaN or infinite,"
       f" the first is {bad[0]}; leave these images out, or replace the values"

@@ -18,7 +18,7 @@ from l2t_jax.data import image_files, records
 
 # Names of the folders of a part, in lower case.
 _PART_NAMES = {
-  "train": "train|training|trainval",
+  "train": "train|training|train[ _-]?val",
   "val": "val|valid|validation|dev",
   "test": "test|testing",
 }
@@ -226,7 +226,10 @@ def _parts_by_name(
     others = {
       tuple(w for w in each if not part_of(w)) for each in words.values()
     }
-    if len(others) > 1 or len(folders) < 2:
+    are_single = all(
+      len(list(filter(part_of, each))) == 1 for each in words.values()
+    )
+    if len(others) > 1 or not are_single or len(folders) < 2:
       return {}
   found: dict[str, list[pathlib.Path]] = {}
   for folder, each in words.items():

@@ -240,29 +240,34 @@ def _statistics(
   train: datasets.Subset,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Return mean and standard deviation of each channel of training images."""
-  pixels, indices = train.pixels, np.arange(len(train.indices))
-  if pixels is None:
-    pixels, indices = train.records.pixels, train.indices
-  if pixels is None:
+  if train.pixels is not None:
+    read = lambda some: train.pixels[some]
+  elif train.records.pixels is not None:
+    read = lambda some: np.stack([train.read(i, lambda x: x) for i in some])
+  else:
     raise errors.InputError(
       "mean or std is (), but the images are read from files when they are"
       " needed; give numbers, such as those of ImageNet, (0.485, 0.456, 0.406)"
       " and (0.229, 0.224, 0.225)"
     )
 
+  count = len(train.indices)
+
   def average(function):
-    sums = [
-      function(pixels[some].astype(np.float64)).sum(axis=(0, 1, 2))
+    total = sum(
+      function(read(some).astype(np.float64)).mean(axis=(1, 2)).sum(axis=0)
       for some in np.split(
-        indices, range(_FEW_IMAGES, len(indices), _FEW_IMAGES)
+        np.arange(count), range(_FEW_IMAGES, count, _FEW_IMAGES)
       )
-    ]
-    return np.sum(sums, axis=0) / (len(indices) * np.prod(pixels.shape[1:3]))
+    )
+    return total / count
 
   mean = average(lambda x: x)
   std = np.sqrt(average(lambda x: (x - mean) ** 2))
-  std = np.where(std > 0, std / train.white, 1)  # 1 where nothing varies.
-  rounded = lambda values: tuple(float(f"{value:.6g}") for value in values)
+  # 1 where nothing varies but the last bits of floats.
+  varies = std > np.maximum(1e-6 * np.abs(mean), 1e-30)
+  std = np.where(varies, std / train.white, 1)
+  rounded = lambda values: tuple(float(f"{value:.9g}") for value in values)
   return rounded(mean / train.white), rounded(std)
 
 

@@ -129,9 +129,37 @@ def test_the_training_images_say_what_white_is():
 
 def test_a_channel_without_contrast():
   arrays = _arrays("float32", 2)
-  arrays["x_train"][..., 1] = 7
+  arrays["x_train"][..., 1] = 0.1
   (batch,) = _load(arrays, batch_size=60).train_batches(0)
   np.testing.assert_allclose(batch.images[..., 1], 0, atol=1e-5)
+
+
+def test_statistics_are_those_after_conversion():
+  arrays = _arrays("uint8", 3, size=20)
+  for in_memory in (True, False):
+    dataset = data_sets.load(
+      images=from_arrays.image_set(arrays, "arrays"),
+      channels=1,
+      mean=(),
+      std=(),
+      augment="none",
+      in_memory=in_memory,
+      val_fraction=0,
+      batch_size=60,
+    )
+    (batch,) = dataset.train_batches(0)
+    assert len(dataset.mean) == len(dataset.std) == 1
+    assert np.mean(batch.images) == pytest.approx(0, abs=0.05)
+
+
+def test_bytes_in_the_other_order():
+  arrays = _arrays("uint16", 2)
+  swapped = {k: x.astype(x.dtype.newbyteorder()) for k, x in arrays.items()}
+  one, other = (
+    data_sets.concatenated(_load(each).eval_batches("test"))
+    for each in (arrays, swapped)
+  )
+  np.testing.assert_array_equal(one.images, other.images)
 
 
 @pytest.mark.parametrize(

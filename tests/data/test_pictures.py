@@ -208,7 +208,7 @@ def test_the_pictures_of_phones(tmp_path, monkeypatch):
   difference = np.asarray(images.train.read_image(0)).astype(int) - _flag()
   assert np.abs(difference).mean() < 8
   # Without the library it is said how to read them.
-  monkeypatch.setattr(pillow, "suffixes", lambda: (".png",))
+  monkeypatch.setattr(image_files, "suffixes", lambda: (".png",))
   with pytest.raises(errors.InputError, match="pip install pillow-heif"):
     from_folders.open_folder(str(tmp_path))
 
@@ -261,6 +261,7 @@ def test_what_is_no_image_is_counted(tmp_path):
     ("training_set", "val", "test_set"),
     ("Train data", "validation-images", "testset"),
     ("train2017", "val2017", "test2017"),
+    ("train_val", "valid", "test"),
     ("pets_train", "pets_valid", "pets_test"),
   ],
 )
@@ -307,6 +308,7 @@ def _wrap(root):
   [
     (_move_parts_into_classes, "has the parts in the classes (cat/train)"),
     (_rename_parts("fold1", "fold2"), "if they are parts of a data set"),
+    (_rename_parts("pets_train_val", "pets_val"), "if they are parts"),
     (_rename_parts("rest", "test"), "if they are parts of a data set"),
     (_wrap, "pets' as the path"),
   ],
