@@ -50,6 +50,14 @@ class Subset(NamedTuple):
     return augmentation.white(self.dtype, self.bit_depth)
 
   @property
+  def values(self) -> tuple[float, float]:
+    """The smallest and the largest value of arrays of floats; else (0, 1)."""
+    pixels = self.records.pixels
+    if pixels is None or self.dtype != np.float32:
+      return (0.0, 1.0)
+    return float(pixels.min()), float(pixels.max())
+
+  @property
   def labels(self) -> np.ndarray:
     """Labels int32 [N]."""
     return self.records.labels[self.indices]
@@ -209,10 +217,7 @@ class Dataset(abc.ABC):
     self.image_shape = fields.image_shape
     self.dtype, self.bit_depth = train.dtype, train.bit_depth
     self.mean, self.std = contents.mean, contents.std
-    self.values = (0.0, 1.0)
-    pixels = train.records.pixels
-    if pixels is not None and pixels.dtype == np.float32:
-      self.values = float(pixels.min()), float(pixels.max())
+    self.values = train.values
     self.num_train, self.num_val, self.num_test = sizes
     self.num_unlabeled = 0
     if "unlabeled" in self._subsets:

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 
 from l2t_jax import errors, imports
-from l2t_jax.data import records
+from l2t_jax.data import pillow, records
 
 _IMAGE_DTYPES = (np.uint8, np.uint16, np.float32)
 
@@ -148,7 +148,7 @@ def _checked_arrays(
   _, first, second, third = images.shape
   check(
     x,
-    not first < second <= third,
+    not first < second == third,
     f"[N, H, W, C]; if its second axis is that of the channels, {x} ="
     f" {x}.transpose(0, 2, 3, 1) moves it",
   )
@@ -161,7 +161,8 @@ def _checked_arrays(
   check(
     y,
     labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
-    f"integer [{len(images)}], one label per image of {x}",
+    f"integer or names [{len(images)}], or one-hot [{len(images)}, K]: one"
+    f" label per image of {x}",
   )
   if labels.min() < 0:
     raise errors.InputError(
@@ -179,8 +180,8 @@ def _checked_arrays(
     raise errors.InputError(
       f"{where}: {y} has label {labels.max()}, but there are only {num_train}"
       " training images; labels are numbers from 0 without gaps: class_names ="
-      f" np.unique(y_train) and {y} = np.searchsorted(class_names, {y}) make"
-      " them from identifiers"
+      f" np.unique(y_train); {y} = np.searchsorted(class_names, {y}) makes them"
+      " from identifiers"
     )
   if t not in arrays:
     return [images, labels]
@@ -309,10 +310,13 @@ def _check_alike(
       f"{where}: only one of train and {part} has targets, t_train or t_{part}"
     )
   for kind, one, other in zip("xyt", arrays, train, strict=False):
-    may_differ = kind == "x" and sizes_differ
-    if (kind == "x" and one.dtype != other.dtype) or (
-      not may_differ and one.shape[1:] != other.shape[1:]
-    ):
+    shapes = [one.shape[1:], other.shape[1:]]
+    if kind == "x" and sizes_differ:
+      both = (one, other)
+      shapes = [shape[2:] for shape in shapes]
+      if all(map(pillow.is_grey_or_rgb, both)):  # They are converted.
+        shapes = []
+    if (kind == "x" and one.dtype != other.dtype) or len({*shapes}) > 1:
       raise errors.InputError(
         f"{where}: {kind}_{part} is {one.dtype} {list(one.shape)}, but"
         f" {kind}_train is {other.dtype} {list(other.shape)}; they must agree"

@@ -58,7 +58,7 @@ def open_folder(path: str) -> records.ImageSet:
   parts = _find_parts(root, passed_over)
   class_names = tuple(_class_folders(parts["train"]))
   files = {
-    part: _list_classes(folder, class_names, passed_over)
+    part: _list_classes(folder, class_names, passed_over, root)
     for part, folder in parts.items()
   }
   val = files.get("val", [])
@@ -86,11 +86,12 @@ def open_unlabeled(path: str) -> records.Records:
 
 
 def list_images(
-  folder: pathlib.Path,
+  folder: pathlib.Path, root: pathlib.Path | None = None
 ) -> tuple[list[pathlib.Path], collections.Counter[str]]:
   """List the images in a folder and its subfolders, sorted by path.
 
-  Hidden files and folders, and what systems leave behind, do not count.
+  Hidden files and folders, and what systems leave behind, do not count. Links
+  to folders do if they lead out of `root`, the whole data set.
 
   Returns:
     The images, and how many other files there are of each suffix.
@@ -98,7 +99,7 @@ def list_images(
   Raises:
     errors.InputError: there are no images.
   """
-  files, others = _walk(folder)
+  files, others = _walk(folder, root=root)
   if not files:
     beside = f", only {records.counted(others)}" if others else ""
     raise errors.InputError(
@@ -130,20 +131,34 @@ def digest(path: str) -> str:
   return sha.hexdigest()[:16]
 
 
-def _walk(folder, more_suffixes=()):
-  """Return the images below a folder, and the numbers of other files."""
+def _walk(folder, more_suffixes=(), *, root=None):
+  """Return the images below a folder, and the numbers of other files.
+
+  Links to folders are followed if they lead out of the data set, `root`:
+  others would put images into a second class or part.
+  """
   suffixes = (*image_files.suffixes(), *more_suffixes)
   files: list[pathlib.Path] = []
   others: collections.Counter[str] = collections.Counter()
-  walk = os.walk(folder, onerror=_refuse, followlinks=True)
+  inside = os.path.realpath(root or folder)
   been_in = set()
-  for where, subfolders, names in walk:
-    real = os.path.realpath(where)
-    if real in been_in:  # A link may lead back.
-      subfolders.clear()
-      continue
-    been_in.add(real)
-    subfolders[:] = [name for name in subfolders if not _is_debris(name)]
+  for where, subfolders, names in os.walk(
+    folder, onerror=_refuse, followlinks=True
+  ):
+    kept = []
+    for name in sorted(subfolders):
+      path = os.path.join(where, name)
+      real = os.path.realpath(path)
+      if _is_debris(name):
+        continue
+      if os.path.islink(path) and (
+        real in been_in or os.path.commonpath((real, inside)) in (real, inside)
+      ):
+        others["links to folders of this data set"] += 1
+        continue
+      been_in.add(real)
+      kept.append(name)
+    subfolders[:] = kept
     for name in names:
       if _is_debris(name):
         continue
@@ -229,7 +244,12 @@ def _parts_by_name(
     are_single = all(
       len(list(filter(part_of, each))) == 1 for each in words.values()
     )
-    if len(others) > 1 or not are_single or len(folders) < 2:
+    if (
+      len(others) > 1
+      or not are_single
+      or len(folders) < 2
+      or not all(_list_folder(folder)[0] for folder in folders)
+    ):
       return {}
   found: dict[str, list[pathlib.Path]] = {}
   for folder, each in words.items():
@@ -331,6 +351,7 @@ def _list_classes(
   folder: pathlib.Path,
   class_names: tuple[str, ...],
   passed_over: collections.Counter[str],
+  root: pathlib.Path,
 ) -> _Files:
   """List every image in folder/CLASS and below, and count what is no image."""
   classes = _class_folders(folder)
@@ -343,7 +364,7 @@ def _list_classes(
   _pass_over(_list_folder(folder)[1], passed_over)
   files = []
   for label, name in enumerate(class_names):
-    paths, others = list_images(classes[name])
+    paths, others = list_images(classes[name], root)
     files += [(path, label) for path in paths]
     passed_over.update(others)
   return files

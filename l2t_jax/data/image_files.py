@@ -88,6 +88,7 @@ def decode(
       image, tiles = _load(stream)
       reason = _why_misread(stream, image, tiles)
       deep = None if reason else _read_deep(stream, image, tiles)
+      is_animated = _is_animated(stream, image.format)
   # Pillow's decoders raise errors of many types for broken files.
   except Exception as error:
     raise errors.InputError(
@@ -96,6 +97,11 @@ def decode(
     ) from error
   if reason:
     raise errors.InputError(f"image {name} has {reason}")
+  if is_animated:
+    warnings.warn(
+      "some images have several pages or frames, of which the first is read",
+      stacklevel=2,
+    )
   return image if deep is None else deep
 
 
@@ -127,20 +133,22 @@ def _load(stream, rawmode=""):
     for index, (codec, box, offset, args) in enumerate(tiles):
       args = (rawmode, *args[1:]) if isinstance(args, tuple) else rawmode
       image.tile[index] = ImageFile._Tile(codec, box, offset, args)
-  is_animated = image.format in _WITH_FRAMES and getattr(
-    image, "is_animated", False
-  )
-  if is_animated and not rawmode:
-    warnings.warn(
-      "some images have several pages or frames, of which the first is read",
-      stacklevel=2,
-    )
-    image.seek(0)
   image.load()
   # A damaged EXIF block is no damage to the image; viewers ignore it, too.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(image, in_place=True)
   return image, tiles
+
+
+def _is_animated(stream, kind):
+  """Return whether a file has several pages or frames."""
+  if kind not in _WITH_FRAMES:
+    return False
+  stream.seek(0)
+  # Where the others are damaged, the first may still be read.
+  with contextlib.suppress(Exception):
+    return getattr(Image.open(stream), "is_animated", False)
+  return False
 
 
 def _rawmode(tiles):
@@ -173,6 +181,8 @@ def _why_misread(stream, image, tiles):
     and _jpeg2000_depth(stream) > 8
   ):
     how = "as JPEG 2000"
+  elif image.format == "FITS" and image.mode.startswith("I"):
+    how = "as FITS"
   elif (
     image.format == "PPM"
     and image.mode == "RGB"

@@ -38,6 +38,23 @@ class ImageFormat(NamedTuple):
     return ImageFormat(self.size, len(bands), pick(self.mean), pick(self.std))
 
 
+def fits(
+  mean: Sequence[float], std: Sequence[float], values: tuple[float, float]
+) -> bool:
+  """Return whether images with such values may have this normalisation.
+
+  Args:
+    mean: one value, or one per channel.
+    std: the same.
+    values: the smallest and the largest of the images.
+  """
+  lowest, highest = values
+  if lowest > -0.1 and highest < 2:  # From 0 to 1, with some outliers.
+    return max(map(abs, mean)) <= 1 and max(std) <= 1
+  # The standard deviation of values from 0 to 1 is at most 0.5.
+  return min(mean) < 0 or max(mean) > 1 or max(std) > 0.5
+
+
 def convert(
   images: chex.Array, old: ImageFormat, new: ImageFormat
 ) -> chex.Array:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import functools
 import itertools
+import math
 import os
 from typing import NamedTuple, TypeVar
 
@@ -118,15 +119,16 @@ def inspect(
     if isinstance(one, errors.InputError)
   ]
   num_images = sum(len(subset.indices) for subset in subsets.values())
-  if bad and bad_images == "stop":
+  are_many = len(bad) > max_bad_fraction * num_images
+  if bad and (bad_images == "stop" or are_many):
+    skip = "config.data.bad_images to 'skip'"
+    if are_many:
+      # Rounded up.
+      share = math.ceil(1000 * len(bad) / num_images) / 1000
+      skip += f" and config.data.max_bad_fraction to {share}"
     raise errors.InputError(
       f"{_listed_errors(bad, num_images)}; replace or remove them, or set"
-      " config.data.bad_images to 'skip'"
-    )
-  if len(bad) > max_bad_fraction * num_images:
-    raise errors.InputError(
-      f"{_listed_errors(bad, num_images)}; config.data.max_bad_fraction is"
-      f" {max_bad_fraction}"
+      f" {skip}"
     )
   maxima = {}
   for name, each in seen.items():
@@ -136,7 +138,7 @@ def inspect(
         f"none of the {len(each)} images of {name} can be used:"
         f" {_listed_errors(bad, num_images)}"
       )
-  maximum, depth = max(maxima["train"]), 0
+  maximum, depth = max(maxima["train"], default=0), 0
   if any(map(any, maxima.values())):
     # Without such images in train, all of their 16 bits count.
     depth = image_files.bit_depth(maximum or 2**16 - 1)

@@ -12,6 +12,7 @@ from l2t_jax.data import (
   from_folders,
   from_huggingface,
   from_tfds,
+  image_formats,
   inspection,
   memory,
   pillow,
@@ -62,6 +63,8 @@ def load(
   images = records.keep_classes(images, fields.classes)
   _check_augment(fields.augment, images)
   _check_channels(fields, images)
+  if fields.is_streamed and images.train.pixels is None:
+    _check_normalisation(fields)
   whole_split = splits.make_split(images, fields)
   split = whole_split
   if fields.per_class:
@@ -111,6 +114,13 @@ def load(
   if not (mean and std):
     own_mean, own_std = _statistics(train)
     mean, std = mean or own_mean, std or own_std
+  elif not image_formats.fits(mean, std, train.values):
+    lowest, highest = train.values
+    raise errors.InputError(
+      f"mean {mean} and std {std} are not for images whose values go from"
+      f" {lowest:.4g} to {highest:.4g}; set both to those of the images, or to"
+      " () to compute them, or scale the images"
+    )
   contents = datasets.Contents(
     inspected.subsets,
     images.class_names,
@@ -162,10 +172,13 @@ def _notes(images, inspected):
       why = f"the largest training value is {inspected.maximum}"
     white = 2**inspected.bit_depth - 1
     yield f"images with more than 8 bits: {white} is white, since {why}"
-    if inspected.num_clipped and images.train.pixels is None:
+    if inspected.num_clipped:
+      become = "are white, too"
+      if images.train.pixels is not None:
+        become = "are more than 1 before normalisation"
       yield (
         f"{inspected.num_clipped} images of other parts have larger values,"
-        " which are white, too"
+        f" which {become}"
       )
   for part, count in inspected.num_copies.items():
     if count:
@@ -236,21 +249,24 @@ def _check_channels(
       )
 
 
-def _statistics(
-  train: datasets.Subset,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Return mean and standard deviation of each channel of training images."""
-  if train.pixels is not None:
-    read = lambda some: train.pixels[some]
-  elif train.records.pixels is not None:
-    read = lambda some: np.stack([train.read(i, lambda x: x) for i in some])
-  else:
+def _check_normalisation(fields):
+  """Refuse to leave open how images are normalised that are never all there."""
+  if not (fields.mean and fields.std):
     raise errors.InputError(
       "mean or std is (), but the images are read from files when they are"
       " needed; give numbers, such as those of ImageNet, (0.485, 0.456, 0.406)"
       " and (0.229, 0.224, 0.225)"
     )
 
+
+def _statistics(
+  train: datasets.Subset,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Return mean and standard deviation of each channel of training images."""
+  if train.pixels is not None:
+    read = lambda some: train.pixels[some]
+  else:
+    read = lambda some: np.stack([train.read(i, lambda x: x) for i in some])
   count = len(train.indices)
 
   def average(function):

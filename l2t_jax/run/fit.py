@@ -35,7 +35,7 @@ import l2t_jax.config
 from l2t_jax.data import from_arrays
 from l2t_jax.method import objectives
 from l2t_jax.results import map_picture, transfer_map
-from l2t_jax.run import experiments, from_config, sources, train
+from l2t_jax.run import experiments, from_config, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.runtime import compilation, cpu_lowering
 
@@ -73,15 +73,9 @@ class Result(NamedTuple):
     Returns:
       Logits, or what else the network returns, [N, ...].
     """
-    _, size, channels = self.predictor.image_format.shape
-    images = _with_channels(images)
-    dtype = self.predictor.dtype
-    if images.dtype != dtype or images.shape[1:] != (size, size, channels):
-      raise errors.InputError(
-        f"images are {images.dtype} {list(images.shape)}, but must be {dtype}"
-        f" [N, {size}, {size}, {channels}], as in training"
-      )
-    return self.predictor.outputs(images, min(batch_size, len(images) or 1))
+    if self.predictor.image_format.channels == 1:
+      images = _with_channels(images)
+    return self.predictor.outputs(images, batch_size)
 
   def figure(self) -> figure.Figure:
     """Draw what was transferred where."""
@@ -111,8 +105,9 @@ def fit(
       float32, and "y_train", their classes [N], or "t_train", [N, ...], what
       else `task` reads; the same with "_val" and "_test". What is missing of
       these is split off.
-    source: what is transferred from, or the path of its weight file; several
-      with a name each; None for methods that need none.
+    source: what is transferred from, or the path of its weight file, for which
+      config.source has further fields; several with a name each; None for
+      methods that need none.
     config: the fields of l2t_jax/config.py, from `default_config`. What the
       objects say (data.source, image_size, channels, source, target.model and
       task) is filled in.
@@ -142,7 +137,7 @@ def fit(
     images,
     from_config.data_fields(config),
     from_config.settings(config),
-    _as_sources(source, config.precision),
+    _as_sources(source, config),
     task or objectives.CLASSIFICATION,
     tuple(config.target.taps),
     from_config.load_map(config),
@@ -160,8 +155,9 @@ def fit(
   )
 
 
-def _as_sources(source, precision):
+def _as_sources(source, config):
   """Return name -> source of what `fit` was given."""
+  nothing = l2t_jax.config.source()
   given = source if isinstance(source, Mapping) else {"": source}
   found = {}
   for name, one in given.items():
@@ -169,8 +165,11 @@ def _as_sources(source, precision):
       raise errors.InputError(
         f"the name of a source is {name!r}; it must be a string without '/'"
       )
+    fields = config.sources.get(name, nothing) if name else config.source
     if isinstance(one, str | os.PathLike):
-      one = sources.load_source(one, precision=precision)
+      one = from_config.load_source(one, fields, config.precision)
+    elif isinstance(one, experiments.Source):
+      _check_unset(fields, nothing)
     if not isinstance(one, experiments.Source | None):
       raise errors.InputError(
         f"source is a {type(one).__name__}; it must be a Source, the path of a"
@@ -178,6 +177,16 @@ def _as_sources(source, precision):
       )
     found[name] = one
   return {name: one for name, one in found.items() if one is not None}
+
+
+def _check_unset(fields, nothing):
+  """Refuse fields that only a source from a file has."""
+  for field, value in fields.items():
+    if field != "weights" and value != nothing[field]:
+      raise errors.InputError(
+        f"{field} of the config's source is {value!r}, but this source is an"
+        f" object; set {field} in it"
+      )
 
 
 def _fit_to_images(config, arrays):

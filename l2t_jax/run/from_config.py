@@ -108,16 +108,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
   given = {}
   if method.needs_source:
     given = {
-      name: sources.load_source(
-        fields.weights,
-        fields.taps,
-        image_size=fields.image_size,
-        mean=fields.mean,
-        std=fields.std,
-        bands=fields.bands,
-        class_names=fields.class_names,
-        precision=config.precision,
-      )
+      name: load_source(fields.weights, fields, config.precision)
       for name, fields in l2t_jax.config.source_configs(config).items()
     }
   num_classes = len(reading.classes or images.class_names)
@@ -138,6 +129,24 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     describe(config),
     l2t_jax.config.FREE_FIELDS,
     contents(config),
+  )
+
+
+def load_source(
+  weights: str | os.PathLike[str],
+  fields: ml_collections.ConfigDict,
+  precision: str,
+) -> experiments.Source:
+  """Read a source from a weight file, with the fields of `config.source`."""
+  return sources.load_source(
+    weights,
+    fields.taps,
+    image_size=fields.image_size,
+    mean=fields.mean,
+    std=fields.std,
+    bands=fields.bands,
+    class_names=fields.class_names,
+    precision=precision,
   )
 
 

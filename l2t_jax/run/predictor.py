@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 from typing import Any
 import warnings
@@ -45,13 +46,7 @@ class Predictor:
       errors.InputError: it cannot be read, or images of files are none that
         the network sees.
     """
-    channels = self.image_format.channels
-    if self.dtype != np.uint8 or channels not in (1, 3):
-      raise errors.InputError(
-        f"the network sees {self.dtype} arrays of {channels} channels, not"
-        " image files; python -m l2t_jax.export writes it as a program that"
-        " takes arrays"
-      )
+    self._check_reads_files()
     image = image_files.decode(path, name=str(path))
     if pillow.is_transparent(image):
       warnings.warn(
@@ -59,14 +54,25 @@ class Predictor:
         " training: put them on a background if it was not there",
         stacklevel=2,
       )
-    image = pillow.convert(image, channels, self.bit_depth)
+    image = pillow.convert(image, self.image_format.channels, self.bit_depth)
     return pillow.to_array(self.resize(image))
 
   def apply(self, images: chex.Array) -> jax.Array:
     """Compute the outputs [B, ...] for images of `dtype` [B, H, W, C]."""
     return self._apply_fn(self.params, self.model_state, images)
 
-  def outputs(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+  def _check_reads_files(self):
+    channels = self.image_format.channels
+    if self.dtype != np.uint8 or channels not in (1, 3):
+      raise errors.InputError(
+        f"the network sees {self.dtype} arrays of {channels} channels, not"
+        " image files; python -m l2t_jax.export writes it as a program that"
+        " takes arrays"
+      )
+
+  def outputs(
+    self, images: np.ndarray, batch_size: int = _BATCH_SIZE
+  ) -> np.ndarray:
     """Compute the outputs of many images, batch by batch.
 
     Args:
@@ -76,7 +82,18 @@ class Predictor:
 
     Returns:
       Outputs [N, ...].
+
+    Raises:
+      errors.InputError: images of another type or shape than in training.
     """
+    shape = self.image_format.shape
+    if images.dtype != self.dtype or images.shape[1:] != shape:
+      size, _, channels = shape
+      raise errors.InputError(
+        f"images are {images.dtype} {list(images.shape)}, but must be"
+        f" {self.dtype} [N, {size}, {size}, {channels}], as in training"
+      )
+    batch_size = min(batch_size, len(images) or 1)
     parts = []
     for start in range(0, len(images) or 1, batch_size):
       batch = images[start : start + batch_size]
@@ -93,23 +110,39 @@ class Predictor:
       (path, name of the likeliest class, its probability).
 
     Raises:
-      errors.InputError: an image cannot be read, or the network is no
-        classifier.
+      errors.InputError: the network is no classifier of image files; or, after
+        all others, images that cannot be read.
     """
     if self.task != "classification":
       raise errors.InputError(
         f"the network learned the task {self.task!r}, not classes; its outputs"
         " are those of the program that l2t_jax.export writes to OUT.stablehlo"
       )
-    paths = iter(paths)
-    while batch := list(itertools.islice(paths, _BATCH_SIZE)):
-      images = np.stack([self.read(path) for path in batch])
+    self._check_reads_files()
+    paths, unreadable = iter(paths), []
+
+    def read_all():
+      for path in paths:
+        try:
+          yield path, self.read(path)
+        except errors.InputError as error:
+          unreadable.append(str(error))
+
+    readable = read_all()
+    while pairs := list(itertools.islice(readable, _BATCH_SIZE)):
+      batch, images = zip(*pairs, strict=True)
+      padding = [np.zeros_like(images[0])] * (_BATCH_SIZE - len(images))
+      outputs = self.outputs(np.stack([*images, *padding]))[: len(images)]
       # A network may have more outputs than there are classes.
-      logits = self.outputs(images, _BATCH_SIZE)[:, : len(self.class_names)]
+      logits = outputs[:, : len(self.class_names)]
       probabilities = np.asarray(jax.nn.softmax(logits))
       for path, row in zip(batch, probabilities, strict=True):
         best = int(row.argmax())
         yield path, self.class_names[best], float(row[best])
+    if unreadable:
+      raise errors.InputError(
+        f"{len(unreadable)} images were left out: {'; '.join(unreadable[:20])}"
+      )
 
   @functools.cached_property
   def _apply_fn(self) -> Any:
@@ -129,7 +162,9 @@ class Predictor:
     return outputs
 
 
-def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
+def load(
+  run: str | os.PathLike[str], network: models.Network | None = None
+) -> Predictor:
   """Load the trained target of a run.
 
   Args:
@@ -139,6 +174,7 @@ def load(run: pathlib.Path, network: models.Network | None = None) -> Predictor:
   Raises:
     errors.InputError: there is no such file, or its network cannot be made.
   """
+  run = pathlib.Path(run).expanduser()
   path = run / "target.safetensors" if run.is_dir() else run
   if not path.is_file():
     raise errors.InputError(

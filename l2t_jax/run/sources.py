@@ -170,7 +170,7 @@ def trace(
 def check_values(
   experiment: experiments.Experiment, values: tuple[float, float]
 ) -> None:
-  """Refuse sources that were trained on values of 0 to 1 for others.
+  """Refuse sources that were trained on values of another scale.
 
   Args:
     experiment: its sources say how they normalise.
@@ -179,23 +179,22 @@ def check_values(
   Raises:
     errors.InputError: naming the source.
   """
-  lowest, highest = values
-  if not experiment.method.needs_source or (lowest > -0.1 and highest < 2):
+  if not experiment.method.needs_source:
     return
   for name, source in experiment.sources.items():
-    # The standard deviation of values from 0 to 1 is at most 0.5.
-    from_0_to_1 = _is_program(source.network) or (
-      source.mean
-      and source.std
-      and min(source.mean) >= 0
-      and max(source.mean) <= 1
-      and max(source.std) <= 0.5
-    )
-    if from_0_to_1:
+    mean, std = source.mean, source.std
+    if _is_program(source.network):
+      mean, std = (
+        (0.5,),
+        (0.5,),
+      )  # Whatever it is, it is for values from 0 to 1.
+    if mean and std and not image_formats.fits(mean, std, values):
+      lowest, highest = values
       raise errors.InputError(
-        f"the source {source.origin or name} was trained on values from 0 to 1,"
-        f" but those of the images go from {lowest:.4g} to {highest:.4g}; scale"
-        " the images, or set its fields mean and std to numbers on their scale"
+        f"the source {source.origin or name} is normalised by mean"
+        f" {_short(mean)} and std {_short(std)}, but the values of the images"
+        f" go from {lowest:.4g} to {highest:.4g}; scale the images, or set its"
+        " fields mean and std to numbers on their scale"
       )
 
 
@@ -300,7 +299,7 @@ def _check_program(
 def _trace(name, source, image_format):
   """Trace a source network on images of its own format."""
   given = source.origin or name
-  if max(source.bands, default=0) >= image_format.channels:
+  if not set(source.bands) <= set(range(image_format.channels)):
     raise errors.InputError(
       f"bands of the source {given} are {source.bands}, but the images have"
       f" only the channels 0 to {image_format.channels - 1}"
@@ -313,10 +312,15 @@ def _trace(name, source, image_format):
     tuple(source.std) or selected.std,
   )
   channels = {selected.channels, own_format.channels}
+  if source.bands and len(source.bands) not in (1, own_format.channels):
+    raise errors.InputError(
+      f"bands of the source {given} are {source.bands}, but it sees"
+      f" {own_format.channels}-channel images; list as many"
+    )
   if len(channels) > 1 and channels != {1, 3}:
     raise errors.InputError(
-      f"the source {given} sees images of {own_format.channels} channels, but"
-      f" those of the target have {selected.channels}; set its field bands to"
+      f"the source {given} sees {own_format.channels}-channel images, but the"
+      f" target's have {selected.channels} channels; set its field bands to"
       f" the {own_format.channels} that it shall see, in its order and counted"
       " from 0"
     )

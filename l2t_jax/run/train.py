@@ -218,8 +218,6 @@ def check_folders(
     if _only_goes_on(old, new):
       old["epochs"] = new["epochs"]
     before = run_folder.read_json(workdir / _CONTENTS) or {}
-    if has_begun(workdir):  # It has been read.
-      before.pop("init_from", None)
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
       for field in new | old
@@ -231,6 +229,7 @@ def check_folders(
       f"{field} {new[field]!r} holds other files than before"
       for field, digest in contents.items()
       if digest  # What is missing is named when it is needed.
+      and not (field == "init_from" and has_begun(workdir))
       and digest != before.get(field, digest)
       and old.get(field) == new.get(field)
     ]
@@ -302,7 +301,12 @@ def _train(setup, trainer, group, requests):
     # Only now: a run that cannot begin leaves no trace.
     for workdir, experiment in group.items():
       run_folder.write_json(workdir / "config.json", experiment.description)
-      run_folder.write_json(workdir / _CONTENTS, dict(experiment.contents))
+      contents = run_folder.read_json(workdir / _CONTENTS) or {}
+      # Where files are gone, it stays known what they were.
+      contents |= {
+        k: digest for k, digest in experiment.contents.items() if digest
+      }
+      run_folder.write_json(workdir / _CONTENTS, contents)
     _open_logs(runs, step, stack)
     display.say(_headline(setup, first))
     if step:
@@ -338,7 +342,10 @@ def _start_from(workdir, state):
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:
       learned, _ = checkpoints.restore(
-        max(steps), state, advice="it cannot start this run"
+        max(steps),
+        state,
+        advice="it cannot start this run, which needs the same method,"
+        " networks and classes",
       )
     except checkpoint.DamagedError as error:
       raise errors.StorageError(

@@ -76,3 +76,33 @@ def test_images_that_cannot_be(source, tmp_path):
   ):
     with pytest.raises(errors.InputError, match=message):
       make()
+
+
+@pytest.mark.xdist_group("experiment")
+def test_one_damaged_image_leaves_the_others(source, pictures, tmp_path):
+  predictor = predictors.load(str(source))
+  good = sorted((pictures / "0").iterdir())[:2]
+  bad = tmp_path / "broken.png"
+  bad.write_bytes(b"no image")
+  rows = predictor.classify([good[0], bad, good[1]])
+  assert [next(rows)[0] for _ in range(2)] == good
+  with pytest.raises(errors.InputError, match="1 images were left out: image"):
+    next(rows)
+
+
+@pytest.mark.xdist_group("experiment")
+@pytest.mark.parametrize(
+  ("dtype", "shape"),
+  [
+    (np.float32, (2, 8, 8, 1)),
+    (np.uint8, (2, 9, 9, 1)),
+    (np.uint8, (2, 8, 8, 3)),
+    (np.uint8, (8, 8, 1)),
+  ],
+)
+def test_arrays_unlike_those_in_training(source, dtype, shape):
+  predictor = predictors.load(source)
+  size = predictor.image_format.size
+  shape = tuple(size if side == 8 else side for side in shape)
+  with pytest.raises(errors.InputError, match="but must be uint8"):
+    predictor.outputs(np.zeros(shape, dtype))

@@ -127,6 +127,33 @@ def test_the_training_images_say_what_white_is():
   assert value == pytest.approx(60_000 / (2**14 - 1), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("scale", "mean", "std"),
+  [(255, (0.5,), (0.25,)), (1, (123.7,), (58.0,)), (9e4, (0.1,), (0.3,))],
+)
+def test_mean_and_std_of_another_scale_are_refused(scale, mean, std):
+  arrays = _arrays("float32", 1)
+  for key in ("x_train", "x_test"):
+    arrays[key] = np.abs(arrays[key]) / np.float32(3000 / scale)
+  images = from_arrays.image_set(arrays, "arrays")
+  with pytest.raises(
+    errors.InputError, match="are not for images whose values"
+  ):
+    data_sets.load(images=images, channels=1, mean=mean, std=std)
+
+
+def test_what_varies_little_around_a_large_mean():
+  arrays, rng = _arrays("float32", 1), np.random.default_rng(0)
+  shape = arrays["x_train"].shape
+  arrays["x_train"] = (101_325 + rng.normal(size=shape)).astype(np.float32)
+  (batch,) = _load(arrays, batch_size=60).train_batches(0)
+  assert abs(float(batch.images.mean())) < 0.01
+  for scale in (3e37, 1e-39):  # The sum is infinite, and the std subnormal.
+    arrays["x_train"] = (scale * rng.random(shape)).astype(np.float32)
+    (batch,) = _load(arrays, batch_size=60).train_batches(0)
+    assert np.isfinite(batch.images).all()
+
+
 def test_a_channel_without_contrast():
   arrays = _arrays("float32", 2)
   arrays["x_train"][..., 1] = 0.1

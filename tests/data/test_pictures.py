@@ -100,6 +100,41 @@ def test_planes_that_pillow_misreads_are_refused(tmp_path):
       image_files.decode(tmp_path / "0.tif", name="0.tif")
 
 
+def test_a_damaged_second_frame_is_no_damage(tmp_path):
+  file = tmp_path / "0.gif"
+  frames = [Image.fromarray(_flag() // n) for n in (1, 2, 3)]
+  frames[0].save(file, save_all=True, append_images=frames[1:])
+  whole = image_files.decode(file, name="0").convert("RGB")
+  content = file.read_bytes()
+  second = content.index(b"\x21\xf9", content.index(b"\x21\xf9") + 1)
+  file.write_bytes(content[: second + 5])
+  image = image_files.decode(file, name="0").convert("RGB")
+  np.testing.assert_array_equal(image, whole)
+
+
+def test_a_second_page_is_said(tmp_path):
+  tifffile.imwrite(tmp_path / "0.tif", _random(8, 1, (4, 5, 6))[..., 0])
+  with pytest.warns(UserWarning, match="several pages or frames"):
+    image_files.decode(tmp_path / "0.tif", name="0")
+
+
+def test_fits_of_16_bits_is_refused(tmp_path):
+  cards = [
+    "SIMPLE  =                    T",
+    "BITPIX  =                   16",
+    "NAXIS   =                    2",
+    "NAXIS1  =                    3",
+    "NAXIS2  =                    2",
+    "BZERO   =                32768",
+    "END",
+  ]
+  header = "".join(card.ljust(80) for card in cards).ljust(2880)
+  values = np.full(1440, 7232, ">i2").tobytes()
+  (tmp_path / "0.fits").write_bytes(header.encode() + values)
+  with pytest.raises(errors.InputError, match="as FITS, which Pillow misreads"):
+    image_files.decode(tmp_path / "0.fits", name="0.fits")
+
+
 @pytest.mark.parametrize(
   ("maximum", "depth"),
   [
@@ -320,6 +355,17 @@ def test_other_layouts_are_not_taken_for_classes(tmp_path, change, message):
     from_folders.open_folder(str(root))
 
 
+@pytest.mark.parametrize(
+  "names", ["train_steam steam", "steam_train steam_test"]
+)
+def test_steam_trains_are_no_parts(tmp_path, names):
+  for name in names.split():
+    (tmp_path / name).mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / name / "0.png")
+  images = from_folders.open_folder(str(tmp_path))
+  assert images.class_names == tuple(sorted(names.split()))
+
+
 def test_classes_may_have_names_like_parts_and_equal_subfolders(tmp_path):
   for name, part in itertools.product(("test_tube", "flask"), ("left", "top")):
     (tmp_path / name / part).mkdir(parents=True)
@@ -330,14 +376,25 @@ def test_classes_may_have_names_like_parts_and_equal_subfolders(tmp_path):
   assert len(images.train.labels) == 4
 
 
-def test_links_are_followed_once(tmp_path):
+def test_links_are_followed_out_of_the_data_set_only(tmp_path):
   root = data_sets.save_folder(tmp_path / "pictures")
   elsewhere = data_sets.save_folder(tmp_path / "elsewhere", ("more",))
   cats = root / "train" / "cat"
   (cats / "more").symlink_to(elsewhere / "more" / "cat")
-  (cats / "loop").symlink_to(cats)
+  # Each of these would put images into a second class or part, or never end.
+  for name, target in (
+    ("loop", cats),
+    ("others", root / "train" / "dog"),
+    ("test", root / "test" / "cat"),
+    ("up", "../.."),
+    ("root", "/"),
+    ("again", elsewhere / "more" / "cat"),
+  ):
+    (cats / name).symlink_to(target)
   images = from_folders.open_folder(str(root))
   np.testing.assert_array_equal(np.bincount(images.train.labels), [20, 10])
+  assert images.passed_over == {"links to folders of this data set": 6}
+  assert from_folders.digest(str(root))
 
 
 @pytest.mark.parametrize("folder", [".", "train", "train/cat"])
@@ -405,7 +462,7 @@ def test_all_bad_images_are_named_before_training(tmp_path, in_memory):
   with pytest.raises(errors.InputError, match="3 of 41 images") as caught:
     load()
   assert all(name in str(caught.value) for name in bad)
-  with pytest.raises(errors.InputError, match=r"max_bad_fraction is 0\.01"):
+  with pytest.raises(errors.InputError, match=r"max_bad_fraction to 0\.074$"):
     load(bad_images="skip")
   dataset = load(bad_images="skip", max_bad_fraction=0.1)
   assert {*dataset.skipped} == bad

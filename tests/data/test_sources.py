@@ -50,6 +50,7 @@ def test_grey_npz_becomes_rgb(tmp_path):
     ),
     ({"x_train": np.zeros((60, 3, 8, 8), np.uint8)}, r"transpose\(0, 2, 3, 1"),
     ({"x_test": np.zeros((21, 8, 8, 3), np.float32)}, "x_train is uint8"),
+    ({"x_test": np.zeros((21, 8, 8, 4), np.uint8)}, "they must agree"),
     ({"x_train": np.zeros((60, 8, 8, 3))}, "x_train is float64"),
     ({"x_train": np.full((60, 8, 8, 3), np.nan, np.float32)}, "60 images of x"),
     ({"class_names": np.array(["a", "b", "a"])}, "class_names has 'a' 2 times"),
