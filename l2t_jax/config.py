@@ -237,14 +237,28 @@ LOSSES = {
 
 LOSS_GROUPS = tuple({name.partition(".")[0]: None for name in LOSSES})
 
-# SGD for the update of the target and for the look-ahead (optimizer), and Adam
-# for the meta-networks f and g (meta).
+# The optimizer of the target's update and of the look-ahead (optimizer), and
+# Adam for the meta-networks f and g (meta).
 OPTIMIZERS = {
+  # sgd (with L2 in the gradient), adamw (with decoupled weight decay), or
+  # "package.module:function", a function of the learning rate that returns an
+  # optax transformation; momentum, b2 and weight decay are then its own.
+  "optimizer.name": Field("sgd"),
   "optimizer.learning_rate": Field(0.1, POSITIVE),
-  # By epochs: cosine (to 0), or step (a tenth at 50 % and again at 75 %).
+  # By epochs: cosine (to 0), or step (a tenth at 50 % and again at 75 %); or
+  # constant.
   "optimizer.schedule": Field("cosine", one_of(optimizers.SCHEDULES)),
+  # Iterations, or else epochs, in which the learning rate first grows from 0 to
+  # its largest value; the schedule has what is left of the run.
+  "optimizer.warmup_steps": Field(0, AT_LEAST_0),
+  "optimizer.warmup_epochs": Field(0.0, NOT_NEGATIVE),
+  # Decay rate of the momentum (b1 of adamw), and of adamw's second moment.
   "optimizer.momentum": Field(0.9, BELOW_1),
+  "optimizer.b2": Field(0.999, BELOW_1),
   "optimizer.weight_decay": Field(1e-4, NOT_NEGATIVE),
+  # Which parameters decay: all, or kernels (no biases, scales and other
+  # vectors).
+  "optimizer.decayed": Field("all", one_of(optimizers.DECAYED)),
   # Gradients are scaled down to this norm over all arrays; 0 for no clipping.
   "optimizer.clip_norm": Field(0.0, NOT_NEGATIVE),
   "meta.learning_rate": Field(1e-4, POSITIVE),
@@ -347,17 +361,39 @@ def check(
   """
   for name, value in flatten(config.to_dict()).items():
     field = FIELDS.get(_name_in_table(name))
-    if field and field.rule and not field.rule.holds(value):
+    if field and field.rule and not _holds(field.rule, value):
       raise errors.InputError(
         f"config.{name} is {value!r}; it must {field.rule.must}"
       )
   method = objectives.METHODS[config.method]
+  _check_optimizer(config.optimizer)
   if names_objects:
     models.find(config.target.model)
     objectives.get_task(config.target.task)
     _check_sources(config, method)
   if config.transfer.map:
     _check_map(config, method)
+
+
+def _holds(rule, value):
+  try:
+    return rule.holds(value)
+  except TypeError:  # `fit` takes values of any type.
+    return False
+
+
+def _check_optimizer(fields):
+  if fields.warmup_steps and fields.warmup_epochs:
+    raise errors.InputError(
+      f"config.optimizer.warmup_steps is {fields.warmup_steps}, and"
+      f" warmup_epochs is {fields.warmup_epochs}; set only one of the two"
+    )
+  optimizers.make(
+    fields.name,
+    momentum=fields.momentum,
+    b2=fields.b2,
+    weight_decay=fields.weight_decay,
+  )
 
 
 def _check_sources(config, method):

@@ -1,4 +1,4 @@
-"""The optimizers and schedules of the paper, as PyTorch computes them."""
+"""Optimizers and schedules, as PyTorch computes them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,148 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from l2t_jax import errors, imports, types
+
 OptimizerFn = Callable[[chex.Numeric], optax.GradientTransformation]
+
+# The optimizers that have a name.
+NAMES = ("sgd", "adamw")
+# Which parameters weight decay changes.
+DECAYED = ("all", "kernels")
+# Added below the root of Adam's second moment, where PyTorch adds nothing, so
+# that the root has a derivative at 0. It is the square of eps, which is added
+# to the root.
+_EPS, _EPS_ROOT = 1e-8, 1e-16
+
+
+def make(
+  name: str,
+  *,
+  momentum: float,
+  b2: float,
+  weight_decay: float,
+  decayed: str = "all",
+  clip_norm: float = 0.0,
+) -> OptimizerFn:
+  """Make the optimizer of the target.
+
+  Args:
+    name: one of `NAMES`, or "package.module:function", which takes a learning
+      rate, returns an optax transformation, and decides all but `clip_norm`.
+    momentum: see `sgd`; AdamW's b1.
+    b2: see `adamw`.
+    weight_decay: see `sgd` and `adamw`.
+    decayed: one of `DECAYED`: weight decay changes all parameters, or no
+      biases, scales and other vectors.
+    clip_norm: largest norm of the gradient; 0 for no clipping. See
+      `clip_by_global_norm`.
+
+  Returns:
+    Function: learning rate -> optax transformation.
+
+  Raises:
+    errors.InputError: there is no such optimizer.
+  """
+  mask = are_kernels if decayed == "kernels" else None
+  if name == "sgd":
+    optimizer_fn = sgd(momentum=momentum, weight_decay=weight_decay, mask=mask)
+  elif name == "adamw":
+    optimizer_fn = adamw(
+      b1=momentum, b2=b2, weight_decay=weight_decay, mask=mask
+    )
+  elif ":" in name:
+    optimizer_fn = _imported(name)
+  else:
+    raise errors.InputError(
+      f"unknown optimizer {name!r}; it must be one of {', '.join(NAMES)}, or"
+      " 'package.module:function', which takes a learning rate and returns an"
+      " optax transformation"
+    )
+  if not clip_norm:
+    return optimizer_fn
+  return lambda learning_rate: optax.chain(
+    clip_by_global_norm(clip_norm), optimizer_fn(learning_rate)
+  )
+
+
+def _imported(name):
+  """Return a user's optimizer; it is tried once, so that errors come early."""
+  optimizer_fn = imports.by_name(name, "optimizer")
+  try:
+    optimizer = optimizer_fn(0.1)
+  except Exception as error:  # It may raise anything.
+    raise errors.InputError(
+      f"the optimizer {name!r} cannot be made of a learning rate of 0.1:"
+      f" {type(error).__name__}: {errors.first_line(error)}"
+    ) from error
+  if not isinstance(optimizer, optax.GradientTransformation):
+    raise errors.InputError(
+      f"the optimizer {name!r} returns a {type(optimizer).__name__}; it must"
+      " return an optax transformation"
+    )
+  return optimizer_fn
+
+
+def are_kernels(params: types.PyTree) -> types.PyTree:
+  """Return for each parameter whether it is no bias, scale or other vector."""
+
+  def is_kernel(path, leaf):
+    name = str(getattr(path[-1], "key", path[-1])) if path else ""
+    return leaf.ndim > 1 and name not in ("bias", "scale")
+
+  return jax.tree.map_with_path(is_kernel, params)
 
 
 def sgd(
-  *, momentum: float, weight_decay: float, clip_norm: float = 0.0
+  *,
+  momentum: float,
+  weight_decay: float,
+  mask: Callable[[types.PyTree], types.PyTree] | None = None,
 ) -> OptimizerFn:
   """Return SGD as in PyTorch: L2 in the gradient, heavy-ball momentum.
 
   Args:
     momentum: decay rate of the momentum buffer.
     weight_decay: factor of the parameters in the gradient.
-    clip_norm: largest norm of the gradient before L2 is added; 0 for no
-      clipping. See `clip_by_global_norm`.
+    mask: parameters -> which of them decay; None for all.
 
   Returns:
     Function: learning rate -> optax transformation.
   """
+  return lambda learning_rate: optax.chain(
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.sgd(learning_rate, momentum=momentum),
+  )
 
-  def optimizer_fn(learning_rate):
-    return optax.chain(
-      *_clipping(clip_norm),
-      optax.add_decayed_weights(weight_decay),
-      optax.sgd(learning_rate, momentum=momentum),
-    )
 
-  return optimizer_fn
+def adamw(
+  *,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+  mask: Callable[[types.PyTree], types.PyTree] | None = None,
+) -> OptimizerFn:
+  """Return AdamW as in PyTorch, but with a finite derivative at 0.
+
+  Args:
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    weight_decay: share of the parameters that an update takes off, times the
+      learning rate (decoupled).
+    mask: parameters -> which of them decay; None for all.
+
+  Returns:
+    Function: learning rate -> optax transformation.
+  """
+  return lambda learning_rate: optax.adamw(
+    learning_rate,
+    b1,
+    b2,
+    eps=_EPS,
+    eps_root=_EPS_ROOT,
+    weight_decay=weight_decay,
+    mask=mask,
+  )
 
 
 def adam_l2(
@@ -46,17 +162,15 @@ def adam_l2(
   Args:
     learning_rate: Adam's learning rate.
     weight_decay: see `sgd`.
-    clip_norm: see `sgd`.
+    clip_norm: largest norm of the gradient before L2 is added; 0 for no
+      clipping.
   """
+  clipping = [clip_by_global_norm(clip_norm)] if clip_norm else []
   return optax.chain(
-    *_clipping(clip_norm),
+    *clipping,
     optax.add_decayed_weights(weight_decay),
     optax.adam(learning_rate),
   )
-
-
-def _clipping(norm):
-  return (clip_by_global_norm(norm),) if norm else ()
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -75,51 +189,58 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def cosine_by_epoch(
-  learning_rate: float, *, epochs: int, steps_per_epoch: int
+def make_schedule(
+  name: str,
+  learning_rate: float,
+  *,
+  epochs: int,
+  steps_per_epoch: int,
+  warmup_steps: int = 0,
 ) -> Callable[[chex.Numeric], chex.Numeric]:
-  """Return a cosine decay to 0 that is constant within an epoch.
+  """Make the learning rate of each iteration.
 
   Args:
-    learning_rate: the learning rate of the first epoch.
+    name: a key of `SCHEDULES`.
+    learning_rate: the largest one.
     epochs: number of epochs of the run.
     steps_per_epoch: iterations per epoch.
+    warmup_steps: iterations in which the rate first grows linearly, up to
+      `learning_rate` in the last of them; the schedule has what is left of the
+      run.
 
   Returns:
     Function: iteration (from 0) -> learning rate.
   """
-  schedule = optax.cosine_decay_schedule(learning_rate, decay_steps=epochs)
-  return lambda step: schedule(step // steps_per_epoch)
+  if not warmup_steps:
+    by_epoch = SCHEDULES[name](learning_rate, epochs)
+    return lambda step: by_epoch(step // steps_per_epoch)
+  after = SCHEDULES[name](
+    learning_rate, epochs - warmup_steps / steps_per_epoch
+  )
+
+  def schedule(step):
+    left = step - warmup_steps
+    return jnp.where(
+      left < 0,
+      learning_rate * (step + 1) / warmup_steps,
+      after(jnp.maximum(left, 0) // steps_per_epoch),
+    )
+
+  return schedule
 
 
-def steps_by_epoch(
-  learning_rate: float, *, epochs: int, steps_per_epoch: int
-) -> Callable[[chex.Numeric], chex.Numeric]:
-  """Return a schedule that divides the rate by 10 at 1/2 and 3/4 of the run.
-
-  Arguments and result are those of `cosine_by_epoch`.
-  """
+def _steps(learning_rate, epochs):
+  """Divide the rate by 10 at 1/2 and 3/4 of the epochs."""
   boundaries = (math.ceil(epochs / 2), math.ceil(epochs * 3 / 4))
-  schedule = optax.piecewise_constant_schedule(
+  return optax.piecewise_constant_schedule(
     learning_rate, dict.fromkeys(boundaries, 0.1)
   )
-  return lambda step: schedule(step // steps_per_epoch)
 
 
-def constant(
-  learning_rate: float, *, epochs: int, steps_per_epoch: int
-) -> Callable[[chex.Numeric], chex.Numeric]:
-  """Return a schedule that never changes, however many epochs there are.
-
-  Arguments and result are those of `cosine_by_epoch`.
-  """
-  del epochs, steps_per_epoch
-  return optax.constant_schedule(learning_rate)
-
-
-# config.optimizer.schedule -> function that makes the schedule.
+# config.optimizer.schedule -> function of the first learning rate and the
+# number of epochs, which makes a function: epoch (from 0) -> learning rate.
 SCHEDULES = {
-  "cosine": cosine_by_epoch,
-  "step": steps_by_epoch,
-  "constant": constant,
+  "cosine": optax.cosine_decay_schedule,  # To 0.
+  "step": _steps,
+  "constant": lambda learning_rate, _: optax.constant_schedule(learning_rate),
 }

@@ -56,12 +56,17 @@ class Transfer(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-  """SGD of the real update and the look-ahead; config.optimizer."""
+  """Of the real update and the look-ahead; config.optimizer."""
 
+  name: str
   learning_rate: float
   schedule: str
+  warmup_steps: int
+  warmup_epochs: float
   momentum: float
+  b2: float
   weight_decay: float
+  decayed: str
   clip_norm: float
 
 

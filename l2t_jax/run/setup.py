@@ -367,17 +367,31 @@ def _make_losses(experiment, target_fn, pairs, head_tap):
 
 
 def _make_recipe(settings, steps_per_epoch, mode):
-  sgd, meta, bilevel = settings.optimizer, settings.meta, settings.bilevel
+  inner, meta, bilevel = settings.optimizer, settings.meta, settings.bilevel
+  warmup_steps = inner.warmup_steps or round(
+    inner.warmup_epochs * steps_per_epoch
+  )
+  if warmup_steps >= settings.epochs * steps_per_epoch:
+    raise errors.InputError(
+      f"the warm-up of the learning rate has {warmup_steps} iterations, but the"
+      f" run has only {settings.epochs * steps_per_epoch}; lower"
+      " config.optimizer.warmup_steps or warmup_epochs"
+    )
   return training.Recipe(
-    optimizers.sgd(
-      momentum=sgd.momentum,
-      weight_decay=sgd.weight_decay,
-      clip_norm=sgd.clip_norm,
+    optimizers.make(
+      inner.name,
+      momentum=inner.momentum,
+      b2=inner.b2,
+      weight_decay=inner.weight_decay,
+      decayed=inner.decayed,
+      clip_norm=inner.clip_norm,
     ),
-    optimizers.SCHEDULES[sgd.schedule](
-      sgd.learning_rate,
+    optimizers.make_schedule(
+      inner.schedule,
+      inner.learning_rate,
       epochs=settings.epochs,
       steps_per_epoch=steps_per_epoch,
+      warmup_steps=warmup_steps,
     ),
     optimizers.adam_l2(meta.learning_rate, meta.weight_decay, meta.clip_norm),
     bilevel.num_inner_steps,
@@ -427,6 +441,12 @@ def _source_to_start_from(layout, sources, image_format):
       f" {len(sources)}: {', '.join(source.name for source in sources)}"
     )
   (source,) = sources
+  if source.bands and source.bands != tuple(range(image_format.channels)):
+    raise errors.InputError(
+      f"fine-tuning starts from weights for the bands {source.bands}, but the"
+      f" target sees the channels 0 to {image_format.channels - 1}; order those"
+      " of the images like that, or use a transfer method"
+    )
   params, model_state = source.variables
   others = {"params": params, **model_state}
   _, copied, fresh = weight_files.copy_matching(layout.variables, others)

@@ -105,6 +105,15 @@ def test_hypergradient_equals_central_differences(mode, num_steps, x64):
   np.testing.assert_allclose(gradient, differences, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_hypergradient_through_adamw(mode, x64):
+  optimizer = optimizers.adamw(b1=0.9, b2=0.99, weight_decay=0.1)(0.05)
+  gradient, differences = gradient_and_differences(
+    make_look_ahead(mode, 2, optimizer), optimizer
+  )
+  np.testing.assert_allclose(gradient, differences, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dropped", [0, 1], ids=["hessian", "mixed"])
 def test_without_one_of_its_products_it_does_not(dropped, x64, monkeypatch):
   """The tolerance above is tight enough to notice if a term is missing."""

@@ -208,7 +208,7 @@ def test_adam_is_pytorchs(x64):
 
 
 def test_learning_rate_is_constant_within_an_epoch():
-  rate = optimizers.cosine_by_epoch(0.1, epochs=4, steps_per_epoch=3)
+  rate = optimizers.make_schedule("cosine", 0.1, epochs=4, steps_per_epoch=3)
   np.testing.assert_allclose(
     [float(rate(step)) for step in (0, 2, 3, 5, 6, 11)],
     [0.1 * (1 + np.cos(np.pi * e / 4)) / 2 for e in (0, 0, 1, 1, 2, 3)],
@@ -217,13 +217,13 @@ def test_learning_rate_is_constant_within_an_epoch():
 
 
 def test_learning_rate_by_steps():
-  rate = optimizers.steps_by_epoch(0.1, epochs=4, steps_per_epoch=3)
+  rate = optimizers.make_schedule("step", 0.1, epochs=4, steps_per_epoch=3)
   np.testing.assert_allclose(
     [float(rate(step)) for step in (0, 5, 6, 8, 9, 11)],
     [0.1, 0.1, 0.01, 0.01, 0.001, 0.001],
     rtol=1e-5,
   )
-  short = optimizers.steps_by_epoch(0.1, epochs=1, steps_per_epoch=3)
+  short = optimizers.make_schedule("step", 0.1, epochs=1, steps_per_epoch=3)
   np.testing.assert_allclose(float(short(0)), 0.1, rtol=1e-6)
 
 

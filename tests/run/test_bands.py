@@ -95,8 +95,9 @@ def test_a_source_sees_its_bands_in_its_own_normalisation():
 @pytest.mark.parametrize(
   ("bands", "message"),
   [
-    ((), "sees images of 3 channels, but those of the target have 5"),
-    ((0, 1), "those of the target have 2; set its field bands to the 3"),
+    ((), "sees 3-channel images, but the target's have 5"),
+    ((0, 1), "but it sees 3-channel images; list as many"),
+    ((0, 1, -1), r"bands of the source .* are \(0, 1, -1\), but the images"),
     ((0, 1, 5), r"bands of the source .* are \(0, 1, 5\), but the images have"),
   ],
 )
@@ -104,6 +105,45 @@ def test_bands_that_cannot_be(bands, message):
   image_format = image_formats.ImageFormat(8, 5, (0.5,), (0.5,))
   with pytest.raises(errors.InputError, match=message):
     _trace(_source(_Echo(), bands=bands), image_format)
+
+
+def test_fine_tuning_has_no_bands():
+  config = fit.default_config()
+  config.method, config.epochs, config.batch_size = "finetune", 1, 20
+  arrays = _arrays("uint8", 256)
+  arrays |= {key: x[..., :3] for key, x in arrays.items() if key[0] == "x"}
+  start = lambda bands: fit.fit(
+    networks.ConvNeXt(3),
+    arrays,
+    source=_source(networks.ConvNeXt(3), bands=bands),
+    config=config,
+  )
+  with pytest.raises(errors.InputError, match=r"weights for the bands \(2, 1"):
+    start((2, 1, 0))
+  assert start((0, 1, 2)).summary["epochs"] == 1
+
+
+def test_bands_of_a_file_in_fit(source):
+  config = fit.default_config()
+  config.method, config.epochs, config.batch_size = "at", 1, 20
+  run = lambda given: fit.fit(
+    networks.ConvNeXt(3), _arrays(), source=given, config=config
+  )
+  with pytest.raises(errors.InputError, match="sees 1-channel images, but"):
+    run(source)
+  config.source.bands = (4,)
+  assert run(source).summary["epochs"] == 1
+  with pytest.raises(errors.InputError, match="bands of the config's source"):
+    run(_source(networks.ConvNeXt(3), bands=(0, 1, 2)))
+
+
+def test_sources_of_another_scale():
+  """Values of 0 to 10,000 taught them, but these images have 0 to 1."""
+  source = _source(_Echo())._replace(mean=(5000.0,), std=(2900.0,))
+  experiment = object_experiment.create()._replace(sources={"": source})
+  with pytest.raises(errors.InputError, match="go from 0 to 1; scale the"):
+    sources.check_values(experiment, (0.0, 1.0))
+  sources.check_values(experiment, (0.0, 10_000.0))
 
 
 def test_one_band_is_grey():
@@ -148,9 +188,7 @@ def test_bands_from_a_config(source, tmp_path):
   )
   config.data.channels, config.batch_size = 5, 8
   config.data.mean = config.data.std = ()
-  with pytest.raises(
-    errors.InputError, match=r"sees images of 1 channels, but"
-  ):
+  with pytest.raises(errors.InputError, match=r"sees 1-channel images, but"):
     small_runs.train(config, tmp_path / "run")
   config.source.bands = (4,)
   small_runs.train(config, tmp_path / "run")
@@ -164,7 +202,7 @@ def test_values_that_the_source_was_not_trained_on(dtype, high):
   arrays = _arrays(dtype, high)
   if dtype == "float32":
     with pytest.raises(
-      errors.InputError, match="trained on values from 0 to 1"
+      errors.InputError, match="values of the images go from 0"
     ):
       _fit(arrays, bands=(2, 1, 0))
     arrays |= {key: x / 255 for key, x in arrays.items() if "x" in key}

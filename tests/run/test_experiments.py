@@ -72,8 +72,8 @@ def test_settings_become_a_recipe():
   settings = usual._replace(
     epochs=4,
     bad_numbers="skip",
-    optimizer=experiments.Optimizer(
-      0.5, "cosine", momentum=0.8, weight_decay=0.1, clip_norm=1.0
+    optimizer=usual.optimizer._replace(
+      learning_rate=0.5, momentum=0.8, weight_decay=0.1, clip_norm=1.0
     ),
     meta=experiments.Meta(
       0.01, weight_decay=0.1, clip_norm=0.0, update_every=1

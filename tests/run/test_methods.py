@@ -124,6 +124,10 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
     ({"transfer.pair_activation": "gelu"}, "one of relu6, relu, softplus"),
     ({"bilevel.look_ahead_loss": "sum"}, "one of auxiliary, total"),
     ({"optimizer.schedule": "linear"}, "one of cosine, step"),
+    (
+      {"optimizer.warmup_steps": 3, "optimizer.warmup_epochs": 1.0},
+      "set only one of the two",
+    ),
     ({"method": "at", "transfer.map": "x.json"}, "'at' has no pair weights"),
     (
       {"transfer.map": "x.json", "transfer.pair_weights": "constant"},

@@ -330,6 +330,20 @@ def test_more_epochs_go_on_to_the_bits(source, tmp_path):
     small_runs.train(config, tmp_path / "parts")
 
 
+def test_adamw_with_warm_up_resumes_to_the_bits(source, tmp_path, monkeypatch):
+  config = small_runs.small_config(source, epochs=2)
+  config.optimizer.update(
+    name="adamw", learning_rate=0.01, decayed="kernels", warmup_epochs=1.5
+  )
+  whole = small_runs.train(config, tmp_path / "whole")
+  resumed = lambda: small_runs.train(config, tmp_path / "parts")
+  small_runs.kill_in_epoch(2, resumed, monkeypatch)
+  assert resumed()["test_accuracy"] == whole["test_accuracy"]
+  assert _learned(tmp_path / "parts") == _learned(tmp_path / "whole")
+  records = small_runs.records(tmp_path / "whole", "epoch")
+  assert records[1]["train_loss"] < records[0]["train_loss"]
+
+
 def test_more_epochs_of_another_schedule_are_refused(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   small_runs.train(config, tmp_path / "run")
@@ -360,10 +374,14 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   fresh = run.create_state(config.seed)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(fresh.inner.params, states[1].inner.params)
-  # The other run is not needed any more once there is a checkpoint.
-  (tmp_path / "next" / "summary.json").unlink()
-  shutil.rmtree(other)
-  small_runs.train(config, tmp_path / "next")
+  # The other run may move, and is not needed once there is a checkpoint.
+  contents = (tmp_path / "next" / "contents.json").read_bytes()
+  config.init_from = str(other.rename(tmp_path / "moved"))
+  for _ in range(2):
+    (tmp_path / "next" / "summary.json").unlink()
+    small_runs.train(config, tmp_path / "next")
+    shutil.rmtree(config.init_from, ignore_errors=True)
+  assert (tmp_path / "next" / "contents.json").read_bytes() == contents
   config.init_from = str(tmp_path)
   with pytest.raises(errors.InputError, match="init_from was"):
     small_runs.train(config, tmp_path / "next")

@@ -359,6 +359,25 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "config.trackers has 'tensorbord'; there are tensorboard, wandb, mlflow",
     ),
     Case(
+      "An unknown optimizer",
+      "--config.optimizer.name=adam",
+      "unknown optimizer 'adam'; it must be one of sgd, adamw, or "
+      "'package.module:function', which takes a learning rate and returns an "
+      "optax transformation",
+    ),
+    Case(
+      "An optimizer without a derivative",
+      "--config.optimizer.name=optax:adam",
+      "the inner optimizer's updates have no finite derivative at a zero "
+      "gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)",
+    ),
+    Case(
+      "A warm-up longer than the run",
+      "--config.optimizer.warmup_epochs=2",
+      "the warm-up of the learning rate has 8 iterations, but the run has only "
+      "4; lower config.optimizer.warmup_steps or warmup_epochs",
+    ),
+    Case(
       "A target that is no bundled network",
       "--config.target.model=vgg",
       "unknown model 'vgg'; it must be one of resnet_tiny, resnet20, "
@@ -538,10 +557,33 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _data(x_train=_with_nan(_X)),
     ),
     Case(
+      "Channels that the images do not have",
+      "",
+      "channels is 1, but the images are uint8 with 5 channels, which are not "
+      "converted; set it to that, or choose channels of the arrays",
+      _data(x_train=np.stack([_X] * 5, axis=-1)),
+    ),
+    Case(
+      "More channels than the source has seen",
+      "--config.data.channels=5",
+      "the source source.safetensors sees 1-channel images, but the "
+      "target's have 5 channels; set its field bands to the 1 that it shall "
+      "see, in its order and counted from 0",
+      _data(x_train=np.stack([_X] * 5, axis=-1)),
+    ),
+    Case(
+      "Floats of another scale than the mean's",
+      "",
+      "mean (0.5,) and std (0.5,) are not for images whose values go from 0 to "
+      "255; set both to those of the images, or to () to compute them, or "
+      "scale the images",
+      _data(x_train=_X.astype(np.float32)),
+    ),
+    Case(
       "A label for every image but one",
       "",
-      "'data.npz': y_train is int64 [63], but must be integer [64], one "
-      "label per image of x_train",
+      "'data.npz': y_train is int64 [63], but must be integer or names [64], "
+      "or one-hot [64, K]: one label per image of x_train",
       _data(y_train=_Y[:-1]),
     ),
     Case(
@@ -569,8 +611,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "",
       "'data.npz': y_train has label 1000000007, but there are only 64 training"
       " images; labels are numbers from 0 without gaps: class_names ="
-      " np.unique(y_train) and y_train = np.searchsorted(class_names, y_train)"
-      " make them from identifiers",
+      " np.unique(y_train); y_train = np.searchsorted(class_names, y_train)"
+      " makes them from identifiers",
       _data(y_train=_Y.astype(np.int64) + 1_000_000_006),
     ),
     Case(

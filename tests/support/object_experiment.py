@@ -46,10 +46,15 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       "kd": {"temperature": 4.0, "weight": 1.0},
     },
     optimizer=experiments.Optimizer(
+      name="sgd",
       learning_rate=0.1,
       schedule="cosine",
+      warmup_steps=0,
+      warmup_epochs=0.0,
       momentum=0.9,
+      b2=0.999,
       weight_decay=1e-4,
+      decayed="all",
       clip_norm=0.0,
     ),
     meta=experiments.Meta(

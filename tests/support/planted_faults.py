@@ -254,7 +254,7 @@ FAULTS = (
         "<< 8 | np.asarray(lower)", "<< 8",
         "data/test_pictures.py::test_sixteen_bits_of_a_png[3]"),
   Fault("test_images_say_what_white_is", "data/inspection.py",
-        'max(maxima["train"])', "max(map(max, maxima.values()))",
+        'max(maxima["train"], default=0)', "max(map(max, maxima.values()))",
         "data/test_pictures.py::"
         "test_the_brightest_training_value_says_what_white_is[10-True]"),
   Fault("white_is_0_and_stays_so", "data/image_files.py",
