@@ -45,7 +45,10 @@ def test_grey_npz_becomes_rgb(tmp_path):
     ({"x_test": None}, "lacks 'x_test'"),
     ({"x_train": np.zeros((60, 64), np.uint8)}, r"uint8 \[60, 64\]"),
     (
-      {"x_train": np.zeros((60, 8, 8, 4), np.uint8)},
+      {
+        "x_train": np.zeros((60, 8, 8, 4), np.uint8),
+        "x_test": np.zeros((21, 8, 8, 4), np.uint8),
+      },
       "channels is 3, but the images are uint8 with 4 channels",
     ),
     ({"x_train": np.zeros((60, 3, 8, 8), np.uint8)}, r"transpose\(0, 2, 3, 1"),

@@ -313,7 +313,7 @@ def test_a_source_as_a_plain_dict_is_told_what_it_lacks(source):
   config = small_runs.small_config(source)
   config.source.weights = ""
   config.sources.mine = {"weights": str(source)}
-  message = "lacks taps, image_size, mean, std, class_names; start from"
+  message = "lacks taps, image_size, mean, std, bands, class_names; start from"
   with pytest.raises(errors.InputError, match=message):
     l2t_jax.config.check(config)
 

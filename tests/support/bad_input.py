@@ -746,7 +746,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _FOLDER,
       "1 of 32 images cannot be used: image images/dog/3.png cannot be read "
       "(OSError); replace or remove them, or set config.data.bad_images to "
-      "'skip'",
+      "'skip' and config.data.max_bad_fraction to 0.032",
       _pictures(lambda images: _cut(images / "dog" / "3.png")),
     ),
     Case(
@@ -760,11 +760,12 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
-      "An image with pixels of 32 bits",
+      "An image with pixels that are floats",
       _FOLDER,
-      "1 of 33 images cannot be used: image images/dog/3.tif has pixels of 32 "
-      "bits (floats), whose values for black and white are unknown; replace or "
-      "remove them, or set config.data.bad_images to 'skip'",
+      "1 of 33 images cannot be used: image images/dog/3.tif has pixels that "
+      "are floats, whose values for black and white are unknown; replace or "
+      "remove them, or set config.data.bad_images to 'skip' and "
+      "config.data.max_bad_fraction to 0.031",
       _pictures(
         lambda images: PIL.Image.new("F", (SIZE, SIZE)).save(
           images / "dog" / "3.tif"
