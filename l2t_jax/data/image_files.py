@@ -145,7 +145,8 @@ def _is_animated(stream, kind):
   if kind not in _WITH_FRAMES:
     return False
   stream.seek(0)
-  # Where the others are damaged, the first may still be read.
+  # Asked of another image, because counting frames moves on to the last. Where
+  # the others are damaged, the first may still be read.
   with contextlib.suppress(Exception):
     return getattr(Image.open(stream), "is_animated", False)
   return False

@@ -113,7 +113,8 @@ def test_a_damaged_second_frame_is_no_damage(tmp_path):
 
 
 def test_a_second_page_is_said(tmp_path):
-  tifffile.imwrite(tmp_path / "0.tif", _random(8, 1, (4, 5, 6))[..., 0])
+  pages = _random(8, 1, (4, 5, 6))[..., 0]
+  tifffile.imwrite(tmp_path / "0.tif", pages, photometric="minisblack")
   with pytest.warns(UserWarning, match="several pages or frames"):
     image_files.decode(tmp_path / "0.tif", name="0")
 
