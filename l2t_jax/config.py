@@ -195,6 +195,9 @@ TARGET = {
   # Outputs of the network (its num_classes); 0 for the number of classes. A
   # task of your own with several targets per image has to set it.
   "target.num_outputs": Field(0, AT_LEAST_0),
+  # Share of a label's weight that is spread evenly over all classes, in
+  # training alone.
+  "target.label_smoothing": Field(0.0, BELOW_1),
   # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
   # network's own choice, or else for the last block of each resolution.
   # `python -m l2t_jax.models MODEL` lists the layers.

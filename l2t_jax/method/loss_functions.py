@@ -10,7 +10,9 @@ import optax
 from l2t_jax.method import transfer
 
 
-def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
+def cross_entropy(
+  logits: chex.Array, labels: chex.Array, *, smoothing: float = 0.0
+) -> chex.Array:
   """Compute the mean softmax cross-entropy [] in nats.
 
   Differentiable in `logits`.
@@ -18,11 +20,15 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   Args:
     logits: [B, K].
     labels: [B], integers.
+    smoothing: share of a label's weight that is spread evenly over all K
+      classes, as in PyTorch.
   """
   chex.assert_rank([logits, labels], [2, 1])
-  return jnp.mean(
-    optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  if smoothing:
+    even = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+    losses = (1 - smoothing) * losses + smoothing * even
+  return jnp.mean(losses)
 
 
 def is_right(logits: chex.Array, labels: chex.Array) -> chex.Array:

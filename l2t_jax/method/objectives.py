@@ -11,6 +11,7 @@ the target's batch statistics; and a `TransferBatch`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -139,6 +140,28 @@ def get_method(name: str) -> Method:
 CLASSIFICATION = types.Task(
   loss_functions.cross_entropy, loss_functions.is_right
 )
+
+
+def smoothed(task: types.Task, smoothing: float) -> types.Task:
+  """Return a classification whose loss smooths labels, for training.
+
+  Args:
+    task: `CLASSIFICATION`, or any other task if there is no smoothing.
+    smoothing: see `loss_functions.cross_entropy`.
+
+  Raises:
+    errors.InputError: the labels of the task are no classes.
+  """
+  if not smoothing:
+    return task
+  if task is not CLASSIFICATION:
+    raise errors.InputError(
+      f"config.target.label_smoothing is {smoothing}, but the task is no"
+      " classification; set it to 0"
+    )
+  return task._replace(
+    loss=functools.partial(loss_functions.cross_entropy, smoothing=smoothing)
+  )
 
 
 def get_task(name: str) -> types.Task:

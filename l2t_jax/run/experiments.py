@@ -134,6 +134,7 @@ class Experiment(NamedTuple):
   # Field of the description that is a path -> digest of what is there. Runs
   # may differ in the path if the digests agree.
   contents: Mapping[str, str] = {}
+  label_smoothing: float = 0.0  # Of classes, in training.
 
   @property
   def method(self) -> objectives.Method:
@@ -197,6 +198,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "task": task,
         "num_outputs": 0,
         "taps": experiment.target_taps,
+        "label_smoothing": experiment.label_smoothing,
       },
     }
   )

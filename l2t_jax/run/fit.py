@@ -142,6 +142,7 @@ def fit(
     tuple(config.target.taps),
     from_config.load_map(config),
     free_fields=l2t_jax.config.FREE_FIELDS,
+    label_smoothing=config.target.label_smoothing,
   )
   workdir = workdir or tempfile.mkdtemp(prefix="l2t_jax_")
   workdir = pathlib.Path(workdir).expanduser()

@@ -129,6 +129,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     describe(config),
     l2t_jax.config.FREE_FIELDS,
     contents(config),
+    config.target.label_smoothing,
   )
 
 

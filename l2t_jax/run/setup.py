@@ -363,7 +363,8 @@ def _make_losses(experiment, target_fn, pairs, head_tap):
     head_tap=head_tap,
     hyperparameters={**settings.losses, **matching},
   )
-  return objectives.make_losses(target_fn, auxiliary, experiment.task)
+  task = objectives.smoothed(experiment.task, experiment.label_smoothing)
+  return objectives.make_losses(target_fn, auxiliary, task)
 
 
 def _make_recipe(settings, steps_per_epoch, mode):

@@ -42,6 +42,29 @@ def test_cross_entropy_and_accuracy(x64):
   np.testing.assert_array_equal(right, [1, 0])
 
 
+def test_smoothed_labels(x64):
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(5, 4)), rng.integers(0, 4, 5)
+  task = objectives.smoothed(objectives.CLASSIFICATION, 0.2)
+  seen = task.loss(jnp.array(logits), jnp.array(labels))
+  wanted = 0.8 * np.eye(4)[labels] + 0.2 / 4
+  log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  expected = -(wanted * log_probabilities).sum(axis=-1).mean()
+  np.testing.assert_allclose(seen, expected, rtol=1e-12)
+  torch = pytest.importorskip("torch")
+  theirs = torch.nn.functional.cross_entropy(
+    torch.tensor(logits), torch.tensor(labels), label_smoothing=0.2
+  )
+  np.testing.assert_allclose(seen, theirs.numpy(), rtol=1e-12)
+
+
+def test_only_classes_are_smoothed():
+  task = objectives.CLASSIFICATION._replace(accuracy=lambda *_: 0)
+  assert objectives.smoothed(task, 0.0) is task
+  with pytest.raises(errors.InputError, match=r"label_smoothing is 0\.1, but"):
+    objectives.smoothed(task, 0.1)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_softened_cross_entropy(temperature, x64):
   source = logits_of([[0.75, 0.25], [0.5, 0.5]], temperature)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from examples import networks
-from l2t_jax import errors
-from l2t_jax.method import loss_functions, transfer
+from l2t_jax import errors, models
+from l2t_jax.method import loss_functions, objectives, transfer
 from l2t_jax.run import experiments, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
@@ -64,6 +64,30 @@ def test_accuracies_are_those_of_the_saved_target(trained):
     if part == "val":
       loss = loss_functions.cross_entropy(logits, labels)
       assert best["val_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_labels_are_smoothed_in_training_alone():
+  experiment = object_experiment.create()
+  target_fn = models.as_apply_fn(experiment.target, ())
+  losses = []
+  for smoothing in (0.0, 0.3):
+    setup = setups.build(experiment._replace(label_smoothing=smoothing))
+    inner = setup.create_state(0).inner
+    batch = next(setup.dataset.train_batches(0))
+    loss, _ = setup.problem.losses.target(
+      inner.params, None, inner.model_state, objectives.TransferBatch(*batch)
+    )
+    logits, *_ = target_fn(
+      inner.params["target"], inner.model_state, batch.images, train=True
+    )
+    expected = loss_functions.cross_entropy(
+      logits, batch.labels, smoothing=smoothing
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    evaluated = setup.eval_step(inner, next(setup.dataset.eval_batches("test")))
+    losses.append((float(loss), float(evaluated["loss"])))
+  assert losses[0][0] != losses[1][0]
+  assert losses[0][1] == losses[1][1]
 
 
 def test_settings_become_a_recipe():

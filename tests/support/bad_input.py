@@ -359,6 +359,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "config.trackers has 'tensorbord'; there are tensorboard, wandb, mlflow",
     ),
     Case(
+      "Smoothed labels of what is no classification",
+      f"{_SCRATCH} --config.target.task=examples.tasks:ANGLE "
+      "--config.target.label_smoothing=0.1",
+      "config.target.label_smoothing is 0.1, but the task is no "
+      "classification; set it to 0",
+    ),
+    Case(
       "An unknown optimizer",
       "--config.optimizer.name=adam",
       "unknown optimizer 'adam'; it must be one of sgd, adamw, or "
