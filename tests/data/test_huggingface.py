@@ -80,16 +80,19 @@ def test_official_splits(tmp_path, how, in_memory):
   assert dataset.class_names == ("cat", "dog")
   sizes = (dataset.num_train, dataset.num_val, dataset.num_test)
   assert sizes == (12, 4, 6)
-  test = data_sets.concatenated(dataset.eval_batches("test"))
-  images, labels = (x[test.mask == 1] for x in (test.images, test.labels))
-  order = [0, 2, 4, 1, 3, 5] if how == "imagefolder" else range(6)
   resize = lambda x: x.resize((8, 8), Image.Resampling.BILINEAR)
   if not in_memory:  # The short side is 8; the long one is cropped.
     resize = lambda x: x.crop((0, 0, 8, 8))
-  for image, label, number in zip(images, labels, order, strict=True):
-    assert label == number % 2
-    expected = np.asarray(resize(Image.fromarray(_pixels("test", number))))
-    np.testing.assert_array_equal(data_sets.pixels_of(image), expected)
+  for part, split, count in (("val", "validation", 4), ("test", "test", 6)):
+    batch = data_sets.concatenated(dataset.eval_batches(part))
+    images, labels = (x[batch.mask == 1] for x in (batch.images, batch.labels))
+    order = range(count)
+    if how == "imagefolder":
+      order = sorted(order, key=lambda number: number % 2)
+    for image, label, number in zip(images, labels, order, strict=True):
+      assert label == number % 2
+      expected = np.asarray(resize(Image.fromarray(_pixels(split, number))))
+      np.testing.assert_array_equal(data_sets.pixels_of(image), expected)
 
 
 def test_one_table_is_split(tmp_path):

@@ -73,7 +73,7 @@ def test_equal_pixels_whatever_their_names_and_formats(tmp_path):
   shutil.copy(one, root / "Train" / "cat" / "again.png")
   # One pixel differs, which the sampled ones do not show.
   nearly = np.array(Image.open(root / "Train" / "dog" / "2.png"))
-  nearly[1, 1] ^= 255
+  nearly[1, 2] ^= 255
   Image.fromarray(nearly).save(root / "test" / "dog" / "nearly.png")
   found = _look(root)
   files = [

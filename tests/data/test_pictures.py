@@ -185,7 +185,7 @@ def test_the_brightest_training_value_says_what_white_is(
   pixels = _save_deep(tmp_path, depth)
   # A test image whose values training images do not have is clipped.
   bright = tmp_path / "test" / "cat" / "0.png"
-  pixels[bright] = np.full((8, 8), 2**16 - 1, np.uint16)
+  pixels[bright] = np.full((8, 8), 40_000, np.uint16)
   Image.fromarray(pixels[bright]).save(bright)
   dataset = data_sets.load(
     "folder",
