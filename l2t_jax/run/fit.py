@@ -75,7 +75,7 @@ class Result(NamedTuple):
     """
     if self.predictor.image_format.channels == 1:
       images = _with_channels(images)
-    return self.predictor.outputs(images, batch_size)
+    return self.predictor.outputs(images, min(batch_size, len(images) or 1))
 
   def figure(self) -> figure.Figure:
     """Draw what was transferred where."""

@@ -93,7 +93,6 @@ class Predictor:
         f"images are {images.dtype} {list(images.shape)}, but must be"
         f" {self.dtype} [N, {size}, {size}, {channels}], as in training"
       )
-    batch_size = min(batch_size, len(images) or 1)
     parts = []
     for start in range(0, len(images) or 1, batch_size):
       batch = images[start : start + batch_size]
@@ -131,10 +130,8 @@ class Predictor:
     readable = read_all()
     while pairs := list(itertools.islice(readable, _BATCH_SIZE)):
       batch, images = zip(*pairs, strict=True)
-      padding = [np.zeros_like(images[0])] * (_BATCH_SIZE - len(images))
-      outputs = self.outputs(np.stack([*images, *padding]))[: len(images)]
       # A network may have more outputs than there are classes.
-      logits = outputs[:, : len(self.class_names)]
+      logits = self.outputs(np.stack(images))[:, : len(self.class_names)]
       probabilities = np.asarray(jax.nn.softmax(logits))
       for path, row in zip(batch, probabilities, strict=True):
         best = int(row.argmax())

@@ -184,10 +184,8 @@ def check_values(
   for name, source in experiment.sources.items():
     mean, std = source.mean, source.std
     if _is_program(source.network):
-      mean, std = (
-        (0.5,),
-        (0.5,),
-      )  # Whatever it is, it is for values from 0 to 1.
+      # Whatever its own are, they are for values from 0 to 1.
+      mean = std = (0.5,)
     if mean and std and not image_formats.fits(mean, std, values):
       lowest, highest = values
       raise errors.InputError(

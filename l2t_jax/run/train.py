@@ -335,10 +335,8 @@ def check_can_start_from(workdir: str) -> set[int]:
 
 def _start_from(workdir, state):
   """Return a first state with what another run has learned."""
-  steps, folder = (
-    check_can_start_from(workdir),
-    pathlib.Path(workdir) / CHECKPOINTS,
-  )
+  steps = check_can_start_from(workdir)
+  folder = pathlib.Path(workdir) / CHECKPOINTS
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:
       learned, _ = checkpoints.restore(
