@@ -22,7 +22,7 @@ import optax
 
 from l2t_jax import errors
 from l2t_jax.method import transfer
-from l2t_jax.results import map_picture, transfer_map
+from l2t_jax.results import map_picture, run_reader, transfer_map
 from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
 from l2t_jax.run import trainer as trainers
@@ -163,26 +163,22 @@ def completed(
   """Return seed -> summary of the runs that have all epochs, and say so."""
   summaries = {}
   for seed, workdir in workdirs.items():
-    summary = _read_summary(workdir)
     if distributed.from_first(is_complete(workdir, epochs)):
       if distributed.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
-      summaries[seed] = summary
+      summaries[seed] = run_reader.read_summary(pathlib.Path(workdir)) or {}
   return summaries
 
 
 def is_complete(workdir: str | os.PathLike[str], epochs: int) -> bool:
   """Return whether a folder holds a run that has trained all epochs."""
-  return _read_summary(workdir).get("epochs", 0) >= epochs
+  summary = run_reader.read_summary(pathlib.Path(workdir)) or {}
+  return summary.get("epochs", 0) >= epochs
 
 
 def has_begun(workdir: str | os.PathLike[str]) -> bool:
   """Return whether a folder holds a run that resumes from a checkpoint."""
   return bool(checkpoint.steps_in(pathlib.Path(workdir) / CHECKPOINTS))
-
-
-def _read_summary(workdir):
-  return run_folder.read_json(pathlib.Path(workdir) / "summary.json") or {}
 
 
 def check_folders(
