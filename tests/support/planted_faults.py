@@ -162,7 +162,7 @@ FAULTS = (
         "jnp.mean(jnp.sum(jnp.square(source - target), axis=-1))",
         f"{_OBJECTIVES}test_attention"),
   Fault("cross_entropy_is_a_sum_over_the_batch", "method/loss_functions.py",
-        "return jnp.mean(\n", "return jnp.sum(\n",
+        "return jnp.mean(losses)\n", "return jnp.sum(losses)\n",
         f"{_OBJECTIVES}test_cross_entropy_and_accuracy"),
   Fault("distillation_reads_the_last_source", "method/objectives.py",
         "for logits in source.logits.values()",
