@@ -17,6 +17,7 @@ from flax import traverse_util
 import ml_collections
 
 from l2t_jax import errors, models
+from l2t_jax.data.rand_augment import MAX_MAGNITUDE
 from l2t_jax.method import bilevel, objectives, optimizers, training, transfer
 from l2t_jax.runtime import compilation
 
@@ -51,6 +52,7 @@ AT_LEAST_0 = Rule(lambda x: x >= 0, "be 0 or more")
 AT_LEAST_1 = Rule(lambda x: x >= 1, "be at least 1")
 POSITIVE = Rule(lambda x: 0 < x < math.inf, "be finite and more than 0")
 NOT_NEGATIVE = Rule(lambda x: 0 <= x < math.inf, "be finite and 0 or more")
+FROM_0_TO_1 = Rule(lambda x: 0 <= x <= 1, "be from 0 to 1")
 BELOW_1 = Rule(lambda x: 0 <= x < 1, "be at least 0 and less than 1")
 FINITE = Rule(lambda x: all(map(_is_finite, x)), "hold finite numbers only")
 ALL_POSITIVE = Rule(
@@ -129,6 +131,22 @@ DATA = {
   "data.augment": Field("crop_flip"),
   # Pixels added on each side before the random crop.
   "data.crop_padding": Field(4, AT_LEAST_0),
+  # RandAugment after the crop: operations per image, such as 2, and their
+  # magnitude from 0 to 30; for images of 8 bits, grey or RGB.
+  "data.rand_augment": Field(0, AT_LEAST_0),
+  "data.rand_augment_magnitude": Field(
+    9, Rule(lambda x: 0 <= x <= MAX_MAGNITUDE, "be from 0 to 30")
+  ),
+  # Largest relative change of brightness, contrast and saturation, such as 0.4;
+  # for the same images.
+  "data.color_jitter": Field(0.0, FROM_0_TO_1),
+  # Share of the images that lose a rectangle, such as 0.25.
+  "data.random_erasing": Field(0.0, FROM_0_TO_1),
+  # α of mixup, such as 0.8, and of CutMix, such as 1.0, for classification; 0
+  # for none. With both, an image has an even chance of either. Sources see the
+  # mixed images, as the target does.
+  "data.mixup": Field(0.0, NOT_NEGATIVE),
+  "data.cutmix": Field(0.0, NOT_NEGATIVE),
   # Length of the short side of streamed images before the central crop in
   # evaluation; 0 for 8/7 of image_size, which makes 256 of 224.
   "data.eval_resize": Field(0, AT_LEAST_0),
@@ -264,6 +282,9 @@ OPTIMIZERS = {
   "optimizer.decayed": Field("all", one_of(optimizers.DECAYED)),
   # Gradients are scaled down to this norm over all arrays; 0 for no clipping.
   "optimizer.clip_norm": Field(0.0, NOT_NEGATIVE),
+  # Decay rate per iteration of an exponential moving average of the target,
+  # such as 0.999, which is evaluated and saved in its place; 0 for none.
+  "optimizer.ema_decay": Field(0.0, BELOW_1),
   "meta.learning_rate": Field(1e-4, POSITIVE),
   # Added to the gradient (L2), not to the update.
   "meta.weight_decay": Field(1e-4, NOT_NEGATIVE),

@@ -12,6 +12,18 @@ import jax
 PyTree = Any
 
 
+class Mixing(NamedTuple):
+  """How each image of a batch is mixed with its predecessor in the batch.
+
+  The first image is mixed with the last one.
+  """
+
+  share: chex.Array  # [B] float32, of its own pixels outside of the box.
+  # [B, 4] int32: top, left, bottom and right of a box that the predecessor
+  # covers; bottom and right are the first row and column outside.
+  box: chex.Array
+
+
 class Batch(NamedTuple):
   """A mini-batch of labelled images and, optionally, unlabelled ones."""
 
@@ -19,6 +31,7 @@ class Batch(NamedTuple):
   # [B] int32, 0 .. num_classes - 1; or [B, ...] targets of another task.
   labels: jax.Array
   unlabeled: jax.Array | None = None  # [U, H, W, C], or None.
+  mixing: Mixing | None = None  # Of the labelled images; None to leave them.
 
 
 class EvalBatch(NamedTuple):
@@ -44,6 +57,9 @@ class TrainState(NamedTuple):
   inner: InnerState  # Target and regressors after the last real update.
   meta_params: PyTree  # Parameters of f and g; empty if none is learned.
   meta_opt_state: PyTree  # Adam's moments for meta_params.
+  # Moving averages of the target's parameters and batch statistics, which are
+  # evaluated in their place; None to evaluate the target itself.
+  average: PyTree = None
 
 
 class Task(NamedTuple):

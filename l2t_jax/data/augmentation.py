@@ -1,13 +1,99 @@
-"""Augmentation and normalisation of a batch on the device: pure functions."""
+"""Augmentation and normalisation of a batch on the device: pure functions.
+
+Draws are for the global batch, of which each process takes its own rows: their
+number does not matter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from l2t_jax.data import rand_augment
+from l2t_jax.method import mixing
+
+# Folded into the key of a batch. `draw_crops` splits that key in two, which is
+# the same as folding in 0 and 1.
+_OPERATIONS, _JITTER, _ERASING = 2, 3, 4
+# Bounds of torchvision's RandomErasing: share of the area, height / width.
+_ERASED_SCALE = (0.02, 0.33)
+_ERASED_RATIO = (0.3, 3.3)
+_NUM_TRIES = 10  # To draw a rectangle that fits; also torchvision's.
+
+
+class Policy(NamedTuple):
+  """How training images are augmented and normalised; hashable."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  white: int
+  padding: int | None = None  # Of `pad_crop_flip`; None for no crops.
+  flips: bool = False
+  num_ops: int = 0  # Of `rand_augment.draw_operations`.
+  magnitude: int = 0
+  color_jitter: float = 0.0  # Strength, of `rand_augment.draw_jitter`.
+  random_erasing: float = 0.0  # Probability, of `draw_erased`.
+
+
+def augment(
+  images: jax.Array,
+  draw: tuple[jax.Array, Any, Any],
+  policy: Policy,
+  *,
+  num_images: int,
+  rows: slice,
+) -> jax.Array:
+  """Augment and normalise this process's rows of a batch.
+
+  Args:
+    images: the rows, [b, H, W, C]; uint8 with 1 or 3 channels for RandAugment
+      and colour jitter.
+    draw: PRNG key, epoch and step.
+    policy: what happens to the images.
+    num_images: size of the global batch.
+    rows: which of its images these are.
+
+  Returns:
+    float32 [b, H, W, C].
+  """
+  key, epoch, step = draw
+  key = jax.random.fold_in(jax.random.fold_in(key, epoch), step)
+  key_of = lambda number: jax.random.fold_in(key, number)
+  shape = images.shape[1:3]
+  if policy.padding is not None:
+    offsets, flips = draw_crops(key, num_images, padding=policy.padding)
+    offsets, flips = offsets[rows], flips[rows] & policy.flips
+    images = pad_crop_flip(images, offsets, flips, padding=policy.padding)
+  if policy.num_ops:
+    ops, strengths = rand_augment.draw_operations(
+      key_of(_OPERATIONS),
+      num_images,
+      num_ops=policy.num_ops,
+      magnitude=policy.magnitude,
+    )
+    images = rand_augment.rand_augment(
+      images.astype(jnp.float32), ops[:, rows], strengths[:, rows]
+    )
+  if policy.color_jitter:
+    kinds, factors = rand_augment.draw_jitter(
+      key_of(_JITTER), num_images, strength=policy.color_jitter
+    )
+    images = rand_augment.color_jitter(
+      images.astype(jnp.float32), kinds[:, rows], factors[:, rows]
+    )
+  images = normalise(images, policy.mean, policy.std, white=policy.white)
+  if policy.random_erasing:
+    boxes = draw_erased(
+      key_of(_ERASING), num_images, shape, probability=policy.random_erasing
+    )
+    erased = mixing.in_boxes(boxes[rows], shape)
+    images = jnp.where(erased[..., None], 0, images)
+  return images
 
 
 def draw_crops(
@@ -56,6 +142,51 @@ def pad_crop_flip(
   columns = offsets[:, 1:] + columns
   batch = jnp.arange(batch_size)
   return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def draw_erased(
+  key: jax.Array,
+  num_images: int,
+  shape: tuple[int, int],
+  *,
+  probability: float,
+) -> jax.Array:
+  """Draw a rectangle to erase from some of the images.
+
+  Zhong et al., "Random Erasing Data Augmentation", 2020 (arXiv 1708.04896),
+  with torchvision's bounds. Erased pixels become 0 after normalisation, which
+  is the mean colour.
+
+  Args:
+    key: PRNG key; consumed.
+    num_images: B.
+    shape: (H, W).
+    probability: share of the images that lose a rectangle.
+
+  Returns:
+    Boxes int32 [B, 4] as in `types.Mixing`; empty where nothing is erased.
+  """
+  keys = jax.random.split(key, 4)
+  tries = (num_images, _NUM_TRIES)
+  sides = np.array(shape)
+  area = sides.prod() * jax.random.uniform(
+    keys[0], tries, jnp.float32, *_ERASED_SCALE
+  )
+  ratio = jnp.exp(
+    jax.random.uniform(keys[1], tries, jnp.float32, *np.log(_ERASED_RATIO))
+  )
+  sizes = jnp.sqrt(jnp.stack([area * ratio, area / ratio], axis=-1))
+  sizes = jnp.round(sizes).astype(jnp.int32)
+  fits = jnp.all(sizes < sides, axis=-1)
+  first = jnp.argmax(fits, axis=1)
+  sizes = sizes[jnp.arange(num_images), first]
+  erased = jax.random.bernoulli(keys[2], probability, (num_images,))
+  erased &= jnp.any(fits, axis=1)
+  sizes = jnp.where(erased[:, None], sizes, 0)
+  corners = jax.random.randint(
+    keys[3], sizes.shape, 0, jnp.maximum(sides - sizes + 1, 1)
+  )
+  return jnp.concatenate([corners, corners + sizes], axis=-1)
 
 
 def white(dtype: np.dtype, bit_depth: int) -> int:

@@ -53,6 +53,17 @@ class DataFields:
   augment: str = "none"
   # Width of the black border added around an image before "crop", in pixels.
   crop_padding: int = 4
+  # Further augmentation of training images, after the crop. RandAugment:
+  # operations per image, and their magnitude, from 0 to 30.
+  rand_augment: int = 0
+  rand_augment_magnitude: int = 9
+  # Largest relative change of brightness, contrast and saturation, from 0 to 1.
+  color_jitter: float = 0.0
+  # Share of the images that lose a rectangle, from 0 to 1.
+  random_erasing: float = 0.0
+  # The α of mixup and CutMix; 0 for none.
+  mixup: float = 0.0
+  cutmix: float = 0.0
   # Length of the short side of streamed images before the central crop, in
   # pixels; 0 for 8/7 of image_size. Images in memory are evaluated whole.
   eval_resize: int = 0

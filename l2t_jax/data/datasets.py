@@ -19,11 +19,14 @@ from PIL import Image
 
 from l2t_jax import errors, fingerprints, types
 from l2t_jax.data import augmentation, data_fields, pillow, records, splits
+from l2t_jax.method import mixing
 
 # The smallest and the largest evaluation batch: large ones are faster, the
 # results are the same. How many pixels one may hold decides in between.
 EVAL_BATCH_SIZES = (128, 512)
 _EVAL_PIXELS = 512 * 32**2
+# In place of an epoch, in the key of images without labels.
+NO_EPOCH = 2**32 - 1
 # How many images of a subset, evenly spaced, count in its fingerprint.
 _NUM_FINGERPRINTED = 1_000
 
@@ -159,6 +162,21 @@ def _eval_batch_size(plan, num_images, image_shape):
   return -(-size // plan.batch_size) * plan.batch_size
 
 
+def _make_policy(fields, contents, white):
+  crops = fields.augment in ("crop", "crop_flip")
+  return augmentation.Policy(
+    contents.mean,
+    contents.std,
+    white,
+    padding=fields.crop_padding if crops else None,
+    flips=fields.augment == "crop_flip",
+    num_ops=fields.rand_augment,
+    magnitude=fields.rand_augment_magnitude,
+    color_jitter=fields.color_jitter,
+    random_erasing=fields.random_erasing,
+  )
+
+
 class Dataset(abc.ABC):
   """Labelled images in three splits, as batches on the device.
 
@@ -171,6 +189,7 @@ class Dataset(abc.ABC):
     mean: of the pixels, for normalisation; one value or one per channel.
     std: the same for the standard deviation.
     values: the smallest and largest value of arrays of floats; else (0, 1).
+    mixes: whether the images of a training batch are to be mixed.
     num_classes: number of classes.
     num_labels: num_classes; for other targets, one more than the largest.
     label_shape: shape of the label of one image; () for a class.
@@ -218,6 +237,9 @@ class Dataset(abc.ABC):
     self.dtype, self.bit_depth = train.dtype, train.bit_depth
     self.mean, self.std = contents.mean, contents.std
     self.values = train.values
+    self._policy = _make_policy(fields, contents, train.white)
+    self._mixup, self._cutmix = fields.mixup, fields.cutmix
+    self.mixes = bool(fields.mixup or fields.cutmix)
     self.num_train, self.num_val, self.num_test = sizes
     self.num_unlabeled = 0
     if "unlabeled" in self._subsets:
@@ -268,6 +290,21 @@ class Dataset(abc.ABC):
     dataset = copy.copy(self)
     dataset._seed = seed
     return dataset
+
+  def _draw_mixing(self, epoch: int, step: int) -> types.Mixing | None:
+    """Draw how this process's rows of a batch are mixed, if they are."""
+    if not self.mixes:
+      return None
+    drawn = mixing.draw(
+      # No other draw has an entropy that ends like this.
+      np.random.default_rng((self._seed, epoch, step, 3)),
+      self._plan.batch_size,
+      self.image_shape[:2],
+      mixup=self._mixup,
+      cutmix=self._cutmix,
+    )
+    rows = self._plan.rows
+    return types.Mixing(drawn.share[rows], drawn.box[rows])
 
   def _missing_classes(self) -> Iterator[str]:
     """Yield a note per evaluation split in which classes have no images."""

@@ -61,7 +61,7 @@ def load(
   if images is None:
     images = open_images(fields)
   images = records.keep_classes(images, fields.classes)
-  _check_augment(fields.augment, images)
+  _check_augment(fields, images)
   _check_channels(fields, images)
   if fields.is_streamed and images.train.pixels is None:
     _check_normalisation(fields)
@@ -214,14 +214,26 @@ def open_images(fields: data_fields.DataFields) -> records.ImageSet:
   return sources[fields.source]()
 
 
-def _check_augment(augment: str, images: records.ImageSet) -> None:
-  """Refuse to move images when their targets would not move with them."""
-  targets = images.train.targets
-  if targets is not None and targets.ndim > 2 and augment != "none":
-    raise errors.InputError(
-      f"augment is {augment!r} and would move the images, but not their targets"
-      f" of shape {list(targets.shape[1:])}; use 'none'"
-    )
+def _check_augment(
+  fields: data_fields.DataFields, images: records.ImageSet
+) -> None:
+  """Refuse augmentation that is wrong or impossible for some images."""
+  targets, pixels = images.train.targets, images.train.pixels
+  for name, nothing in (("augment", "none"), ("rand_augment", 0)):
+    value = getattr(fields, name)
+    if targets is not None and targets.ndim > 2 and value != nothing:
+      raise errors.InputError(
+        f"{name} is {value!r} and would move the images, but not their targets"
+        f" of shape {list(targets.shape[1:])}; use {nothing!r}"
+      )
+  if pixels is None or pillow.is_grey_or_rgb(pixels):
+    return
+  for name in ("rand_augment", "color_jitter"):
+    if value := getattr(fields, name):
+      raise errors.InputError(
+        f"{name} is {value} and needs uint8 images with 1 or 3 channels, but"
+        f" these are {pixels.dtype} with {pixels.shape[-1]}; set it to 0"
+      )
 
 
 def _check_channels(

@@ -28,6 +28,22 @@ _WORKER_DIED = "Worker process was terminated unexpectedly"
 MAX_THREADS = 16
 
 _Transform = Callable[..., Image.Image]
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "policy"))
+def _augment(
+  images: jax.Array,
+  draw: tuple[jax.Array, Any, Any],
+  *,
+  plan: datasets.BatchPlan,
+  policy: augmentation.Policy,
+) -> jax.Array:
+  """See `augmentation.augment`."""
+  return augmentation.augment(
+    images, draw, policy, num_images=plan.batch_size, rows=plan.rows
+  )
+
+
 _normalise = jax.jit(
   augmentation.normalise, static_argnames=("mean", "std", "white")
 )
@@ -79,13 +95,24 @@ class StreamingDataset(datasets.Dataset):
     first = epoch * self.steps_per_epoch + start
     end = (epoch + 1) * self.steps_per_epoch
     stream = self._train_stream(first)
+    key = jax.random.key(self._seed)
+    unlabeled_key = jax.random.fold_in(key, datasets.NO_EPOCH)
     try:
-      for _ in range(first, end):
-        images, labels, *unlabeled = next(stream)
+      for step in range(start, self.steps_per_epoch):
+        images, labels, *others = next(stream)
+        unlabeled = None
+        if others:
+          unlabeled = _augment(
+            *others,
+            (unlabeled_key, epoch, step),
+            plan=self._unlabeled_plan,
+            policy=self._policy,
+          )
+        images = _augment(
+          images, (key, epoch, step), plan=self._plan, policy=self._policy
+        )
         yield types.Batch(
-          self._normalise(images),
-          jnp.array(labels),
-          *map(self._normalise, unlabeled),
+          images, jnp.array(labels), unlabeled, self._draw_mixing(epoch, step)
         )
     except BaseException as error:
       stream.close()

@@ -19,12 +19,15 @@ def cross_entropy(
 
   Args:
     logits: [B, K].
-    labels: [B], integers.
+    labels: [B], integers; or [B, K], a distribution over the classes.
     smoothing: share of a label's weight that is spread evenly over all K
       classes, as in PyTorch.
   """
-  chex.assert_rank([logits, labels], [2, 1])
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  chex.assert_rank([logits, labels], [2, {1, 2}])
+  if labels.ndim == 1:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  else:
+    losses = optax.softmax_cross_entropy(logits, labels)
   if smoothing:
     even = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
     losses = (1 - smoothing) * losses + smoothing * even

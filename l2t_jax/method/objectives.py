@@ -68,11 +68,26 @@ class SourceOutputs(NamedTuple):
   matching: transfer.SourceMaps  # Empty if no pairs are compared.
 
 
+class MixedLabels(NamedTuple):
+  """The labels of mixed images, each of which has two."""
+
+  first: jax.Array  # [B].
+  second: jax.Array  # [B].
+  shares: jax.Array  # Of the first, [B].
+
+  def soft(self, num_classes: int) -> jax.Array:
+    """Return the labels as distributions over the classes, [B, K]."""
+    of = lambda labels, shares: (
+      shares[:, None] * jax.nn.one_hot(labels, num_classes, dtype=shares.dtype)
+    )
+    return of(self.first, self.shares) + of(self.second, 1 - self.shares)
+
+
 class TransferBatch(NamedTuple):
   """A mini-batch with the outputs of the sources for it."""
 
   images: jax.Array  # [B, H, W, C].
-  labels: jax.Array  # [B].
+  labels: jax.Array | MixedLabels  # [B].
   unlabeled: jax.Array | None = None  # [U, H, W, C].
   source: SourceOutputs | None = None  # For all N = B + U images.
 
@@ -148,17 +163,9 @@ def smoothed(task: types.Task, smoothing: float) -> types.Task:
   Args:
     task: `CLASSIFICATION`, or any other task if there is no smoothing.
     smoothing: see `loss_functions.cross_entropy`.
-
-  Raises:
-    errors.InputError: the labels of the task are no classes.
   """
   if not smoothing:
     return task
-  if task is not CLASSIFICATION:
-    raise errors.InputError(
-      f"config.target.label_smoothing is {smoothing}, but the task is no"
-      " classification; set it to 0"
-    )
   return task._replace(
     loss=functools.partial(loss_functions.cross_entropy, smoothing=smoothing)
   )
@@ -378,9 +385,15 @@ def make_losses(
     return logits, outputs, new_state
 
   def on_labels(logits, batch):
-    loss = task_loss(task, logits, batch.labels)
-    accuracy = jnp.mean(task_accuracy(task, logits, batch.labels))
-    return loss, {"target_loss": loss, "accuracy": accuracy}
+    labels = batch.labels
+    if isinstance(labels, MixedLabels):
+      loss = task_loss(task, logits, labels.soft(logits.shape[-1]))
+      first, second = (task_accuracy(task, logits, each) for each in labels[:2])
+      accuracy = labels.shares * first + (1 - labels.shares) * second
+    else:
+      loss = task_loss(task, logits, labels)
+      accuracy = task_accuracy(task, logits, labels)
+    return loss, {"target_loss": loss, "accuracy": jnp.mean(accuracy)}
 
   def target(params, weights, model_state, batch):
     del weights

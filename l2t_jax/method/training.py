@@ -21,7 +21,14 @@ import jax.numpy as jnp
 import optax
 
 from l2t_jax import errors, types
-from l2t_jax.method import bilevel, objectives, optimizers, pair_sets, transfer
+from l2t_jax.method import (
+  bilevel,
+  mixing,
+  objectives,
+  optimizers,
+  pair_sets,
+  transfer,
+)
 
 WeightsFn = Callable[
   [types.PyTree, Mapping[str, chex.Array]], transfer.TransferWeights
@@ -68,6 +75,9 @@ class Recipe(NamedTuple):
   # Whether an iteration whose loss or gradient is NaN or infinite changes only
   # the count of iterations. A meta update that is not finite is always skipped.
   skip_bad_numbers: bool = False
+  # Decay rate per iteration of the moving average of the target that is
+  # evaluated; 0 for none.
+  ema_decay: float = 0.0
 
 
 def create_state(
@@ -86,12 +96,28 @@ def create_state(
     recipe: contains the two optimizers to initialise.
   """
   optimizer = recipe.optimizer_fn(0.0)
-  return types.TrainState(
+  state = types.TrainState(
     step=jnp.zeros((), jnp.int32),
     inner=types.InnerState(params, optimizer.init(params), model_state),
     meta_params=meta_params,
     meta_opt_state=recipe.meta_optimizer.init(meta_params),
   )
+  return start_average(state, recipe)
+
+
+def start_average(state: types.TrainState, recipe: Recipe) -> types.TrainState:
+  """Let the moving average, if there is one, start from the target."""
+  if not recipe.ema_decay:
+    return state
+  # A copy, because the arrays of a state are donated.
+  return state._replace(average=jax.tree.map(jnp.copy, evaluated(state)))
+
+
+def evaluated(state: types.TrainState) -> Variables:
+  """Return the variables of the target that are evaluated and exported."""
+  if state.average is not None:
+    return state.average
+  return Variables(state.inner.params["target"], state.inner.model_state)
 
 
 def make_train_step(
@@ -135,7 +161,7 @@ def make_train_step(
 
   def train_step(state, sources, batch):
     optimizer = recipe.optimizer_fn(recipe.learning_rate_fn(state.step))
-    data = _with_sources(problem, sources, batch)
+    data = _with_sources(problem, sources, _mixed(batch))
     weights = _weights_of(problem, state.meta_params, data)
     # Step 1, the real update.
     grads, (model_state, metrics) = jax.grad(
@@ -148,6 +174,7 @@ def make_train_step(
       is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
       inner = _choose(is_good, inner, state.inner)
       metrics["skipped"] = 1.0 - is_good
+    average = _update_average(recipe, state, inner)
     meta = (state.meta_params, state.meta_opt_state)
     if update_meta and jax.tree.leaves(state.meta_params):
       # A traced learning rate could not be checked.
@@ -160,22 +187,32 @@ def make_train_step(
         metrics["meta_grad_norm"] + metrics["meta_update_norm"]
       )
       meta = _choose(is_good & is_finite, updated, meta)
-    return types.TrainState(state.step + 1, inner, *meta), metrics
+    return types.TrainState(state.step + 1, inner, *meta, average), metrics
 
   return train_step
 
 
-def _with_sources(problem, sources, batch):
+def _mixed(batch):
+  """Mix the labelled images of a batch if they are to be mixed."""
+  images, labels, unlabeled, how = batch
+  if how is None:
+    return objectives.TransferBatch(images, labels, unlabeled)
+  images, shares = mixing.mix(images, how)
+  labels = objectives.MixedLabels(labels, jnp.roll(labels, 1), shares)
+  return objectives.TransferBatch(images, labels, unlabeled)
+
+
+def _with_sources(problem, sources, data):
   """Run the sources, once per batch and outside of any differentiation."""
   if not problem.source_fns:
-    return objectives.TransferBatch(*batch)
-  images = batch.images
-  if batch.unlabeled is not None:
-    images = jnp.concatenate([images, batch.unlabeled])
+    return data
+  images = data.images
+  if data.unlabeled is not None:
+    images = jnp.concatenate([images, data.unlabeled])
   logits, features = run_sources(problem.source_fns, sources, images)
   maps = transfer.prepare_source(features, problem.pairs, problem.target_taps)
   outputs = objectives.SourceOutputs(jax.lax.stop_gradient(logits), maps)
-  return objectives.TransferBatch(*batch)._replace(source=outputs)
+  return data._replace(source=outputs)
 
 
 def _weights_of(problem, meta_params, data):
@@ -199,6 +236,27 @@ def _record_update(metrics, pairs, weights, grads):
     ),
     "channel_weights": jax.tree.map(mean, weights.channel),
   }
+
+
+def _update_average(recipe, state, inner):
+  """Return the moving average after the real update, if there is one.
+
+  It follows the target more closely at first, where it would otherwise hold the
+  initial values for long: the decay rate of iteration n is at most
+  n / (n + 9), as in TensorFlow's ExponentialMovingAverage.
+  """
+  if not recipe.ema_decay:
+    return None
+  count = state.step + 1
+  decay = jnp.minimum(recipe.ema_decay, count / (count + 9))
+
+  def move(old, new):
+    if not jnp.issubdtype(new.dtype, jnp.floating):  # A count, or a key.
+      return new
+    return old + ((1 - decay) * (new - old)).astype(old.dtype)
+
+  latest = Variables(inner.params["target"], inner.model_state)
+  return jax.tree.map(move, state.average, latest)
 
 
 def _meta_update(problem, recipe, optimizer, inner, meta, data):
@@ -303,7 +361,7 @@ def _choose(condition, tree, otherwise):
 
 def make_eval_step(
   target_fn: types.ApplyFn, task: types.Task = objectives.CLASSIFICATION
-) -> Callable[[types.InnerState, types.EvalBatch], dict[str, chex.Array]]:
+) -> Callable[[Variables, types.EvalBatch], dict[str, chex.Array]]:
   """Build the evaluation of one batch in eval mode; the caller jits it.
 
   Args:
@@ -311,14 +369,13 @@ def make_eval_step(
     task: defines the loss and the accuracy.
 
   Returns:
-    `eval_step(inner, batch) -> {"loss", "accuracy", "count"}`, sums [] over the
-    images that are not padding.
+    `eval_step(variables, batch) -> {"loss", "accuracy", "count"}`, sums [] over
+    the images that are not padding. The variables are those that `evaluated`
+    returns.
   """
 
-  def eval_step(inner, batch):
-    logits, _, _ = target_fn(
-      inner.params["target"], inner.model_state, batch.images, train=False
-    )
+  def eval_step(variables, batch):
+    logits, _, _ = target_fn(*variables, batch.images, train=False)
     # One loss per image, so that the mask can leave out padding.
     losses = jax.vmap(
       lambda *one: objectives.task_loss(task, *(x[None] for x in one))

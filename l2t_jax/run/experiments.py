@@ -68,6 +68,7 @@ class Optimizer(NamedTuple):
   weight_decay: float
   decayed: str
   clip_norm: float
+  ema_decay: float
 
 
 class Meta(NamedTuple):

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from l2t_jax import data, errors, types
-from l2t_jax.method import pair_sets
+from l2t_jax.method import pair_sets, training
 from l2t_jax.models import weight_files
 from l2t_jax.results import run_reader
 from l2t_jax.run import experiments
@@ -307,8 +307,8 @@ class Loop:
           "val_accuracy": validation[index]["accuracy"],
           "test_accuracy": record["test_accuracy"],
         }
-        inner = self._trainer.state_of(index).inner
-        _save_target(self._setup, seed, inner, epoch)
+        state = self._trainer.state_of(index)
+        _save_target(self._setup, seed, training.evaluated(state), epoch)
       seed.record("epoch", step, record)
       self._display.say(seed.label + _epoch_line(record, seed.experiment))
     leaves = self._requests.should_stop_after(step)
@@ -370,11 +370,9 @@ def _transfer_record(pairs, means):
 
 
 @phases.phase("saving")
-def _save_target(setup, seed, inner, epoch):
+def _save_target(setup, seed, target, epoch):
   description, image_format = seed.experiment.description, setup.image_format
-  variables = sharding.gather(
-    {"params": inner.params["target"], **inner.model_state}
-  )
+  variables = sharding.gather({"params": target.params, **target.model_state})
   if not distributed.is_first():
     return
   weight_files.save(

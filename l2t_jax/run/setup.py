@@ -84,6 +84,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     errors.InputError: for data, weights or values that cannot work together.
   """
   settings, method = experiment.settings, experiment.method
+  _check_task(experiment)
   mesh = sharding.make_mesh()
   _check_devices(experiment, mesh)
   dataset = _load_data(experiment)
@@ -190,6 +191,22 @@ def jit_step(
   )
 
 
+def _check_task(experiment):
+  """Refuse what is for classes alone."""
+  if experiment.task is objectives.CLASSIFICATION:
+    return
+  for field, value in (
+    ("target.label_smoothing", experiment.label_smoothing),
+    ("data.mixup", experiment.reading.mixup),
+    ("data.cutmix", experiment.reading.cutmix),
+  ):
+    if value:
+      raise errors.InputError(
+        f"config.{field} is {value}, but the task is no classification; set it"
+        " to 0"
+      )
+
+
 def _check_devices(experiment, mesh):
   for field, value in (
     ("batch_size", experiment.settings.batch_size),
@@ -228,7 +245,13 @@ def _blank_batch(experiment, dataset):
     unlabeled, _ = _blank_rows(
       dataset, rows(experiment.reading.unlabeled_batch_size or batch_size)
     )
-  return types.Batch(*_blank_rows(dataset, rows(batch_size)), unlabeled)
+  mixing = None
+  if dataset.mixes:
+    mixing = types.Mixing(
+      np.ones(rows(batch_size), np.float32),
+      np.zeros((rows(batch_size), 4), np.int32),
+    )
+  return types.Batch(*_blank_rows(dataset, rows(batch_size)), unlabeled, mixing)
 
 
 def _blank_rows(dataset: data.Dataset, count: int) -> tuple[Any, Any]:
@@ -400,6 +423,7 @@ def _make_recipe(settings, steps_per_epoch, mode):
     mode,
     bilevel.loop == "scan",
     settings.bad_numbers == "skip",
+    inner.ema_decay,
   )
 
 

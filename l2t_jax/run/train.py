@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from l2t_jax import errors
-from l2t_jax.method import transfer
+from l2t_jax.method import training, transfer
 from l2t_jax.results import map_picture, run_reader, transfer_map
 from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
@@ -293,7 +293,9 @@ def _train(setup, trainer, group, requests):
     ]
     step, states = _restore(runs, states, display)
     if settings.init_from and not step:
-      states = [_start_from(settings.init_from, state) for state in states]
+      states = [
+        _start_from(settings.init_from, state, setup.recipe) for state in states
+      ]
     # Only now: a run that cannot begin leaves no trace.
     for workdir, experiment in group.items():
       run_folder.write_json(workdir / "config.json", experiment.description)
@@ -329,28 +331,35 @@ def check_can_start_from(workdir: str) -> set[int]:
   return steps
 
 
-def _start_from(workdir, state):
+def _start_from(workdir, state, recipe):
   """Return a first state with what another run has learned."""
-  steps = check_can_start_from(workdir)
+  step = max(check_can_start_from(workdir))
   folder = pathlib.Path(workdir) / CHECKPOINTS
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:
+      # The other run may have had other optimizers.
+      theirs = checkpoints.shapes(step, state.step.sharding)
       learned, _ = checkpoints.restore(
-        max(steps),
-        state,
+        step,
+        state._replace(
+          inner=state.inner._replace(opt_state=theirs["inner"]["opt_state"]),
+          meta_opt_state=theirs["meta_opt_state"],
+          average=theirs["average"],
+        ),
         advice="it cannot start this run, which needs the same method,"
         " networks and classes",
       )
     except checkpoint.DamagedError as error:
       raise errors.StorageError(
-        f"the checkpoint {folder / str(max(steps))} is damaged: {error}"
+        f"the checkpoint {folder / str(step)} is damaged: {error}"
       ) from error
-  return state._replace(
+  state = state._replace(
     inner=state.inner._replace(
       params=learned.inner.params, model_state=learned.inner.model_state
     ),
     meta_params=learned.meta_params,
   )
+  return training.start_average(state, recipe)
 
 
 def _scale_sources(setup, runs, display):

@@ -54,7 +54,7 @@ class Trainer:
     )
     self._compiling_eval = compilation.compile_ahead(
       self._jit_eval_step(),
-      self._shapes.inner,
+      training.evaluated(self._shapes),
       sharding.shapes_of(blank_eval_batch),
     )
     self._state: types.TrainState | None = None
@@ -147,9 +147,10 @@ class Trainer:
     """
     assert self._state is not None
     eval_step = compilation.wait(self._compiling_eval).call
+    variables = training.evaluated(self._state)
     totals = jax.device_get(
       [
-        eval_step(self._state.inner, sharding.shard(batch, self._setup.mesh))
+        eval_step(variables, sharding.shard(batch, self._setup.mesh))
         for batch in self._setup.dataset.eval_batches(split)
       ]
     )

@@ -141,6 +141,23 @@ class Checkpoints:
       raise DamagedError("its checksum is wrong")
     return state, progress
 
+  def shapes(self, step: int, sharding: jax.sharding.Sharding) -> Any:
+    """Return the shapes of what a checkpoint holds, for `like` of `restore`.
+
+    Args:
+      step: one of `steps`.
+      sharding: of each restored array.
+
+    Returns:
+      Nested dicts and lists: those of a `types.TrainState` by its names.
+    """
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      self._manager.item_metadata(step)["state"].tree,
+    )
+
   def set_aside(self, step: int) -> pathlib.Path:
     """Move a damaged checkpoint out of the way and return its new path."""
     place = self._folder.with_name(f"damaged_checkpoint_{step}")
@@ -230,7 +247,9 @@ def _checksum(state, progress):
 
 @jax.jit
 def _sums_of_bits(tree):
-  return [_sum_of_bits(leaf) for leaf in jax.tree.leaves(tree)]
+  # By name, because `restore` may return dicts in place of named tuples.
+  leaves = ocp.tree.to_flat_dict(tree)
+  return [_sum_of_bits(leaves[path]) for path in sorted(leaves)]
 
 
 def _sum_of_bits(leaf):

@@ -58,13 +58,6 @@ def test_smoothed_labels(x64):
   np.testing.assert_allclose(seen, theirs.numpy(), rtol=1e-12)
 
 
-def test_only_classes_are_smoothed():
-  task = objectives.CLASSIFICATION._replace(accuracy=lambda *_: 0)
-  assert objectives.smoothed(task, 0.0) is task
-  with pytest.raises(errors.InputError, match=r"label_smoothing is 0\.1, but"):
-    objectives.smoothed(task, 0.1)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_softened_cross_entropy(temperature, x64):
   source = logits_of([[0.75, 0.25], [0.5, 0.5]], temperature)

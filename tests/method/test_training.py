@@ -420,6 +420,37 @@ def test_without_a_meta_update_the_target_trains_on(x64):
   assert int(plain.step) == 1
 
 
+def test_the_average_is_evaluated(x64):
+  """By hand: it follows closely at first, then at the decay rate."""
+  loss_fn = lambda params, *_: (
+    params["target"],
+    objectives.Aux({"seen": params["target"]}, {"loss": params["target"]}),
+  )
+  recipe = training.Recipe(
+    optax.sgd, lambda step: 1.0, optax.identity(), ema_decay=0.2
+  )
+  train_step = jax.jit(
+    training.make_train_step(
+      training.Problem(objectives.Losses(loss_fn, loss_fn, loss_fn)), recipe
+    ),
+    donate_argnums=0,
+  )
+  state = training.create_state(
+    {"target": jnp.array(3.0)}, {"seen": jnp.array(0.0)}, {}, recipe
+  )
+  averages = jax.device_get(training.evaluated(state))
+  for value, decay in ((2.0, 0.1), (1.0, 2 / 11), (0.0, 0.2), (-1.0, 0.2)):
+    state, _ = train_step(state, {}, small_setup.batch(1))
+    assert state.inner.params["target"] == value
+    latest = training.Variables(value, {"seen": value + 1})
+    averages = jax.tree.map(
+      lambda old, new: decay * old + (1 - decay) * new,  # noqa: B023
+      averages,
+      latest,
+    )
+    chex.assert_trees_all_close(training.evaluated(state), averages)
+
+
 def test_evaluation_ignores_padding():
   state, *_ = small_setup.create("scratch")
   eval_step = jax.jit(
@@ -430,11 +461,12 @@ def test_evaluation_ignores_padding():
     state.inner.params["target"], state.inner.model_state, images, train=False
   )
   labels = jnp.argmax(logits, axis=-1)  # Padding would count as right.
+  variables = training.evaluated(state)
   whole = eval_step(
-    state.inner, types.EvalBatch(images[:3], labels[:3], jnp.ones(3))
+    variables, types.EvalBatch(images[:3], labels[:3], jnp.ones(3))
   )
   padded = eval_step(
-    state.inner,
+    variables,
     types.EvalBatch(images, labels, jnp.array([1.0, 1.0, 1.0, 0.0])),
   )
   chex.assert_trees_all_close(whole, padded, rtol=1e-5)

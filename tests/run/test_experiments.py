@@ -9,7 +9,7 @@ import pytest
 
 from examples import networks
 from l2t_jax import errors, models
-from l2t_jax.method import loss_functions, objectives, transfer
+from l2t_jax.method import loss_functions, objectives, training, transfer
 from l2t_jax.run import experiments, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
@@ -72,10 +72,14 @@ def test_labels_are_smoothed_in_training_alone():
   losses = []
   for smoothing in (0.0, 0.3):
     setup = setups.build(experiment._replace(label_smoothing=smoothing))
-    inner = setup.create_state(0).inner
+    state = setup.create_state(0)
+    inner = state.inner
     batch = next(setup.dataset.train_batches(0))
     loss, _ = setup.problem.losses.target(
-      inner.params, None, inner.model_state, objectives.TransferBatch(*batch)
+      inner.params,
+      None,
+      inner.model_state,
+      objectives.TransferBatch(*batch[:2]),
     )
     logits, *_ = target_fn(
       inner.params["target"], inner.model_state, batch.images, train=True
@@ -84,7 +88,9 @@ def test_labels_are_smoothed_in_training_alone():
       logits, batch.labels, smoothing=smoothing
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    evaluated = setup.eval_step(inner, next(setup.dataset.eval_batches("test")))
+    evaluated = setup.eval_step(
+      training.evaluated(state), next(setup.dataset.eval_batches("test"))
+    )
     losses.append((float(loss), float(evaluated["loss"])))
   assert losses[0][0] != losses[1][0]
   assert losses[0][1] == losses[1][1]

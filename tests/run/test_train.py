@@ -330,11 +330,17 @@ def test_more_epochs_go_on_to_the_bits(source, tmp_path):
     small_runs.train(config, tmp_path / "parts")
 
 
-def test_adamw_with_warm_up_resumes_to_the_bits(source, tmp_path, monkeypatch):
+def test_a_strong_recipe_resumes_to_the_bits(source, tmp_path, monkeypatch):
   config = small_runs.small_config(source, epochs=2)
   config.optimizer.update(
-    name="adamw", learning_rate=0.01, decayed="kernels", warmup_epochs=1.5
+    name="adamw",
+    learning_rate=0.01,
+    decayed="kernels",
+    warmup_epochs=1.5,
+    ema_decay=0.5,
   )
+  config.data.update(rand_augment=1, random_erasing=0.3, mixup=0.8, cutmix=1.0)
+  config.target.label_smoothing = 0.1
   whole = small_runs.train(config, tmp_path / "whole")
   resumed = lambda: small_runs.train(config, tmp_path / "parts")
   small_runs.kill_in_epoch(2, resumed, monkeypatch)
@@ -392,3 +398,31 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
     small_runs.train(config, tmp_path / "fourth")
   config.init_from = ""  # What was refused has left no trace.
   small_runs.train(config, tmp_path / "fourth")
+
+
+def test_a_run_starts_from_one_with_another_optimizer(
+  finished, source, tmp_path
+):
+  """And from one with a moving average, which starts afresh."""
+  config = small_runs.small_config(source, epochs=1)
+  config.init_from = str(finished)
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = config.meta.learning_rate = 1e-30
+  config.optimizer.ema_decay = 0.9
+  small_runs.train(config, tmp_path / "adamw")
+  config.init_from = str(tmp_path / "adamw")
+  config.optimizer.update(name="sgd", momentum=0.0, ema_decay=0.0)
+  small_runs.train(config, tmp_path / "sgd")
+  states = []
+  for workdir in (finished, tmp_path / "sgd"):
+    folder = workdir / train.CHECKPOINTS
+    with checkpoint.Checkpoints(folder) as checkpoints:
+      step = max(checkpoints.steps())
+      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      shapes = checkpoints.shapes(step, sharding)
+      like = types.TrainState(**shapes)
+      states.append(checkpoints.restore(step, like)[0])
+  chex.assert_trees_all_close(
+    states[0].inner["params"], states[1].inner["params"]
+  )
+  assert states[1].average is None

@@ -56,6 +56,7 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       weight_decay=1e-4,
       decayed="all",
       clip_norm=0.0,
+      ema_decay=0.0,
     ),
     meta=experiments.Meta(
       learning_rate=1e-3, weight_decay=1e-4, clip_norm=0.0, update_every=1

@@ -72,6 +72,35 @@ def _init(module, seed):
   return models.init(module, jax.random.key(seed), SHAPE)
 
 
+def make_problem(
+  method,
+  pairs,
+  target_taps,
+  *,
+  target=TARGET,
+  task=objectives.CLASSIFICATION,
+):
+  method = objectives.get_method(method)
+  auxiliary = {
+    "matching": objectives.matching(pairs, beta=0.5),
+    "attention": objectives.attention(pairs, beta=1000.0),
+    "lwf": objectives.lwf(HEAD_TAP, temperature=2.0, weight=1.0),
+    "kd": objectives.kd(temperature=4.0, weight=1.0),
+  }
+  weights_fn = functools.partial(transfer.transfer_weights, pairs=pairs)
+  return training.Problem(
+    objectives.make_losses(
+      models.as_apply_fn(target),
+      {name: auxiliary[name] for name in method.losses},
+      task,
+    ),
+    {"": models.as_apply_fn(SOURCE)} if method.needs_source else {},
+    pairs,
+    target_taps,
+    weights_fn if "matching" in method.losses else None,
+  )
+
+
 def make_train_step(
   method,
   pairs,
@@ -86,24 +115,7 @@ def make_train_step(
   update_meta=True,
   skip_bad_numbers=False,
 ):
-  method = objectives.get_method(method)
-  auxiliary = {
-    "matching": objectives.matching(pairs, beta=0.5),
-    "attention": objectives.attention(pairs, beta=1000.0),
-    "lwf": objectives.lwf(HEAD_TAP, temperature=2.0, weight=1.0),
-    "kd": objectives.kd(temperature=4.0, weight=1.0),
-  }
-  weights_fn = functools.partial(transfer.transfer_weights, pairs=pairs)
-  problem = training.Problem(
-    objectives.make_losses(
-      models.as_apply_fn(target),
-      {name: auxiliary[name] for name in method.losses},
-    ),
-    {"": models.as_apply_fn(SOURCE)} if method.needs_source else {},
-    pairs,
-    target_taps,
-    weights_fn if "matching" in method.losses else None,
-  )
+  problem = make_problem(method, pairs, target_taps, target=target)
   recipe = RECIPE._replace(
     optimizer_fn=optimizer_fn,
     num_inner_steps=num_inner_steps,
