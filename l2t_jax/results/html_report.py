@@ -60,6 +60,11 @@ def make_page(
           name: (json.dumps(value), defaults.get(name, ...) != value)
           for name, value in run_reader.flatten(run.config).items()
         },
+        "recipe": {
+          name: value
+          for name, value in run_reader.recipe(run.config).items()
+          if value != defaults.get(name)
+        },
         "command": _command(run),
         "no_map": _why_no_map(run),
       }

@@ -16,6 +16,12 @@ from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
 UNKNOWN = "–"  # Stands for a number that is not known.
+# Beside those of the optimizer, in `recipe`.
+_RECIPE_FIELDS = (
+  *("target.label_smoothing", "data.augment", "data.rand_augment"),
+  *("data.rand_augment_magnitude", "data.color_jitter", "data.random_erasing"),
+  *("data.mixup", "data.cutmix"),
+)
 _RUN_FIELDS = {"method", "epochs", "data"}  # Every config of a run has them.
 
 
@@ -161,6 +167,15 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """Return the fields of a nested config by their dotted names."""
   return traverse_util.flatten_dict(config, sep=".")
+
+
+def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Return dotted name -> value of the fields that say how a target trains."""
+  return {
+    name: value
+    for name, value in flatten(config).items()
+    if name.startswith("optimizer.") or name in _RECIPE_FIELDS
+  }
 
 
 def by_experiment(runs: Sequence[Run]) -> list[list[Run]]:

@@ -89,6 +89,16 @@ def test_results_and_means_over_seeds(folder):
   assert mean["test"] == f"{100 * summary['test_accuracy']:.1f} ± 0.0 %"
 
 
+def test_the_recipe_of_a_run(folder):
+  run, *_ = report.find_runs([folder])
+  run.config["data"]["mixup"] = 0.8
+  run.config["optimizer"]["name"] = "adamw"
+  page = report.make_page([run], 0)
+  for text in ("data.mixup=0.8", "optimizer.name=adamw"):
+    assert f"<code>{text}</code>" in page
+  assert "<code>optimizer.momentum" not in page
+
+
 def test_warnings(folder, tmp_path):
   found = run_warnings.find_warnings(report.find_runs([folder]))
   assert len(found) == 3

@@ -345,6 +345,10 @@ def test_a_strong_recipe_resumes_to_the_bits(source, tmp_path, monkeypatch):
   resumed = lambda: small_runs.train(config, tmp_path / "parts")
   small_runs.kill_in_epoch(2, resumed, monkeypatch)
   assert resumed()["test_accuracy"] == whole["test_accuracy"]
+  assert whole["recipe"]["optimizer.name"] == "adamw"
+  assert whole["recipe"]["optimizer.ema_decay"] == 0.5
+  assert whole["recipe"]["data.cutmix"] == 1.0
+  assert whole["recipe"]["optimizer.clip_norm"] == 0
   assert _learned(tmp_path / "parts") == _learned(tmp_path / "whole")
   records = small_runs.records(tmp_path / "whole", "epoch")
   assert records[1]["train_loss"] < records[0]["train_loss"]
