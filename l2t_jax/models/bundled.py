@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from l2t_jax import errors, imports
-from l2t_jax.models import resnet, vgg
+from l2t_jax.models import convnext, resnet, vgg, vit
 from l2t_jax.models.pure_functions import Network
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -28,6 +28,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   ),
   "vgg9": functools.partial(vgg.VGG, plan=vgg.VGG9),
   "vgg_tiny": functools.partial(vgg.VGG, plan=vgg.VGG_TINY),
+  "vit_tiny": vit.ViT,
+  "convnext_atto": convnext.ConvNeXt,
 }
 
 

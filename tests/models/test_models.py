@@ -22,10 +22,11 @@ def test_listed_taps_are_what_the_network_returns(name):
   taps = models.trace(module, shape).taps
   assert set(module.default_taps) <= set(taps)
   images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-  (logits, features), _ = jax.eval_shape(
-    lambda images: module.init_with_output(jax.random.key(0), images, False),
-    images,
+  variables = jax.eval_shape(
+    lambda key: models.init(module, key, shape), jax.random.key(0)
   )
+  apply_fn = functools.partial(models.as_apply_fn(module), train=False)
+  logits, features, _ = jax.eval_shape(apply_fn, *variables, images)
   assert logits.shape == (2, 7)
   assert {n: x.shape[1:] for n, x in features.items()} == taps
 

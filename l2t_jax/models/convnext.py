@@ -1,0 +1,94 @@
+"""ConvNeXt for small images.
+
+Liu et al., "A ConvNet for the 2020s", CVPR 2022 (arXiv 2201.03545), with the
+depths and widths of timm's convnext_atto and a stem of 2x2 pixels: maps of 16,
+8, 4 and 2 pixels at 32x32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+_EPSILON = 1e-6
+_KERNEL = (7, 7)
+_LAYER_SCALE = 1e-6
+_init = nn.initializers.truncated_normal(0.02)
+
+
+class Block(nn.Module):
+  """A depthwise convolution and a perceptron at each position."""
+
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Map features [B, H, W, C] to features of the same shape."""
+    width = x.shape[-1]
+    y = nn.Conv(
+      width,
+      _KERNEL,
+      feature_group_count=width,
+      dtype=self.dtype,
+      kernel_init=_init,
+      name="conv",
+    )(x)
+    y = nn.LayerNorm(_EPSILON, self.dtype, name="norm")(y)
+    dense = lambda size, name: nn.Dense(
+      size, dtype=self.dtype, kernel_init=_init, name=name
+    )
+    y = dense(width, "fc2")(nn.gelu(dense(4 * width, "fc1")(y), False))
+    start = nn.initializers.constant(_LAYER_SCALE)
+    scale = self.param("layer_scale", start, (width,))
+    return x + y * scale.astype(y.dtype)
+
+
+class ConvNeXt(nn.Module):
+  """Taps are the last maps of the stages, "stage1" being the first."""
+
+  num_classes: int
+  depths: Sequence[int] = (2, 2, 6, 2)
+  widths: Sequence[int] = (40, 80, 160, 320)
+  dtype: Any = None
+
+  image_size = 32  # The size it was designed for; others work too.
+
+  @property
+  def default_taps(self) -> tuple[str, ...]:
+    """All stages."""
+    return tuple(f"stage{i + 1}" for i in range(len(self.depths)))
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Classify images [B, H, W, C]; return (logits [B, K], features)."""
+    norm = lambda name: nn.LayerNorm(_EPSILON, self.dtype, name=name)
+    x, features = images, {}
+    for stage, (depth, width) in enumerate(
+      zip(self.depths, self.widths, strict=True), start=1
+    ):
+      down = nn.Conv(
+        width,
+        (2, 2),
+        strides=(2, 2),
+        padding="VALID",
+        dtype=self.dtype,
+        kernel_init=_init,
+        name=f"down{stage}",
+      )
+      # The norm comes after the stem, but before the other convolutions.
+      name = f"norm{stage}"
+      x = norm(name)(down(x)) if stage == 1 else down(norm(name)(x))
+      for block in range(1, depth + 1):
+        x = Block(self.dtype, name=f"stage{stage}_block{block}")(x)
+      features[f"stage{stage}"] = x
+    x = norm("norm")(jnp.mean(x, axis=(1, 2)))
+    logits = nn.Dense(
+      self.num_classes, dtype=self.dtype, kernel_init=_init, name="head"
+    )(x)
+    return logits, features
