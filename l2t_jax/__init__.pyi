@@ -12,6 +12,7 @@ from .method.pair_sets import Pair as Pair
 from .method.pair_sets import make_pairs as make_pairs
 from .method.training import Problem as Problem
 from .method.training import Recipe as Recipe
+from .method.training import evaluated as evaluated
 from .method.training import make_eval_step as make_eval_step
 from .method.training import make_train_step as make_train_step
 from .method.transfer import TransferWeights as TransferWeights
@@ -33,6 +34,7 @@ from .run.train import train as train
 from .types import Batch as Batch
 from .types import InnerLossFn as InnerLossFn
 from .types import InnerState as InnerState
+from .types import Mixing as Mixing
 from .types import Task as Task
 from .types import TrainState as TrainState
 

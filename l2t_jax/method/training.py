@@ -169,12 +169,14 @@ def make_train_step(
     )(state.inner.params, weights, state.inner.model_state, data)
     inner = bilevel.apply_gradients(optimizer, state.inner, grads, model_state)
     _record_update(metrics, problem.pairs, weights, grads)
+    average = _update_average(recipe, state, inner)
     is_good = jnp.bool_(True)
     if recipe.skip_bad_numbers:
       is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
-      inner = _choose(is_good, inner, state.inner)
+      inner, average = _choose(
+        is_good, (inner, average), (state.inner, state.average)
+      )
       metrics["skipped"] = 1.0 - is_good
-    average = _update_average(recipe, state, inner)
     meta = (state.meta_params, state.meta_opt_state)
     if update_meta and jax.tree.leaves(state.meta_params):
       # A traced learning rate could not be checked.

@@ -32,8 +32,8 @@ _FLOOR = 1e-3
 def measure(setup: setups.Setup) -> dict[str, float]:
   """Measure the standard deviation of each source tap.
 
-  It is taken over training images, augmented as for training, all positions
-  and all channels. All processes must call this.
+  It is taken over training images, augmented as for training but not mixed, all
+  positions and all channels. All processes must call this.
 
   Args:
     setup: of the experiment.

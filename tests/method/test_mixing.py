@@ -81,13 +81,11 @@ def test_source_and_target_see_the_mixed_images(x64):
   """An iteration is one on images that were mixed before, with soft labels."""
   state, sources, pairs, target_taps = small_setup.create("fm_single")
   step = small_setup.make_train_step("fm_single", pairs, target_taps)
-  plain = small_setup.batch(4, num_unlabeled=2)
-  how = mixing.draw(
-    np.random.default_rng(0), 4, small_setup.SHAPE[:2], mixup=1.0, cutmix=1.0
-  )
-  images, shares = mixing.mix(plain.images, how)
+  mixed = small_setup.batch(4, num_unlabeled=2, mixes=True)
+  plain = mixed._replace(mixing=None)
+  images, shares = mixing.mix(mixed.images, mixed.mixing)
   step = jax.jit(step)
-  _, seen = step(state, sources, plain._replace(mixing=how))
+  _, seen = step(state, sources, mixed)
   _, expected = step(state, sources, plain._replace(images=images))
   np.testing.assert_allclose(
     seen["matching_loss"], expected["matching_loss"], rtol=1e-12
@@ -123,10 +121,7 @@ def test_hypergradient_with_a_strong_recipe(x64):
   )
   params, _, model_state = state.inner
   state = training.create_state(params, model_state, state.meta_params, recipe)
-  how = mixing.draw(
-    np.random.default_rng(0), 4, small_setup.SHAPE[:2], mixup=1.0, cutmix=1.0
-  )
-  batch = small_setup.batch(4)._replace(mixing=how)
+  batch = small_setup.batch(4, mixes=True)
   # Two iterations before, so that the moments are not 0.
   before = jax.jit(training.make_train_step(problem, recipe, update_meta=False))
   for _ in range(2):

@@ -344,7 +344,9 @@ def test_vmapped_seeds_are_single_seeds(x64):
     )
   )
   for step in range(2):
-    batches = [small_setup.batch(4, seed=10 * step + s) for s in range(3)]
+    batches = [
+      small_setup.batch(4, seed=10 * step + s, mixes=True) for s in range(3)
+    ]
     ends = [
       train_step(state, sources, batch)
       for state, batch in zip(states, batches, strict=True)

@@ -360,6 +360,8 @@ def together_config(source):
   config.transfer.pairs = "stage3_block1->conv3"
   config.meta.update_every = 2
   config.log_every = 1
+  config.data.mixup = 0.8
+  config.optimizer.ema_decay = 0.5
   return config
 
 

@@ -366,6 +366,18 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "classification; set it to 0",
     ),
     Case(
+      "Mixed images where there are no classes to mix",
+      f"{_SCRATCH} --config.target.task=examples.tasks:ANGLE "
+      "--config.data.mixup=0.8",
+      "config.data.mixup is 0.8, but the task is no classification; set it to "
+      "0",
+    ),
+    Case(
+      "A stronger RandAugment than there is",
+      "--config.data.rand_augment_magnitude=31",
+      "config.data.rand_augment_magnitude is 31; it must be from 0 to 30",
+    ),
+    Case(
       "An unknown optimizer",
       "--config.optimizer.name=adam",
       "unknown optimizer 'adam'; it must be one of sgd, adamw, or "
@@ -388,8 +400,9 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A target that is no bundled network",
       "--config.target.model=vgg",
       "unknown model 'vgg'; it must be one of resnet_tiny, resnet20, "
-      "resnet32, resnet18, resnet34, resnet50, vgg9, vgg_tiny, or a "
-      "function of your own as 'package.module:function'",
+      "resnet32, resnet18, resnet34, resnet50, vgg9, vgg_tiny, vit_tiny, "
+      "convnext_atto, or a function of your own as "
+      "'package.module:function'",
     ),
     Case(
       "A target that cannot be imported",

@@ -38,10 +38,12 @@ _OPTIMIZERS = "method/test_optimizers.py::"
 _TRAINING = "method/test_training.py::"
 _TRANSFER = "method/test_transfer.py::"
 _OBJECTIVES = "method/test_objectives.py::"
+_MIXING = "method/test_mixing.py::"
 _PROPERTIES = "method/test_properties.py::"
 _MODELS = "models/test_models.py::"
 _NETWORKS = "models/test_networks.py::"
 _BATCHES = "data/test_batches.py::"
+_AUGMENTATION = "data/test_augmentation.py::"
 _UNLABELED = "data/test_unlabeled.py::"
 _EXPERIMENTS = "run/test_experiments.py::"
 _METHODS = "run/test_methods.py::"
@@ -97,8 +99,8 @@ FAULTS = (
         "sources[name].model_state, images, train=True",
         _BY_HAND),
   Fault("target_is_evaluated_in_train_mode", "method/training.py",
-        "inner.model_state, batch.images, train=False",
-        "inner.model_state, batch.images, train=True",
+        "target_fn(*variables, batch.images, train=False)",
+        "target_fn(*variables, batch.images, train=True)",
         f"{_TRAINING}test_evaluation_ignores_padding"),
   Fault("padding_counts_in_the_accuracy", "method/training.py",
         "jnp.sum(batch.mask * accuracies)", "jnp.sum(accuracies)",
@@ -108,6 +110,28 @@ FAULTS = (
         "recipe.learning_rate_fn(state.step + 1)",
         _TRAINING +
         "test_an_iteration_has_its_own_rate_and_keeps_the_momentum"),
+  Fault("average_never_moves", "method/training.py",
+        "return old + ((1 - decay) * (new - old)).astype(old.dtype)",
+        "return old",
+        f"{_TRAINING}test_the_average_is_evaluated"),
+  Fault("target_itself_is_evaluated", "method/training.py",
+        "if state.average is not None:", "if False:",
+        f"{_TRAINING}test_the_average_is_evaluated"),
+  Fault("source_sees_unmixed_images", "method/training.py",
+        "  images = data.images\n",
+        "  images = jnp.roll(data.images, 1, axis=0)\n",
+        f"{_MIXING}test_source_and_target_see_the_mixed_images"),
+  Fault("mixed_labels_change_places", "method/training.py",
+        "MixedLabels(labels, jnp.roll(labels, 1), shares)",
+        "MixedLabels(jnp.roll(labels, 1), labels, shares)",
+        f"{_MIXING}test_source_and_target_see_the_mixed_images"),
+  Fault("covered_pixels_keep_their_label", "method/mixing.py",
+        "return mixed, mixing.share * (1 - area)",
+        "return mixed, mixing.share",
+        f"{_MIXING}test_images_are_mixed_with_the_one_before"),
+  Fault("boxes_leave_the_image", "method/mixing.py",
+        "np.minimum(center + half, shape)", "center + half",
+        f"{_MIXING}test_what_is_drawn[0.0-1.0]"),
   Fault("bad_meta_update_takes_place", "method/training.py",
         "_choose(is_good & is_finite, updated, meta)",
         "_choose(is_good, updated, meta)",
@@ -257,6 +281,22 @@ FAULTS = (
         "name: train == when_training", "name: train",
         "models/test_networks.py::test_networks_are_told_in_their_own_words"),
   # Images.
+  Fault("processes_draw_for_themselves", "data/augmentation.py",
+        "ops[:, rows], strengths[:, rows]",
+        "ops[:, : len(images)], strengths[:, : len(images)]",
+        f"{_AUGMENTATION}test_processes_share_the_draws[in memory]"),
+  Fault("every_batch_is_mixed_alike", "data/datasets.py",
+        "np.random.default_rng((self._seed, epoch, step, 3))",
+        "np.random.default_rng((epoch, step, 3))",
+        f"{_AUGMENTATION}test_augmented_batches[streamed]"),
+  Fault("erased_pixels_are_black", "data/augmentation.py",
+        "images = jnp.where(erased[..., None], 0, images)",
+        "images = jnp.where(erased[..., None], -1, images)",
+        f"{_AUGMENTATION}test_erased_pixels_have_the_mean_color[in memory]"),
+  Fault("histogram_counts_all_channels", "data/rand_augment.py",
+        "below = jnp.cumsum(counts, axis=1) - counts",
+        "below = jnp.cumsum(counts, axis=1)",
+        f"{_AUGMENTATION}test_operations_are_those_of_pillow[RGB]"),
   Fault("pictures_lie_on_their_side", "data/image_files.py",
         "ImageOps.exif_transpose(image, in_place=True)", "pass",
         "data/test_pictures.py::"
@@ -344,12 +384,12 @@ FAULTS = (
         "images.astype(jnp.float32) / white",
         "images.astype(jnp.float32) / (white + 1)",
         f"{_BATCHES}test_normalise_matches_numpy"),
-  Fault("crop_also_flips", "data/memory.py",
-        '(augment == "crop_flip")', '(augment != "none")',
+  Fault("crop_also_flips", "data/augmentation.py",
+        "flips[rows] & policy.flips", "flips[rows]",
         f"{_BATCHES}test_crop_does_not_flip"),
-  Fault("processes_crop_alike", "data/memory.py",
-        "offsets[plan.rows], flips[plan.rows]",
-        "offsets[: len(batch)], flips[: len(batch)]",
+  Fault("processes_crop_alike", "data/augmentation.py",
+        "offsets[rows], flips[rows]",
+        "offsets[: len(images)], flips[: len(images)]",
         f"{_UNLABELED}test_processes_together_equal_one[in memory]"),
   Fault("last_partial_batch_is_not_evaluated", "data/datasets.py",
         "-(-num_images // self.batch_size)", "num_images // self.batch_size",

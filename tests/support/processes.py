@@ -30,7 +30,7 @@ def run(mesh, *, split=False):
   rows = BATCH_SIZE // jax.process_count()
   mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
   for seed in range(NUM_STEPS):
-    batch = small_setup.batch(BATCH_SIZE, seed)
+    batch = small_setup.batch(BATCH_SIZE, seed, mixes=True)
     batch = jax.tree.map(lambda x: np.asarray(x)[mine], batch)
     state, metrics = step(state, sources, sharding.shard(batch, mesh))
   return sharding.gather((state, metrics))

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import models, types
-from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
+from l2t_jax.method import (
+  mixing,
+  objectives,
+  optimizers,
+  pair_sets,
+  training,
+  transfer,
+)
 from l2t_jax.models import resnet, vgg
 
 SHAPE = (8, 8, 3)
@@ -127,11 +134,12 @@ def make_train_step(
   return training.make_train_step(problem, recipe, update_meta=update_meta)
 
 
-def batch(size, seed=0, num_unlabeled=0):
+def batch(size, seed=0, num_unlabeled=0, *, mixes=False):
   rng = np.random.default_rng(seed)
   images = lambda count: jnp.asarray(rng.standard_normal((count, *SHAPE)))
   return types.Batch(
     images(size),
     jnp.asarray(rng.integers(0, NUM_CLASSES, size)),
     images(num_unlabeled) if num_unlabeled else None,
+    mixing.draw(rng, size, SHAPE[:2], mixup=1.0, cutmix=1.0) if mixes else None,
   )

@@ -1,0 +1,35 @@
+"""CIFAR-100: the authors' ResNet-32 -> a vision transformer, trained as such.
+
+    python train.py --config=configs/cifar100_vit.py --workdir=runs/cifar100_vit
+
+The recipe is that of DeiT (Touvron et al., ICML 2021): AdamW with warm-up,
+mixup and CutMix, RandAugment, random erasing, smoothed labels and a moving
+average of the weights. configs/cifar100.py says where the source comes from.
+"""
+
+from ml_collections import config_dict
+
+from configs import cifar100
+
+
+def get_config() -> config_dict.ConfigDict:
+  config = cifar100.get_config()
+  config.target.model = "vit_tiny"
+  config.target.label_smoothing = 0.1
+  config.data.update(
+    rand_augment=2,
+    random_erasing=0.25,
+    mixup=0.8,
+    cutmix=1.0,
+  )
+  config.optimizer.update(
+    name="adamw",
+    learning_rate=1.25e-4,  # 5e-4 per 512 images.
+    warmup_epochs=5.0,
+    weight_decay=0.05,
+    decayed="kernels",
+    ema_decay=0.9998,
+  )
+  # One weight of the matching loss suits targets of all kinds.
+  config.transfer.feature_scale = "std"
+  return config
