@@ -150,12 +150,19 @@ class Checkpoints:
 
     Returns:
       Nested dicts and lists: those of a `types.TrainState` by its names.
+
+    Raises:
+      DamagedError: the checkpoint cannot be read.
     """
+    try:
+      stored = self._manager.item_metadata(step)["state"].tree
+    except Exception as error:  # Orbax raises many.
+      raise DamagedError(_reason(error)) from error
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
       ),
-      self._manager.item_metadata(step)["state"].tree,
+      stored,
     )
 
   def set_aside(self, step: int) -> pathlib.Path:

@@ -430,3 +430,7 @@ def test_a_run_starts_from_one_with_another_optimizer(
     states[0].inner["params"], states[1].inner["params"]
   )
   assert states[1].average is None
+  for path in (tmp_path / "adamw").glob("checkpoints/*/state/_METADATA"):
+    path.write_text("{")
+  with pytest.raises(errors.StorageError, match="is damaged"):
+    small_runs.train(config, tmp_path / "damaged")
