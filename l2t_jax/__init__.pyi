@@ -5,7 +5,12 @@ from .method.bilevel import MODES as MODES
 from .method.bilevel import apply_gradients as apply_gradients
 from .method.bilevel import hypergradient as hypergradient
 from .method.bilevel import make_inner_step as make_inner_step
+from .method.bilevel import only_while as only_while
 from .method.bilevel import unroll as unroll
+from .method.hypergradient_check import (
+  check_hypergradient as check_hypergradient,
+)
+from .method.implicit import at_stationary_point as at_stationary_point
 from .method.objectives import METHODS as METHODS
 from .method.objectives import make_losses as make_losses
 from .method.pair_sets import Pair as Pair

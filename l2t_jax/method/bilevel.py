@@ -22,10 +22,11 @@ only its arguments:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
+from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -43,9 +44,14 @@ from l2t_jax import errors, types
 #               nothing is computed twice, and memory grows with T.
 MODES = ("reverse", "remat", "mixed", "linearized")
 
+# (state, meta_params, batch) -> (state, loss []).
 StepFn = Callable[
   [types.InnerState, types.PyTree, types.PyTree],
   tuple[types.InnerState, chex.Array],
+]
+# (state, meta_params, batch) -> state; some steps.
+LookAhead = Callable[
+  [types.InnerState, types.PyTree, types.PyTree], types.InnerState
 ]
 
 
@@ -113,6 +119,8 @@ def unroll(
   *,
   num_steps: int | None = None,
   rolled: bool = True,
+  segment_length: int | Sequence[int] = (),
+  differentiated_steps: int | None = None,
 ) -> tuple[types.InnerState, chex.Array]:
   """Take several inner steps.
 
@@ -128,40 +136,131 @@ def unroll(
       outside the loop: its start does not depend on the meta-parameters, so
       that its backward pass needs no Hessian-vector product, but a loop would
       compute one.
+    segment_length: for long loops; only the states between segments of this
+      many steps are kept, and the backward pass takes the steps of one segment
+      after the other again (`jax.checkpoint`). About √T needs memory for 2 √T
+      steps and the time of a second forward pass. Several lengths, from long
+      to short, cut segments again: (T^⅔, T^⅓) needs memory for 3 T^⅓ steps and
+      two more forward passes. The derivative is exact.
+    differentiated_steps: K; only the last K steps are differentiated, and the
+      state before them is taken for a constant. Time and memory of the
+      backward pass are those of K steps. The derivative is biased if K < T: it
+      lacks what φ changes in the earlier steps (truncated backpropagation;
+      Shaban et al., AISTATS 2019, arXiv 1810.10667). None for all steps.
 
   Returns:
     The state after the last step and the losses [T] before each step.
+
+  Raises:
+    errors.InputError: `segment_length` or `differentiated_steps` is below 1.
   """
+  lengths = np.ravel(np.array(segment_length, int)).tolist()
+  for name, given in (
+    ("segment_length", lengths),
+    (
+      "differentiated_steps",
+      [] if differentiated_steps is None else [differentiated_steps],
+    ),
+  ):
+    if min(given, default=1) < 1:
+      raise errors.InputError(f"{name} is {min(given)}; it must be at least 1")
   if num_steps is None:
     leaves = jax.tree.leaves(batches)
     chex.assert_equal_shape_prefix(leaves, 1)
     num_steps = len(leaves[0])
-    batch_of = lambda k: jax.tree.map(lambda leaf: leaf[k], batches)
+    batch_of = lambda batches, k: jax.tree.map(lambda leaf: leaf[k], batches)
   else:
-    batch_of = lambda k: batches
-  losses = []
-  for k in range(1 if rolled and num_steps > 2 else num_steps):
-    state, loss = step(state, meta_params, batch_of(k))
-    losses.append(loss)
-  first_losses = jnp.stack(losses) if losses else jnp.zeros((0,))
-  if len(losses) == num_steps:
-    return state, first_losses
-  state, more = jax.lax.scan(
-    lambda state, k: step(state, meta_params, batch_of(k)),
-    state,
-    jnp.arange(1, num_steps),
-  )
-  return state, jnp.concatenate([first_losses, more])
+    batch_of = lambda batches, k: batches
+
+  def take(state, meta_params, batches, steps):
+    return jax.lax.scan(
+      lambda state, k: step(state, meta_params, batch_of(batches, k)),
+      state,
+      steps,
+    )
+
+  steps = np.arange(num_steps)
+  losses = [jnp.zeros((0,))]
+  if differentiated_steps is not None and differentiated_steps < num_steps:
+    early, steps = np.split(steps, [num_steps - differentiated_steps])
+    constants = jax.lax.stop_gradient((state, meta_params))
+    state, first_losses = take(*constants, batches, early)
+    state = jax.lax.stop_gradient(state)
+    losses.append(first_losses)
+  if not lengths:
+    num_outside = 1 if rolled and len(steps) > 2 else len(steps)
+    for k in steps[:num_outside]:
+      state, loss = step(state, meta_params, batch_of(batches, k))
+      losses.append(loss[None])
+    if len(steps) > num_outside:
+      state, more = take(state, meta_params, batches, steps[num_outside:])
+      losses.append(more)
+    return state, jnp.concatenate(losses)
+  state, more = _in_segments(take, *lengths)(state, meta_params, batches, steps)
+  return state, jnp.concatenate([*losses, more])
+
+
+def _in_segments(take, length, *shorter):
+  """Let `take` keep the states between segments alone."""
+  take_again = jax.checkpoint(_in_segments(take, *shorter) if shorter else take)
+
+  def run(state, meta_params, batches, steps):
+    remainder = len(steps) % length
+    first, others = steps[:remainder], steps[remainder:]
+    losses = []
+    if remainder:
+      state, some = take_again(state, meta_params, batches, first)
+      losses.append(some)
+    state, most = jax.lax.scan(
+      lambda state, segment: take_again(state, meta_params, batches, segment),
+      state,
+      others.reshape(-1, length),
+    )
+    return state, jnp.concatenate([*losses, jnp.ravel(most)])
+
+  return run
+
+
+def only_while(
+  step: StepFn, keep_going: Callable[[types.InnerState], chex.Array]
+) -> StepFn:
+  """Return a step that does nothing once a condition is false.
+
+  A loop whose number of steps depends on the data is `unroll` of such a step,
+  with the largest number of steps as its length. Its derivative is that of the
+  steps that were taken: how many these are is taken for a constant.
+
+  Args:
+    step: from `make_inner_step`.
+    keep_going: state -> bool []; decides before each step. It should stay false
+      while the state stays the same.
+
+  Returns:
+    A step whose loss is NaN where it does nothing.
+  """
+
+  def bounded(state, meta_params, batch):
+    shapes = jax.eval_shape(step, state, meta_params, batch)[1]
+    return jax.lax.cond(
+      keep_going(jax.lax.stop_gradient(state)),
+      step,
+      lambda state, *_: (state, jnp.full(shapes.shape, jnp.nan, shapes.dtype)),
+      state,
+      meta_params,
+      batch,
+    )
+
+  return bounded
 
 
 def hypergradient(
-  look_ahead: Callable[
-    [types.InnerState, types.PyTree, types.PyTree], types.InnerState
-  ],
+  look_ahead: LookAhead,
   outer_loss_fn: types.InnerLossFn,
   state: types.InnerState,
   meta_params: types.PyTree,
   batch: types.PyTree,
+  *,
+  forward: bool = False,
 ) -> tuple[chex.Array, types.PyTree]:
   """Differentiate the loss after a look-ahead by the meta-parameters.
 
@@ -172,9 +271,17 @@ def hypergradient(
     state: start of the look-ahead; a constant.
     meta_params: φ; the gradient is taken with respect to them.
     batch: argument of `look_ahead` and `outer_loss_fn`.
+    forward: for a handful of meta-parameters, such as a learning rate; carry
+      one tangent for each of them through the look-ahead, instead of going
+      back through it. Memory does not grow with the number of steps, time does
+      with that of the meta-parameters. The steps need the mode "reverse". The
+      derivative is exact.
 
   Returns:
     (outer loss [], gradient); the gradient is a pytree like `meta_params`.
+
+  Raises:
+    errors.InputError: `forward` with steps of another mode.
   """
 
   def outer(meta_params):
@@ -182,7 +289,22 @@ def hypergradient(
     loss, _ = outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)
     return loss
 
-  return jax.value_and_grad(outer)(meta_params)
+  if not forward:
+    return jax.value_and_grad(outer)(meta_params)
+  flat, unravel = flatten_util.ravel_pytree(meta_params)
+  push = lambda tangent: jax.jvp(
+    lambda flat: outer(unravel(flat)), (flat,), (tangent,)
+  )
+  try:
+    loss, slopes = jax.vmap(push, out_axes=(None, 0))(jnp.eye(flat.size))
+  except TypeError as error:
+    if "custom_vjp" not in str(error):
+      raise
+    raise errors.InputError(
+      "forward=True cannot go through this look-ahead; make its steps with"
+      " mode='reverse'"
+    ) from error
+  return loss, unravel(slopes)
 
 
 def _gradient(loss_fn):

@@ -1,0 +1,154 @@
+"""Compare a hypergradient with central differences."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2t_jax import types
+from l2t_jax.method import bilevel
+
+
+class Comparison(NamedTuple):
+  """A hypergradient beside central differences, along random directions."""
+
+  leaves: tuple[str, ...]  # Path of the meta-parameters that are varied, [n].
+  derivatives: np.ndarray  # Of the hypergradient along the directions, [n].
+  differences: np.ndarray  # (L(φ + ε d) - L(φ - ε d)) / 2ε, [n].
+  dtype: str  # In which both were computed.
+
+  @property
+  def errors(self) -> np.ndarray:
+    """Relative differences [n]; infinite where something is not finite."""
+    size = np.maximum(abs(self.derivatives), abs(self.differences))
+    distance = abs(self.derivatives - self.differences)
+    relative = distance / np.where(size > 0, size, 1)
+    return np.where(np.isfinite(distance), relative, np.inf)
+
+  @property
+  def error(self) -> float:
+    """The largest of the errors."""
+    return float(self.errors.max())
+
+  def __str__(self) -> str:
+    rows = zip(
+      self.leaves, self.derivatives, self.differences, self.errors, strict=True
+    )
+    return "\n".join(
+      [
+        f"in {self.dtype}: derivative, central difference, relative error",
+        *(f"  {name}: {x:.6g}, {y:.6g}, {e:.1e}" for name, x, y, e in rows),
+      ]
+    )
+
+
+def check_hypergradient(
+  look_ahead: bilevel.LookAhead,
+  outer_loss_fn: types.InnerLossFn,
+  state: types.InnerState,
+  meta_params: types.PyTree,
+  batch: types.PyTree,
+  *,
+  forward: bool = False,
+  num_directions: int = 2,
+  epsilon: float | None = None,
+  seed: int = 0,
+) -> Comparison:
+  """Compare `bilevel.hypergradient` with central differences.
+
+  Each array of the meta-parameters is varied by itself, so that the result says
+  where a derivative is wrong. Costs 2 look-aheads per direction. It is done in
+  float64 where the functions allow that, else in the types that there are.
+
+  Args:
+    look_ahead: see `bilevel.hypergradient`, as the next five.
+    outer_loss_fn: the loss after the look-ahead.
+    state: start of the look-ahead.
+    meta_params: φ.
+    batch: of the look-ahead and the outer loss.
+    forward: the way of differentiating.
+    num_directions: random directions per array.
+    epsilon: length of the steps relative to the size of the array's elements
+      (or to 1, where they are smaller); None for 1e-5 in float64, else 1e-2.
+    seed: of the directions.
+
+  Returns:
+    The comparison; print it, or assert that its `error` is small. In float64
+    1e-5 is usual; kinks, such as those of relu, can make it larger.
+  """
+  compare = lambda arguments, epsilon: _compare(
+    look_ahead,
+    outer_loss_fn,
+    *arguments,
+    forward,
+    num_directions,
+    epsilon,
+    np.random.default_rng(seed),
+  )
+  arguments = (state, meta_params, batch)
+  with jax.enable_x64(True):
+    try:
+      return compare(jax.tree.map(_in_float64, arguments), epsilon or 1e-5)
+    except (TypeError, ValueError):  # Types that the functions fix.
+      pass
+  return compare(arguments, epsilon or 1e-2)
+
+
+def _in_float64(leaf: Any) -> Any:
+  if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    return jnp.asarray(leaf, jnp.float64)
+  return leaf
+
+
+def _compare(
+  look_ahead,
+  outer_loss_fn,
+  state,
+  meta_params,
+  batch,
+  forward,
+  num_directions,
+  epsilon,
+  rng,
+):
+  meta_params = jax.tree.map(jnp.asarray, meta_params)
+
+  @jax.jit
+  def value_and_grad(meta_params):
+    return bilevel.hypergradient(
+      look_ahead, outer_loss_fn, state, meta_params, batch, forward=forward
+    )
+
+  @jax.jit
+  def value(meta_params):
+    ahead = look_ahead(state, meta_params, batch)
+    return outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)[0]
+
+  _, grads = value_and_grad(meta_params)
+  paths, treedef = jax.tree.flatten_with_path(meta_params)
+  slopes = treedef.flatten_up_to(grads)
+  names, derivatives, differences = [], [], []
+  for index, (path, leaf) in enumerate(paths):
+    size = max(1.0, float(jnp.sqrt(jnp.mean(jnp.square(leaf)))))
+    for _ in range(num_directions):
+      direction = rng.normal(size=np.shape(leaf))
+      direction /= np.linalg.norm(direction)
+
+      def moved(length, index=index, direction=direction):
+        leaves = [each for _, each in paths]
+        step = jnp.asarray(length * direction, leaves[index].dtype)
+        leaves[index] = leaves[index] + step
+        return float(value(treedef.unflatten(leaves)))
+
+      length = epsilon * size
+      difference = (moved(length) - moved(-length)) / (2 * length)
+      names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+      derivatives.append(float(np.sum(slopes[index] * direction)))
+      differences.append(difference)
+  dtype = jnp.result_type(*(leaf for _, leaf in paths))
+  return Comparison(
+    tuple(names), np.array(derivatives), np.array(differences), str(dtype)
+  )
