@@ -2,9 +2,10 @@
 
     python train.py --config=configs/cifar100_vit.py --workdir=runs/cifar100_vit
 
-The recipe is that of DeiT (Touvron et al., ICML 2021): AdamW with warm-up,
-mixup and CutMix, RandAugment, random erasing, smoothed labels and a moving
-average of the weights. configs/cifar100.py says where the source comes from.
+The recipe follows DeiT (Touvron et al., ICML 2021): AdamW with warm-up, mixup
+and CutMix, RandAugment, random erasing, smoothed labels and a moving average of
+the weights; without stochastic depth and repeated augmentation.
+configs/cifar100.py says where the source comes from.
 """
 
 from ml_collections import config_dict
@@ -28,7 +29,7 @@ def get_config() -> config_dict.ConfigDict:
     warmup_epochs=5.0,
     weight_decay=0.05,
     decayed="kernels",
-    ema_decay=0.9998,
+    ema_decay=0.9998,  # For 70,000 iterations.
   )
   # One weight of the matching loss suits targets of all kinds.
   config.transfer.feature_scale = "std"

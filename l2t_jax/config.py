@@ -48,6 +48,10 @@ def _is_finite(value):
   return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
+def _is_whole(value):
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 AT_LEAST_0 = Rule(lambda x: x >= 0, "be 0 or more")
 AT_LEAST_1 = Rule(lambda x: x >= 1, "be at least 1")
 POSITIVE = Rule(lambda x: 0 < x < math.inf, "be finite and more than 0")
@@ -213,7 +217,7 @@ TARGET = {
   # Outputs of the network (its num_classes); 0 for the number of classes. A
   # task of your own with several targets per image has to set it.
   "target.num_outputs": Field(0, AT_LEAST_0),
-  # Share of a label's weight that is spread evenly over all classes, in
+  # Share of a label's weight that is spread evenly over all outputs, in
   # training alone.
   "target.label_smoothing": Field(0.0, BELOW_1),
   # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
@@ -262,15 +266,16 @@ LOSS_GROUPS = tuple({name.partition(".")[0]: None for name in LOSSES})
 # Adam for the meta-networks f and g (meta).
 OPTIMIZERS = {
   # sgd (with L2 in the gradient), adamw (with decoupled weight decay), or
-  # "package.module:function", a function of the learning rate that returns an
-  # optax transformation; momentum, b2 and weight decay are then its own.
+  # "package.module:function", a function of the learning rate (traced) that
+  # returns an optax transformation; momentum, b2, weight_decay and decayed are
+  # then its own.
   "optimizer.name": Field("sgd"),
   "optimizer.learning_rate": Field(0.1, POSITIVE),
   # By epochs: cosine (to 0), or step (a tenth at 50 % and again at 75 %); or
   # constant.
   "optimizer.schedule": Field("cosine", one_of(optimizers.SCHEDULES)),
-  # Iterations, or else epochs, in which the learning rate first grows from 0 to
-  # its largest value; the schedule has what is left of the run.
+  # Iterations, or else epochs, in which the learning rate first grows linearly
+  # to its largest value; the schedule has what is left of the run.
   "optimizer.warmup_steps": Field(0, AT_LEAST_0),
   "optimizer.warmup_epochs": Field(0.0, NOT_NEGATIVE),
   # Decay rate of the momentum (b1 of adamw), and of adamw's second moment.
@@ -278,7 +283,7 @@ OPTIMIZERS = {
   "optimizer.b2": Field(0.999, BELOW_1),
   "optimizer.weight_decay": Field(1e-4, NOT_NEGATIVE),
   # Which parameters decay: all, or kernels (no biases, scales and other
-  # vectors).
+  # vectors; tokens and positions of a transformer do).
   "optimizer.decayed": Field("all", one_of(optimizers.DECAYED)),
   # Gradients are scaled down to this norm over all arrays; 0 for no clipping.
   "optimizer.clip_norm": Field(0.0, NOT_NEGATIVE),
@@ -385,6 +390,10 @@ def check(
   """
   for name, value in flatten(config.to_dict()).items():
     field = FIELDS.get(_name_in_table(name))
+    if field and type(field.default) is int and not _is_whole(value):
+      raise errors.InputError(
+        f"config.{name} is {value!r}; it must be a whole number"
+      )
     if field and field.rule and not _holds(field.rule, value):
       raise errors.InputError(
         f"config.{name} is {value!r}; it must {field.rule.must}"

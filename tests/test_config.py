@@ -67,6 +67,15 @@ def test_where_a_range_ends(name, wrong, right):
   l2t_jax.config.check(with_value(name, right))
 
 
+@pytest.mark.parametrize("value", [1.5, True, "2"])
+def test_whole_numbers(value):
+  """`fit` takes configs that do not check types."""
+  message = refusal(with_value("data.rand_augment", value))
+  assert message == (
+    f"config.data.rand_augment is {value!r}; it must be a whole number"
+  )
+
+
 def test_each_of_several_sources_follows_the_rules():
   config = scratch()
   config.sources.mine = l2t_jax.config.source()

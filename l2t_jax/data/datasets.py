@@ -25,8 +25,9 @@ from l2t_jax.method import mixing
 # results are the same. How many pixels one may hold decides in between.
 EVAL_BATCH_SIZES = (128, 512)
 _EVAL_PIXELS = 512 * 32**2
-# In place of an epoch, in the key of images without labels.
-NO_EPOCH = 2**32 - 1
+# In place of an epoch, in the key of images without labels; another such number
+# is in the key of the initial values.
+NO_EPOCH = 2**32 - 2
 # How many images of a subset, evenly spaced, count in its fingerprint.
 _NUM_FINGERPRINTED = 1_000
 
@@ -341,8 +342,7 @@ def unlabeled_positions(
   """
   first, last = slots[0] // num_images, slots[-1] // num_images
   passes = [
-    # The entropies of draws for labelled images have two or three numbers, so
-    # none of them equals these.
+    # No other draw has an entropy that ends like this.
     _permutation((seed, number, 0, 1), num_images)
     for number in range(first, last + 1)
   ]

@@ -64,7 +64,8 @@ def rand_augment(
   """Apply operations to each image, one after the other.
 
   Cubuk et al., "RandAugment", 2020 (arXiv 1909.13719), with the operations and
-  magnitudes of torchvision, but bilinear instead of nearest neighbours.
+  magnitudes of torchvision, but bilinear instead of nearest neighbours, and
+  translations that are no whole pixels.
 
   Args:
     images: [B, H, W, C].

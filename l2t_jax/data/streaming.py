@@ -30,20 +30,6 @@ MAX_THREADS = 16
 _Transform = Callable[..., Image.Image]
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "policy"))
-def _augment(
-  images: jax.Array,
-  draw: tuple[jax.Array, Any, Any],
-  *,
-  plan: datasets.BatchPlan,
-  policy: augmentation.Policy,
-) -> jax.Array:
-  """See `augmentation.augment`."""
-  return augmentation.augment(
-    images, draw, policy, num_images=plan.batch_size, rows=plan.rows
-  )
-
-
 _normalise = jax.jit(
   augmentation.normalise, static_argnames=("mean", "std", "white")
 )
@@ -157,6 +143,20 @@ class StreamingDataset(datasets.Dataset):
         )
     finally:
       stream.close()
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "policy"))
+def _augment(
+  images: jax.Array,
+  draw: tuple[jax.Array, Any, Any],
+  *,
+  plan: datasets.BatchPlan,
+  policy: augmentation.Policy,
+) -> jax.Array:
+  """See `augmentation.augment`."""
+  return augmentation.augment(
+    images, draw, policy, num_images=plan.batch_size, rows=plan.rows
+  )
 
 
 @dataclasses.dataclass(frozen=True)

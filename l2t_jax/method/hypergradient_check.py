@@ -145,7 +145,8 @@ def _compare(
 
       length = epsilon * size
       difference = (moved(length) - moved(-length)) / (2 * length)
-      names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      names.append(name or "meta_params")
       derivatives.append(float(np.sum(slopes[index] * direction)))
       differences.append(difference)
   dtype = jnp.result_type(*(leaf for _, leaf in paths))

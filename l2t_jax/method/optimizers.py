@@ -8,6 +8,7 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2t_jax import errors, imports, types
@@ -18,10 +19,11 @@ OptimizerFn = Callable[[chex.Numeric], optax.GradientTransformation]
 NAMES = ("sgd", "adamw")
 # Which parameters weight decay changes.
 DECAYED = ("all", "kernels")
-# Added below the root of Adam's second moment, where PyTorch adds nothing, so
-# that the root has a derivative at 0. It is the square of eps, which is added
-# to the root.
-_EPS, _EPS_ROOT = 1e-8, 1e-16
+# `_EPS_ROOT` is added below the root of Adam's second moment, where PyTorch
+# adds nothing, so that the root has a derivative at 0. It is far below the
+# square of eps, which is added to the root, and changes no update by more than
+# 0.01 %.
+_EPS, _EPS_ROOT = 1e-8, 1e-24
 
 
 def make(
@@ -52,6 +54,11 @@ def make(
   Raises:
     errors.InputError: there is no such optimizer.
   """
+  if not isinstance(name, str):  # `fit` takes values of any type.
+    raise errors.InputError(
+      f"config.optimizer.name is a {type(name).__name__}; it must be a string,"
+      f" one of {', '.join(NAMES)} or 'package.module:function'"
+    )
   mask = are_kernels if decayed == "kernels" else None
   if name == "sgd":
     optimizer_fn = sgd(momentum=momentum, weight_decay=weight_decay, mask=mask)
@@ -82,7 +89,7 @@ def _imported(name):
   except Exception as error:  # It may raise anything.
     raise errors.InputError(
       f"the optimizer {name!r} cannot be made of a learning rate of 0.1:"
-      f" {type(error).__name__}: {errors.first_line(error)}"
+      f" {errors.first_line(error)}"
     ) from error
   if not isinstance(optimizer, optax.GradientTransformation):
     raise errors.InputError(
@@ -92,11 +99,62 @@ def _imported(name):
   return optimizer_fn
 
 
+def check(optimizer_fn: OptimizerFn, params: types.PyTree) -> None:
+  """Refuse an optimizer that cannot train parameters at a changing rate.
+
+  Args:
+    optimizer_fn: a user's function of the learning rate.
+    params: arrays, or their shapes.
+
+  Raises:
+    errors.InputError: it fails, its state cannot be saved, or the learning rate
+      has no effect once the state is there.
+  """
+
+  def first_updates(rate, params):
+    optimizer = optimizer_fn(rate)
+    state = optimizer_fn(0.0).init(params)
+    return optimizer.update(params, state, params)[0], state
+
+  try:
+    _, state = jax.eval_shape(first_updates, jnp.ones(()), params)
+  except Exception as error:  # It may raise anything.
+    raise errors.InputError(
+      "the optimizer cannot update this network at a traced learning rate:"
+      f" {errors.first_line(error)}"
+    ) from error
+  if any(
+    jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    for leaf in jax.tree.leaves(state)
+  ):
+    raise errors.InputError(
+      "the optimizer keeps a random key in its state, which checkpoints do not"
+      " hold; use one without noise"
+    )
+  # Optimizers may depend on the names, ranks and dtypes of parameters.
+  small = jax.tree.map(
+    lambda x: np.ones(np.minimum(x.shape, 2), x.dtype), params
+  )
+  try:
+    slow, fast = (first_updates(rate, small)[0] for rate in (0.1, 0.2))
+  except Exception:  # Some need larger arrays.
+    return
+  if all(
+    np.array_equal(x, y)
+    for x, y in zip(jax.tree.leaves(slow), jax.tree.leaves(fast), strict=True)
+  ):
+    raise errors.InputError(
+      "the optimizer's updates do not change with the learning rate, which it"
+      " ignores or keeps in its state, as optax.inject_hyperparams does; return"
+      " a transformation that uses the rate it is given"
+    )
+
+
 def are_kernels(params: types.PyTree) -> types.PyTree:
   """Return for each parameter whether it is no bias, scale or other vector."""
 
   def is_kernel(path, leaf):
-    name = str(getattr(path[-1], "key", path[-1])) if path else ""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
     return leaf.ndim > 1 and name not in ("bias", "scale")
 
   return jax.tree.map_with_path(is_kernel, params)
@@ -132,7 +190,6 @@ def adamw(
   mask: Callable[[types.PyTree], types.PyTree] | None = None,
 ) -> OptimizerFn:
   """Return AdamW as in PyTorch, but with a finite derivative at 0.
-
   Args:
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.
@@ -231,10 +288,10 @@ def make_schedule(
 
 def _steps(learning_rate, epochs):
   """Divide the rate by 10 at 1/2 and 3/4 of the epochs."""
-  boundaries = (math.ceil(epochs / 2), math.ceil(epochs * 3 / 4))
-  return optax.piecewise_constant_schedule(
-    learning_rate, dict.fromkeys(boundaries, 0.1)
-  )
+  scales: dict[int, float] = {}
+  for boundary in (math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)):
+    scales[boundary] = 0.1 * scales.get(boundary, 1.0)
+  return optax.piecewise_constant_schedule(learning_rate, scales)
 
 
 # config.optimizer.schedule -> function of the first learning rate and the

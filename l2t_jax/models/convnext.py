@@ -14,6 +14,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.models import layers
+
 _EPSILON = 1e-6
 _KERNEL = (7, 7)
 _LAYER_SCALE = 1e-6
@@ -55,7 +57,8 @@ class ConvNeXt(nn.Module):
   widths: Sequence[int] = (40, 80, 160, 320)
   dtype: Any = None
 
-  image_size = 32  # The size it was designed for; others work too.
+  # The size it was designed for; other multiples of 16 work too.
+  image_size = 32
 
   @property
   def default_taps(self) -> tuple[str, ...]:
@@ -67,6 +70,7 @@ class ConvNeXt(nn.Module):
     self, images: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
+    layers.check_multiples(images, 2 ** len(self.depths))
     norm = lambda name: nn.LayerNorm(_EPSILON, self.dtype, name=name)
     x, features = images, {}
     for stage, (depth, width) in enumerate(

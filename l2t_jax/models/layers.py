@@ -27,6 +27,20 @@ def torch_linear_bias(fan_in: int):
   return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
+def check_multiples(images: jax.Array, divisor: int) -> None:
+  """Refuse images [B, H, W, C] whose sides are no multiples of a number.
+
+  Raises:
+    errors.InputError: naming the sides.
+  """
+  height, width = images.shape[1:3]
+  if height % divisor or width % divisor or not height * width:
+    raise errors.InputError(
+      f"images are {height}x{width}; for this network their sides must be"
+      f" multiples of {divisor}"
+    )
+
+
 def conv(
   features: int,
   kernel_size: int = 3,

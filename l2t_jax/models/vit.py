@@ -13,6 +13,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.models import layers
+
 _EPSILON = 1e-6
 _NUM_TAPS = 4
 _init = nn.initializers.truncated_normal(0.02)
@@ -50,7 +52,8 @@ class ViT(nn.Module):
   num_heads: int = 3
   dtype: Any = None
 
-  image_size = 32  # The size it was designed for; others work too.
+  # The size it was designed for; other multiples of the patches work too.
+  image_size = 32
 
   @property
   def default_taps(self) -> tuple[str, ...]:
@@ -65,6 +68,7 @@ class ViT(nn.Module):
     self, images: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
+    layers.check_multiples(images, self.patch_size)
     sides = (self.patch_size,) * 2
     maps = nn.Conv(
       self.width,

@@ -114,6 +114,8 @@ def build(experiment: experiments.Experiment) -> Setup:
   recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
   first_state = _make_first_state(method, plan, sources, target, recipe)
   create_state, shapes = _place_states(settings, first_state, mesh)
+  if ":" in settings.optimizer.name:
+    optimizers.check(recipe.optimizer_fn, shapes.inner.params)
   place = lambda tree: jax.device_put(tree, _shardings(settings, mesh)(tree))
   return Setup(
     dataset=dataset,

@@ -93,6 +93,20 @@ def test_optimizers_are_those_of_pytorch(name, decayed, x64):
   )
 
 
+def test_adamw_takes_pytorchs_steps_where_gradients_are_tiny(x64):
+  """As those of a ConvNeXt are, behind a layer scale of 1e-6."""
+  torch = pytest.importorskip("torch")
+  grads = 10.0 ** -np.arange(5, 12)
+  optimizer = optimizers.adamw(b1=0.9, b2=0.999, weight_decay=0.0)(1.0)
+  seen, _ = optimizer.update(
+    jnp.array(grads), optimizer.init(jnp.zeros(7)), jnp.zeros(7)
+  )
+  tensor = torch.nn.Parameter(torch.zeros(7, dtype=torch.float64))
+  tensor.grad = torch.tensor(grads)
+  torch.optim.AdamW([tensor], lr=1.0, weight_decay=0.0).step()
+  np.testing.assert_allclose(seen, tensor.detach().numpy(), rtol=1e-4)
+
+
 def test_adamw_differs_from_optax_only_at_0():
   optimizer = optimizers.adamw(b1=0.9, b2=0.999, weight_decay=0.1)
   usual = lambda rate: optax.adamw(rate, weight_decay=0.1)
@@ -127,11 +141,62 @@ def test_an_optimizer_of_ones_own_is_clipped():
     ("optax:nothing", "cannot import the optimizer 'optax:nothing'"),
     (f"{__name__}:without_arguments", "cannot be made of a learning rate"),
     (f"{__name__}:no_optimizer", "returns a float; it must return an optax"),
+    (optax.adamw, "optimizer.name is a function; it must be a string"),
   ],
 )
 def test_what_is_no_optimizer(name, message):
   with pytest.raises(errors.InputError, match=message):
     optimizers.make(name, momentum=0.9, b2=0.9, weight_decay=0.0)
+
+
+def noisy(learning_rate):
+  """Return an optimizer whose state cannot be saved."""
+  return optax.noisy_sgd(learning_rate)
+
+
+def untraced(learning_rate):
+  """Return an optimizer of a rate that has a value."""
+  return optax.sgd(float(learning_rate))
+
+
+def larger_arrays(learning_rate):
+  """Return an optimizer that refuses small arrays."""
+  scale = jnp.ones((3, 2))
+  return optax.chain(
+    optax.stateless(
+      lambda grads, params: (
+        grads | {"dense": {"kernel": scale * grads["dense"]["kernel"]}}
+      )
+    ),
+    optax.sgd(learning_rate),
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("noisy", "keeps a random key in its state"),
+    ("untraced", "at a traced learning rate: Concretization"),
+  ],
+)
+def test_optimizers_that_cannot_train_are_refused(name, message):
+  params = jax.tree.map(jnp.asarray, _params())
+  with pytest.raises(errors.InputError, match=message):
+    optimizers.check(globals()[name], params)
+
+
+def test_optimizers_that_can_train_are_not_refused():
+  params = jax.tree.map(jnp.asarray, _params())
+  for optimizer_fn in (lion, larger_arrays, optax.contrib.muon):
+    optimizers.check(optimizer_fn, params)
+
+
+def test_a_short_schedule_of_steps_has_both():
+  """After a warm-up, the epochs that are left need not be whole."""
+  rate = optimizers.make_schedule(
+    "step", 1.0, epochs=4, steps_per_epoch=4, warmup_steps=6
+  )
+  np.testing.assert_allclose(rate(15), 0.01, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", optimizers.SCHEDULES)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2t_jax import models
+from l2t_jax import errors, models
 from l2t_jax.models import convnext, vit
 
 
@@ -124,6 +124,15 @@ def test_activations_are_bf16_where_asked(name):
   )
   for each in (logits, *features.values()):
     assert each.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "divisor"), [("vit_tiny", 30, 4), ("convnext_atto", 8, 16)]
+)
+def test_images_that_do_not_fit(name, size, divisor):
+  message = f"images are {size}x{size}; .* multiples of {divisor}"
+  with pytest.raises(errors.InputError, match=message):
+    models.trace(models.create(name, 10), (size, size, 3))
 
 
 def test_a_transformer_has_taps_all_over_its_depth():

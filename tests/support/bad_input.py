@@ -391,6 +391,30 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)",
     ),
     Case(
+      "An optimizer that keeps its learning rate",
+      "--config.optimizer.name=mine:kept",
+      "the optimizer's updates do not change with the learning rate, which it "
+      "ignores or keeps in its state, as optax.inject_hyperparams does; return "
+      "a transformation that uses the rate it is given",
+      _write(
+        "mine.py",
+        "import optax\n"
+        "kept = lambda rate: optax.inject_hyperparams(optax.sgd)(rate)",
+      ),
+    ),
+    Case(
+      "An optimizer that needs more than a gradient",
+      "--config.optimizer.name=optax:lbfgs",
+      "the optimizer cannot update this network at a traced learning rate: "
+      "TypeError: scale_by_zoom_linesearch.<locals>.update_fn() missing 3 "
+      "required keyword-only arguments: 'value', 'grad', and 'value_fn'",
+    ),
+    Case(
+      "Images that a transformer cannot cut into patches",
+      "--config.target.model=vit_tiny --config.data.image_size=18",
+      "images are 18x18; for this network their sides must be multiples of 4",
+    ),
+    Case(
       "A warm-up longer than the run",
       "--config.optimizer.warmup_epochs=2",
       "the warm-up of the learning rate has 8 iterations, but the run has only "
