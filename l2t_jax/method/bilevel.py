@@ -185,7 +185,6 @@ def unroll(
     early, steps = np.split(steps, [num_steps - differentiated_steps])
     constants = jax.lax.stop_gradient((state, meta_params))
     state, first_losses = take(*constants, batches, early)
-    state = jax.lax.stop_gradient(state)
     losses.append(first_losses)
   if not lengths:
     num_outside = 1 if rolled and len(steps) > 2 else len(steps)

@@ -38,6 +38,7 @@ _OPTIMIZERS = "method/test_optimizers.py::"
 _TRAINING = "method/test_training.py::"
 _TRANSFER = "method/test_transfer.py::"
 _OBJECTIVES = "method/test_objectives.py::"
+_LOOPS = "method/test_inner_loops.py::"
 _MIXING = "method/test_mixing.py::"
 _PROPERTIES = "method/test_properties.py::"
 _MODELS = "models/test_models.py::"
@@ -64,7 +65,8 @@ _PARITY = (
 FAULTS = (
   # The method.
   Fault("rolled_loop_takes_one_step_more", "method/bilevel.py",
-        "jnp.arange(1, num_steps),", "jnp.arange(1, num_steps + 1),",
+        "take(state, meta_params, batches, steps[num_outside:])",
+        "take(state, meta_params, batches, steps[num_outside - 1 :])",
         f"{_BILEVEL}test_rolled_equals_unrolled[reverse]"),
   Fault("every_inner_step_has_the_first_batch", "method/bilevel.py",
         "lambda leaf: leaf[k]", "lambda leaf: leaf[0]",
@@ -73,6 +75,20 @@ FAULTS = (
         "jax.lax.stop_gradient((state.model_state, batch))",
         "state.model_state, batch",
         f"{_BILEVEL}test_batch_and_model_state_are_constants[reverse]"),
+  Fault("early_steps_are_differentiated", "method/bilevel.py",
+        "constants = jax.lax.stop_gradient((state, meta_params))",
+        "constants = (state, meta_params)",
+        f"{_LOOPS}test_truncation_comes_closer_with_more_steps"),
+  Fault("segments_begin_with_the_last_steps", "method/bilevel.py",
+        "first, others = steps[:remainder], steps[remainder:]",
+        "first, others = steps[-remainder:], steps[:-remainder]",
+        f"{_LOOPS}test_losses_and_batches_of_cut_loops"),
+  Fault("unsolved_system_passes_for_solved", "method/implicit.py",
+        "jnp.where(is_solved, -x, jnp.nan)", "-x",
+        f"{_LOOPS}test_an_unsolved_system_gives_nan"),
+  Fault("series_lacks_its_scale", "method/implicit.py",
+        "lambda a, b: a - scale * b", "lambda a, b: a - b",
+        f"{_LOOPS}test_implicit_derivative_in_closed_form[neumann]"),
   Fault("hessian_product_has_the_wrong_sign", "method/bilevel.py",
         "*tangent_fn(cotangents[0])",
         "*jax.tree.map(jnp.negative, tangent_fn(cotangents[0]))",
