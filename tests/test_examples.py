@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from configs import digits, digits_source
-from examples import noisy_labels, tasks
+from examples import noisy_labels, regularization, tasks
 from tests.support import small_runs
 
 pytestmark = pytest.mark.long
@@ -17,6 +17,11 @@ def test_noisy_labels():
   results = noisy_labels.main()
   assert results["accuracy_learned"] > results["accuracy_equal"] + 0.02
   assert results["weight_right"] > results["weight_wrong"] + 0.2
+
+
+def test_regularization():
+  results = regularization.main()
+  assert results["learned"] > results["cross_validated"] + 0.01
 
 
 def test_a_transformer_teaches_a_convnet(tmp_path):

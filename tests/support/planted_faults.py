@@ -134,8 +134,9 @@ FAULTS = (
         "if state.average is not None:", "if False:",
         f"{_TRAINING}test_the_average_is_evaluated"),
   Fault("source_sees_unmixed_images", "method/training.py",
-        "  images = data.images\n",
-        "  images = jnp.roll(data.images, 1, axis=0)\n",
+        "data = _with_sources(problem, sources, _mixed(batch))",
+        "data = _mixed(batch)._replace(source=_with_sources(problem, sources,"
+        " objectives.TransferBatch(*batch[:3])).source)",
         f"{_MIXING}test_source_and_target_see_the_mixed_images"),
   Fault("mixed_labels_change_places", "method/training.py",
         "MixedLabels(labels, jnp.roll(labels, 1), shares)",
