@@ -25,8 +25,7 @@ INNER_STEPS, META_STEPS = 60, 40
 
 def load(seed):
   """Return labelled and test images, (x [N, 256], y [N])."""
-  digits = datasets.load_digits()
-  rng = np.random.default_rng(seed)
+  digits, rng = datasets.load_digits(), np.random.default_rng(seed)
   order = rng.permutation(len(digits.target))
   pixels, y = digits.images[order] / 16, digits.target[order]
   products = [pixels * np.roll(pixels, 1, axis) for axis in (1, 2)]
@@ -39,30 +38,26 @@ def load(seed):
 def in_folds(x, y):
   """Return ((x, y) to train on, (x, y) held out), a leading axis of folds."""
   of_fold = np.arange(NUM_LABELLED) % NUM_FOLDS
-  rows = lambda test: np.stack(
-    [np.flatnonzero(test(of_fold, i)) for i in range(NUM_FOLDS)]
-  )
-  return tuple((x[r], y[r]) for r in (rows(np.not_equal), rows(np.equal)))
+  is_test = of_fold == np.arange(NUM_FOLDS)[:, None]
+  rows = lambda keep: np.nonzero(keep)[1].reshape(NUM_FOLDS, -1)
+  return tuple((x[r], y[r]) for r in (rows(~is_test), rows(is_test)))
 
 
 def cross_entropy(params, x, y):
-  logits = x @ params["w"] + params["b"]
-  return loss_functions.cross_entropy(logits, y)
+  return loss_functions.cross_entropy(x @ params["w"] + params["b"], y)
 
 
 def penalised(params, log_decay, model_state, batch):
   """The inner loss."""
-  (x, y), _ = batch
   decay = jnp.exp(jnp.repeat(log_decay, 64))[:, None]
   penalty = jnp.sum(decay * params["w"] ** 2) + 1e-4 * jnp.sum(params["b"] ** 2)
-  return cross_entropy(params, x, y) + penalty, model_state
+  return cross_entropy(params, *batch[0]) + penalty, model_state
 
 
 def held_out(params, log_decay, model_state, batch):
   """The outer loss."""
   del log_decay
-  _, (x, y) = batch
-  return cross_entropy(params, x, y), model_state
+  return cross_entropy(params, *batch[1]), model_state
 
 
 def minimise(state, log_decay, batch):
