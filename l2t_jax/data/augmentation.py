@@ -64,7 +64,8 @@ def augment(
   key, epoch, step = draw
   key = jax.random.fold_in(jax.random.fold_in(key, epoch), step)
   key_of = lambda number: jax.random.fold_in(key, number)
-  shape = images.shape[1:3]
+  _, height, width, _ = images.shape
+  shape = (height, width)
   if policy.padding is not None:
     offsets, flips = draw_crops(key, num_images, padding=policy.padding)
     offsets, flips = offsets[rows], flips[rows] & policy.flips

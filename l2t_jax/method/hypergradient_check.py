@@ -82,7 +82,7 @@ def check_hypergradient(
   compare = lambda arguments, epsilon: _compare(
     look_ahead,
     outer_loss_fn,
-    *arguments,
+    arguments,
     forward,
     num_directions,
     epsilon,
@@ -106,14 +106,13 @@ def _in_float64(leaf: Any) -> Any:
 def _compare(
   look_ahead,
   outer_loss_fn,
-  state,
-  meta_params,
-  batch,
+  arguments,
   forward,
   num_directions,
   epsilon,
   rng,
 ):
+  state, meta_params, batch = arguments
   meta_params = jax.tree.map(jnp.asarray, meta_params)
 
   @jax.jit
@@ -129,7 +128,7 @@ def _compare(
 
   _, grads = value_and_grad(meta_params)
   paths, treedef = jax.tree.flatten_with_path(meta_params)
-  slopes = treedef.flatten_up_to(grads)
+  slopes = jax.tree.leaves(grads)
   names, derivatives, differences = [], [], []
   for index, (path, leaf) in enumerate(paths):
     size = max(1.0, float(jnp.sqrt(jnp.mean(jnp.square(leaf)))))
@@ -141,7 +140,7 @@ def _compare(
         leaves = [each for _, each in paths]
         step = jnp.asarray(length * direction, leaves[index].dtype)
         leaves[index] = leaves[index] + step
-        return float(value(treedef.unflatten(leaves)))
+        return float(value(jax.tree.unflatten(treedef, leaves)))
 
       length = epsilon * size
       difference = (moved(length) - moved(-length)) / (2 * length)

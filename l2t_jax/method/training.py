@@ -377,7 +377,9 @@ def make_eval_step(
   """
 
   def eval_step(variables, batch):
-    logits, _, _ = target_fn(*variables, batch.images, train=False)
+    logits, _, _ = target_fn(
+      variables.params, variables.model_state, batch.images, train=False
+    )
     # One loss per image, so that the mask can leave out padding.
     losses = jax.vmap(
       lambda *one: objectives.task_loss(task, *(x[None] for x in one))
