@@ -138,10 +138,10 @@ def unroll(
       compute one.
     segment_length: for long loops; only the states between segments of this
       many steps are kept, and the backward pass takes the steps of one segment
-      after the other again (`jax.checkpoint`). About √T needs memory for 2 √T
-      steps and the time of a second forward pass. Several lengths, from long
-      to short, cut segments again: (T^⅔, T^⅓) needs memory for 3 T^⅓ steps and
-      two more forward passes. The derivative is exact.
+      after the other again (`jax.checkpoint`). About √T needs the memory of
+      2 √T steps and the time of a second forward pass. Several lengths, from
+      long to short, cut segments again: (T^⅔, T^⅓) needs the memory of 3 T^⅓
+      steps and two more forward passes. The derivative is exact.
     differentiated_steps: K; only the last K steps are differentiated, and the
       state before them is taken for a constant. Time and memory of the
       backward pass are those of K steps. The derivative is biased if K < T: it
@@ -165,6 +165,7 @@ def unroll(
     if min(given, default=1) < 1:
       raise errors.InputError(f"{name} is {min(given)}; it must be at least 1")
   if num_steps is None:
+    batches = jax.tree.map(jnp.asarray, batches)  # NumPy takes no traced index.
     leaves = jax.tree.leaves(batches)
     chex.assert_equal_shape_prefix(leaves, 1)
     num_steps = len(leaves[0])
@@ -231,11 +232,12 @@ def only_while(
 
   Args:
     step: from `make_inner_step`.
-    keep_going: state -> bool []; decides before each step. It should stay false
-      while the state stays the same.
+    keep_going: state -> bool []; decides before each step, by the state alone:
+      once it is false, no further step is taken.
 
   Returns:
-    A step whose loss is NaN where it does nothing.
+    A step whose loss is NaN where it does nothing, so that the losses which are
+    no NaN count the steps.
   """
 
   def bounded(state, meta_params, batch):
@@ -273,8 +275,8 @@ def hypergradient(
     forward: for a handful of meta-parameters, such as a learning rate; carry
       one tangent for each of them through the look-ahead, instead of going
       back through it. Memory does not grow with the number of steps, time does
-      with that of the meta-parameters. The steps need the mode "reverse". The
-      derivative is exact.
+      with that of the meta-parameters. The steps need the mode "reverse", and
+      an implicit derivative has no such way. The derivative is exact.
 
   Returns:
     (outer loss [], gradient); the gradient is a pytree like `meta_params`.
@@ -285,6 +287,11 @@ def hypergradient(
 
   def outer(meta_params):
     ahead = look_ahead(state, meta_params, batch)
+    if not isinstance(ahead, types.InnerState):
+      raise errors.InputError(
+        f"the look-ahead returned a {type(ahead).__name__}; it must return an"
+        " InnerState, the first of what `unroll` returns"
+      )
     loss, _ = outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)
     return loss
 
@@ -301,7 +308,7 @@ def hypergradient(
       raise
     raise errors.InputError(
       "forward=True cannot go through this look-ahead; make its steps with"
-      " mode='reverse'"
+      " mode='reverse', and without at_stationary_point"
     ) from error
   return loss, unravel(slopes)
 

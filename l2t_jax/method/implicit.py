@@ -36,9 +36,10 @@ def at_stationary_point(
   """Replace the derivative of a look-ahead by the implicit one.
 
   Only the parameters at its end have a derivative, and only with respect to the
-  meta-parameters. It is exact at a stationary point of the loss, up to the
-  tolerance; elsewhere it is biased, by about the gradient that is left. What
-  the optimizer adds to the loss, such as weight decay, belongs into the loss.
+  meta-parameters, in the backward direction. It is exact at a stationary point
+  of the loss, up to the tolerance; if the loop stops earlier, it is wrong by
+  about the size of the gradient that is left. What the optimizer adds to the
+  loss, such as weight decay, belongs into the loss.
 
   The backward pass costs about two gradients of the loss per iteration of the
   solver, and as much memory as one, however many steps the look-ahead has.
@@ -49,7 +50,8 @@ def at_stationary_point(
     loss_fn: the inner loss; its batch is that of the look-ahead.
     solver: one of `SOLVERS`.
     tolerance: largest norm of H u - v relative to that of v. Where it is not
-      reached, the derivative is NaN.
+      reached, the derivative is NaN: raise `max_iterations`, `tolerance` or
+      `damping`.
     max_iterations: of the solver.
     damping: added to the eigenvalues of H; above 0 the derivative is biased.
     scale: α of the Neumann series, at most 1 over the largest eigenvalue.

@@ -127,6 +127,9 @@ def fit(
   config = ml_collections.ConfigDict(
     (config or default_config()).to_dict(), type_safe=False
   )
+  l2t_jax.config.check_fields(
+    f"config.{name}" for name in l2t_jax.config.flatten(config.to_dict())
+  )
   l2t_jax.config.expand_home(config)
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
   images = from_arrays.image_set(arrays, "arrays")

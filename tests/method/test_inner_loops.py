@@ -75,6 +75,10 @@ def test_losses_and_batches_of_cut_loops(x64):
   batches = jax.tree.map(lambda x: jnp.stack([f * x for f in factors]), batch)
   unroll = functools.partial(bilevel.unroll, step, state, meta_params, batches)
   expected = unroll(rolled=False)
+  in_numpy = functools.partial(
+    bilevel.unroll, step, state, meta_params, jax.device_get(batches)
+  )
+  jax.tree.map(np.testing.assert_array_equal, in_numpy(), unroll())
   for options in (
     {"segment_length": 3},
     {"segment_length": (5, 2)},
@@ -291,7 +295,7 @@ def test_the_check_names_what_is_wrong():
   right = check(lambda *start: bilevel.unroll(step, *start, num_steps=4)[0])
   assert right.dtype == "float64"
   assert right.error < 1e-7
-  assert right.leaves == ("log_decay",) * 3 + ("offset",) * 3
+  assert right.leaves == ("log_decay",) * 3 + ("offset",)
   wrong = check(
     lambda *start: bilevel.unroll(
       step, *start, num_steps=4, differentiated_steps=1
@@ -299,6 +303,14 @@ def test_the_check_names_what_is_wrong():
   )
   assert (wrong.errors[:3] > 1e-3).all() and (wrong.errors[3:] < 1e-7).all()
   assert str(wrong).splitlines()[1].startswith("  log_decay: ")
+
+
+def test_a_look_ahead_that_returns_the_losses_too():
+  (inner_loss, outer_loss), state, meta_params, batch = _ridge()
+  step = bilevel.make_inner_step(inner_loss, optax.sgd(0.1))
+  look_ahead = lambda *start: bilevel.unroll(step, *start, num_steps=2)
+  with pytest.raises(errors.InputError, match="the first of what `unroll`"):
+    bilevel.hypergradient(look_ahead, outer_loss, state, meta_params, batch)
 
 
 def test_the_check_of_functions_in_float32():
@@ -314,6 +326,7 @@ def test_the_check_of_functions_in_float32():
     look_ahead, outer_loss, state, meta_params, batch
   )
   assert comparison.dtype == "float32"
+  assert "TypeError: not in this type" in str(comparison)
   assert comparison.error < 1e-2
 
 

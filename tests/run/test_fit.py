@@ -44,6 +44,15 @@ def small_config(method, epochs):
   return config
 
 
+def test_a_field_that_does_not_exist():
+  config = fit.default_config()
+  config.optimizer.warmup = 1
+  with pytest.raises(
+    errors.InputError, match=r"unknown field config\.optimizer"
+  ):
+    fit.fit(None, {"x_train": np.zeros((4, 8, 8))}, config=config)
+
+
 def test_a_target_learns_from_a_source(arrays, tmp_path):
   network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
   trained = fit.fit(network, arrays, config=small_config("scratch", 10))
