@@ -377,7 +377,7 @@ def test_look_ahead_by_hand(look_ahead_loss, x64):
   )
   maps = transfer.prepare_source(features, pairs, target_taps)
   batch = objectives.TransferBatch(
-    *data, source=objectives.SourceOutputs({}, maps)
+    *data[:3], source=objectives.SourceOutputs({}, maps)
   )
   losses = objectives.make_losses(
     models.as_apply_fn(small_setup.TARGET),
