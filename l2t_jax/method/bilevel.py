@@ -254,6 +254,27 @@ def only_while(
   return bounded
 
 
+def loss_after(
+  look_ahead: LookAhead,
+  outer_loss_fn: types.InnerLossFn,
+  state: types.InnerState,
+  batch: types.PyTree,
+) -> Callable[[types.PyTree], chex.Array]:
+  """Return meta-parameters -> outer loss []; see `hypergradient`."""
+
+  def outer(meta_params):
+    ahead = look_ahead(state, meta_params, batch)
+    if not isinstance(ahead, types.InnerState):
+      raise errors.InputError(
+        f"the look-ahead returned a {type(ahead).__name__}; it must return an"
+        " InnerState, the first of what `unroll` returns"
+      )
+    loss, _ = outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)
+    return loss
+
+  return outer
+
+
 def hypergradient(
   look_ahead: LookAhead,
   outer_loss_fn: types.InnerLossFn,
@@ -285,16 +306,7 @@ def hypergradient(
     errors.InputError: `forward` with steps of another mode.
   """
 
-  def outer(meta_params):
-    ahead = look_ahead(state, meta_params, batch)
-    if not isinstance(ahead, types.InnerState):
-      raise errors.InputError(
-        f"the look-ahead returned a {type(ahead).__name__}; it must return an"
-        " InnerState, the first of what `unroll` returns"
-      )
-    loss, _ = outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)
-    return loss
-
+  outer = loss_after(look_ahead, outer_loss_fn, state, batch)
   if not forward:
     return jax.value_and_grad(outer)(meta_params)
   flat, unravel = flatten_util.ravel_pytree(meta_params)
@@ -429,12 +441,19 @@ def check_differentiable(
     )
 
 
-def _has_finite_slopes(optimizer, params):
-  """Differentiate the sum of one update in the gradients, some of them 0."""
-  # Optimizers may depend on the names, ranks and dtypes of parameters.
-  ones = jax.tree.map(
+def small_like(params: types.PyTree) -> types.PyTree:
+  """Return ones of shape [2, ..., 2], to try an optimizer on.
+
+  Optimizers may depend on the names, ranks and dtypes of parameters.
+  """
+  return jax.tree.map(
     lambda x: np.ones(np.minimum(np.shape(x), 2), jnp.result_type(x)), params
   )
+
+
+def _has_finite_slopes(optimizer, params):
+  """Differentiate the sum of one update in the gradients, some of them 0."""
+  ones = small_like(params)
   grads = jax.tree.map(np.ones_like, ones)
   for leaf in jax.tree.leaves(grads):
     leaf.flat[:1] = 0

@@ -85,15 +85,18 @@ def check_hypergradient(
     1e-5 in float64, unless kinks, such as those of relu, make it larger, and
     below 1e-2 in float32.
   """
-  compare = lambda arguments, epsilon: _compare(
-    look_ahead,
-    outer_loss_fn,
-    arguments,
-    forward,
-    num_directions,
-    epsilon,
-    np.random.default_rng(seed),
-  )
+
+  def compare(arguments, epsilon):
+    state, meta_params, batch = arguments
+    _, grads = jax.jit(
+      lambda meta_params: bilevel.hypergradient(
+        look_ahead, outer_loss_fn, state, meta_params, batch, forward=forward
+      )
+    )(meta_params)
+    value = jax.jit(bilevel.loss_after(look_ahead, outer_loss_fn, state, batch))
+    rng = np.random.default_rng(seed)
+    return _compare(value, grads, meta_params, num_directions, epsilon, rng)
+
   # Integers have the types that they usually have.
   arguments = jax.tree.map(jnp.asarray, (state, meta_params, batch))
   with jax.enable_x64(True):
@@ -109,29 +112,8 @@ def _in_float64(leaf: jax.Array) -> jax.Array:
   return leaf.astype(jnp.float64) if is_float else leaf
 
 
-def _compare(
-  look_ahead,
-  outer_loss_fn,
-  arguments,
-  forward,
-  num_directions,
-  epsilon,
-  rng,
-):
-  state, meta_params, batch = arguments
-
-  @jax.jit
-  def value_and_grad(meta_params):
-    return bilevel.hypergradient(
-      look_ahead, outer_loss_fn, state, meta_params, batch, forward=forward
-    )
-
-  @jax.jit
-  def value(meta_params):
-    ahead = look_ahead(state, meta_params, batch)
-    return outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)[0]
-
-  _, grads = value_and_grad(meta_params)
+def _compare(value, grads, meta_params, num_directions, epsilon, rng):
+  """Compare gradients with differences of a function of the meta-parameters."""
   paths, treedef = jax.tree.flatten_with_path(meta_params)
   slopes = jax.tree.leaves(grads)
   names, derivatives, differences = [], [], []

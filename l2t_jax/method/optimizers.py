@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from l2t_jax import errors, imports, types
+from l2t_jax.method import bilevel
 
 OptimizerFn = Callable[[chex.Numeric], optax.GradientTransformation]
 
@@ -131,10 +132,7 @@ def check(optimizer_fn: OptimizerFn, params: types.PyTree) -> None:
       "the optimizer keeps a random key in its state, which checkpoints do not"
       " hold; use one without noise"
     )
-  # Optimizers may depend on the names, ranks and dtypes of parameters.
-  small = jax.tree.map(
-    lambda x: np.ones(np.minimum(x.shape, 2), x.dtype), params
-  )
+  small = bilevel.small_like(params)
   try:
     slow, fast = (first_updates(rate, small)[0] for rate in (0.1, 0.2))
   except Exception:  # Some need larger arrays.
