@@ -75,7 +75,8 @@ def make_inner_step(
 
   Raises:
     errors.InputError: the mode is unknown; or, when the step is traced,
-      `check_differentiable` refuses the optimizer.
+      `check_differentiable` refuses the optimizer, the state does not fit, or
+      the loss returns something else.
   """
   if mode not in MODES:
     raise errors.InputError(
@@ -85,9 +86,10 @@ def make_inner_step(
     "mixed": _mixed_gradient,
     "linearized": _linearized_gradient,
   }.get(mode, _gradient)
-  gradient = make_gradient(loss_fn)
+  gradient = make_gradient(_with_model_state(loss_fn))
 
   def step(state, meta_params, batch):
+    _check_state(optimizer, state)
     check_differentiable(optimizer, state.params)
     model_state, batch = jax.lax.stop_gradient((state.model_state, batch))
     grads, loss, model_state = gradient(
@@ -97,6 +99,47 @@ def make_inner_step(
     return state, jax.lax.stop_gradient(loss)
 
   return jax.checkpoint(step) if mode == "remat" else step
+
+
+def _with_model_state(loss_fn):
+  """Let a loss that does not return (loss, model_state) say so."""
+
+  def checked(*args):
+    result = loss_fn(*args)
+    if not (isinstance(result, tuple) and len(result) == 2):
+      raise errors.InputError(
+        f"{_name(loss_fn)} returned a {type(result).__name__}; it must return"
+        " (loss, model_state), the second as it was given if nothing changes it"
+      )
+    return result
+
+  return checked
+
+
+def _name(function):
+  return getattr(function, "__name__", "the loss")
+
+
+def _check_state(optimizer, state):
+  """Refuse a state that the optimizer or a derivative cannot work with."""
+  for path, leaf in jax.tree.leaves_with_path(state.params):
+    dtype = getattr(leaf, "dtype", type(leaf))
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise errors.InputError(
+        f"state.params has {getattr(dtype, '__name__', dtype)} at"
+        f" {name or 'its root'}; only arrays of floating-point numbers can be"
+        " trained: split the rest off (equinox.partition, nnx.split)"
+      )
+  structures = map(
+    jax.tree.structure,
+    (jax.eval_shape(optimizer.init, state.params), state.opt_state),
+  )
+  if len(set(structures)) > 1:
+    raise errors.InputError(
+      "state.opt_state is not that of the step's optimizer for state.params;"
+      " start with optimizer.init(params)"
+    )
 
 
 def apply_gradients(
@@ -152,7 +195,8 @@ def unroll(
     The state after the last step and the losses [T] before each step.
 
   Raises:
-    errors.InputError: `segment_length` or `differentiated_steps` is below 1.
+    errors.InputError: `segment_length` or `differentiated_steps` is below 1,
+      or the arrays of `batches` have no common leading axis.
   """
   lengths = np.ravel(np.array(segment_length, int)).tolist()
   for name, given in (
@@ -166,9 +210,14 @@ def unroll(
       raise errors.InputError(f"{name} is {min(given)}; it must be at least 1")
   if num_steps is None:
     batches = jax.tree.map(jnp.asarray, batches)  # NumPy takes no traced index.
-    leaves = jax.tree.leaves(batches)
-    chex.assert_equal_shape_prefix(leaves, 1)
-    num_steps = len(leaves[0])
+    lengths_given = {x.shape[:1] for x in jax.tree.leaves(batches)}
+    if len(lengths_given) != 1 or () in lengths_given:
+      shapes = [x.shape for x in jax.tree.leaves(batches)]
+      raise errors.InputError(
+        f"batches has arrays of the shapes {shapes}, which must share a leading"
+        " axis of steps; if every step uses the same batch, give num_steps"
+      )
+    ((num_steps,),) = lengths_given
     batch_of = lambda batches, k: jax.tree.map(lambda leaf: leaf[k], batches)
   else:
     batch_of = lambda batches, k: batches
@@ -269,7 +318,9 @@ def loss_after(
         f"the look-ahead returned a {type(ahead).__name__}; it must return an"
         " InnerState, the first of what `unroll` returns"
       )
-    loss, _ = outer_loss_fn(ahead.params, meta_params, ahead.model_state, batch)
+    loss, _ = _with_model_state(outer_loss_fn)(
+      ahead.params, meta_params, ahead.model_state, batch
+    )
     return loss
 
   return outer
@@ -409,15 +460,16 @@ def _joint_gradient(loss_fn):
 def check_differentiable(
   optimizer: optax.GradientTransformation, params: types.PyTree
 ) -> None:
-  """Refuse an optimizer whose updates have no finite derivative at 0.
+  """Refuse an optimizer whose updates have no finite derivative, or none but 0.
 
   Gradients that are exactly zero are common (a parameter that a loss does not
   depend on), and sqrt has an infinite derivative there: optax's Adam with
-  eps_root=0 makes the whole hypergradient NaN.
+  eps_root=0 makes the whole hypergradient NaN. Updates that are signs (Lion)
+  have the derivative 0, so that nothing could be learned through them.
 
-  The check differentiates one update of parameters of shape [2, ..., 2] whose
-  gradient is 0 in one element. It accepts an optimizer whose derivative is
-  infinite only if all gradients are 0, such as `optax.clip_by_global_norm`
+  The check differentiates the second update of parameters of shape [2, ..., 2]
+  whose gradient is 0 in one element. It accepts an optimizer whose derivative
+  is infinite only if all gradients are 0, such as `optax.clip_by_global_norm`
   (`optimizers.clip_by_global_norm` is finite there too). It also accepts an
   optimizer that cannot be checked, because its hyper-parameters are traced or
   it does not run on small arrays.
@@ -431,13 +483,19 @@ def check_differentiable(
   """
   try:
     with jax.ensure_compile_time_eval():
-      is_finite = _has_finite_slopes(optimizer, params)
+      updates, slopes = _try(optimizer, params)
   except Exception:  # Traced hyper-parameters, or arrays are too small.
     return
-  if not is_finite:
+  if not all(np.isfinite(slope).all() for slope in slopes):
     raise errors.InputError(
       "the inner optimizer's updates have no finite derivative at a zero"
       " gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)"
+    )
+  if any(map(np.any, updates)) and not any(map(np.any, slopes)):
+    raise errors.InputError(
+      "the inner optimizer's updates do not change with the gradient's size, as"
+      " those of sign_sgd and lion: the hypergradient would be 0; choose"
+      " another optimizer, such as sgd or adam"
     )
 
 
@@ -451,15 +509,19 @@ def small_like(params: types.PyTree) -> types.PyTree:
   )
 
 
-def _has_finite_slopes(optimizer, params):
-  """Differentiate the sum of one update in the gradients, some of them 0."""
+def _try(optimizer, params):
+  """Return the second update for gradients of 1 and 0, and its derivatives.
+
+  The first one of some optimizers, such as SM3, is a sign.
+  """
   ones = small_like(params)
   grads = jax.tree.map(np.ones_like, ones)
   for leaf in jax.tree.leaves(grads):
     leaf.flat[:1] = 0
-  state = optimizer.init(ones)
+  _, state = optimizer.update(grads, optimizer.init(ones), ones)
   updates, pullback = jax.vjp(
     lambda grads: optimizer.update(grads, state, ones)[0], grads
   )
   slopes = pullback(jax.tree.map(jnp.ones_like, updates))
-  return all(np.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
+  to_numpy = lambda tree: list(map(np.asarray, jax.tree.leaves(tree)))
+  return to_numpy(updates), to_numpy(slopes)
