@@ -35,10 +35,8 @@ import math
 import multiprocessing
 import os
 import pathlib
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -49,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich import console, table
 
-from benchmarks import cases
+from benchmarks import cases, measuring
 from l2t_jax import files
 from l2t_jax.method import bilevel
 from l2t_jax.runtime import compilation
@@ -560,7 +558,7 @@ def _plain(setting):
 
 def _print_table(measured):
   # On a GPU XLA does not count FLOPs: those columns are empty.
-  rows = table.Table(title=f"{_device()}, {_versions()}")
+  rows = table.Table(title=f"{measuring.device()}, {measuring.versions()}")
   for name in ("step", "by", "mode", "T", "batch", "precision"):
     rows.add_column(name, no_wrap=True)
   for name in (
@@ -643,9 +641,9 @@ def _result(measured):
       if case.what == "iteration"
     },
     "ratio_plain": in_plain_steps,
-    "device": _device(),
-    "versions": _versions(),
-    "commit": _commit(),
+    "device": measuring.device(),
+    "versions": measuring.versions(),
+    "commit": measuring.commit(),
     "ceiling_flops": measured.ceilings,
     "failures": measured.failures,
     "cases": [
@@ -709,7 +707,7 @@ def _draw(measured, sweeps, folder):
   for axis in axes[0]:
     axis.spines[["top", "right"]].set_visible(False)
   figure.suptitle(
-    f"{_device()}: ResNet-32 → VGG-9, batch {base.batch_size}, T = 2,"
+    f"{measuring.device()}: ResNet-32 → VGG-9, batch {base.batch_size}, T = 2,"
     f" {base.precision}",
     fontsize=10,
   )
@@ -717,32 +715,6 @@ def _draw(measured, sweeps, folder):
   folder.mkdir(parents=True, exist_ok=True)
   figure.savefig(folder / "step_time.png", dpi=150)
   print(f"plot: {folder / 'step_time.png'}")
-
-
-def _device():
-  device = jax.devices()[0]
-  if device.platform != "cpu":
-    return device.device_kind
-  return f"{len(os.sched_getaffinity(0))} CPU cores"
-
-
-def _versions():
-  names = ["jax", "jaxlib", "torch"]
-  found = [name for name in names if importlib.util.find_spec(name)]
-  versions = [f"{name} {importlib.metadata.version(name)}" for name in found]
-  return ", ".join((f"Python {platform.python_version()}", *versions))
-
-
-def _commit():
-  try:
-    return subprocess.run(
-      ["git", "describe", "--always", "--dirty"],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return None
 
 
 if __name__ == "__main__":
