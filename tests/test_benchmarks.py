@@ -1,11 +1,13 @@
 """What the benchmarks compare with computes the same."""
 
+import json
+
 import numpy as np
 import pytest
 
-from benchmarks import soak
+from benchmarks import inner_loop_problem, inner_loops, soak
 from tests import test_parity
-from tests.support import golden_setup
+from tests.support import golden_setup, small_runs
 
 pytestmark = pytest.mark.optimized
 
@@ -84,3 +86,36 @@ def test_slopes_of_a_soak():
   assert found["seconds_first_half"] == pytest.approx(100)
   assert found["processor_seconds_first_half"] == pytest.approx(200)
   assert found["processor_seconds_last_half"] == pytest.approx(300)
+
+
+@pytest.mark.long
+def test_inner_loops_have_equal_gradients(tmp_path):
+  """Ours and a plain loop agree with float64; every cell is measured."""
+  result = small_runs.run_python(
+    *("-m", "benchmarks.inner_loops", "--steps=2", "--networks=mlp"),
+    *("--ways=linearized,nested,by_hand", "--rounds=1", "--bias_steps=0"),
+    f"--folder={tmp_path}",
+  )
+  cells = json.loads(result.stdout.splitlines()[-1])["cells"]
+  ways = [cell["way"] for cell in cells]
+  assert ways == ["linearized", "nested", "by_hand"]
+  for cell in cells:
+    assert cell["error"] < 1e-5
+    assert cell["seconds"] > 0
+    assert cell["temp_bytes"] > 0
+  assert (tmp_path / "inner_loops.png").exists()
+
+
+@pytest.mark.parametrize("network", ["mlp", "convnet"])
+def test_inner_loops_in_torch_solve_the_same_problem(network, tmp_path, x64):
+  pytest.importorskip("torch")
+  from benchmarks import inner_loops_torch
+
+  path, gradient = tmp_path / "problem.npz", tmp_path / "gradient.npy"
+  inner_loop_problem.write_problem(network, path)
+  cell = inner_loops.Cell(network, 2, "torch", 1, str(path), str(gradient))
+  inner_loops_torch.measure(cell)
+  exact = inner_loop_problem.gradient_in_double(
+    inner_loop_problem.read_problem(path), 2
+  )
+  assert inner_loop_problem.relative_error(np.load(gradient), exact) < 1e-5
