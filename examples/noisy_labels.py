@@ -5,7 +5,7 @@
 Two in five of the training labels are wrong. Each training example has a
 learned weight (the meta-parameters). A softmax regression, trained by Adam on
 the weighted loss, is judged on 100 examples whose labels are known to be right;
-`bilevel` differentiates that judgement through the training. Nothing here is a
+that judgement is differentiated through the training. Nothing here is a
 network, a data set or a loss that the library knows.
 """
 
@@ -15,11 +15,13 @@ import numpy as np
 import optax
 from sklearn import datasets
 
+import l2t_jax as l2t
 from l2t_jax import types
-from l2t_jax.method import bilevel
 
 NUM_TRAIN, NUM_CLEAN, NUM_CLASSES = 500, 100, 10
 INNER_STEPS, META_STEPS = 20, 60
+# eps_root keeps Adam differentiable at a zero gradient.
+OPTIMIZER = optax.adam(0.1, eps_root=1e-8)
 
 
 def load(seed):
@@ -57,6 +59,11 @@ def clean_loss(params, meta_params, model_state, batch):
   return jnp.mean(losses_of(params, x, y)), model_state
 
 
+def look_ahead(state, meta_params, batch):
+  step = l2t.make_inner_step(weighted_loss, OPTIMIZER)
+  return l2t.unroll(step, state, meta_params, batch, num_steps=INNER_STEPS)[0]
+
+
 def accuracy(params, data):
   x, y = data
   return float(jnp.mean(jnp.argmax(x @ params["w"] + params["b"], -1) == y))
@@ -65,25 +72,15 @@ def accuracy(params, data):
 def main(seed: int = 0) -> dict[str, float]:
   """Train with equal and with learned weights; print and return what came."""
   train, clean, test, wrong = load(seed)
-  # eps_root keeps Adam differentiable at a zero gradient.
-  inner_optimizer = optax.adam(0.1, eps_root=1e-8)
-  step = bilevel.make_inner_step(weighted_loss, inner_optimizer, mode="mixed")
   params = {"w": jnp.zeros((64, NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
-  start = types.InnerState(params, inner_optimizer.init(params), model_state={})
-
-  def look_ahead(state, meta_params, batch):
-    state, _ = bilevel.unroll(
-      step, state, meta_params, batch, num_steps=INNER_STEPS, rolled=True
-    )
-    return state
-
+  start = types.InnerState(params, OPTIMIZER.init(params), model_state=None)
   meta_optimizer = optax.adam(0.3)
   meta_params = jnp.zeros(NUM_TRAIN)
   meta_state = meta_optimizer.init(meta_params)
 
   @jax.jit
   def meta_step(meta_params, meta_state, batch):
-    loss, grads = bilevel.hypergradient(
+    loss, grads = l2t.hypergradient(
       look_ahead, clean_loss, start, meta_params, batch
     )
     updates, meta_state = meta_optimizer.update(grads, meta_state)

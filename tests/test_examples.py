@@ -1,13 +1,28 @@
 """The examples learn what they say that they learn."""
 
 import ast
+import functools
 
+import jax
+from jax import flatten_util
+import jax.numpy as jnp
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
 from configs import digits, digits_source
-from examples import noisy_labels, regularization, tasks
+from examples import (
+  few_shot,
+  learned_loss,
+  learned_rates,
+  meta_training,
+  noisy_labels,
+  regularization,
+  tasks,
+)
+import l2t_jax as l2t
+from l2t_jax import types
 from tests.support import small_runs
 
 pytestmark = pytest.mark.long
@@ -22,6 +37,128 @@ def test_noisy_labels():
 def test_regularization():
   results = regularization.main()
   assert results["learned"] > results["cross_validated"] + 0.01
+
+
+def test_few_shot():
+  results = few_shot.main()
+  assert results["pretrained"] > results["random"] + 0.05
+  assert results["learned"] > results["pretrained"] + 0.02
+
+
+def test_learned_rates():
+  results = learned_rates.main()
+  assert results["learned"] > results["grid"] + 0.01
+
+
+def test_learned_loss():
+  results = learned_loss.main()
+  others = [value for name, value in results.items() if name != "learned"]
+  assert results["learned"] > max(others) + 0.005
+
+
+def _few_shot(rng):
+  images = meta_training.kinds_of_digits()
+  start = meta_training.init(jax.random.key(0), [few_shot.SIZE**2, 8, 3])
+  (task,) = _each(few_shot.draw_tasks(rng, images, 1))
+  judged = meta_training.loss_on(1)
+  return few_shot.adapt(0.3), judged, few_shot.NO_STATE, start, task
+
+
+def _learned_rates(rng):
+  state, batch = learned_rates.draw(rng, *meta_training.halves_of_digits()[0])
+  judged = meta_training.loss_on(1)
+  meta_params = learned_rates.equal(0.03, 1e-3)
+  return learned_rates.look_ahead, judged, state, meta_params, batch
+
+
+def _learned_loss(rng):
+  state, batch = learned_loss.draw(rng, *meta_training.halves_of_digits()[0])
+  look_ahead = learned_loss.train_on(learned_loss.learned_loss)
+  judged = meta_training.loss_on(1)
+  return look_ahead, judged, state, jnp.full(7, -2.0), batch
+
+
+def _noisy_labels(rng):
+  train, clean, *_ = noisy_labels.load(0)
+  params = {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}
+  state = types.InnerState(params, noisy_labels.OPTIMIZER.init(params), None)
+  weights = jnp.asarray(rng.standard_normal(noisy_labels.NUM_TRAIN))
+  judged = noisy_labels.clean_loss
+  return noisy_labels.look_ahead, judged, state, weights, (train, clean)
+
+
+def _each(tasks):
+  """Return the tasks of arrays with a leading axis of tasks."""
+  number = len(jax.tree.leaves(tasks)[0])
+  return [jax.tree.map(lambda x: x[i], tasks) for i in range(number)]  # noqa: B023
+
+
+@pytest.mark.parametrize(
+  ("problem", "example"),
+  [
+    (_few_shot, few_shot),
+    (_learned_rates, learned_rates),
+    (_learned_loss, learned_loss),
+    (_noisy_labels, noisy_labels),
+  ],
+)
+def test_all_modes_agree_on_the_problem(problem, example, monkeypatch, x64):
+  """To 1e-9, and with central differences."""
+  monkeypatch.setattr(example, "INNER_STEPS", 6)
+  make_inner_step = l2t.make_inner_step
+  gradients = {}
+  for mode in l2t.MODES:
+    monkeypatch.setattr(
+      l2t, "make_inner_step", functools.partial(make_inner_step, mode=mode)
+    )
+    look_ahead, judged, *arguments = _in_float64(
+      problem(np.random.default_rng(0))
+    )
+    gradient = jax.jit(
+      lambda *arguments: l2t.hypergradient(look_ahead, judged, *arguments)[1]  # noqa: B023
+    )
+    gradients[mode] = flatten_util.ravel_pytree(gradient(*arguments))[0]
+  expected = gradients.pop("reverse")
+  for mode, seen in gradients.items():
+    distance = np.linalg.norm(seen - expected) / np.linalg.norm(expected)
+    assert distance < 1e-9, mode
+  comparison = l2t.check_hypergradient(
+    look_ahead, judged, *arguments, num_directions=1
+  )
+  assert comparison.error < 1e-3, comparison  # There are kinks of relu.
+
+
+def test_implicit_derivative_of_regularization(x64, monkeypatch):
+  """It agrees with central differences once the loop has converged."""
+  monkeypatch.setattr(regularization, "INNER_STEPS", 400)
+  labelled, _ = regularization.load(0)
+  fold = _each(regularization.in_folds(*labelled))[0]
+  params = {"w": jnp.zeros((256, 10)), "b": jnp.zeros(10)}
+  state = types.InnerState(params, None, None)
+  look_ahead = l2t.at_stationary_point(
+    regularization.minimise,
+    regularization.penalised,
+    tolerance=1e-6,
+    max_iterations=3000,
+  )
+  comparison = l2t.check_hypergradient(
+    look_ahead,
+    regularization.held_out,
+    state,
+    jnp.full(4, jnp.log(1e-2)),
+    fold,
+  )
+  assert comparison.dtype == "float64"
+  assert comparison.error < 1e-4, comparison
+
+
+def _in_float64(tree):
+  is_float = lambda x: (
+    hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+  )
+  return jax.tree.map(
+    lambda x: x.astype(jnp.float64) if is_float(x) else x, tree
+  )
 
 
 def test_a_transformer_teaches_a_convnet(tmp_path):
