@@ -18,7 +18,7 @@ import ml_collections
 
 from l2t_jax import errors, models
 from l2t_jax.data.rand_augment import MAX_MAGNITUDE
-from l2t_jax.method import bilevel, objectives, optimizers, training, transfer
+from l2t_jax.method import bilevel, objectives, optimizers, transfer
 from l2t_jax.runtime import compilation
 
 
@@ -52,6 +52,19 @@ def _is_whole(value):
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _is_method(name):
+  try:
+    objectives.get_method(name)
+  except errors.InputError:
+    return False
+  return True
+
+
+METHOD = Rule(
+  _is_method,
+  f"be one of {', '.join(objectives.METHODS)}, or one that matches features and"
+  f" some of {', '.join(objectives.ADDABLE)}, such as kd+l2t_ww",
+)
 AT_LEAST_0 = Rule(lambda x: x >= 0, "be 0 or more")
 AT_LEAST_1 = Rule(lambda x: x >= 1, "be at least 1")
 POSITIVE = Rule(lambda x: 0 < x < math.inf, "be finite and more than 0")
@@ -78,13 +91,20 @@ EXPERIMENT = {
   #                                   transfer, both
   #   kd                              knowledge distillation, where the classes
   #                                   agree
+  #   afd                             attention-based feature distillation: pair
+  #                                   weights learned with the target
+  #   aft                             adaptive feature transfer: learned weights
+  #                                   of the last features' channels
   #   fm_single, fm_one_to_one,       feature matching with fixed weights
   #   fm_all_to_all
   #   l2t_w_single, l2t_w_one_to_one  feature matching with learned channel
   #                                   weights
   #   l2t_ww                          the paper's method: learned channel and
   #                                   pair weights
-  "method": Field("l2t_ww", one_of(objectives.METHODS)),
+  #   l2t_ww_joint                    the same without a look-ahead: the weights
+  #                                   descend the target's loss; pairs compete
+  # lwf, at and kd can be added to one of fm_* and l2t_*, as in kd+l2t_ww.
+  "method": Field("l2t_ww", METHOD),
   # Seed of the initial values, the order of the images and their augmentation.
   # The split has a seed of its own.
   "seed": Field(0, Rule(lambda x: 0 <= x < 2**63, "be 0 or more, below 2**63")),
@@ -258,6 +278,12 @@ LOSSES = {
   # Knowledge distillation, with outputs softened in the same way.
   "kd.temperature": Field(4.0, POSITIVE),
   "kd.weight": Field(1.0, POSITIVE),
+  # Attention-based feature distillation: weight of its loss, and the length of
+  # queries and keys.
+  "afd.weight": Field(200.0, POSITIVE),
+  "afd.dim": Field(128, AT_LEAST_1),
+  # Adaptive feature transfer: weight of its loss.
+  "aft.weight": Field(10.0, POSITIVE),
 }
 
 LOSS_GROUPS = tuple({name.partition(".")[0]: None for name in LOSSES})
@@ -305,9 +331,7 @@ BILEVEL = {
   "bilevel.num_inner_steps": Field(2, AT_LEAST_1),
   # What these steps minimise: auxiliary (L_wfm; a step on L_org follows), or
   # total (L_org + L_wfm, the usual bilevel scheme).
-  "bilevel.look_ahead_loss": Field(
-    "auxiliary", one_of(training.LOOK_AHEAD_LOSSES)
-  ),
+  "bilevel.look_ahead_loss": Field("auxiliary", one_of(("auxiliary", "total"))),
   # How the hypergradient is computed: reverse, remat, mixed or linearized. auto
   # is linearized, the fastest, or mixed where that does not fit into memory.
   "bilevel.mode": Field("auto", one_of(("auto", *bilevel.MODES))),
@@ -398,7 +422,7 @@ def check(
       raise errors.InputError(
         f"config.{name} is {value!r}; it must {field.rule.must}"
       )
-  method = objectives.METHODS[config.method]
+  method = objectives.get_method(config.method)
   _check_optimizer(config.optimizer)
   if names_objects:
     models.find(config.target.model)

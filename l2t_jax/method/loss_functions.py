@@ -97,6 +97,38 @@ def distillation_loss(
   return temperature**2 * (soften(logits) - soften(source_logits))
 
 
+def kernel_distance(
+  features: chex.Array, source_features: chex.Array
+) -> chex.Array:
+  """Compute how differently two feature vectors relate images to each other.
+
+      sqrt(mean over pairs of images i, j of (k(φ)_ij - k(ψ)_ij)² + 1e-8)
+
+  k(φ)_ij is the cosine of the angle between φ_i and φ_j, after the mean over
+  the images is subtracted from both. The loss of "Transferring Knowledge from
+  Large Foundation Models to Small Downstream Models" (AFT), Qiu et al., ICML
+  2024 (arXiv 2406.07337), section 3, as in the authors' code. Differentiable in
+  both arguments.
+
+  Args:
+    features: φ, [N, C].
+    source_features: ψ, [N, D], scaled by the learned weights of its channels.
+
+  Returns:
+    The loss, [].
+  """
+  chex.assert_rank([features, source_features], 2)
+  chex.assert_equal_shape_prefix([features, source_features], 1)
+
+  def kernel(x):
+    x = transfer.at_least_float32(x)
+    x = of_unit_length(x - jnp.mean(x, axis=0))
+    return x @ x.T
+
+  difference = kernel(features) - kernel(source_features)
+  return jnp.sqrt(jnp.mean(jnp.square(difference)) + 1e-8)
+
+
 def attention_map(features: chex.Array) -> chex.Array:
   """Compute where a layer looks: mean over channels of x², of unit length.
 
@@ -106,14 +138,16 @@ def attention_map(features: chex.Array) -> chex.Array:
   Returns:
     [N, H·W], rows of Euclidean norm 1 (0 if all features of an image are 0).
   """
-  chex.assert_rank(features, 4)
-  features = transfer.at_least_float32(features)
-  energy = jnp.mean(jnp.square(features), axis=-1)
-  energy = energy.reshape(len(energy), -1)
-  square = jnp.sum(jnp.square(energy), axis=-1, keepdims=True)
-  # The norm of a map of zeros has no derivative.
+  return of_unit_length(transfer.energy(features))
+
+
+def of_unit_length(x: chex.Array) -> jax.Array:
+  """Flatten to rows [N, D] of Euclidean norm 1; rows of zeros stay."""
+  x = x.reshape(len(x), -1)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  # The norm of a row of zeros has no derivative.
   tiny = jnp.finfo(square.dtype).tiny
-  return energy * jax.lax.rsqrt(jnp.where(square > tiny, square, tiny))
+  return x * jax.lax.rsqrt(jnp.where(square > tiny, square, tiny))
 
 
 def attention_loss(

@@ -10,7 +10,7 @@ the target's batch statistics; and a `TransferBatch`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from l2t_jax import errors, imports, types
-from l2t_jax.method import loss_functions, pair_sets, transfer
+from l2t_jax.method import (
+  attention_distillation,
+  loss_functions,
+  pair_sets,
+  transfer,
+)
 
 
 class Method(NamedTuple):
@@ -30,6 +35,17 @@ class Method(NamedTuple):
   learn_channels: bool = False  # Whether f is learned.
   learn_pairs: bool = False  # Whether g is learned.
   starts_from_source: bool = False  # Whether the source's weights are copied.
+  # Whether f and g minimise L_org after a look-ahead; else they minimise the
+  # loss of the real update, together with the target.
+  looks_ahead: bool = True
+  # Those of `losses` that are part of the real update alone: the look-ahead
+  # minimises the matching loss, whatever else the target imitates.
+  added: tuple[str, ...] = ()
+
+  @property
+  def weighs_pairs(self) -> bool:
+    """Whether its runs have a transfer map."""
+    return bool({"matching", "afd"} & {*self.losses})
 
   @property
   def needs_source(self) -> bool:
@@ -47,6 +63,10 @@ METHODS = {
   "lwf_at": Method(("lwf", "attention"), "one_to_one"),
   # Knowledge distillation; source and target have the same classes.
   "kd": Method(("kd",)),
+  # Attention-based feature distillation: pair weights learned with the target.
+  "afd": Method(("afd",), "all_to_all"),
+  # Adaptive feature transfer: a weight for each channel of the last features.
+  "aft": Method(("aft",), "single"),
   # Feature matching with fixed, uniform weights.
   "fm_single": Method(("matching",), "single"),
   "fm_one_to_one": Method(("matching",), "one_to_one"),
@@ -58,7 +78,20 @@ METHODS = {
   "l2t_ww": Method(
     ("matching",), "all_to_all", learn_channels=True, learn_pairs=True
   ),
+  # The same without a look-ahead. The loss of the real update is smallest where
+  # λ is 0, so that λ is a softmax over the pairs.
+  "l2t_ww_joint": Method(
+    ("matching",),
+    "all_to_all",
+    learn_channels=True,
+    learn_pairs=True,
+    looks_ahead=False,
+  ),
 }
+
+
+# Methods that can be combined with one that matches features.
+ADDABLE = ("lwf", "at", "kd")
 
 
 class SourceOutputs(NamedTuple):
@@ -141,15 +174,42 @@ class Losses(NamedTuple):
   target: LossFn  # L_org.
   auxiliary: LossFn  # Sum of the auxiliary losses; L_wfm in the paper's method.
   total: LossFn  # L_org + auxiliary.
+  update: LossFn  # Of the real update: total, and what a combination adds.
 
 
 def get_method(name: str) -> Method:
-  """Return a method by name; raise `errors.InputError` if it is unknown."""
-  if name not in METHODS:
+  """Return a method by name.
+
+  Args:
+    name: a key of `METHODS`; or a combination of one that matches features with
+      some of `ADDABLE`, such as "kd+l2t_ww".
+
+  Raises:
+    errors.InputError: there is no such method.
+  """
+  names = name.split("+")
+  if unknown := [one for one in names if one not in METHODS]:
     raise errors.InputError(
-      f"unknown method {name!r}; the methods are {', '.join(METHODS)}"
+      f"unknown method {unknown[0]!r}; the methods are {', '.join(METHODS)}, or"
+      " a combination such as kd+l2t_ww"
     )
-  return METHODS[name]
+  if len(names) == 1:
+    return METHODS[name]
+  matching = [one for one in names if "matching" in METHODS[one].losses]
+  others = sorted(set(names).difference(matching))
+  if (
+    len(matching) != 1
+    or len(others) < len(names) - 1
+    or (set(others).difference(ADDABLE))
+  ):
+    raise errors.InputError(
+      f"method {name!r} is no combination of one method that matches features"
+      f" (fm_* or l2t_*) with some of {', '.join(ADDABLE)}, each once, such as"
+      " kd+l2t_ww"
+    )
+  method = METHODS[matching[0]]
+  added = tuple(loss for one in others for loss in METHODS[one].losses)
+  return method._replace(losses=(*method.losses, *added), added=added)
 
 
 CLASSIFICATION = types.Task(
@@ -236,14 +296,25 @@ def matching(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
   return loss_fn
 
 
-def attention(pairs: Sequence[pair_sets.Pair], *, beta: float) -> AuxiliaryLoss:
-  """Return β times the sum over pairs of `loss_functions.attention_loss`."""
+def attention(
+  pairs: Sequence[pair_sets.Pair],
+  *,
+  beta: float,
+  among: Sequence[pair_sets.Pair] = (),
+) -> AuxiliaryLoss:
+  """Return β times the sum over pairs of `loss_functions.attention_loss`.
+
+  Args:
+    pairs: the pairs to compare.
+    beta: β.
+    among: the pairs of `transfer.prepare_source`, if these are more.
+  """
 
   def loss_fn(params, weights, target, source):
     del params, weights
     losses = [
       loss_functions.attention_loss(
-        transfer.source_map(source.matching, pair, pairs),
+        transfer.source_map(source.matching, pair, among or pairs),
         target.features[pair.target],
       )
       for pair in pairs
@@ -263,8 +334,7 @@ def lwf(tap: str, *, temperature: float, weight: float) -> AuxiliaryLoss:
 
   def loss_fn(params, weights, target, source):
     del weights
-    feature = transfer.at_least_float32(target.features[tap])
-    pooled = jnp.mean(feature, axis=(1, 2))
+    pooled = transfer.mean_over_positions(target.features[tap])
     losses = [
       loss_functions.softened_cross_entropy(
         transfer.linear(params["heads"][name], pooled),
@@ -294,10 +364,82 @@ def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
   return loss_fn
 
 
+def init_channel_scales(
+  pairs: Sequence[pair_sets.Pair], source_taps: pair_sets.TapShapes
+) -> dict[str, jax.Array]:
+  """Initialise the logits of AFT's channel weights: 0, a weight of 1/2.
+
+  Args:
+    pairs: the target's taps, and the source's taps that each imitates.
+    source_taps: shapes of the source's taps.
+
+  Returns:
+    target tap -> [ΣC_m], in the order of its pairs.
+  """
+  return {
+    target: jnp.zeros(sum(source_taps[pair.source][-1] for pair in group))
+    for target, group in pair_sets.by_target(pairs).items()
+  }
+
+
+def aft(pairs: Sequence[pair_sets.Pair], *, weight: float) -> AuxiliaryLoss:
+  """Return weight times the sum over target taps of AFT's loss.
+
+  Each term is the `loss_functions.kernel_distance` of the tap's mean over
+  positions and of those of its source taps, whose channels are weighted by
+  sigmoid(params["aft"][tap]).
+  """
+
+  def loss_fn(params, weights, target, source):
+    del weights
+    losses = []
+    for tap, group in pair_sets.by_target(pairs).items():
+      wanted = [source.matching.pooled[pair.source] for pair in group]
+      scales = jax.nn.sigmoid(params["aft"][tap])
+      losses.append(
+        loss_functions.kernel_distance(
+          transfer.mean_over_positions(target.features[tap]),
+          jnp.concatenate(wanted, axis=-1) * scales,
+        )
+      )
+    return weight * jnp.sum(jnp.stack(losses)), {}
+
+  return loss_fn
+
+
+def afd(pairs: Sequence[pair_sets.Pair], *, weight: float) -> AuxiliaryLoss:
+  """Return weight times L_AFD, see `attention_distillation`.
+
+  Its metrics "pair_weights" and "distances" are pair -> mean over the batch of
+  α and d.
+  """
+
+  def loss_fn(params, weights, target, source):
+    del weights
+    attention = attention_distillation.attention(
+      params["afd"], source.matching.pooled, target.features, pairs
+    )
+    distances = attention_distillation.distances(
+      source.matching.energies, target.features, pairs
+    )
+    losses = [
+      jnp.mean(attention[name] * distance)
+      for name, distance in distances.items()
+    ]
+    metrics = {
+      "pair_weights": jax.tree.map(jnp.mean, attention),
+      "distances": jax.tree.map(jnp.mean, distances),
+    }
+    return weight * jnp.sum(jnp.stack(losses)), metrics
+
+  return loss_fn
+
+
 def make_auxiliary_losses(
   method: Method,
   *,
   pairs: Sequence[pair_sets.Pair],
+  attention_pairs: Sequence[pair_sets.Pair],
   head_tap: str,
   hyperparameters: Mapping[str, Mapping[str, float]],
 ) -> dict[str, AuxiliaryLoss]:
@@ -306,6 +448,7 @@ def make_auxiliary_losses(
   Args:
     method: its `losses` are keys of the dict below.
     pairs: the pairs of features that losses compare.
+    attention_pairs: those of them that attention transfer compares.
     head_tap: the target's tap that LwF's heads read.
     hyperparameters: group of the config, such as "lwf" -> name -> value.
 
@@ -315,9 +458,11 @@ def make_auxiliary_losses(
   of = hyperparameters
   makers = {
     "matching": lambda: matching(pairs, **of["transfer"]),
-    "attention": lambda: attention(pairs, **of["at"]),
+    "attention": lambda: attention(attention_pairs, among=pairs, **of["at"]),
     "lwf": lambda: lwf(head_tap, **of["lwf"]),
     "kd": lambda: kd(**of["kd"]),
+    "aft": lambda: aft(pairs, **of["aft"]),
+    "afd": lambda: afd(pairs, weight=of["afd"]["weight"]),
   }
   return {name: makers[name]() for name in method.losses}
 
@@ -352,6 +497,8 @@ def make_losses(
   apply_fn: types.ApplyFn,
   auxiliary: Mapping[str, AuxiliaryLoss],
   task: types.Task = CLASSIFICATION,
+  *,
+  added: Collection[str] = (),
 ) -> Losses:
   """Build the losses of a target network in train mode.
 
@@ -363,11 +510,12 @@ def make_losses(
     apply_fn: the target network.
     auxiliary: name -> loss to add to L_org.
     task: defines L_org and the metric "accuracy".
+    added: names of the auxiliary losses of the real update alone.
 
   Returns:
     The losses. The metrics of `target` are the scalars "target_loss" and
     "accuracy"; those of `auxiliary` are "NAME_loss" and the metrics of each
-    auxiliary loss; those of `total` are all of these and "loss".
+    auxiliary loss; those of `total` and `update` are all of these and "loss".
   """
 
   def forward(params, model_state, images):
@@ -401,14 +549,15 @@ def make_losses(
     loss, metrics = on_labels(logits, batch)
     return loss, Aux(model_state, metrics)
 
-  def make_loss(*, with_target):
+  def make_loss(*, with_target, without=()):
     def loss_fn(params, weights, model_state, batch):
       logits, outputs, model_state = on_all_images(params, model_state, batch)
       metrics: dict[str, Any] = {}
       if with_target:
         target_loss, metrics = on_labels(logits, batch)
       loss = jnp.zeros(())
-      for name, auxiliary_fn in auxiliary.items():
+      for name in [name for name in auxiliary if name not in without]:
+        auxiliary_fn = auxiliary[name]
         one, more = auxiliary_fn(params, weights, outputs, batch.source)
         loss += one
         metrics |= {f"{name}_loss": one, **more}
@@ -421,6 +570,7 @@ def make_losses(
 
   return Losses(
     target,
-    make_loss(with_target=False),
+    make_loss(with_target=False, without=added),
+    make_loss(with_target=True, without=added),
     make_loss(with_target=True),
   )

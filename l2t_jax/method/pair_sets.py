@@ -94,6 +94,18 @@ def make_pairs(
   return _listed_pairs(pair_set, (source_taps, target_taps), untappable)
 
 
+def of_equal_size(
+  pairs: Sequence[Pair], source_taps: TapShapes, target_taps: TapShapes
+) -> tuple[Pair, ...]:
+  """Return the pairs whose taps have the same height and width."""
+  size = lambda shape: tuple(shape[:2])
+  return tuple(
+    pair
+    for pair in pairs
+    if size(source_taps[pair.source]) == size(target_taps[pair.target])
+  )
+
+
 def by_target(pairs):
   """Group pairs: target tap -> its pairs, in the given order."""
   groups: dict[str, list[Pair]] = {}

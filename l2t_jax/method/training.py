@@ -37,7 +37,9 @@ WeightsFn = Callable[
 # The loss of the T steps of the look-ahead.
 #   auxiliary: L_wfm, followed by one step with L_org; the paper's scheme.
 #   total: L_org + L_wfm, without a further step; the usual bilevel scheme.
-LOOK_AHEAD_LOSSES = ("auxiliary", "total")
+#   none: there is no look-ahead. The meta update descends the loss of the real
+#     update, L_org + L_wfm.
+LOOK_AHEAD_LOSSES = ("auxiliary", "total", "none")
 
 
 class Variables(NamedTuple):
@@ -142,12 +144,14 @@ def make_train_step(
 
       * the scalars of `objectives.make_losses` before the real update, and
         "grad_norm" of the gradient of the total loss;
-      * with a meta update: "outer_loss" after the look-ahead, "meta_grad_norm",
-        "meta_grad_norms" of the part of each pair, [P], and "meta_update_norm";
+      * with a meta update: "outer_loss" after the look-ahead, if there is one,
+        "meta_grad_norm", "meta_grad_norms" of the part of each pair, [P], and
+        "meta_update_norm";
       * with `skip_bad_numbers`: "skipped", 1 or 0;
       * with transfer weights: "transfer", a dict of "pair_weights" [P],
         "distances" (Σ_c w_c d_c) [P] and "channel_weights", pair -> [C_m], all
-        of them means over the batch, and "regressor_grad_norms" [P].
+        of them means over the batch, and, if there are regressors,
+        "regressor_grad_norms" [P].
 
   Raises:
     errors.InputError: the look-ahead loss or the mode is unknown; or, when the
@@ -164,11 +168,14 @@ def make_train_step(
     data = _with_sources(problem, sources, _mixed(batch))
     weights = _weights_of(problem, state.meta_params, data)
     # Step 1, the real update.
-    grads, (model_state, metrics) = jax.grad(
-      problem.losses.total, has_aux=True
+    looks_ahead = recipe.look_ahead_loss != "none"
+    (grads, *weight_grads), (model_state, metrics) = jax.grad(
+      problem.losses.update,
+      argnums=(0,) if looks_ahead else (0, 1),
+      has_aux=True,
     )(state.inner.params, weights, state.inner.model_state, data)
     inner = bilevel.apply_gradients(optimizer, state.inner, grads, model_state)
-    _record_update(metrics, problem.pairs, weights, grads)
+    _record_update(metrics, problem.pairs, weights, data.source, grads)
     average = _update_average(recipe, state, inner)
     is_good = jnp.bool_(True)
     if recipe.skip_bad_numbers:
@@ -179,11 +186,19 @@ def make_train_step(
       metrics["skipped"] = 1.0 - is_good
     meta = (state.meta_params, state.meta_opt_state)
     if update_meta and jax.tree.leaves(state.meta_params):
-      # A traced learning rate could not be checked.
-      bilevel.check_differentiable(recipe.optimizer_fn(1.0), inner.params)
-      updated, meta_metrics = _meta_update(
-        problem, recipe, optimizer, inner, meta, data
-      )
+      if looks_ahead:
+        # A traced learning rate could not be checked.
+        bilevel.check_differentiable(recipe.optimizer_fn(1.0), inner.params)
+        metrics["outer_loss"], meta_grads = _look_ahead_gradient(
+          problem, recipe, optimizer, inner, state.meta_params, data
+        )
+      else:
+        _, pullback = jax.vjp(
+          lambda meta_params: _weights_of(problem, meta_params, data),
+          state.meta_params,
+        )
+        (meta_grads,) = pullback(*weight_grads)
+      updated, meta_metrics = _meta_update(problem, recipe, meta, meta_grads)
       metrics |= meta_metrics
       is_finite = jnp.isfinite(
         metrics["meta_grad_norm"] + metrics["meta_update_norm"]
@@ -223,16 +238,26 @@ def _weights_of(problem, meta_params, data):
   return problem.weights_fn(meta_params, data.source.matching.pooled)
 
 
-def _record_update(metrics, pairs, weights, grads):
+def _record_update(metrics, pairs, weights, source, grads):
   """Add the gradient's norm and what was transferred to `metrics`."""
   metrics["grad_norm"] = optax.tree.norm(grads)
-  if weights is None:
+  if "distances" not in metrics:  # No pairs are weighted.
     return
   stack = lambda values: jnp.stack([values[pair.name] for pair in pairs])
+  metrics["transfer"] = {"distances": stack(metrics.pop("distances"))}
+  if weights is None:  # The auxiliary loss weighs pairs, but no channels.
+    uniform = lambda x: jnp.full(x.shape[-1], 1 / x.shape[-1], x.dtype)
+    metrics["transfer"] |= {
+      "pair_weights": stack(metrics.pop("pair_weights")),
+      "channel_weights": {
+        pair.name: uniform(source.matching.pooled[pair.source])
+        for pair in pairs
+      },
+    }
+    return
   mean = lambda x: jnp.mean(x, axis=0)
-  metrics["transfer"] = {
+  metrics["transfer"] |= {
     "pair_weights": stack(jax.tree.map(mean, weights.pair)),
-    "distances": stack(metrics.pop("distances")),
     "regressor_grad_norms": stack(
       {name: optax.tree.norm(g) for name, g in grads["regressors"].items()}
     ),
@@ -261,16 +286,20 @@ def _update_average(recipe, state, inner):
   return jax.tree.map(move, state.average, latest)
 
 
-def _meta_update(problem, recipe, optimizer, inner, meta, data):
-  """Do steps 2 and 3; return ((meta_params, meta_opt_state), metrics)."""
-  meta_params, meta_opt_state = meta
-  outer_loss, grads = bilevel.hypergradient(
+def _look_ahead_gradient(problem, recipe, optimizer, inner, meta_params, data):
+  """Do step 2; return (L_org after the look-ahead, its gradient)."""
+  return bilevel.hypergradient(
     _make_look_ahead(problem, recipe, optimizer),
     _without_metrics(problem.losses.target),
     inner,
     meta_params,
     data,
   )
+
+
+def _meta_update(problem, recipe, meta, grads):
+  """Do step 3; return ((meta_params, meta_opt_state), metrics)."""
+  meta_params, meta_opt_state = meta
   by_pair = jnp.stack(
     [
       optax.tree.norm([part[pair.name] for part in grads.values()])
@@ -281,7 +310,6 @@ def _meta_update(problem, recipe, optimizer, inner, meta, data):
     grads, meta_opt_state, meta_params
   )
   metrics = {
-    "outer_loss": outer_loss,
     "meta_grad_norm": jnp.sqrt(jnp.sum(jnp.square(by_pair))),
     "meta_grad_norms": by_pair,
     "meta_update_norm": optax.tree.norm(updates),

@@ -30,13 +30,16 @@ import numpy as np
 from l2t_jax import types
 from l2t_jax.method import pair_sets
 
-# The activation that turns g's output into λ. The paper's is relu6, written as
-# a clamp because the derivative of `jax.nn.relu6` compares floats for equality,
-# which XLA's fusions can break; see `models.layers.max_pool`.
+# The activation that turns the outputs of g for all pairs, [P, B], into λ. The
+# paper's is relu6, written as a clamp because the derivative of `jax.nn.relu6`
+# compares floats for equality, which XLA's fusions can break; see
+# `models.layers.max_pool`. With softmax pairs compete: the mean of λ over the
+# pairs is 1.
 PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
   "relu6": lambda x: jax.lax.clamp(0.0, x, 6.0),
   "relu": jax.nn.relu,
   "softplus": jax.nn.softplus,
+  "softmax": lambda x: len(x) * jax.nn.softmax(x, axis=0),
 }
 
 
@@ -47,6 +50,8 @@ class SourceMaps(NamedTuple):
   # concatenated in the order of the pairs.
   maps: dict[str, jax.Array]
   pooled: dict[str, jax.Array]  # m -> [B, C_m], mean over positions.
+  # m -> [B, H_m, W_m], mean over channels of squares, at the source's size.
+  energies: dict[str, jax.Array]
 
 
 class TransferWeights(NamedTuple):
@@ -138,13 +143,14 @@ def init_meta_params(
   return meta_params
 
 
-def largest_pair_weight(activation: str) -> float:
+def largest_pair_weight(activation: str, num_pairs: int) -> float:
   """Return the upper bound of λ, or inf.
 
   Args:
     activation: a key of `PAIR_ACTIVATIONS`.
+    num_pairs: P.
   """
-  return float(PAIR_ACTIVATIONS[activation](jnp.inf))
+  return {"relu6": 6.0, "softmax": float(num_pairs)}.get(activation, np.inf)
 
 
 def prepare_source(
@@ -189,7 +195,20 @@ def prepare_source(
     for target, group in pair_sets.by_target(pairs).items()
   }
   pooled = {name: x.mean(axis=(1, 2)) for name, x in features.items()}
-  return jax.lax.stop_gradient(SourceMaps(maps, pooled))
+  energies = {name: energy(x) for name, x in features.items()}
+  return jax.lax.stop_gradient(SourceMaps(maps, pooled, energies))
+
+
+def mean_over_positions(features: chex.Array) -> jax.Array:
+  """Return the mean over positions, [B, C], in float32 or more."""
+  chex.assert_rank(features, 4)
+  return jnp.mean(at_least_float32(features), axis=(1, 2))
+
+
+def energy(features: chex.Array) -> jax.Array:
+  """Return the mean over channels of squares, [B, H, W], in float32 or more."""
+  chex.assert_rank(features, 4)
+  return jnp.mean(jnp.square(at_least_float32(features)), axis=-1)
 
 
 def source_map(
@@ -223,7 +242,7 @@ def transfer_weights(
     pairs: the set C.
     activation: activation of g's output, a key of `PAIR_ACTIVATIONS`.
   """
-  channel, pair_weight = {}, {}
+  channel, scores = {}, {}
   for pair in pairs:
     x = pooled[pair.source]
     if "channel" in meta_params:
@@ -232,11 +251,13 @@ def transfer_weights(
     else:
       channel[pair.name] = jnp.full_like(x, 1.0 / x.shape[-1])
     if "pair" in meta_params:
-      logits = linear(meta_params["pair"][pair.name], x)
-      pair_weight[pair.name] = PAIR_ACTIVATIONS[activation](logits[:, 0])
+      scores[pair.name] = linear(meta_params["pair"][pair.name], x)[:, 0]
     else:
-      pair_weight[pair.name] = jnp.ones_like(x[:, 0])
-  return TransferWeights(channel, pair_weight)
+      scores[pair.name] = jnp.ones_like(x[:, 0])
+  if "pair" in meta_params:
+    together = PAIR_ACTIVATIONS[activation](jnp.stack(list(scores.values())))
+    scores = dict(zip(scores, together, strict=True))
+  return TransferWeights(channel, scores)
 
 
 def repeat_map(

@@ -47,7 +47,8 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
       limit = transfer_map.IGNORED
       yield f"{dead} of {len(weights)} pairs are dead (weight below {limit})"
     saturated = sum(weight > _SATURATED for weight in weights)
-    if saturated and run.config["transfer"]["pair_activation"] == "relu6":
+    is_relu6 = run.config["transfer"]["pair_activation"] == "relu6"
+    if saturated and is_relu6 and run.config["method"] != "l2t_ww_joint":
       yield (
         f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of"
         " 6; a larger transfer.beta, or pair_activation=softplus, gives room"

@@ -96,7 +96,7 @@ def make_cells(
 
   Args:
     columns: name -> config.
-    methods: keys of `objectives.METHODS`.
+    methods: names for `objectives.get_method`.
     num_seeds: seeds count from the config's own.
     workdir: of the table.
 
@@ -133,7 +133,9 @@ def _check_rows_differ(methods, fields):
     if method.pair_set and (fields.pairs or fields.map):
       method = method._replace(pair_set="")
     if method.pair_set == "" and fields.map:
-      method = method._replace(learn_channels=False, learn_pairs=False)
+      method = method._replace(
+        learn_channels=False, learn_pairs=False, looks_ahead=True
+      )
     same = rows.setdefault(method, name)
     if same != name:
       field = "map" if fields.map else "pairs"
@@ -275,7 +277,7 @@ def _departures(cell, summaries):
   `from_config.check` has made sure that the runs are of this config.
   """
   config, source, num_images = cell.config, "", None
-  if objectives.METHODS[cell.method].needs_source and config.source.weights:
+  if objectives.get_method(cell.method).needs_source and config.source.weights:
     source = _describe_source(pathlib.Path(config.source.weights))
   for summary in summaries[:1]:  # All seeds have as many images.
     num_labelled = summary["num_train"] + summary["num_val"]

@@ -142,6 +142,19 @@ class Experiment(NamedTuple):
     """The training method that `settings.method` names."""
     return objectives.get_method(self.settings.method)
 
+  @property
+  def pair_activation(self) -> str:
+    """What turns g's outputs into λ; pairs compete without a look-ahead."""
+    if self.method.looks_ahead:
+      return self.settings.transfer.pair_activation
+    return "softmax"
+
+  def largest_pair_weight(self, num_pairs: int) -> float:
+    """Return the upper bound of pair weights, or inf."""
+    if "afd" in self.method.losses:
+      return 1.0
+    return transfer.largest_pair_weight(self.pair_activation, num_pairs)
+
 
 def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
   """Return dotted name -> effective value of the fields of a description.

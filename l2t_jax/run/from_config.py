@@ -81,7 +81,7 @@ def check(
   if config.init_from and not (begun and all(begun)):
     train.check_can_start_from(config.init_from)
   tracking.check_trackers(config.trackers)
-  if objectives.METHODS[config.method].needs_source:
+  if objectives.get_method(config.method).needs_source:
     for fields in l2t_jax.config.source_configs(config).values():
       weight_files.check_exists(pathlib.Path(fields.weights))
 
@@ -162,7 +162,7 @@ def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
   }
   if config.init_from:
     paths["init_from"] = os.path.join(config.init_from, run_folder.TARGET)
-  if objectives.METHODS[config.method].needs_source:
+  if objectives.get_method(config.method).needs_source:
     for name, fields in l2t_jax.config.source_configs(config).items():
       field = f"sources.{name}.weights" if name else "source.weights"
       paths[field] = fields.weights

@@ -16,7 +16,14 @@ import numpy as np
 
 from l2t_jax import data, errors, fingerprints, models, types
 from l2t_jax.data import image_formats
-from l2t_jax.method import objectives, optimizers, pair_sets, training, transfer
+from l2t_jax.method import (
+  attention_distillation,
+  objectives,
+  optimizers,
+  pair_sets,
+  training,
+  transfer,
+)
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
 from l2t_jax.run import sources as source_networks
@@ -66,6 +73,7 @@ class _Plan(NamedTuple):
   """Which features are compared, and which of their weights are learned."""
 
   pairs: tuple[pair_sets.Pair, ...] = ()
+  attention_pairs: tuple[pair_sets.Pair, ...] = ()  # Of attention transfer.
   source_taps: pair_sets.TapShapes = {}  # noqa: RUF012
   target_taps: pair_sets.TapShapes = {}  # noqa: RUF012
   learn_channels: bool = False
@@ -112,7 +120,11 @@ def build(experiment: experiments.Experiment) -> Setup:
     target.network, {*plan.target_taps, target.head_tap} - {""}
   )
   recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
-  first_state = _make_first_state(method, plan, sources, target, recipe)
+  if not method.looks_ahead:
+    recipe = recipe._replace(look_ahead_loss="none")
+  first_state = _make_first_state(
+    method, settings.losses, plan, sources, target, recipe
+  )
   create_state, shapes = _place_states(settings, first_state, mesh)
   if ":" in settings.optimizer.name:
     optimizers.check(recipe.optimizer_fn, shapes.inner.params)
@@ -122,7 +134,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     image_format=image_format,
     num_outputs=target.layout.num_outputs,
     problem=training.Problem(
-      _make_losses(experiment, target_fn, plan.pairs, target.head_tap),
+      _make_losses(experiment, target_fn, plan, target.head_tap),
       {
         s.name: s.make_apply_fn(plan.source_taps, image_format) for s in sources
       },
@@ -344,11 +356,26 @@ def _plan_transfer(experiment, sources, target_layout):
   learned = lambda value: value == "learned" and not frozen
   return _Plan(
     pairs,
+    _attention_pairs(method, pairs, source_taps, target_taps),
     used(source_taps, {pair.source for pair in pairs}),
     used(target_taps, {pair.target for pair in pairs}),
     method.learn_channels and learned(fields.channel_weights),
     method.learn_pairs and learned(fields.pair_weights),
   )
+
+
+def _attention_pairs(method, pairs, source_taps, target_taps):
+  """Return the pairs of attention transfer: equal ones in a combination."""
+  if "attention" not in method.added:
+    return pairs
+  equal = pair_sets.of_equal_size(pairs, source_taps, target_taps)
+  if not equal:
+    raise errors.InputError(
+      "attention transfer compares pairs of equal resolution, but none of"
+      f" {', '.join(pair.name for pair in pairs)} has it; leave out at, or"
+      " choose other pairs in config.transfer.pairs"
+    )
+  return equal
 
 
 def _merged(dicts):
@@ -375,21 +402,23 @@ def _make_weights_fn(experiment, pairs):
   return functools.partial(
     transfer.transfer_weights,
     pairs=pairs,
-    activation=experiment.settings.transfer.pair_activation,
+    activation=experiment.pair_activation,
   )
 
 
-def _make_losses(experiment, target_fn, pairs, head_tap):
+def _make_losses(experiment, target_fn, plan, head_tap):
   settings = experiment.settings
   matching = {"transfer": {"beta": settings.transfer.beta}}
+  method = experiment.method
   auxiliary = objectives.make_auxiliary_losses(
-    experiment.method,
-    pairs=pairs,
+    method,
+    pairs=plan.pairs,
+    attention_pairs=plan.attention_pairs,
     head_tap=head_tap,
     hyperparameters={**settings.losses, **matching},
   )
   task = objectives.smoothed(experiment.task, experiment.label_smoothing)
-  return objectives.make_losses(target_fn, auxiliary, task)
+  return objectives.make_losses(target_fn, auxiliary, task, added=method.added)
 
 
 def _make_recipe(settings, steps_per_epoch, mode):
@@ -496,7 +525,7 @@ def _source_to_start_from(layout, sources, image_format):
   return others, tuple(notes)
 
 
-def _make_first_state(method, plan, sources, target, recipe):
+def _make_first_state(method, loss_fields, plan, sources, target, recipe):
   """Return seed -> the state before the first iteration."""
   add_optimizers = jax.jit(
     functools.partial(training.create_state, recipe=recipe)
@@ -505,6 +534,7 @@ def _make_first_state(method, plan, sources, target, recipe):
   def first_state(seed):
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
     target_key, regressor_key, meta_key, head_key = jax.random.split(key, 4)
+    attention_key = jax.random.fold_in(key, 4)
     target_params, model_state = target.init(target_key)
     params = {"target": target_params}
     if "matching" in method.losses:
@@ -516,6 +546,18 @@ def _make_first_state(method, plan, sources, target, recipe):
         head_key,
         target.layout.taps[target.head_tap][-1],
         {source.name: source.num_classes for source in sources},
+      )
+    if "afd" in method.losses:
+      params["afd"] = attention_distillation.init(
+        attention_key,
+        plan.pairs,
+        plan.source_taps,
+        plan.target_taps,
+        dim=loss_fields["afd"]["dim"],
+      )
+    if "aft" in method.losses:
+      params["aft"] = objectives.init_channel_scales(
+        plan.pairs, plan.source_taps
       )
     meta_params = transfer.init_meta_params(
       meta_key,

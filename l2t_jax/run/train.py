@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from l2t_jax import errors
-from l2t_jax.method import training, transfer
+from l2t_jax.method import training
 from l2t_jax.results import map_picture, run_reader, transfer_map
 from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
@@ -448,7 +448,7 @@ def _write_transfer_map(setup, run):
     list(setup.problem.target_taps.items()),
     sources=list(setup.sources) if len(setup.sources) > 1 else (),
     frozen=run.experiment.frozen is not None,
-    maximum=transfer.largest_pair_weight(settings.transfer.pair_activation),
+    maximum=run.experiment.largest_pair_weight(len(setup.problem.pairs)),
     scales=run.progress.get("feature_scales", {}),
   )
   weights = {
@@ -460,7 +460,8 @@ def _write_transfer_map(setup, run):
 
 def _summarise(setup, trainer, runs):
   """Write summaries and transfer maps at the end; return seed -> summary."""
-  if distributed.is_first() and setup.problem.weights_fn:
+  weighs_pairs = runs[0].experiment.method.weighs_pairs
+  if distributed.is_first() and weighs_pairs:
     for run in runs:
       _write_transfer_map(setup, run)
   seconds = phases.take()

@@ -121,7 +121,7 @@ def bad_numbers(
     pair_names: names of the pairs, in the order of the metrics' entries.
   """
   transferred = metrics.get("transfer", {})
-  named = {name: transferred[name] for name in _PER_PAIR if transferred}
+  named = {name: transferred[name] for name in _PER_PAIR if name in transferred}
   named |= {name: x for name, x in metrics.items() if name != "transfer"}
   bad = []
   for name, values in named.items():

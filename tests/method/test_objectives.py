@@ -1,13 +1,17 @@
 """The auxiliary losses against values computed by hand."""
 
+import re
+
 import chex
 import jax
+from jax import test_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l2t_jax import errors, types
 from l2t_jax.method import (
+  attention_distillation,
   loss_functions,
   objectives,
   pair_sets,
@@ -25,13 +29,35 @@ def test_the_methods_of_the_paper_and_others():
   assert set(objectives.METHODS) == {
     "scratch", "lwf", "at", "lwf_at", "fm_single", "fm_one_to_one",
     "fm_all_to_all", "l2t_w_single", "l2t_w_one_to_one", "l2t_ww",
-    "finetune", "kd",
+    "finetune", "kd", "aft", "afd", "l2t_ww_joint",
   }  # fmt: skip
 
 
 def test_unknown_method():
   with pytest.raises(errors.InputError, match="'l2t'; the methods are scratch"):
     objectives.get_method("l2t")
+
+
+def test_combinations():
+  method = objectives.get_method("kd+l2t_ww")
+  assert method == objectives.METHODS["l2t_ww"]._replace(
+    losses=("matching", "kd"), added=("kd",)
+  )
+  assert objectives.get_method("l2t_ww+kd") == method
+  method = objectives.get_method("fm_one_to_one+lwf+at")
+  assert method.losses == ("matching", "attention", "lwf")
+  assert method.pair_set == "one_to_one"
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["kd+lwf", "fm_single+l2t_ww", "kd+kd+l2t_ww", "afd+l2t_ww", "finetune+kd"],
+)
+def test_what_is_no_combination(name):
+  with pytest.raises(
+    errors.InputError, match=re.escape(f"{name!r} is no comb")
+  ):
+    objectives.get_method(name)
 
 
 def test_cross_entropy_and_accuracy(x64):
@@ -149,6 +175,129 @@ def test_attention_is_summed_over_pairs_at_the_targets_size(x64):
   np.testing.assert_allclose(loss, by_hand, rtol=1e-12)
 
 
+def _unit_rows(x):
+  return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_aft_compares_how_images_relate(x64):
+  """With learned weights of the channels of both source taps."""
+  target, source, _ = outputs(num_images=4)
+  pairs = (pair_sets.Pair("s", "t1"), pair_sets.Pair("r", "t1"))
+  rng = np.random.default_rng(1)
+  pooled = {"s": rng.normal(size=(4, 2)), "r": rng.normal(size=(4, 3))}
+  maps = source.matching._replace(pooled=pooled)
+  scores = rng.normal(size=5)
+  loss, metrics = objectives.aft(pairs, weight=3.0)(
+    {"aft": {"t1": scores}}, None, target, source._replace(matching=maps)
+  )
+  scaled = np.concatenate([pooled["s"], pooled["r"]], 1) / (1 + np.exp(-scores))
+  kernels = []
+  for x in (np.mean(target.features["t1"], (1, 2)), scaled):
+    unit = _unit_rows(x - x.mean(axis=0))
+    kernels.append(unit @ unit.T)
+  by_hand = 3 * np.sqrt(np.mean((kernels[0] - kernels[1]) ** 2) + 1e-8)
+  np.testing.assert_allclose(loss, by_hand, rtol=1e-12)
+  assert not metrics
+  start = objectives.init_channel_scales(
+    pairs, {"s": (1, 1, 2), "r": (1, 1, 3)}
+  )
+  chex.assert_trees_all_equal(start, {"t1": np.zeros(5)})
+
+
+def test_aft_of_equal_relations_is_next_to_nothing(x64):
+  """Scale, rotation and offset of the features do not matter."""
+  x = np.random.default_rng(0).normal(size=(5, 3))
+  rotation, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))
+  loss = loss_functions.kernel_distance(
+    jnp.array(x), jnp.array(2 * x @ rotation + 1)
+  )
+  np.testing.assert_allclose(loss, 1e-4, rtol=1e-6)  # The root of 1e-8.
+
+
+def test_aft_of_one_constant_image_is_differentiable():
+  x = jnp.zeros((3, 2))
+  grads = jax.grad(loss_functions.kernel_distance)(x, jnp.ones((3, 4)))
+  np.testing.assert_array_equal(grads, 0)
+
+
+def test_afd_by_hand(x64):
+  """Equations of the paper, image by image, in NumPy."""
+  target, source, pairs = outputs(num_images=3)
+  taps = {"s": (4, 4, 7)}, {"t1": (4, 4, 5), "t2": (2, 2, 6)}
+  params = attention_distillation.init(jax.random.key(0), pairs, *taps, dim=4)
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)
+  loss, metrics = objectives.afd(pairs, weight=5.0)(
+    {"afd": params}, None, target, source
+  )
+
+  def normalised(layer, x):
+    y = x @ layer["kernel"] + layer["bias"]
+    rows = y.reshape(-1, y.shape[-1])
+    y = (y - rows.mean(axis=0)) / np.sqrt(rows.var(axis=0) + 1e-5)
+    return layer["scale"] * y + layer["shift"]
+
+  query = normalised(params["query"]["s"], source.matching.pooled["s"])
+  pooled = {n: np.mean(x, (1, 2)) for n, x in target.features.items()}
+  keys = np.stack(
+    [
+      np.maximum(normalised(params["key"][n], pooled[n]), 0)
+      for n in ("t1", "t2")
+    ],
+    axis=1,
+  )
+  keys = normalised(params["bilinear"]["s"], keys)
+  positions = [
+    params["source_position"]["s"] @ params["target_position"][n]
+    for n in ("t1", "t2")
+  ]
+  scores = (np.einsum("bd,bnd->bn", query, keys) + np.array(positions)) / 2
+  attention = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+  energy = np.mean(target.features["t2"] ** 2, axis=-1)
+  energies = {
+    "s": source.matching.energies["s"],
+    "t1": np.mean(target.features["t1"] ** 2, axis=-1),
+    "t2": energy.repeat(2, axis=1).repeat(2, axis=2),  # To the source's 4x4.
+  }
+  unit = {n: _unit_rows(x.reshape(3, -1)) for n, x in energies.items()}
+  distances = np.stack(
+    [np.mean((unit["s"] - unit[n]) ** 2, axis=1) for n in ("t1", "t2")], axis=1
+  )
+  np.testing.assert_allclose(
+    loss, 5 * np.mean(np.sum(attention * distances, axis=1)), rtol=1e-12
+  )
+  for i, name in enumerate(("s->t1", "s->t2")):
+    np.testing.assert_allclose(
+      metrics["pair_weights"][name], attention[:, i].mean(), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+      metrics["distances"][name], distances[:, i].mean(), rtol=1e-12
+    )
+
+
+def test_afd_is_differentiable(x64):
+  target, source, pairs = outputs(num_images=3)
+  taps = {"s": (4, 4, 7)}, {"t1": (4, 4, 5), "t2": (2, 2, 6)}
+  params = attention_distillation.init(jax.random.key(0), pairs, *taps, dim=4)
+  loss_fn = objectives.afd(pairs, weight=1.0)
+
+  def loss(params, features):
+    return loss_fn(
+      {"afd": params}, None, target._replace(features=features), source
+    )[0]
+
+  test_util.check_grads(loss, (params, target.features), 1, ["rev"], eps=1e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 3), (5, 2), (3, 7), (6, 6)])
+def test_adaptive_means_are_pytorchs(old, new, x64):
+  torch = pytest.importorskip("torch")
+  maps = np.random.default_rng(0).normal(size=(2, old, old + 1))
+  ours = attention_distillation.adaptive_mean(jnp.array(maps), (new, 2))
+  pool = torch.nn.AdaptiveAvgPool2d((new, 2))
+  np.testing.assert_allclose(ours, pool(torch.tensor(maps)).numpy(), rtol=1e-6)
+
+
 def test_lwf_has_a_head_for_each_source(x64):
   target, source, _ = outputs()
   heads = objectives.init_heads(jax.random.key(0), 6, {"a": 3, "b": 2})
@@ -181,13 +330,14 @@ def test_kd_reads_the_targets_own_logits(x64):
   losses = objectives.make_losses(apply_fn, {"kd": kd})
   labels = jnp.array([0, 2])
   batch = objectives.TransferBatch(labels, labels, source=source)
-  of_task, auxiliary, total = (
+  of_task, auxiliary, total, update = (
     loss_fn({"target": {}}, None, {}, batch)[0] for loss_fn in losses
   )
   cross_entropy = loss_functions.cross_entropy(target.logits, labels)
   np.testing.assert_allclose(of_task, cross_entropy, rtol=1e-12)
   np.testing.assert_allclose(auxiliary, 2 * by_hand, rtol=1e-12)
   np.testing.assert_allclose(total, of_task + auxiliary, rtol=1e-12)
+  assert update == total
 
 
 def test_bfloat16_outputs_are_compared_in_float32():

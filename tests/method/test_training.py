@@ -237,7 +237,7 @@ def test_an_iteration_has_its_own_rate_and_keeps_the_momentum(x64):
   )
   train_step = jax.jit(
     training.make_train_step(
-      training.Problem(objectives.Losses(loss_fn, loss_fn, loss_fn)), recipe
+      training.Problem(objectives.Losses(*[loss_fn] * 4)), recipe
     )
   )
   state = training.create_state(jnp.array(1.0), {}, {}, recipe)
@@ -360,7 +360,86 @@ def test_vmapped_seeds_are_single_seeds(x64):
       chex.assert_trees_all_close(mine, end, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("look_ahead_loss", training.LOOK_AHEAD_LOSSES)
+@pytest.mark.parametrize("method", ["afd", "aft", "l2t_ww_joint"])
+def test_vmapped_seeds_of_other_methods(method, x64):
+  states = [small_setup.create(method, seed=seed)[0] for seed in range(2)]
+  _, sources, pairs, target_taps = small_setup.create(method)
+  train_step = small_setup.make_train_step(method, pairs, target_taps)
+  batch = small_setup.batch(4)
+  together, _ = jax.jit(jax.vmap(train_step, in_axes=(0, None, None)))(
+    jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), sources, batch
+  )
+  alone = jax.jit(train_step)
+  for index, state in enumerate(states):
+    mine = jax.tree.map(lambda x: x[index], together)  # noqa: B023
+    chex.assert_trees_all_close(
+      mine, alone(state, sources, batch)[0], rtol=1e-9, atol=1e-13
+    )
+
+
+def test_a_combination_adds_to_the_real_update_alone(x64):
+  """Steps of the look-ahead minimise the matching loss alone."""
+  method = "lwf+at+l2t_ww"
+  state, sources, pairs, target_taps = small_setup.create(method)
+  data = training._with_sources(
+    small_setup.make_problem(method, pairs, target_taps),
+    sources,
+    training._mixed(small_setup.batch(4)),
+  )
+  weights = transfer.transfer_weights(
+    state.meta_params, data.source.matching.pooled, pairs
+  )
+  values = {
+    name: {
+      loss: fn(state.inner.params, weights, state.inner.model_state, data)[0]
+      for loss, fn in small_setup.make_problem(name, pairs, target_taps)
+      .losses._asdict()
+      .items()
+    }
+    for name in (method, "l2t_ww", "lwf", "at")
+  }
+  for loss in ("target", "auxiliary", "total"):
+    np.testing.assert_allclose(
+      values[method][loss], values["l2t_ww"][loss], rtol=1e-12
+    )
+  by_hand = sum(values[name]["auxiliary"] for name in ("l2t_ww", "lwf", "at"))
+  np.testing.assert_allclose(
+    values[method]["update"],
+    values["l2t_ww"]["target"] + by_hand,
+    rtol=1e-12,
+  )
+
+
+def test_without_a_look_ahead_the_weights_descend_the_real_loss(x64):
+  """Together with the target, from the same gradient."""
+  method = "l2t_ww_joint"
+  state, sources, pairs, target_taps = small_setup.create(method)
+  problem = small_setup.make_problem(method, pairs, target_taps)
+  recipe = small_setup.RECIPE._replace(
+    look_ahead_loss="none", meta_optimizer=optax.sgd(1.0)
+  )
+  params, _, model_state = state.inner
+  state = training.create_state(params, model_state, state.meta_params, recipe)
+  batch = small_setup.batch(4)
+  after, metrics = jax.jit(training.make_train_step(problem, recipe))(
+    state, sources, batch
+  )
+  data = training._with_sources(problem, sources, training._mixed(batch))
+
+  def loss(meta_params):
+    weights = transfer.transfer_weights(
+      meta_params, data.source.matching.pooled, pairs, activation="softmax"
+    )
+    return problem.losses.total(params, weights, model_state, data)[0]
+
+  expected = jax.grad(loss)(state.meta_params)
+  seen = jax.tree.map(jnp.subtract, state.meta_params, after.meta_params)
+  chex.assert_trees_all_close(seen, expected, rtol=1e-9, atol=1e-13)
+  assert metrics["meta_grad_norm"] > 1e-6
+  assert "outer_loss" not in metrics
+
+
+@pytest.mark.parametrize("look_ahead_loss", ["auxiliary", "total"])
 def test_look_ahead_by_hand(look_ahead_loss, x64):
   """T = 1 on labelled and unlabelled images, after the real update."""
   train_step, state, sources = setup(
@@ -433,7 +512,7 @@ def test_the_average_is_evaluated(x64):
   )
   train_step = jax.jit(
     training.make_train_step(
-      training.Problem(objectives.Losses(loss_fn, loss_fn, loss_fn)), recipe
+      training.Problem(objectives.Losses(*[loss_fn] * 4)), recipe
     ),
     donate_argnums=0,
   )

@@ -270,6 +270,23 @@ def test_pair_activations(activation, values, slopes, x64):
   np.testing.assert_allclose(jacobian, slopes, rtol=1e-12)
 
 
+def test_pairs_compete_under_softmax(x64):
+  """λ is P times a softmax over the pairs, for each image by itself."""
+  pairs = pair_sets.make_pairs("m1->n1,m2->n1", SOURCE, TARGET)
+  pooled = {"m1": jnp.array([[1.0], [0.0]]), "m2": jnp.array([[3.0], [0.0]])}
+  layer = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+  seen = transfer.transfer_weights(
+    {"pair": {pair.name: layer for pair in pairs}},
+    pooled,
+    pairs,
+    activation="softmax",
+  ).pair
+  larger = np.exp(3) / (np.exp(1) + np.exp(3))
+  np.testing.assert_allclose(seen["m1->n1"], [2 - 2 * larger, 1], rtol=1e-12)
+  np.testing.assert_allclose(seen["m2->n1"], [2 * larger, 1], rtol=1e-12)
+  assert transfer.largest_pair_weight("softmax", 2) == 2
+
+
 @pytest.mark.parametrize(
   ("activation", "start", "maximum"),
   [
@@ -279,7 +296,7 @@ def test_pair_activations(activation, values, slopes, x64):
   ],
 )
 def test_where_pair_weights_start_and_end(activation, start, maximum):
-  assert transfer.largest_pair_weight(activation) == maximum
+  assert transfer.largest_pair_weight(activation, 1) == maximum
   pairs = pair_sets.make_pairs("m1->n1", SOURCE, TARGET)
   meta_params = transfer.init_meta_params(
     jax.random.key(0), pairs, SOURCE, learn_channels=False, learn_pairs=True

@@ -21,7 +21,7 @@ from tests.support import small_runs
 
 # Runs and their compiled steps are shared by the tests of one process.
 pytestmark = pytest.mark.xdist_group("methods")
-LOSSES = ("matching", "attention", "lwf", "kd")
+LOSSES = ("matching", "attention", "lwf", "kd", "aft")
 
 
 def test_lists_of_methods_agree():
@@ -35,7 +35,10 @@ def test_lists_of_methods_agree():
     assert re.search(rf"^  # .*\b{method}\b", comment, re.MULTILINE), method
 
 
-@pytest.mark.parametrize("method", ["lwf", "at", "lwf_at", "kd", "finetune"])
+@pytest.mark.parametrize(
+  "method",
+  ["lwf", "at", "lwf_at", "kd", "finetune", "aft", "kd+at+l2t_w_one_to_one"],
+)
 def test_a_method_is_switched_by_its_name_alone(source, tmp_path, method):
   config = small_runs.small_config(source, epochs=1)
   config.method = method
@@ -50,13 +53,40 @@ def test_a_method_is_switched_by_its_name_alone(source, tmp_path, method):
     "at": {"attention"},
     "lwf_at": {"lwf", "attention"},
     "kd": {"kd"},
+    "aft": {"aft"},
+    "kd+at+l2t_w_one_to_one": {"kd", "attention", "matching"},
     "finetune": set(),
   }[method]
   assert {n for n in LOSSES if f"train_{n}_loss" in record} == losses
   total = sum(record[f"train_{name}_loss"] for name in ("target", *losses))
   np.testing.assert_allclose(record["train_loss"], total, rtol=1e-4)
-  # Nothing is matched: there is no map.
-  assert not (tmp_path / "transfer_map.json").exists()
+  # Where nothing is matched, there is no map.
+  has_map = (tmp_path / "transfer_map.json").exists()
+  assert has_map == ("matching" in losses)
+
+
+@pytest.mark.parametrize("method", ["afd", "l2t_ww_joint"])
+def test_pair_weights_learned_with_the_target_have_a_map(
+  source, tmp_path, method
+):
+  config = small_runs.small_config(source, epochs=2)
+  config.method = method
+  config.transfer.pairs = ""
+  small_runs.train(config, tmp_path)
+  first, last = small_runs.records(tmp_path, "epoch")
+  assert first["pair_weights"] != last["pair_weights"]
+  content = json.loads((tmp_path / "transfer_map.json").read_text())
+  assert content["method"] == method
+  assert not content["fixed"]
+  assert content["channels_fixed"] == (method == "afd")
+  assert (tmp_path / "transfer_map.png").exists()
+  weights = [pair["pair_weight"] for pair in content["pairs"]]
+  if method == "afd":  # They sum to 1 over the pairs of a source tap.
+    assert content["maximum"] == 1
+    assert sum(weights) == pytest.approx(len(content["source_taps"]))
+  else:
+    assert content["maximum"] == len(weights)
+    assert sum(weights) == pytest.approx(len(weights))
 
 
 def test_fine_tuning_starts_from_the_source(source):

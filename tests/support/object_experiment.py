@@ -44,6 +44,8 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       "lwf": {"temperature": 2.0, "weight": 1.0},
       "at": {"beta": 1000.0},
       "kd": {"temperature": 4.0, "weight": 1.0},
+      "aft": {"weight": 10.0},
+      "afd": {"weight": 200.0, "dim": 128},
     },
     optimizer=experiments.Optimizer(
       name="sgd",

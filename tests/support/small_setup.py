@@ -8,6 +8,7 @@ import numpy as np
 
 from l2t_jax import models, types
 from l2t_jax.method import (
+  attention_distillation,
   mixing,
   objectives,
   optimizers,
@@ -51,6 +52,12 @@ def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
       keys[1], num_features, {"": SOURCE.num_classes}
     ),
   }
+  if "aft" in method.losses:
+    params["aft"] = objectives.init_channel_scales(pairs, source_taps)
+  if "afd" in method.losses:
+    params["afd"] = attention_distillation.init(
+      keys[1], pairs, source_taps, target_taps, dim=8
+    )
   meta_params = transfer.init_meta_params(
     keys[2],
     pairs,
@@ -93,13 +100,20 @@ def make_problem(
     "attention": objectives.attention(pairs, beta=1000.0),
     "lwf": objectives.lwf(HEAD_TAP, temperature=2.0, weight=1.0),
     "kd": objectives.kd(temperature=4.0, weight=1.0),
+    "aft": objectives.aft(pairs, weight=10.0),
+    "afd": objectives.afd(pairs, weight=200.0),
   }
-  weights_fn = functools.partial(transfer.transfer_weights, pairs=pairs)
+  weights_fn = functools.partial(
+    transfer.transfer_weights,
+    pairs=pairs,
+    activation="relu6" if method.looks_ahead else "softmax",
+  )
   return training.Problem(
     objectives.make_losses(
       models.as_apply_fn(target),
       {name: auxiliary[name] for name in method.losses},
       task,
+      added=method.added,
     ),
     {"": models.as_apply_fn(SOURCE)} if method.needs_source else {},
     pairs,
@@ -126,7 +140,9 @@ def make_train_step(
   recipe = RECIPE._replace(
     optimizer_fn=optimizer_fn,
     num_inner_steps=num_inner_steps,
-    look_ahead_loss=look_ahead_loss,
+    look_ahead_loss=(
+      look_ahead_loss if objectives.get_method(method).looks_ahead else "none"
+    ),
     mode=mode,
     rolled=rolled,
     skip_bad_numbers=skip_bad_numbers,
