@@ -23,6 +23,7 @@ only its arguments:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import operator
 
 import chex
 import jax
@@ -86,7 +87,7 @@ def make_inner_step(
     "mixed": _mixed_gradient,
     "linearized": _linearized_gradient,
   }.get(mode, _gradient)
-  gradient = make_gradient(_with_model_state(loss_fn))
+  gradient = make_gradient(_checked(loss_fn, keeps_model_state=True))
 
   def step(state, meta_params, batch):
     _check_state(optimizer, state)
@@ -101,23 +102,33 @@ def make_inner_step(
   return jax.checkpoint(step) if mode == "remat" else step
 
 
-def _with_model_state(loss_fn):
-  """Let a loss that does not return (loss, model_state) say so."""
+def _checked(loss_fn, *, keeps_model_state=False):
+  """Let a loss that does not return (loss [], model_state) say so."""
+  name = getattr(loss_fn, "__name__", "the loss")
 
-  def checked(*args):
-    result = loss_fn(*args)
+  def checked(params, meta_params, model_state, batch):
+    result = loss_fn(params, meta_params, model_state, batch)
     if not (isinstance(result, tuple) and len(result) == 2):
+      found = f"{len(result)} values" if isinstance(result, tuple) else "one"
       raise errors.InputError(
-        f"{_name(loss_fn)} returned a {type(result).__name__}; it must return"
-        " (loss, model_state), the second as it was given if nothing changes it"
+        f"{name} returned {found}; it must return (loss, model_state), the"
+        " second as it was given if nothing changes it"
+      )
+    loss, new_state = result
+    if getattr(loss, "shape", () if isinstance(loss, float) else None) != ():
+      raise errors.InputError(
+        f"{name} returned a loss that is no scalar; it must return (loss [],"
+        " model_state)"
+      )
+    structures = map(jax.tree.structure, (model_state, new_state))
+    if keeps_model_state and len(set(structures)) > 1:
+      raise errors.InputError(
+        f"{name} returned a model_state of another structure than it was given;"
+        " return it as it was given if nothing changes it"
       )
     return result
 
   return checked
-
-
-def _name(function):
-  return getattr(function, "__name__", "the loss")
 
 
 def _check_state(optimizer, state):
@@ -131,11 +142,13 @@ def _check_state(optimizer, state):
         f" {name or 'its root'}; only arrays of floating-point numbers can be"
         " trained: split the rest off (equinox.partition, nnx.split)"
       )
-  structures = map(
-    jax.tree.structure,
-    (jax.eval_shape(optimizer.init, state.params), state.opt_state),
+  expected = jax.eval_shape(optimizer.init, state.params)
+  structures = map(jax.tree.structure, (expected, state.opt_state))
+  shapes = (
+    [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    for tree in (expected, state.opt_state)
   )
-  if len(set(structures)) > 1:
+  if len(set(structures)) > 1 or not operator.eq(*shapes):
     raise errors.InputError(
       "state.opt_state is not that of the step's optimizer for state.params;"
       " start with optimizer.init(params)"
@@ -176,8 +189,8 @@ def unroll(
     num_steps: T, if every step uses the same batch.
     rolled: whether the steps after the first, if there are several, are a
       `lax.scan`, whose body is compiled once for any T. The first step stays
-      outside the loop: its start does not depend on the meta-parameters, so
-      that its backward pass needs no Hessian-vector product, but a loop would
+      outside the loop: where the start does not depend on the meta-parameters,
+      its backward pass needs no Hessian-vector product, but a loop would
       compute one.
     segment_length: for long loops; only the states between segments of this
       many steps are kept, and the backward pass takes the steps of one segment
@@ -195,27 +208,33 @@ def unroll(
     The state after the last step and the losses [T] before each step.
 
   Raises:
-    errors.InputError: `segment_length` or `differentiated_steps` is below 1,
-      or the arrays of `batches` have no common leading axis.
+    errors.InputError: `num_steps`, `segment_length` or `differentiated_steps`
+      is no whole number from 1 on, the arrays of `batches` have no common
+      leading axis, or `differentiated_steps` is given for a step of
+      `only_while`.
   """
-  lengths = np.ravel(np.array(segment_length, int)).tolist()
-  for name, given in (
-    ("segment_length", lengths),
-    (
-      "differentiated_steps",
-      [] if differentiated_steps is None else [differentiated_steps],
-    ),
-  ):
-    if min(given, default=1) < 1:
-      raise errors.InputError(f"{name} is {min(given)}; it must be at least 1")
+  lengths = segment_length
+  if not isinstance(lengths, Sequence):
+    lengths = (lengths,)
+  _check_counts("segment_length", *lengths)
+  if num_steps is not None:
+    _check_counts("num_steps", num_steps)
+  if differentiated_steps is not None:
+    _check_counts("differentiated_steps", differentiated_steps)
+    if getattr(step, "is_bounded", False):
+      raise errors.InputError(
+        "differentiated_steps counts the steps that only_while does not take;"
+        " use segment_length to save memory"
+      )
   if num_steps is None:
     batches = jax.tree.map(jnp.asarray, batches)  # NumPy takes no traced index.
     lengths_given = {x.shape[:1] for x in jax.tree.leaves(batches)}
-    if len(lengths_given) != 1 or () in lengths_given:
+    if len(lengths_given) != 1 or lengths_given & {(), (0,)}:
       shapes = [x.shape for x in jax.tree.leaves(batches)]
       raise errors.InputError(
         f"batches has arrays of the shapes {shapes}, which must share a leading"
-        " axis of steps; if every step uses the same batch, give num_steps"
+        " axis of at least one step; if every step uses the same batch, give"
+        " num_steps"
       )
     ((num_steps,),) = lengths_given
     batch_of = lambda batches, k: jax.tree.map(lambda leaf: leaf[k], batches)
@@ -247,6 +266,15 @@ def unroll(
     return state, jnp.concatenate(losses)
   state, more = _in_segments(take, *lengths)(state, meta_params, batches, steps)
   return state, jnp.concatenate([*losses, more])
+
+
+def _check_counts(name, *values):
+  for value in values:
+    if not isinstance(value, int | np.integer) or value < 1:
+      raise errors.InputError(
+        f"{name} is {value}; it must be a whole number from 1 on, known before"
+        " the loop runs"
+      )
 
 
 def _in_segments(take, length, *shorter):
@@ -291,8 +319,14 @@ def only_while(
 
   def bounded(state, meta_params, batch):
     shapes = jax.eval_shape(step, state, meta_params, batch)[1]
+    goes_on = keep_going(jax.lax.stop_gradient(state))
+    if jnp.shape(goes_on) or jnp.result_type(goes_on) != jnp.bool_:
+      raise errors.InputError(
+        f"keep_going returned {jnp.result_type(goes_on)}"
+        f" {list(jnp.shape(goes_on))}; it must return one bool"
+      )
     return jax.lax.cond(
-      keep_going(jax.lax.stop_gradient(state)),
+      goes_on,
       step,
       lambda state, *_: (state, jnp.full(shapes.shape, jnp.nan, shapes.dtype)),
       state,
@@ -300,6 +334,7 @@ def only_while(
       batch,
     )
 
+  bounded.is_bounded = True  # type: ignore[attr-defined]
   return bounded
 
 
@@ -318,7 +353,7 @@ def loss_after(
         f"the look-ahead returned a {type(ahead).__name__}; it must return an"
         " InnerState, the first of what `unroll` returns"
       )
-    loss, _ = _with_model_state(outer_loss_fn)(
+    loss, _ = _checked(outer_loss_fn)(
       ahead.params, meta_params, ahead.model_state, batch
     )
     return loss
@@ -347,19 +382,34 @@ def hypergradient(
     forward: for a handful of meta-parameters, such as a learning rate; carry
       one tangent for each of them through the look-ahead, instead of going
       back through it. Memory does not grow with the number of steps, time does
-      with that of the meta-parameters. The steps need the mode "reverse", and
-      an implicit derivative has no such way. The derivative is exact.
+      with that of the meta-parameters. The steps need the mode "reverse" or
+      "remat", and an implicit derivative has no such way. The derivative is
+      exact.
 
   Returns:
     (outer loss [], gradient); the gradient is a pytree like `meta_params`.
 
   Raises:
-    errors.InputError: `forward` with steps of another mode.
+    errors.InputError: `forward` with steps of another mode; `meta_params` are
+      no floating-point numbers; or a loss uses traced values that are not among
+      its arguments.
   """
-
+  _check_meta_params(meta_params)
   outer = loss_after(look_ahead, outer_loss_fn, state, batch)
   if not forward:
-    return jax.value_and_grad(outer)(meta_params)
+    try:
+      return jax.value_and_grad(outer)(meta_params)
+    except Exception as error:
+      if not (
+        isinstance(error, jax.errors.UnexpectedTracerError)
+        or "closed-over value" in str(error)
+      ):
+        raise
+      raise errors.InputError(
+        "an inner loss seems to use values of the look-ahead that are not among"
+        " its arguments; pass them as meta_params, or make the steps with"
+        " mode='reverse'"
+      ) from error
   flat, unravel = flatten_util.ravel_pytree(meta_params)
   push = lambda tangent: jax.jvp(
     lambda flat: outer(unravel(flat)), (flat,), (tangent,)
@@ -374,6 +424,20 @@ def hypergradient(
       " mode='reverse', and without at_stationary_point"
     ) from error
   return loss, unravel(slopes)
+
+
+def _check_meta_params(meta_params):
+  leaves = jax.tree.leaves_with_path(meta_params)
+  if not leaves:
+    raise errors.InputError("meta_params has no arrays to differentiate by")
+  for path, leaf in leaves:
+    dtype = getattr(leaf, "dtype", type(leaf))
+    if not jnp.issubdtype(dtype, jnp.floating):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise errors.InputError(
+        f"meta_params has {getattr(dtype, '__name__', dtype)} at"
+        f" {name or 'its root'}; a derivative needs real floating-point numbers"
+      )
 
 
 def _gradient(loss_fn):
@@ -484,7 +548,12 @@ def check_differentiable(
   try:
     with jax.ensure_compile_time_eval():
       updates, slopes = _try(optimizer, params)
-  except Exception:  # Traced hyper-parameters, or arrays are too small.
+  except Exception as error:  # Traced values, or arrays are too small.
+    if "required keyword-only argument" in str(error):
+      raise errors.InputError(
+        "the inner optimizer's update needs more than gradients, as those of"
+        " lbfgs and polyak_sgd do; use one that does not"
+      ) from error
     return
   if not all(np.isfinite(slope).all() for slope in slopes):
     raise errors.InputError(

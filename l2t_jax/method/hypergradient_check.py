@@ -84,7 +84,16 @@ def check_hypergradient(
     The comparison; print it, or assert that its `error` is small. It is below
     1e-5 in float64, unless kinks, such as those of relu, make it larger, and
     below 1e-2 in float32.
+
+  Raises:
+    errors.InputError: there are no directions or `epsilon` is not above 0; or
+      `bilevel.hypergradient` refuses its arguments.
   """
+  if num_directions < 1 or (epsilon is not None and epsilon <= 0):
+    raise errors.InputError(
+      f"num_directions is {num_directions} and epsilon is {epsilon}; they must"
+      " be at least 1, and above 0 or None"
+    )
 
   def compare(arguments, epsilon):
     state, meta_params, batch = arguments

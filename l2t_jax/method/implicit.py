@@ -60,12 +60,22 @@ def at_stationary_point(
     A look-ahead with the same results, for `bilevel.hypergradient`.
 
   Raises:
-    errors.InputError: the solver is unknown.
+    errors.InputError: the solver is unknown, or a number is out of range.
   """
   if solver not in SOLVERS:
     raise errors.InputError(
       f"unknown solver {solver!r}; use one of {', '.join(SOLVERS)}"
     )
+  for name, value, is_allowed in (
+    ("tolerance", tolerance, tolerance > 0),
+    ("max_iterations", max_iterations, max_iterations >= 1),
+    ("damping", damping, damping >= 0),
+  ):
+    if isinstance(value, int | float) and not is_allowed:
+      raise errors.InputError(
+        f"{name} is {value}; the tolerance must be above 0, max_iterations at"
+        " least 1, and damping 0 or more"
+      )
 
   def solve(product, v):
     if solver == "neumann":

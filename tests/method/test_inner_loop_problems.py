@@ -210,10 +210,19 @@ _WITHOUT_STATE = lambda params, *_: jnp.sum(params["w"])
 @pytest.mark.parametrize(
   ("loss_fn", "change", "message"),
   [
-    (_WITHOUT_STATE, {}, r"returned a \w+; it must return \(loss, model_state"),
+    (_WITHOUT_STATE, {}, r"returned one; it must return \(loss, model_state"),
+    (lambda *args: (1.0, None, 2), {}, "returned 3 values"),
+    (lambda *args: (None, 1.0), {}, "a loss that is no scalar"),
+    (lambda *args: (jnp.ones(1), None), {}, "a loss that is no scalar"),
+    (lambda *args: (1.0, 2.0), {}, "a model_state of another structure"),
     (
       None,
       {"opt_state": optax.adam(0.1).init({"w": 1.0})},
+      r"start with optimizer.init\(params\)",
+    ),
+    (
+      None,
+      {"opt_state": optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(3)})},
       r"start with optimizer.init\(params\)",
     ),
     (
@@ -223,13 +232,23 @@ _WITHOUT_STATE = lambda params, *_: jnp.sum(params["w"])
     ),
     (None, {"params": jnp.arange(3)}, "has int32 at its root"),
   ],
-  ids=["no_model_state", "opt_state", "function", "integers"],
+  ids=[
+    "no_model_state",
+    "three_values",
+    "swapped",
+    "vector",
+    "new_model_state",
+    "opt_state",
+    "opt_state_of_other_shapes",
+    "function",
+    "integers",
+  ],
 )
 def test_states_and_losses_that_do_not_fit(loss_fn, change, message):
   loss_fn = loss_fn or (
     lambda params, meta_params, model_state, batch: (0.0, model_state)
   )
-  optimizer = optax.sgd(0.1)
+  optimizer = optax.sgd(0.1, momentum=0.9)
   step = bilevel.make_inner_step(loss_fn, optimizer)
   params = {"w": jnp.ones(2)}
   state = types.InnerState(params, optimizer.init(params), None)
@@ -259,9 +278,61 @@ def test_a_schedule_that_starts_at_zero():
 
 
 @pytest.mark.parametrize(
-  "batches", [(jnp.ones((2, 3)), jnp.ones((4, 3))), (jnp.ones(2), 1.0)]
+  "batches",
+  [(jnp.ones((2, 3)), jnp.ones((4, 3))), (jnp.ones(2), 1.0), jnp.ones((0, 3))],
 )
 def test_batches_without_a_common_axis(batches):
   step = lambda state, meta_params, batch: (state, 0.0)
-  with pytest.raises(errors.InputError, match="leading axis of steps; if"):
+  with pytest.raises(errors.InputError, match="axis of at least one step; if"):
     bilevel.unroll(step, None, None, batches)
+
+
+@pytest.mark.parametrize(
+  "optimizer", [optax.lbfgs(), optax.polyak_sgd()], ids=["lbfgs", "polyak_sgd"]
+)
+def test_optimizers_that_need_the_loss(optimizer):
+  with pytest.raises(errors.InputError, match="needs more than gradients"):
+    bilevel.hypergradient(*_problem(_pytree, optimizer))
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize(
+  ("meta_params", "message"),
+  [
+    ({"count": 3}, "meta_params has int at count"),
+    ({"w": jnp.ones(2, jnp.complex64)}, "has complex64 at w"),
+    ({}, "has no arrays"),
+  ],
+)
+def test_meta_params_without_a_derivative(meta_params, message, forward):
+  look_ahead, outer_loss, state, _, batch = _problem(_pytree, optax.sgd(0.1))
+  with pytest.raises(errors.InputError, match=message):
+    bilevel.hypergradient(
+      look_ahead, outer_loss, state, meta_params, batch, forward=forward
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"segment_length": 2}])
+def test_a_loss_that_closes_over_meta_params(options):
+  loss = lambda params, x: jnp.sum((params - x) ** 2)
+
+  def look_ahead(state, meta_params, batch):
+    inner_loss = lambda params, *others: (loss(params, meta_params), others[1])
+    step = bilevel.make_inner_step(inner_loss, optax.sgd(0.1))
+    return bilevel.unroll(step, state, None, batch, num_steps=4, **options)[0]
+
+  outer_loss = lambda params, *others: (loss(params, 1.0), others[1])
+  params = jnp.ones(2)
+  state = types.InnerState(params, optax.sgd(0.1).init(params), None)
+  with pytest.raises(errors.InputError, match="pass them as meta_params"):
+    bilevel.hypergradient(look_ahead, outer_loss, state, jnp.zeros(2), None)
+
+
+def test_a_condition_that_is_no_bool():
+  *_, state, meta_params, batch = _problem(_pytree, optax.sgd(0.1))
+  step = lambda state, meta_params, batch: (state, jnp.zeros(()))
+  bounded = bilevel.only_while(step, lambda state: jnp.ones(1))
+  with pytest.raises(
+    errors.InputError, match=r"returned float32 \[1\]; it must"
+  ):
+    bounded(state, meta_params, batch)

@@ -23,9 +23,8 @@ def _hypergradient(mode="linearized", *, forward=False, **options):
   step = bilevel.make_inner_step(inner_loss, optimizer, mode=mode)
   state = state._replace(opt_state=optimizer.init(state.params))
   state, _ = step(state, meta_params, batch)
-  look_ahead = lambda *start: bilevel.unroll(
-    step, *start, num_steps=NUM_STEPS, **options
-  )[0]
+  options = {"num_steps": NUM_STEPS} | options
+  look_ahead = lambda *start: bilevel.unroll(step, *start, **options)[0]
   _, grads = jax.jit(
     lambda meta_params: bilevel.hypergradient(
       look_ahead, outer_loss, state, meta_params, batch, forward=forward
@@ -94,7 +93,10 @@ def test_losses_and_batches_of_cut_loops(x64):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"segment_length": 0}, "segment_length is 0; it must be at least 1"),
+    ({"segment_length": 0}, "segment_length is 0; it must be a whole number"),
+    ({"segment_length": 2.5}, "segment_length is 2.5; it must be"),
+    ({"num_steps": 0}, "num_steps is 0; it must be"),
+    ({"num_steps": jnp.array(3)}, "num_steps is 3; it must be .* known before"),
     ({"segment_length": (4, -1)}, "segment_length is -1"),
     ({"differentiated_steps": 0}, "differentiated_steps is 0"),
     ({"mode": "mixed", "forward": True}, "with mode='reverse'"),
@@ -231,6 +233,9 @@ def test_an_unsolved_system_gives_nan(x64):
     assert np.isnan(grads["log_decay"]).all()
   with pytest.raises(errors.InputError, match="'lu'; use one of cg, neumann"):
     implicit.at_stationary_point(_solve, inner_loss, solver="lu")
+  for options in ({"damping": -1.0}, {"tolerance": 0.0}, {"max_iterations": 0}):
+    with pytest.raises(errors.InputError, match="damping 0 or more"):
+      implicit.at_stationary_point(_solve, inner_loss, **options)
 
 
 def test_a_loop_that_depends_on_the_data(x64):
@@ -261,6 +266,16 @@ def test_a_loop_that_depends_on_the_data(x64):
     np.testing.assert_allclose(seen_slope, slope, rtol=1e-12)
     np.testing.assert_allclose(seen_losses[:6], losses, rtol=1e-12)
     assert np.isnan(seen_losses[6:]).all()
+
+
+def test_truncation_would_count_steps_that_are_not_taken():
+  (inner_loss, _), state, meta_params, batch = _ridge()
+  step = bilevel.make_inner_step(inner_loss, optax.sgd(0.1))
+  bounded = bilevel.only_while(step, lambda state: state.params[0] < 1)
+  with pytest.raises(errors.InputError, match="that only_while does not take"):
+    bilevel.unroll(
+      bounded, state, meta_params, batch, num_steps=8, differentiated_steps=2
+    )
 
 
 def test_tasks_under_vmap(x64):
@@ -303,6 +318,19 @@ def test_the_check_names_what_is_wrong():
   )
   assert (wrong.errors[:3] > 1e-3).all() and (wrong.errors[3:] < 1e-7).all()
   assert str(wrong).splitlines()[1].startswith("  log_decay: ")
+
+
+@pytest.mark.parametrize("options", [{"num_directions": 0}, {"epsilon": 0.0}])
+def test_a_check_of_nothing(options):
+  (inner_loss, outer_loss), *arguments = _ridge()
+  step = bilevel.make_inner_step(inner_loss, optax.sgd(0.1))
+  look_ahead = lambda *start: bilevel.unroll(step, *start, num_steps=2)[0]
+  with pytest.raises(
+    errors.InputError, match="at least 1, and above 0 or None"
+  ):
+    hypergradient_check.check_hypergradient(
+      look_ahead, outer_loss, *arguments, **options
+    )
 
 
 def test_a_look_ahead_that_returns_the_losses_too():
