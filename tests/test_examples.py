@@ -34,22 +34,26 @@ def test_noisy_labels():
   assert results["weight_right"] > results["weight_wrong"] + 0.2
 
 
+@pytest.mark.optimized
 def test_regularization():
   results = regularization.main()
   assert results["learned"] > results["cross_validated"] + 0.01
 
 
+@pytest.mark.optimized
 def test_few_shot():
   results = few_shot.main()
   assert results["pretrained"] > results["random"] + 0.05
   assert results["learned"] > results["pretrained"] + 0.02
 
 
+@pytest.mark.optimized
 def test_learned_rates():
   results = learned_rates.main()
   assert results["learned"] > results["grid"]
 
 
+@pytest.mark.optimized
 def test_learned_loss():
   results = learned_loss.main()
   others = [value for name, value in results.items() if name != "learned"]
