@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import json
 
+from l2t_jax.method import objectives
 from l2t_jax.results import run_reader, transfer_map
 
 _SATURATED = 5.9  # A pair weight above this is at relu6's ceiling.
@@ -48,7 +49,8 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
       yield f"{dead} of {len(weights)} pairs are dead (weight below {limit})"
     saturated = sum(weight > _SATURATED for weight in weights)
     is_relu6 = run.config["transfer"]["pair_activation"] == "relu6"
-    if saturated and is_relu6 and run.config["method"] != "l2t_ww_joint":
+    method = objectives.get_method(run.config["method"])
+    if saturated and is_relu6 and method.looks_ahead:
       yield (
         f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of"
         " 6; a larger transfer.beta, or pair_activation=softplus, gives room"
