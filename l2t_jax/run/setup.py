@@ -120,8 +120,6 @@ def build(experiment: experiments.Experiment) -> Setup:
     target.network, {*plan.target_taps, target.head_tap} - {""}
   )
   recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
-  if not method.looks_ahead:
-    recipe = recipe._replace(look_ahead_loss="none")
   first_state = _make_first_state(
     method, settings.losses, plan, sources, target, recipe
   )
@@ -423,6 +421,7 @@ def _make_losses(experiment, target_fn, plan, head_tap):
 
 def _make_recipe(settings, steps_per_epoch, mode):
   inner, meta, bilevel = settings.optimizer, settings.meta, settings.bilevel
+  looks_ahead = objectives.get_method(settings.method).looks_ahead
   warmup_steps = inner.warmup_steps or round(
     inner.warmup_epochs * steps_per_epoch
   )
@@ -450,7 +449,7 @@ def _make_recipe(settings, steps_per_epoch, mode):
     ),
     optimizers.adam_l2(meta.learning_rate, meta.weight_decay, meta.clip_norm),
     bilevel.num_inner_steps,
-    bilevel.look_ahead_loss,
+    bilevel.look_ahead_loss if looks_ahead else "none",
     mode,
     bilevel.loop == "scan",
     settings.bad_numbers == "skip",
