@@ -160,7 +160,7 @@ def adaptive_mean(maps: chex.Array, size: tuple[int, ...]) -> jax.Array:
 
 def _window_means(old, new):
   """Return the matrix [new, old] that takes means over windows."""
-  matrix = np.zeros((new, old), np.float32)
+  matrix = np.zeros((new, old))
   for i in range(new):
     window = slice(i * old // new, -(-(i + 1) * old // new))
     matrix[i, window] = 1 / (window.stop - window.start)
