@@ -133,15 +133,13 @@ def _checked(loss_fn, *, keeps_model_state=False):
 
 def _check_state(optimizer, state):
   """Refuse a state that the optimizer or a derivative cannot work with."""
-  for path, leaf in jax.tree.leaves_with_path(state.params):
-    dtype = getattr(leaf, "dtype", type(leaf))
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      raise errors.InputError(
-        f"state.params has {getattr(dtype, '__name__', dtype)} at"
-        f" {name or 'its root'}; only arrays of floating-point numbers can be"
-        " trained: split the rest off (equinox.partition, nnx.split)"
-      )
+  _check_leaves(
+    "state.params",
+    state.params,
+    jnp.inexact,
+    "only arrays of floating-point numbers can be trained: split the rest off"
+    " (equinox.partition, nnx.split)",
+  )
   expected = jax.eval_shape(optimizer.init, state.params)
   structures = map(jax.tree.structure, (expected, state.opt_state))
   shapes = (
@@ -427,16 +425,25 @@ def hypergradient(
 
 
 def _check_meta_params(meta_params):
-  leaves = jax.tree.leaves_with_path(meta_params)
-  if not leaves:
+  if not jax.tree.leaves(meta_params):
     raise errors.InputError("meta_params has no arrays to differentiate by")
-  for path, leaf in leaves:
+  _check_leaves(
+    "meta_params",
+    meta_params,
+    jnp.floating,
+    "a derivative needs real floating-point numbers",
+  )
+
+
+def _check_leaves(name, tree, kind, reason):
+  """Refuse a pytree with a leaf whose dtype is of another kind."""
+  for path, leaf in jax.tree.leaves_with_path(tree):
     dtype = getattr(leaf, "dtype", type(leaf))
-    if not jnp.issubdtype(dtype, jnp.floating):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if not jnp.issubdtype(dtype, kind):
+      place = jax.tree_util.keystr(path, simple=True, separator="/")
       raise errors.InputError(
-        f"meta_params has {getattr(dtype, '__name__', dtype)} at"
-        f" {name or 'its root'}; a derivative needs real floating-point numbers"
+        f"{name} has {getattr(dtype, '__name__', dtype)} at"
+        f" {place or 'its root'}; {reason}"
       )
 
 
