@@ -87,6 +87,8 @@ EXPERIMENT = {
   #   scratch                         without a source
   #   finetune                        from the source's weights, where the
   #                                   shapes agree
+  #   linear_probe, finetune_source   no target: a linear classifier on the
+  #                                   frozen source, or on one that is trained
   #   lwf, at, lwf_at                 Learning without Forgetting, attention
   #                                   transfer, both
   #   kd                              knowledge distillation, where the classes

@@ -41,6 +41,9 @@ class Method(NamedTuple):
   # Those of `losses` that are part of the real update alone: the look-ahead
   # minimises the matching loss, whatever else the target imitates.
   added: tuple[str, ...] = ()
+  # What is trained: the target; or, in its place, the source with a new linear
+  # classifier ("source"), or that classifier alone ("classifier").
+  trains: str = "target"
 
   @property
   def weighs_pairs(self) -> bool:
@@ -49,7 +52,9 @@ class Method(NamedTuple):
 
   @property
   def needs_source(self) -> bool:
-    return bool(self.losses) or self.starts_from_source
+    return (
+      bool(self.losses) or self.starts_from_source or self.trains != "target"
+    )
 
 
 METHODS = {
@@ -57,6 +62,10 @@ METHODS = {
   "scratch": Method(),
   # The same, starting from the source's weights where shapes agree.
   "finetune": Method(starts_from_source=True),
+  # What there is without a target network: the source itself, frozen or not,
+  # with a new linear classifier.
+  "linear_probe": Method(trains="classifier"),
+  "finetune_source": Method(trains="source"),
   # Learning without Forgetting, attention transfer, and both.
   "lwf": Method(("lwf",)),
   "at": Method(("attention",), "one_to_one"),

@@ -16,6 +16,9 @@ import safetensors.numpy
 from l2t_jax import errors, files, models, types
 from l2t_jax.models import bundled, programs
 
+# In place of the name of a model: what linear_probe and finetune_source train.
+SOURCE_AND_CLASSIFIER = "source with a new linear classifier"
+
 
 def save(
   path: pathlib.Path, variables: types.PyTree, metadata: Mapping[str, str]
@@ -87,6 +90,11 @@ def load_network(path: pathlib.Path, dtype: Any = None) -> Loaded:
     errors.InputError: see `load`; or there is no such network.
   """
   variables, metadata = load(path)
+  if metadata["model"] == SOURCE_AND_CLASSIFIER:
+    raise errors.InputError(
+      f"{path} holds a {SOURCE_AND_CLASSIFIER}, which only the run's folder can"
+      " load; use the source's own weight file"
+    )
   program, params = variables.pop("program", None), variables.pop("params", {})
   try:
     network: models.Network

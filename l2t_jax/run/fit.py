@@ -152,7 +152,9 @@ def fit(
   summary = train.train(experiment, workdir)
   map_file = workdir / transfer_map.FILE
   return Result(
-    predictors.load(workdir, network=target),
+    predictors.load(
+      workdir, target, next(iter(experiment.sources.values()), None)
+    ),
     summary,
     json.loads(map_file.read_text()) if map_file.exists() else None,
     workdir,

@@ -372,6 +372,9 @@ def _transfer_record(pairs, means):
 @phases.phase("saving")
 def _save_target(setup, seed, target, epoch):
   description, image_format = seed.experiment.description, setup.image_format
+  model = description["target"]["model"]
+  if seed.experiment.method.trains != "target":
+    model = weight_files.SOURCE_AND_CLASSIFIER
   variables = sharding.gather({"params": target.params, **target.model_state})
   if not distributed.is_first():
     return
@@ -379,7 +382,7 @@ def _save_target(setup, seed, target, epoch):
     seed.workdir / run_folder.TARGET,
     variables,
     {
-      "model": description["target"]["model"],
+      "model": model,
       "num_classes": str(setup.num_outputs),
       "class_names": json.dumps(list(setup.dataset.class_names)),
       "channels": str(image_format.channels),

@@ -19,7 +19,9 @@ from PIL import Image
 
 from l2t_jax import data, errors, models, types
 from l2t_jax.data import augmentation, image_files, image_formats, pillow
+from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
+from l2t_jax.run import experiments, sources
 
 _BATCH_SIZE = 64
 
@@ -160,13 +162,17 @@ class Predictor:
 
 
 def load(
-  run: str | os.PathLike[str], network: models.Network | None = None
+  run: str | os.PathLike[str],
+  network: models.Network | None = None,
+  source: experiments.Source | None = None,
 ) -> Predictor:
   """Load the trained target of a run.
 
   Args:
     run: folder of the run, or the target.safetensors in it.
     network: the target network, for a run whose config does not name it.
+    source: the source, for a run of linear_probe or finetune_source whose
+      config does not name its weights.
 
   Raises:
     errors.InputError: there is no such file, or its network cannot be made.
@@ -192,6 +198,15 @@ def load(
     tuple(json.loads(metadata["mean"])),
     tuple(json.loads(metadata["std"])),
   )
+  trains = objectives.get_method(config["method"]).trains
+  if trains != "target":
+    source = source or _read_source(config)
+    network = sources.as_target(
+      sources.trace_one("", source, image_format),
+      int(metadata["num_classes"]),
+      image_format,
+      trains=trains,
+    )
   if network is None:
     network, params, model_state, _ = weight_files.load_network(path)
     weight_files.check_shapes(
@@ -212,4 +227,12 @@ def load(
     tuple(json.loads(metadata["class_names"])),
     config["target"]["task"],
     data.make_eval_resize(size, config["data"]["eval_resize"]),
+  )
+
+
+def _read_source(config):
+  (fields,) = config["sources"].values() or (config["source"],)
+  fields = {**fields}
+  return sources.load_source(
+    fields.pop("weights"), **fields, precision=config["precision"]
   )

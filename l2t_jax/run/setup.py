@@ -44,7 +44,8 @@ class Setup(NamedTuple):
   problem: training.Problem
   recipe: training.Recipe  # Its mode is the first of `modes`.
   modes: tuple[str, ...]  # How to differentiate; the first that fits is used.
-  sources: dict[str, training.Variables]  # Placed on the mesh.
+  # Those that the losses read, placed on the mesh.
+  sources: dict[str, training.Variables]
   source_taps: pair_sets.TapShapes  # Those that are in pairs.
   learns: bool  # Whether there is a meta update.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
@@ -114,6 +115,7 @@ def build(experiment: experiments.Experiment) -> Setup:
   plan = _Plan()
   if method.pair_set:
     plan = _plan_transfer(experiment, sources, target.layout)
+  read = sources if method.losses else []
   mode = settings.bilevel.mode
   modes = _AUTO_MODES if mode == "auto" else (mode,)
   target_fn = models.as_apply_fn(
@@ -133,9 +135,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     num_outputs=target.layout.num_outputs,
     problem=training.Problem(
       _make_losses(experiment, target_fn, plan, target.head_tap),
-      {
-        s.name: s.make_apply_fn(plan.source_taps, image_format) for s in sources
-      },
+      {s.name: s.make_apply_fn(plan.source_taps, image_format) for s in read},
       plan.pairs,
       plan.target_taps,
       _make_weights_fn(experiment, plan.pairs),
@@ -148,7 +148,7 @@ def build(experiment: experiments.Experiment) -> Setup:
         if settings.transfer.feature_scale == "std"
         else source.variables
       )
-      for source in sources
+      for source in read
     },
     source_taps=plan.source_taps,
     learns=plan.learn_channels or plan.learn_pairs,
@@ -460,6 +460,19 @@ def _make_recipe(settings, steps_per_epoch, mode):
 def _make_target(experiment, sources, image_format):
   network, method = experiment.target, experiment.method
   layout = models.trace(network, image_format.shape)
+  if method.trains != "target":
+    if len(layout.output_shape) != 1:
+      raise errors.InputError(
+        f"method {experiment.settings.method!r} has outputs ['B', K], but those"
+        f" of the task are {['B', *layout.output_shape]}; use another method"
+      )
+    network = source_networks.as_target(
+      source_networks.only_source(sources),
+      layout.num_outputs,
+      image_format,
+      trains=method.trains,
+    )
+    layout = models.trace(network, image_format.shape)
   fresh = compilation.jit_random(
     lambda key: models.init(network, key, image_format.shape)
   )
@@ -490,12 +503,7 @@ def _make_target(experiment, sources, image_format):
 
 def _source_to_start_from(layout, sources, image_format):
   """Return (the source's variables, notes) of a fine-tuning."""
-  if len(sources) > 1:
-    raise errors.InputError(
-      "fine-tuning starts from one source, but config.sources has"
-      f" {len(sources)}: {', '.join(source.name for source in sources)}"
-    )
-  (source,) = sources
+  source = source_networks.only_source(sources)
   if source.bands and source.bands != tuple(range(image_format.channels)):
     raise errors.InputError(
       f"fine-tuning starts from weights for the bands {source.bands}, but the"

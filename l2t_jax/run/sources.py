@@ -8,11 +8,12 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import errors, models, types
 from l2t_jax.data import image_formats, records
-from l2t_jax.method import pair_sets, training
+from l2t_jax.method import pair_sets, training, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments
 from l2t_jax.runtime import compilation
@@ -162,7 +163,7 @@ def trace(
       " none; give one, or use the method scratch"
     )
   return [
-    _trace(name, source, image_format)
+    trace_one(name, source, image_format)
     for name, source in experiment.sources.items()
   ]
 
@@ -236,6 +237,70 @@ def in_class_order(
   )
 
 
+def as_target(
+  source: TracedSource,
+  num_outputs: int,
+  images_from: image_formats.ImageFormat,
+  *,
+  trains: str,
+) -> models.Functions:
+  """Make the source with a new linear classifier the network to be trained.
+
+  The classifier reads the means over positions of the source's last tap.
+
+  Args:
+    source: the source.
+    num_outputs: K, the number of logits.
+    images_from: the format of the images that the network will be given.
+    trains: "classifier", so that the source computes as in evaluation and its
+      variables are part of the model state; or "source", so that all is
+      trained.
+  """
+  tap = models.last_tap(source.layout.taps)
+  num_features = source.layout.taps[tap][-1]
+  apply_source = source.make_apply_fn(source.named({tap: tap}), images_from)
+  frozen = trains == "classifier"
+  variables = source.variables
+
+  def init(key):
+    classifier = transfer.torch_linear(key, num_features, num_outputs)
+    if frozen:
+      kept = {"params": variables.params, **variables.model_state}
+      return {"classifier": classifier}, {"source": kept}
+    params = {"source": variables.params, "classifier": classifier}
+    return params, {"source": variables.model_state}
+
+  def apply(params, model_state, images, *, train):
+    state = dict(model_state.get("source", {}))
+    source_params = state.pop("params") if frozen else params["source"]
+    _, features, state = apply_source(
+      source_params, state, images, train=train and not frozen
+    )
+    (last,) = features.values()
+    pooled = jnp.mean(last, axis=(1, 2))
+    classifier = params["classifier"]
+    logits = pooled @ classifier["kernel"] + classifier["bias"]
+    return logits, {}, model_state if frozen else {"source": state}
+
+  return models.Functions(
+    init, apply, digest=getattr(source.network, "digest", "")
+  )
+
+
+def only_source(sources: Sequence[TracedSource]) -> TracedSource:
+  """Return the source that fine-tuning starts from.
+
+  Raises:
+    errors.InputError: there are several.
+  """
+  if len(sources) > 1:
+    raise errors.InputError(
+      "fine-tuning and linear probes start from one source, but config.sources"
+      f" has {len(sources)}: {', '.join(source.name for source in sources)}"
+    )
+  return sources[0]
+
+
 def notes(
   experiment: experiments.Experiment,
   sources: Sequence[TracedSource],
@@ -294,8 +359,21 @@ def _check_program(
     )
 
 
-def _trace(name, source, image_format):
-  """Trace a source network on images of its own format."""
+def trace_one(
+  name: str,
+  source: experiments.Source,
+  image_format: image_formats.ImageFormat,
+) -> TracedSource:
+  """Trace a source network on images of its own format.
+
+  Args:
+    name: of the source; "" for a single one.
+    source: the source.
+    image_format: of the target's images, for what the source does not say.
+
+  Raises:
+    errors.InputError: the source does not fit its weights or the images.
+  """
   given = source.origin or name
   if not set(source.bands) <= set(range(image_format.channels)):
     raise errors.InputError(

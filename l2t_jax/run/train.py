@@ -22,6 +22,7 @@ import optax
 
 from l2t_jax import errors
 from l2t_jax.method import training
+from l2t_jax.models import weight_files
 from l2t_jax.results import map_picture, run_reader, transfer_map
 from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
@@ -522,6 +523,8 @@ def _headline(setup, experiment):
   params = setup.state_shapes.inner.params["target"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   model = experiment.description["target"]["model"]
+  if experiment.method.trains != "target":
+    model = weight_files.SOURCE_AND_CLASSIFIER
   text = (
     f"{experiment.settings.method}: {model}, {count:,} parameters, on"
     f" {dataset.num_train} training, {dataset.num_val} validation and"

@@ -53,6 +53,22 @@ def test_a_field_that_does_not_exist():
     fit.fit(None, {"x_train": np.zeros((4, 8, 8))}, config=config)
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "finetune_source"])
+def test_a_source_in_place_of_a_target(arrays, method):
+  """Its predictions are those that were evaluated."""
+  network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
+  trained = fit.fit(
+    networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(1)),
+    arrays,
+    source=experiments.Source(network),
+    config=small_config(method, 2),
+  )
+  predicted = trained.predict(arrays["x_test"]).argmax(-1)
+  accuracy = np.mean(predicted == arrays["y_test"])
+  assert trained.summary["test_accuracy"] == pytest.approx(accuracy)
+  assert trained.transfer_map is None
+
+
 def test_a_target_learns_from_a_source(arrays, tmp_path):
   network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
   trained = fit.fit(network, arrays, config=small_config("scratch", 10))

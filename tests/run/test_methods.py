@@ -14,7 +14,7 @@ from l2t_jax import errors, models, types
 import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
-from l2t_jax.run import from_config, train, trainer
+from l2t_jax.run import from_config, predictor, train, trainer
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import sharding
 from tests.support import small_runs
@@ -115,6 +115,72 @@ def test_fine_tuning_starts_from_the_source(source):
   assert params["fc"]["kernel"].shape == (64, 3)
   other = run.create_state(1).inner.params["target"]  # And for each seed.
   assert (other["fc"]["kernel"] != params["fc"]["kernel"]).all()
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "finetune_source"])
+def test_the_source_itself_can_be_trained(source, tmp_path, method):
+  """In place of a target, with a new linear classifier."""
+  config = small_runs.small_config(source, epochs=2)
+  config.method = method
+  config.transfer.pairs = ""
+  config.source.mean, config.source.std = (0.4,), (0.3,)  # Not the target's.
+  config.data.classes = (1, 2, 3)
+  config.batch_size = 15
+  summary = small_runs.train(config, tmp_path)
+  before, _ = weight_files.load(source)
+  after, metadata = weight_files.load(tmp_path / "target.safetensors")
+  if method == "linear_probe":
+    chex.assert_trees_all_equal(after["source"], before)
+    assert set(after["params"]) == {"classifier"}
+  else:
+    kernel = lambda params: params["block1"]["conv1"]["kernel"]
+    trained = after["params"]["source"]
+    assert (kernel(trained) != kernel(before["params"])).any()
+    statistics = jax.tree.leaves(after["source"]["batch_stats"])
+    moved = zip(statistics, jax.tree.leaves(before["batch_stats"]), strict=True)
+    assert all((new != old).any() for new, old in moved)
+  # The trained network, computed by hand, is the one that was evaluated.
+  setup = setups.build(from_config.resolve(config))
+  batches = list(setup.dataset.eval_batches("test"))
+  images, labels = (
+    np.concatenate([getattr(b, name)[b.mask > 0] for b in batches])
+    for name in ("images", "labels")
+  )
+  network = weight_files.load_network(source).network
+  if method == "linear_probe":
+    params, state = before["params"], {"batch_stats": before["batch_stats"]}
+  else:
+    params, state = after["params"]["source"], after["source"]
+  as_the_source = ((images * 0.3081 + 0.1307) - 0.4) / 0.3
+  _, features, _ = models.as_apply_fn(network)(
+    params, state, as_the_source, train=False
+  )
+  last = features[list(models.trace(network, images.shape[1:]).taps)[-1]]
+  classifier = after["params"]["classifier"]
+  logits = last.mean((1, 2)) @ classifier["kernel"] + classifier["bias"]
+  accuracy = float((logits.argmax(-1) == labels).mean())
+  assert summary["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+  assert metadata["num_classes"] == "3"
+  # It can be used like any trained target, but not as a source.
+  pixels = np.round(255 * (images * 0.3081 + 0.1307)).astype(np.uint8)
+  outputs = predictor.load(tmp_path).outputs(pixels)
+  np.testing.assert_allclose(outputs, logits, rtol=1e-3, atol=1e-3)
+  with pytest.raises(errors.InputError, match="use the source's own weight"):
+    weight_files.load_network(tmp_path / "target.safetensors")
+
+
+def test_a_linear_probe_needs_one_source_and_logits(source):
+  config = small_runs.small_config(source)
+  config.method = "linear_probe"
+  config.transfer.pairs = ""
+  config.source.weights = ""
+  config.sources.one = default.source()
+  config.sources.one.weights = str(source)
+  setups.build(from_config.resolve(config))  # A named one will do.
+  config.sources.two = default.source()
+  config.sources.two.weights = str(source)
+  with pytest.raises(errors.InputError, match="has 2: one, two"):
+    setups.build(from_config.resolve(config))
 
 
 @pytest.mark.parametrize(

@@ -349,10 +349,11 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "An unknown method",
       "--config.method=l2t",
-      "config.method is 'l2t'; it must be one of scratch, finetune, lwf, "
-      "at, lwf_at, kd, afd, aft, fm_single, fm_one_to_one, fm_all_to_all, "
-      "l2t_w_single, l2t_w_one_to_one, l2t_ww, l2t_ww_joint, or one that "
-      "matches features and some of lwf, at, kd, such as kd+l2t_ww",
+      "config.method is 'l2t'; it must be one of scratch, finetune, "
+      "linear_probe, finetune_source, lwf, at, lwf_at, kd, afd, aft, "
+      "fm_single, fm_one_to_one, fm_all_to_all, l2t_w_single, "
+      "l2t_w_one_to_one, l2t_ww, l2t_ww_joint, or one that matches features "
+      "and some of lwf, at, kd, such as kd+l2t_ww",
     ),
     Case(
       "An unknown tracker",
