@@ -353,6 +353,9 @@ RECORDS = {
   "checkpoint_every": Field(1, AT_LEAST_1, may_change=True),
   # Iterations per further checkpoint within an epoch; 0 for none.
   "checkpoint_steps": Field(0, AT_LEAST_0, may_change=True),
+  # Evaluate the test images, too, at each epoch that is the best so far on the
+  # validation images. Runs that choose hyper-parameters leave them alone.
+  "evaluate_test": Field(True),
 }
 
 # All fields, by the names that they have on the command line.

@@ -30,8 +30,10 @@ def is_classification(task: str) -> bool:
   return task == "classification"
 
 
-def accuracy_text(value: float, task: str, digits: int) -> str:
+def accuracy_text(value: float | None, task: str, digits: int) -> str:
   """Format an accuracy: in % for a classifier, else as the task gives it."""
+  if value is None:
+    return UNKNOWN
   return f"{value:.{digits}%}" if is_classification(task) else f"{value:.4g}"
 
 
@@ -66,10 +68,15 @@ class Accuracies(NamedTuple):
 def accuracies(
   summaries: Sequence[Mapping[str, Any]], name: str, in_percent: bool
 ) -> Accuracies:
-  """Collect an accuracy, such as "test_accuracy", from several summaries."""
+  """Collect an accuracy, such as "test_accuracy", of those that have it."""
   factor = 100 if in_percent else 1
   return Accuracies(
-    tuple(factor * float(summary[name]) for summary in summaries), in_percent
+    tuple(
+      factor * float(summary[name])
+      for summary in summaries
+      if summary.get(name) is not None
+    ),
+    in_percent,
   )
 
 
@@ -87,8 +94,9 @@ class Run(NamedTuple):
   @property
   def best(self) -> dict[str, Any]:
     """The record of the best epoch so far; empty before the first."""
-    best = [record for record in self.epochs if "test_accuracy" in record]
-    return best[-1] if best else {}
+    if not self.epochs:
+      return {}
+    return max(self.epochs, key=lambda record: record["val_accuracy"])
 
   @property
   def in_percent(self) -> bool:

@@ -114,6 +114,7 @@ class Settings(NamedTuple):
   log_every: int
   checkpoint_every: int
   checkpoint_steps: int
+  evaluate_test: bool
 
 
 class Experiment(NamedTuple):

@@ -295,22 +295,24 @@ class Loop:
       named = {f"val_{name}": value for name, value in result.items()}
       seed.check_finite(named, step)
       is_best.append(result["accuracy"] > seed.progress["val_accuracy"])
-    test = validation
-    if any(is_best):
+    test: Sequence[Mapping[str, float]] = [{}] * len(self._seeds)
+    if any(is_best) and settings.evaluate_test:
       test = self._trainer.evaluate("test")
     for index, seed in enumerate(self._seeds):
       record = _epoch_record(self._setup, seed, epoch, validation[index])
       if is_best[index]:
-        record["test_accuracy"] = test[index]["accuracy"]
         seed.progress |= {
           "best_epoch": epoch,
           "val_accuracy": validation[index]["accuracy"],
-          "test_accuracy": record["test_accuracy"],
+          "test_accuracy": test[index].get("accuracy"),
         }
+        if settings.evaluate_test:
+          record["test_accuracy"] = test[index]["accuracy"]
         state = self._trainer.state_of(index)
         _save_target(self._setup, seed, training.evaluated(state), epoch)
       seed.record("epoch", step, record)
-      self._display.say(seed.label + _epoch_line(record, seed.experiment))
+      line = _epoch_line(record, seed.experiment, is_best[index])
+      self._display.say(seed.label + line)
     leaves = self._requests.should_stop_after(step)
     is_end = epoch == settings.epochs
     if leaves or is_end or epoch % settings.checkpoint_every == 0:
@@ -397,7 +399,7 @@ def _save_target(setup, seed, target, epoch):
   )
 
 
-def _epoch_line(record, experiment):
+def _epoch_line(record, experiment, is_best):
   task = experiment.description["target"]["task"]
   show = lambda name: run_reader.accuracy_text(
     record[f"{name}_accuracy"], task, digits=2
@@ -406,6 +408,7 @@ def _epoch_line(record, experiment):
     f"epoch {record['epoch']}/{experiment.settings.epochs}"
     f"  loss {record['train_loss']:.4f}  val {show('val')}"
   )
-  if "test_accuracy" in record:
-    line += f"  (best so far; test {show('test')})"
+  if is_best:
+    test = f"; test {show('test')}" if "test_accuracy" in record else ""
+    line += f"  (best so far{test})"
   return line

@@ -14,6 +14,7 @@ from l2t_jax import errors, models, types
 import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
+from l2t_jax.results import run_reader, tables
 from l2t_jax.run import from_config, predictor, train, trainer
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import sharding
@@ -169,7 +170,33 @@ def test_the_source_itself_can_be_trained(source, tmp_path, method):
     weight_files.load_network(tmp_path / "target.safetensors")
 
 
-def test_a_linear_probe_needs_one_source_and_logits(source):
+def test_test_images_can_be_left_alone(source, tmp_path, monkeypatch):
+  evaluate = trainer.Trainer.evaluate
+  seen = []
+
+  def note(self, split):
+    seen.append(split)
+    return evaluate(self, split)
+
+  monkeypatch.setattr(trainer.Trainer, "evaluate", note)
+  config = small_runs.small_config(source, epochs=2)
+  config.method = "scratch"
+  config.evaluate_test = False
+  summary = small_runs.train(config, tmp_path)
+  assert seen == ["val", "val"]
+  assert summary["test_accuracy"] is None
+  records = small_runs.records(tmp_path, "epoch")
+  assert not any("test_accuracy" in record for record in records)
+  best = max(record["val_accuracy"] for record in records)
+  assert summary["val_accuracy"] == best
+  (run,) = run_reader.find_runs([tmp_path], ())
+  assert run.best["val_accuracy"] == best
+  (row,) = tables.run_rows([run])
+  assert row["test"] == run_reader.UNKNOWN
+  assert row["validation"] != run_reader.UNKNOWN
+
+
+def test_a_linear_probe_needs_one_source(source):
   config = small_runs.small_config(source)
   config.method = "linear_probe"
   config.transfer.pairs = ""

@@ -70,6 +70,7 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
     log_every=5,
     checkpoint_every=2,
     checkpoint_steps=0,
+    evaluate_test=True,
   )
   params, state = models.init(_SOURCE, jax.random.key(source_seed), _SHAPE)
   return experiments.Experiment(
