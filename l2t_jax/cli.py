@@ -7,7 +7,8 @@ l2t_jax/config.py lists the fields. `--config.field=value` sets one of them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import copy
 import json
 import logging
 import pathlib
@@ -108,6 +109,39 @@ def load_config(
   )
   l2t_jax.config.expand_home(config)
   return config
+
+
+def with_fields(
+  config: ml_collections.ConfigDict, values: Mapping[str, str]
+) -> ml_collections.ConfigDict:
+  """Return a copy of a config with fields set as on the command line.
+
+  Args:
+    config: the fields.
+    values: dotted name -> text of the value.
+
+  Raises:
+    errors.InputError: a field or a value is wrong.
+  """
+  overrides = [f"--config.{field}={text}" for field, text in values.items()]
+  l2t_jax.config.check_fields(map(_name, overrides))
+  flag_values = flags.FlagValues()
+  arguments = ["", *overrides]
+  holder = config_flags.DEFINE_config_dict(
+    "config",
+    copy.deepcopy(config),
+    flag_values=flag_values,
+    sys_argv=arguments,
+  )
+  try:
+    flag_values(arguments)
+  except Exception as error:  # A parser may raise anything.
+    raise errors.InputError(
+      f"{' '.join(overrides)}: {errors.in_one_line(error)}"
+    ) from error
+  changed = holder.value
+  l2t_jax.config.expand_home(changed)
+  return changed
 
 
 def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:

@@ -289,6 +289,8 @@ LOSSES = {
 }
 
 LOSS_GROUPS = tuple({name.partition(".")[0]: None for name in LOSSES})
+# Group of fields -> name of the loss, in `objectives.Method`, that reads them.
+_LOSS_OF_GROUP = {name: name for name in LOSS_GROUPS} | {"at": "attention"}
 
 # The optimizer of the target's update and of the look-ahead (optimizer), and
 # Adam for the meta-networks f and g (meta).
@@ -519,6 +521,41 @@ def _name_in_table(name):
   if parts[0] == "sources" and len(parts) == 3:
     return f"source.{parts[2]}"
   return name
+
+
+def reads(config: ml_collections.ConfigDict, field: str) -> bool:
+  """Return whether a field matters to the method of a config.
+
+  Args:
+    config: the fields.
+    field: its dotted name.
+  """
+  method, fields = objectives.get_method(config.method), config.transfer
+  learned = lambda value: value == "learned" and not fields.map
+  learns_channels = method.learn_channels and learned(fields.channel_weights)
+  learns_pairs = method.learn_pairs and learned(fields.pair_weights)
+  learns = learns_channels or learns_pairs
+  group, _, name = field.partition(".")
+  if group in _LOSS_OF_GROUP:
+    return _LOSS_OF_GROUP[group] in method.losses
+  if group == "transfer":
+    return {
+      "beta": "matching" in method.losses,
+      "map": "matching" in method.losses,
+      "pairs": method.pair_set is not None and not fields.map,
+      "channel_weights": method.learn_channels and not fields.map,
+      "pair_weights": method.learn_pairs and not fields.map,
+      "pair_activation": learns_pairs and method.looks_ahead,
+      "feature_scale": method.pair_set is not None,
+    }[name]
+  return {
+    "meta": learns,
+    "bilevel": learns and method.looks_ahead,
+    "source": method.needs_source,
+    "sources": method.needs_source,
+    "target": method.trains == "target" or name not in ("model", "taps"),
+    "data": bool(method.losses) or not name.startswith("unlabeled"),
+  }.get(group, True)
 
 
 def source_configs(

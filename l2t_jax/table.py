@@ -9,18 +9,25 @@ skips what is done, resumes what was cut off and repeats what failed. Several
 configs are several columns (--config=configs/stl10.py,configs/cifar10.py), and
 so are several values of a field (--sweep=data.per_class=5,10,50). A field of
 all cells is set as --config.field=value.
+
+    --tune=transfer.beta=0.5,2 --tune=optimizer.learning_rate=0.02,0.1
+
+chooses among these values for each cell by itself, by the validation accuracy
+of runs with seeds of their own, before the table's seeds train. What a method
+does not read is not tuned for it. The row fm_search has fixed pairs that are
+searched for in the same way, one pair after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 import pathlib
 
 from l2t_jax import cli, errors
 from l2t_jax.results import paper, table_picture, tables
 from l2t_jax.run import cells as table_cells
-from l2t_jax.run import from_config
+from l2t_jax.run import from_config, tuning
 from l2t_jax.runtime import run_folder, signals
 
 
@@ -47,11 +54,31 @@ def make_parser() -> errors.Parser:
     help="a column for each value of a field",
   )
   parser.add_argument(
+    "--tune",
+    action="append",
+    default=[],
+    metavar="FIELD=VALUE,VALUE,...",
+    help="choose a field's value for each cell; repeatable, for combinations",
+  )
+  parser.add_argument(
+    "--tune-seeds",
+    type=_at_least(1),
+    default=1,
+    help="runs per combination of values (1)",
+  )
+  parser.add_argument(
+    "--reference",
+    default="",
+    metavar="METHOD",
+    help="row that the others are compared with, seed by seed",
+  )
+  parser.add_argument(
     "--shard",
     type=parse_shard,
     default="1/1",
     metavar="I/N",
-    help="train the I-th of N shares of the cells, I from 1 on",
+    help="train the I-th of N shares of the runs, or, with --tune or fm_search,"
+    " of the cells; I from 1 on",
   )
   parser.add_argument(
     "--together",
@@ -65,6 +92,12 @@ def make_parser() -> errors.Parser:
 
 def _names(text: str) -> list[str]:
   return [name.strip() for name in text.split(",")]
+
+
+def _fields_set(sweep: str, overrides: Sequence[str]) -> list[str]:
+  names = [override.partition("=")[0] for override in overrides]
+  names = [name.lstrip("-").removeprefix("config.") for name in names]
+  return [*names, sweep.partition("=")[0]]
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -102,13 +135,27 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   workdir = pathlib.Path(args.workdir)
   columns = table_cells.load_columns(args.config, args.sweep, overrides)
   cells = table_cells.make_cells(columns, args.methods, args.seeds, workdir)
-  for cell in cells:  # Before anything is trained.
-    from_config.check(cell.config, cell.workdirs)
-  run_folder.make(workdir)
-  jobs = table_cells.make_jobs(cells, args.together)[args.shard]
-  runs = sum(len(job.workdirs) for job in jobs)
+  if args.reference and args.reference not in args.methods:
+    raise errors.InputError(
+      f"--reference={args.reference} is not in"
+      f" --methods={','.join(args.methods)}"
+    )
   say = table_cells.CONSOLE.print
-  say(f"{len(cells)} cells; {runs} runs to do here")
+  jobs: Iterable[table_cells.Cell]
+  if args.tune or table_cells.SEARCH in args.methods:
+    tried = tuning.parse(args.tune, args.tune_seeds)
+    tuning.check(tried, cells, _fields_set(args.sweep, overrides))
+    mine = cells[args.shard]
+    trials = sum(tuning.num_trials(cell, tried) for cell in mine)
+    say(f"{len(cells)} cells; {len(mine)} to do here, with {trials} trials")
+    jobs = tuning.jobs(mine, tried, args.together)
+  else:
+    for cell in cells:  # Before anything is trained.
+      from_config.check(cell.config, cell.workdirs)
+    jobs = table_cells.make_jobs(cells, args.together)[args.shard]
+    runs = sum(len(job.workdirs) for job in jobs)
+    say(f"{len(cells)} cells; {runs} runs to do here")
+  run_folder.make(workdir)
   code, runner = 0, table_cells.Runner()
   try:
     with signals.StopRequests() as requests:
@@ -117,13 +164,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
           raise errors.Interrupted("asked to stop")
         if job.workdirs:
           runner.run(job)
-          table_picture.write(workdir, table_cells.results(cells))
+          results = table_cells.results(cells)
+          table_picture.write(workdir, results, args.reference)
   except (KeyboardInterrupt, errors.Interrupted) as error:
     say("interrupted; the same command resumes")
     code = getattr(error, "exit_code", 130)
   results = table_cells.results(cells)
-  table_picture.write(workdir, results)
-  tables.print_table(results)
+  table_picture.write(workdir, results, args.reference)
+  tables.print_table(results, args.reference)
   say(f"saved as {workdir}/table.md, table.csv and table.png")
   for cell in cells[::-1]:
     picture = next(iter(cell.workdirs.values())) / "transfer_map.png"

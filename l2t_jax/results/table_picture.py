@@ -32,7 +32,11 @@ _PAPER_MARKER: Any = {
 }
 
 
-def write(workdir: pathlib.Path | str, cells: Sequence[tables.Cell]) -> None:
+def write(
+  workdir: pathlib.Path | str,
+  cells: Sequence[tables.Cell],
+  reference: str = "",
+) -> None:
   """Write `table.csv`, `table.md` and `table.png` into `workdir`.
 
   Each file is replaced atomically: several processes may write them.
@@ -41,8 +45,9 @@ def write(workdir: pathlib.Path | str, cells: Sequence[tables.Cell]) -> None:
     workdir: the folder; it is created if it does not exist.
     cells: at most one per method and column; a missing one counts as not run.
       Methods and columns are shown in the order in which they first appear.
+    reference: the method that the others are compared with; "" for none.
   """
-  grid = tables.make_grid(cells)
+  grid = tables.make_grid(cells, reference)
   for name, content in (
     ("table.png", style.to_png(draw(cells))),
     ("table.csv", tables.to_csv(grid)),

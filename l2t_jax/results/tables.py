@@ -12,12 +12,55 @@ from typing import Any, NamedTuple
 
 from rich import box, console, table, text
 
-from l2t_jax.results import run_reader
+from l2t_jax.results import run_reader, statistics
 
 _CSV_HEADER = (
   *("method", "column", "seeds", "test_mean", "test_std", "val_mean"),
   *("val_std", "paper", "seconds", "memory_mib"),
+  *("reference", "difference", "difference_low", "difference_high", "pairs"),
+  *("tuned", "tuning_runs", "tuning_seconds", "tuning_plain_steps"),
 )
+
+
+_PLAIN = "scratch"  # The method whose iterations are plain steps.
+
+
+class Tuning(NamedTuple):
+  """What a cell was tuned to; the content of its tuning.json."""
+
+  chosen: Mapping[str, str] | None  # Field -> value; None if all trials failed.
+  # Each has the fields, the validation accuracies of its seeds, the seconds and
+  # iterations of all of them, and errors.
+  trials: Sequence[Mapping[str, Any]]
+
+  @property
+  def num_runs(self) -> int:
+    return sum(
+      len(trial["val_accuracy"]) + len(trial["errors"]) for trial in self.trials
+    )
+
+  @property
+  def seconds(self) -> float:
+    return sum(trial["seconds"] for trial in self.trials)
+
+  @property
+  def edges(self) -> list[str]:
+    """Fields whose chosen value is the largest or smallest of three or more."""
+    found = []
+    for field, value in (self.chosen or {}).items():
+      tried = {trial["fields"].get(field) for trial in self.trials} - {None}
+      try:
+        numbers = sorted(float(text) for text in tried)
+      except ValueError:
+        continue
+      if len(numbers) > 2 and float(value) in (numbers[0], numbers[-1]):
+        found.append(f"{field}={value}")
+    return found
+
+
+def fields_text(fields: Mapping[str, str]) -> str:
+  """Return fields as "a=1 b=2"."""
+  return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 class Cell(NamedTuple):
@@ -32,6 +75,7 @@ class Cell(NamedTuple):
   paper: float | None = None  # Test accuracy in % that the paper reports.
   # How the runs differ from the paper's: "epochs is 5, not 200".
   departures: tuple[str, ...] = ()
+  tuning: Tuning | None = None  # None if there was nothing to tune.
 
   @property
   def test(self) -> run_reader.Accuracies:
@@ -50,6 +94,16 @@ class Cell(NamedTuple):
     """Mean duration of a run over the seeds."""
     known = [s["seconds"] for s in self.summaries if "seconds" in s]
     return sum(known) / len(known) if known else None
+
+  @property
+  def iteration_seconds(self) -> float | None:
+    """Mean duration of an iteration, evaluation included."""
+    known = [s for s in self.summaries if "seconds" in s and "iterations" in s]
+    if not known:
+      return None
+    return sum(s["seconds"] for s in known) / sum(
+      s["iterations"] for s in known
+    )
 
   @property
   def memory_mib(self) -> float | None:
@@ -77,6 +131,21 @@ class Grid(NamedTuple):
   cells: dict[tuple[str, str], Cell]  # One per method and column.
   in_percent: dict[str, bool]  # Column -> how its accuracies are shown.
   departures: Mapping[str, Iterable[str]]  # Column -> those of its cells.
+  reference: str = ""  # The method that the others are compared with.
+
+  def difference(self, cell: Cell) -> statistics.Difference | None:
+    """Return a cell's test accuracy minus that of the reference, by seeds."""
+    other = self.cells.get((self.reference, cell.column))
+    if other is None or cell.method == self.reference:
+      return None
+    return difference(cell, other)
+
+  def plain_steps(self, cell: Cell) -> float | None:
+    """Return the cost of a cell's tuning in iterations of `scratch`."""
+    plain = self.cells.get((_PLAIN, cell.column))
+    if plain is None or not plain.iteration_seconds or not cell.tuning:
+      return None
+    return cell.tuning.seconds / plain.iteration_seconds
 
 
 class _Table(NamedTuple):
@@ -88,7 +157,17 @@ class _Table(NamedTuple):
   right: bool  # Whether to align all but the methods to the right.
 
 
-def make_grid(cells: Sequence[Cell]) -> Grid:
+def difference(cell: Cell, other: Cell) -> statistics.Difference | None:
+  """Compare the test accuracies of two cells, in % for classifiers."""
+  by_seed = lambda one: {
+    summary["seed"]: (100 if one.in_percent else 1) * summary["test_accuracy"]
+    for summary in one.summaries
+    if summary.get("test_accuracy") is not None
+  }
+  return statistics.paired_difference(by_seed(cell), by_seed(other))
+
+
+def make_grid(cells: Sequence[Cell], reference: str = "") -> Grid:
   """Arrange cells by method and column.
 
   Where one cell of a column departs from the paper's setting, the whole column
@@ -108,7 +187,7 @@ def make_grid(cells: Sequence[Cell]) -> Grid:
     if departures[column]:
       cell = cell._replace(paper=None)
     places[method, column] = cell
-  return Grid(methods, columns, places, in_percent, departures)
+  return Grid(methods, columns, places, in_percent, departures, reference)
 
 
 def has_paper(grid: Grid) -> bool:
@@ -116,9 +195,9 @@ def has_paper(grid: Grid) -> bool:
   return any(cell.paper is not None for cell in grid.cells.values())
 
 
-def print_table(cells: Sequence[Cell]) -> None:
+def print_table(cells: Sequence[Cell], reference: str = "") -> None:
   """Print the content of `table.md`; a narrow terminal folds its cells."""
-  grid = make_grid(cells)
+  grid = make_grid(cells, reference)
   out = console.Console(file=sys.stdout, highlight=False)
   for content in _tables(grid):
     out.print(text.Text(content.title, "bold"))
@@ -146,8 +225,22 @@ def to_csv(grid: Grid) -> str:
     values = [test.mean, test.std, validation.mean, validation.std]
     values += [cell.paper, cell.seconds, cell.memory_mib]
     digits = 4 if cell.in_percent else 6
-    rounded = ["" if v is None else round(v, digits) for v in values]
-    writer.writerow([method, column, len(cell.summaries), *rounded])
+    rounded = lambda values, digits: [
+      "" if value is None else round(value, digits) for value in values
+    ]
+    row = [method, column, len(cell.summaries), *rounded(values, digits)]
+    compared = grid.difference(cell)
+    if compared:
+      interval = compared.mean, compared.low, compared.high
+      row += [grid.reference, *rounded(interval, digits), compared.num_pairs]
+    else:
+      row += [""] * 5
+    if tuning := cell.tuning:
+      cost = rounded((tuning.seconds, grid.plain_steps(cell)), 1)
+      row += [fields_text(tuning.chosen or {}), tuning.num_runs, *cost]
+    else:
+      row += [""] * 4
+    writer.writerow(row)
   return out.getvalue()
 
 
@@ -217,6 +310,10 @@ def _accuracy_row(cell: Cell, seed: str) -> dict[str, str]:
 
 def _tables(grid: Grid) -> tuple[_Table, ...]:
   """Return one table of one column, else one of accuracies and one of costs."""
+  return (*_accuracy_tables(grid), *_tuning_tables(grid))
+
+
+def _accuracy_tables(grid: Grid) -> tuple[_Table, ...]:
   if len(grid.columns) == 1:
     return (_single_table(grid),)
   accuracies, costs = [], []
@@ -228,10 +325,57 @@ def _tables(grid: Grid) -> tuple[_Table, ...]:
   accuracy = "Test accuracy in %" if in_percent else "Test accuracy"
   named = [c if in_percent else f"{c}{_unit(grid, c)}" for c in grid.columns]
   title = f"{accuracy} at the best validation epoch"
-  return (
-    _Table(title, ("method", *named), accuracies, False),
-    _Table("Time per run and memory", ("method", *grid.columns), costs, False),
-  )
+  result = [_Table(title, ("method", *named), accuracies, False)]
+  if grid.reference:
+    rows = [
+      (
+        method,
+        *(_difference(grid, grid.cells[method, c]) for c in grid.columns),
+      )
+      for method in grid.methods
+      if method != grid.reference
+    ]
+    title = f"Test accuracy minus that of {grid.reference}"
+    result.append(_Table(title, ("method", *named), rows, False))
+  header = ("method", *grid.columns)
+  return (*result, _Table("Time per run and memory", header, costs, False))
+
+
+def _tuning_tables(grid: Grid) -> tuple[_Table, ...]:
+  """Return the table of what was tuned, if anything was."""
+  is_single = len(grid.columns) == 1
+  rows = [
+    (
+      cell.method if is_single else f"{cell.method}, {cell.column}",
+      fields_text(cell.tuning.chosen or {}) or "the config's own",
+      str(cell.tuning.num_runs),
+      f"{cell.tuning.seconds:,.0f}",
+      run_reader.UNKNOWN if steps is None else f"{steps:,.0f}",
+    )
+    for cell in grid.cells.values()
+    if cell.tuning
+    for steps in (grid.plain_steps(cell),)
+  ]
+  if not rows:
+    return ()
+  header = ("method", "chosen", "runs", "seconds", "plain steps")
+  return (_Table("Tuning on validation accuracy", header, rows, False),)
+
+
+def _difference(grid: Grid, cell: Cell) -> str:
+  compared = grid.difference(cell)
+  if compared is None:
+    return run_reader.UNKNOWN
+  return difference_text(compared, cell.in_percent)
+
+
+def difference_text(compared: statistics.Difference, in_percent: bool) -> str:
+  """Format as "+1.2 [0.4, 2.0]"."""
+  digits = ".1f" if in_percent else ".2g"
+  text = f"{compared.mean:+{digits}}"
+  if compared.low is not None:
+    text += f" [{compared.low:{digits}}, {compared.high:{digits}}]"
+  return text
 
 
 def _unit(grid: Grid, column: str) -> str:
@@ -242,11 +386,14 @@ def _single_table(grid: Grid) -> _Table:
   (column,) = grid.columns
   unit = _unit(grid, column)
   header = ["method", f"test{unit}", "paper %", f"validation{unit}"]
-  rows = [[*header, "seeds", "seconds", "memory"]]
+  compared = [f"minus {grid.reference}"] if grid.reference else []
+  rows = [[*header, *compared, "seeds", "seconds", "memory"]]
   for method in grid.methods:
     cell = grid.cells[method, column]
     reported = run_reader.UNKNOWN if cell.paper is None else f"{cell.paper:.1f}"
     row = [method, cell.test.text(), reported, cell.validation.text()]
+    if grid.reference:
+      row.append(_difference(grid, cell))
     rows.append([*row, cell.seeds, _seconds(cell), _memory(cell)])
   if not has_paper(grid):
     for row in rows:
@@ -296,6 +443,22 @@ def _notes(grid: Grid) -> list[str]:
       notes.append(f"{name}: {cell.seeds} seeds")
   if any(cell.test.std is not None for cell in cells):
     notes.append("±: sample standard deviation over the seeds.")
+  compared = filter(None, map(grid.difference, cells))
+  if counts := sorted({difference.num_pairs for difference in compared}):
+    notes.append(
+      f"minus {grid.reference}: mean difference in test accuracy over"
+      f" {_distinct(counts)} paired seeds, with its 95 % confidence interval"
+      " (paired t)."
+    )
+  for cell in cells:
+    for edge in cell.tuning.edges if cell.tuning else ():
+      name = cell.method if is_single else f"{cell.method}, {cell.column}"
+      notes.append(f"{name}: {edge} is at the edge of the values tried.")
+  if any(cell.tuning for cell in cells):
+    notes.append(
+      "Tuning: all trials of a method; plain steps are its seconds divided by"
+      f" those of an iteration of {_PLAIN}."
+    )
   if has_paper(grid):
     sign = "paper %" if is_single else "[ ]"
     notes.append(f"{sign}: reported by the paper, not measured here.")

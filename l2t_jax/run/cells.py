@@ -25,6 +25,9 @@ from l2t_jax.runtime import phases, run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 _ERROR = "error.txt"  # What a run that failed leaves.
+TUNING = "tuning.json"  # What a cell was tuned to, and the trials.
+# The row whose fixed pairs are searched for; see `tuning`.
+SEARCH = "fm_search"
 
 
 class Cell(NamedTuple):
@@ -34,6 +37,13 @@ class Cell(NamedTuple):
   method: str
   config: ml_collections.ConfigDict
   workdirs: dict[int, pathlib.Path]  # Seed -> folder of its run.
+  folder: pathlib.Path  # With the folders of all of its runs.
+  trial: str = ""  # Name of the trial that these runs are part of.
+
+  @property
+  def is_search(self) -> bool:
+    """True if its pairs are searched for."""
+    return self.method == SEARCH
 
 
 def load_columns(
@@ -75,9 +85,9 @@ def load_columns(
         value_name = f"{field.rpartition('.')[2]}={value}"
         column = value_name if len(paths) == 1 else f"{name} {value_name}"
         more.append(f"--config.{field}={value}")
-      folder = _folder_name(column)
+      folder = folder_name(column)
       for other in columns:
-        if _folder_name(other) == folder:
+        if folder_name(other) == folder:
           raise errors.InputError(
             f"the columns {other!r} and {column!r} would share the folder"
             f" {folder}; name each once, or give each a --workdir of its own"
@@ -96,7 +106,7 @@ def make_cells(
 
   Args:
     columns: name -> config.
-    methods: names for `objectives.get_method`.
+    methods: names for `objectives.get_method`, or `SEARCH`.
     num_seeds: seeds count from the config's own.
     workdir: of the table.
 
@@ -111,24 +121,30 @@ def make_cells(
     _check_rows_differ(methods, base.transfer)
     for method in methods:
       config = copy.deepcopy(base)
-      config.method = method
-      folder = workdir / _folder_name(column) / method
+      config.method = "fm_all_to_all" if method == SEARCH else method
+      folder = workdir / folder_name(column) / method
       seeds = range(base.seed, base.seed + num_seeds)
-      cells.append(
-        Cell(column, method, config, {s: folder / f"seed{s}" for s in seeds})
-      )
+      workdirs = {seed: folder / f"seed{seed}" for seed in seeds}
+      cells.append(Cell(column, method, config, workdirs, folder))
   return cells
 
 
-def _folder_name(column):
-  """Make one folder of a column, even where a path is swept."""
-  return column.replace("/", "_")
+def folder_name(name: str) -> str:
+  """Make one folder of a name, even where it holds a path."""
+  return name.replace("/", "_")
 
 
 def _check_rows_differ(methods, fields):
   """Refuse methods that the pairs or the map of a config make the same."""
   rows: dict[objectives.Method, str] = {}
+  if SEARCH in methods and (fields.pairs or fields.map):
+    raise errors.InputError(
+      f"config.transfer.{'map' if fields.map else 'pairs'} is set, but"
+      f" {SEARCH} searches for pairs; leave one of the two out"
+    )
   for name in methods:
+    if name == SEARCH:
+      continue
     method = objectives.get_method(name)
     if method.pair_set and (fields.pairs or fields.map):
       method = method._replace(pair_set="")
@@ -178,7 +194,7 @@ class Runner:
 
   def __init__(self):
     """Begin with nothing to share."""
-    self._cell: tuple[str, str] | None = None
+    self._cell: tuple[str, str, str] | None = None
     self._training: train.Training | None = None
 
   def run(self, job: Cell) -> None:
@@ -187,9 +203,9 @@ class Runner:
     Where training them together fails, each is trained alone.
     """
     start = time.time()
-    title = (
-      f"{job.column}  {job.method}  seed {', '.join(map(str, job.workdirs))}"
-    )
+    trial = job.trial and f"  {job.trial}"
+    seeds = ", ".join(map(str, job.workdirs))
+    title = f"{job.column}  {job.method}{trial}  seed {seeds}"
     first = next(iter(job.workdirs.values()))
     run_folder.make(first)
     summaries, failure = self._train_logged(job, title, first)
@@ -209,10 +225,10 @@ class Runner:
       run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
       for summary in summaries
     )
-    CONSOLE.print(
-      f"{title}: validation {accuracies('val_accuracy')}, test"
-      f" {accuracies('test_accuracy')}  ({time.time() - start:.0f} s)"
-    )
+    shown = f"validation {accuracies('val_accuracy')}"
+    if not job.trial:
+      shown += f", test {accuracies('test_accuracy')}"
+    CONSOLE.print(f"{title}: {shown}  ({time.time() - start:.0f} s)")
 
   def _train_logged(
     self, job: Cell, title: str, folder: pathlib.Path
@@ -238,10 +254,11 @@ class Runner:
 
   def _train(self, job):
     from_config.check(job.config, job.workdirs)
-    if self._training is None or self._cell != (job.column, job.method):
+    cell = (job.column, job.method, job.trial)
+    if self._training is None or self._cell != cell:
       self._training = None  # Its arrays, before the next one has its own.
       self._training = train.Training(from_config.resolve(job.config))
-      self._cell = (job.column, job.method)
+      self._cell = cell
     return self._training.run(job.workdirs)
 
 
@@ -250,7 +267,8 @@ def results(cells: Sequence[Cell]) -> list[tables.Cell]:
   return [_result(cell) for cell in cells]
 
 
-def _result(cell: Cell) -> tables.Cell:
+def read_runs(cell: Cell) -> tuple[list[dict[str, Any]], list[str]]:
+  """Return (summaries of the runs that are done, what failed in others)."""
   summaries, failures = [], []
   for seed, workdir in cell.workdirs.items():
     error_file = workdir / _ERROR
@@ -258,6 +276,18 @@ def _result(cell: Cell) -> tables.Cell:
       summaries.append(summary)
     elif error_file.exists():
       failures.append(f"seed {seed}: {error_file.read_text().splitlines()[0]}")
+  return summaries, failures
+
+
+def _result(cell: Cell) -> tables.Cell:
+  summaries, failures = read_runs(cell)
+  tuning = run_folder.read_json(cell.folder / TUNING)
+  if tuning and tuning["chosen"] is None:
+    first = next(error for t in tuning["trials"] for error in t["errors"])
+    failures.append(f"tuning: all trials failed, such as {first}")
+  elif tuning:
+    config = cli.with_fields(cell.config, tuning["chosen"])
+    cell = cell._replace(config=config)
   reported = paper.REPORTED.get(cell.column, {}).get(cell.method)
   return tables.Cell(
     cell.method,
@@ -268,6 +298,7 @@ def _result(cell: Cell) -> tables.Cell:
     in_percent=run_reader.is_classification(cell.config.target.task),
     paper=reported,
     departures=() if reported is None else _departures(cell, summaries),
+    tuning=tables.Tuning(**tuning) if tuning and tuning["trials"] else None,
   )
 
 

@@ -489,6 +489,7 @@ def _summary(setup, trainer, run, num_seeds, seconds):
     "test_accuracy": progress["test_accuracy"],
     "best_epoch": progress["best_epoch"],
     "epochs": settings.epochs,
+    "iterations": settings.epochs * dataset.steps_per_epoch,
     "recipe": run_reader.recipe(run.experiment.description),
     # Training and evaluation, without compiling the training step; if several
     # seeds trained together, the share of this one.

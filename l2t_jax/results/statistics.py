@@ -1,0 +1,57 @@
+"""Paired differences between methods, over the seeds that both have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+class Difference(NamedTuple):
+  """The mean of paired differences, with a confidence interval."""
+
+  mean: float
+  half_width: float | None  # Of the interval; None for fewer than two pairs.
+  num_pairs: int
+
+  @property
+  def low(self) -> float | None:
+    return None if self.half_width is None else self.mean - self.half_width
+
+  @property
+  def high(self) -> float | None:
+    return None if self.half_width is None else self.mean + self.half_width
+
+
+def paired_difference(
+  values: Mapping[int, float], reference: Mapping[int, float]
+) -> Difference | None:
+  """Compare two methods seed by seed.
+
+  The interval is that of Student's t for the mean of the n differences, with
+  n - 1 degrees of freedom. It takes the differences as normally distributed,
+  and says nothing of seeds, splits and settings that were not run.
+
+  Args:
+    values: seed -> value of one method.
+    reference: seed -> value of the other one.
+
+  Returns:
+    values - reference, with the interval of confidence `CONFIDENCE`; None if no
+    seed has both.
+  """
+  seeds = sorted(set(values) & set(reference))
+  if not seeds:
+    return None
+  differences = np.array([values[s] - reference[s] for s in seeds])
+  count = len(seeds)
+  half_width = None
+  if count > 1:
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    half_width = float(quantile * differences.std(ddof=1) / math.sqrt(count))
+  return Difference(float(differences.mean()), half_width, count)
