@@ -1,0 +1,316 @@
+r"""Which transfer pays with few labels? The study of benchmarks/RESULTS.md.
+
+    python -m benchmarks.study FILE.jsonl --workdir=local/study --hours=2
+
+trains what is not in the file yet and adds a line for each run. The file alone
+says what is done, so that any machine goes on with it, from the commit that the
+file's lines name. SIGTERM and Ctrl-C end it; a run that was cut off resumes if
+its folder is still there.
+
+The screening, with a target of a quarter of VGG-9's width, tunes every method
+by itself on validation images and then trains five seeds. The finalists, which
+are named here before they train, have VGG-9's full width, the values that the
+screening chose, and 20 seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import measuring
+from l2t_jax import cli, errors
+import l2t_jax.config
+from l2t_jax.results import table_picture, tables, transfer_map
+from l2t_jax.run import cells as table_cells
+from l2t_jax.run import predictor, tuning
+from l2t_jax.runtime import run_folder, signals
+
+_CONFIG = "benchmarks/few_labels.py"
+_REFERENCE = "scratch"
+
+
+class Stage(NamedTuple):
+  """A table of the study."""
+
+  name: str
+  width: str  # Argument of the config.
+  methods: tuple[str, ...]
+  num_seeds: int
+  tune: tuple[str, ...] = ()  # As --tune of `l2t_jax.table`.
+  tuned_in: str = ""  # The stage whose values are used; "" for its own.
+
+
+_EVERYWHERE = ("optimizer.learning_rate=0.02,0.06", "epochs=20,40")
+STAGES = (
+  Stage(
+    "screening",
+    "quarter",
+    (
+      *("scratch", "linear_probe", "finetune_source"),
+      *("lwf", "at", "aft", "afd"),
+      *("fm_single", "fm_one_to_one", "fm_all_to_all", "fm_search"),
+      *("l2t_ww_joint", "l2t_w_one_to_one", "l2t_ww"),
+    ),
+    num_seeds=5,
+    tune=(
+      *_EVERYWHERE,
+      "transfer.beta=0.5,2",
+      "meta.learning_rate=1e-4,1e-3,1e-2",
+      "lwf.weight=0.3,1,3",
+      "at.beta=100,1000",
+      "aft.weight=1,10",
+      "afd.weight=20,200",
+    ),
+  ),
+  # The combinations would have too many trials with the same values.
+  Stage(
+    "combinations",
+    "quarter",
+    ("lwf+fm_one_to_one", "lwf+l2t_ww"),
+    num_seeds=5,
+    tune=(
+      "epochs=20,40",
+      "optimizer.learning_rate=0.02",
+      "transfer.beta=0.5,2",
+      "meta.learning_rate=1e-3",
+      "lwf.weight=0.3,1",
+    ),
+  ),
+  # No transfer, the best fixed map, distillation, L2T-ww and the best cheap
+  # learned method. To be named after the screening, before they train.
+  Stage("finalists", "full", (), num_seeds=20, tuned_in="screening"),
+)
+
+
+def make_cells(
+  stage: Stage, workdir: pathlib.Path, overrides: Sequence[str]
+) -> list[table_cells.Cell]:
+  """Return the cells of a stage, tuned as far as another stage decides it."""
+  config = cli.load_config(f"{_CONFIG}:{stage.width}", overrides)
+  cells = table_cells.make_cells(
+    {stage.name: config}, stage.methods, stage.num_seeds, workdir
+  )
+  if not stage.tuned_in:
+    return cells
+  tuned = []
+  for cell in cells:
+    record = run_folder.read_json(
+      workdir / stage.tuned_in / cell.method / table_cells.TUNING
+    )
+    if record is None:
+      raise errors.InputError(
+        f"{cell.method} is not tuned yet: {stage.tuned_in} comes first"
+      )
+    config = cli.with_fields(cell.config, record["chosen"])
+    tuned.append(cell._replace(config=config))
+  return tuned
+
+
+def jobs(
+  stage: Stage, cells: Sequence[table_cells.Cell]
+) -> Iterator[table_cells.Cell]:
+  """Yield the runs of a stage one by one; see `tuning.jobs`."""
+  if stage.tune:
+    tried = tuning.parse(stage.tune, num_seeds=1)
+    tuning.check(tried, cells)
+    yield from tuning.jobs(cells, tried, together=1)
+  else:
+    yield from table_cells.make_jobs(cells, together=1)
+
+
+class Record:
+  """The file with a line per finished run."""
+
+  def __init__(self, path: pathlib.Path, workdir: pathlib.Path):
+    """Read the file and restore what its runs left, where it is missing.
+
+    Raises:
+      errors.InputError: a line is of another commit.
+    """
+    self._path, self._workdir = path, workdir
+    self._keys = {
+      "commit": _commit(),
+      "cpu": f"{measuring.device()} of {_cpu()}",
+    }
+    lines = path.read_text().splitlines() if path.exists() else []
+    self.lines = [json.loads(line) for line in lines]
+    for line in self.lines:
+      if line["commit"] != self._keys["commit"]:
+        raise errors.InputError(
+          f"{path} holds runs of commit {line['commit']}, but this is"
+          f" {self._keys['commit']}: git worktree add local/pinned"
+          f" {line['commit']}, and run the study there"
+        )
+      self._restore(line)
+    # A run that ended as the study was killed has no line: it trains again.
+    for summary in workdir.rglob("summary.json"):
+      if not self.has(summary.parent):
+        shutil.rmtree(summary.parent)
+
+  def _restore(self, line):
+    folder = self._workdir / line["run"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if line["error"]:
+      (folder / "error.txt").write_text(line["error"])
+      return
+    run_folder.write_json(folder / "summary.json", line["summary"])
+    if line["pairs"]:
+      content = {"pairs": [dict(pair) for pair in line["pairs"]]}
+      if not (folder / transfer_map.FILE).exists():
+        run_folder.write_json(folder / transfer_map.FILE, content)
+
+  def has(self, folder: pathlib.Path) -> bool:
+    """Return whether a run is done, or known to fail."""
+    return self._name(folder) in {line["run"] for line in self.lines}
+
+  def add(
+    self, folder: pathlib.Path, method: str, fields: Mapping[str, Any]
+  ) -> None:
+    """Write the line of a run, and delete what is large in its folder."""
+    error, summary = folder / "error.txt", folder / "summary.json"
+    content = run_folder.read_json(folder / transfer_map.FILE)
+    line = {
+      "run": self._name(folder),
+      "method": method,
+      "fields": fields,
+      "error": error.read_text().splitlines()[0] if error.exists() else "",
+      "summary": _short(run_folder.read_json(summary) or {}),
+      "pairs": _moved(content) if content else [],
+      **self._keys,
+    }
+    with self._path.open("a") as file:
+      file.write(json.dumps(line) + "\n")
+    self.lines.append(line)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / run_folder.TARGET).unlink(missing_ok=True)
+
+  def _name(self, folder):
+    return str(folder.relative_to(self._workdir))
+
+
+def _commit():
+  git = lambda *words: subprocess.check_output(("git", *words), text=True)
+  is_clean = not git("status", "--porcelain", "--untracked-files=no")
+  return git("rev-parse", "HEAD").strip() + ("" if is_clean else "-dirty")
+
+
+def _cpu():
+  names = re.findall(
+    r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()
+  )
+  return names[0] if names else "unknown"
+
+
+def _short(summary):
+  """Leave out of a summary what no table reads."""
+  left_out = ("recipe", "phases", "skipped_images", "split_hash")
+  return {k: value for k, value in summary.items() if k not in left_out}
+
+
+def _moved(content):
+  """Return how far λ and w of each pair moved, from a transfer map.
+
+  The first value of λ is the mean over the first epoch. Effective channels are
+  as many as w has if it is uniform.
+  """
+  return [
+    {
+      "source": pair["source"],
+      "target": pair["target"],
+      "pair_weight": [pair["history"][0], pair["history"][-1]],
+      "effective_channels": pair["channel_concentration"],
+      "channels": pair["num_channels"],
+    }
+    for pair in content["pairs"]
+  ]
+
+
+def evaluate_test(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+  """Put the test accuracy of a run's best epoch into its summary."""
+  path = folder / "summary.json"
+  summary = run_folder.read_json(path)
+  logits = predictor.load(folder).outputs(arrays["x_test"], 250)
+  right = np.argmax(logits, axis=-1) == arrays["y_test"]
+  run_folder.write_json(path, summary | {"test_accuracy": float(right.mean())})
+
+
+def train(
+  record: Record,
+  todo: Iterable[table_cells.Cell],
+  arrays: Mapping[str, Any],
+  until: float,
+) -> bool:
+  """Train jobs until a time; return whether all are done."""
+  runner = table_cells.Runner()
+  with signals.StopRequests() as requests:
+    for job in todo:
+      left = {
+        seed: folder
+        for seed, folder in job.workdirs.items()
+        if not record.has(folder)
+      }
+      if not left:
+        continue
+      if requests.received() or time.time() > until:
+        return False
+      runner.run(job._replace(workdirs=left))
+      fields = _changed(job)
+      for folder in left.values():
+        if not job.trial and not (folder / "error.txt").exists():
+          evaluate_test(folder, arrays)
+        record.add(folder, job.method, fields)
+  return True
+
+
+def _changed(job):
+  """Return the tuned fields of a job."""
+  names = {
+    text.partition("=")[0] for stage in STAGES for text in stage.tune
+  } | {"transfer.pairs"}
+  flat = l2t_jax.config.flatten(job.config.to_dict())
+  return {name: flat[name] for name in sorted(names)}
+
+
+def make_parser() -> errors.Parser:
+  """Return the parser of the command line."""
+  parser = errors.Parser(__doc__)
+  parser.add_argument("file", type=pathlib.Path)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--hours", type=float, default=1e6)
+  return parser
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> int:
+  """Go on with the study; print the table of each stage."""
+  record = Record(args.file, args.workdir)
+  until = time.time() + 3600 * args.hours
+  for stage in STAGES:
+    if not stage.methods:
+      print(f"{stage.name}: no method is named yet")
+      break
+    cells = make_cells(stage, args.workdir, overrides)
+    arrays = np.load(cells[0].config.data.path)
+    arrays = {name: arrays[name] for name in ("x_test", "y_test")}
+    is_done = train(record, jobs(stage, cells), arrays, until)
+    results = table_cells.results(cells)
+    table_picture.write(args.workdir / stage.name, results, _REFERENCE)
+    tables.print_table(results, _REFERENCE)
+    if not is_done:
+      break
+  seconds = sum(line["summary"].get("seconds", 0) for line in record.lines)
+  print(f"{len(record.lines)} runs, {seconds / 3600:.1f} hours of training")
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(make_parser(), main)
