@@ -50,7 +50,7 @@ class Stage(NamedTuple):
   tuned_in: str = ""  # The stage whose values are used; "" for its own.
 
 
-_EVERYWHERE = ("optimizer.learning_rate=0.02,0.06", "epochs=20,40")
+_EVERYWHERE = ("optimizer.learning_rate=0.01,0.03", "epochs=20,40")
 STAGES = (
   Stage(
     "screening",
@@ -80,7 +80,7 @@ STAGES = (
     num_seeds=5,
     tune=(
       "epochs=20,40",
-      "optimizer.learning_rate=0.02",
+      "optimizer.learning_rate=0.03",
       "transfer.beta=0.5,2",
       "meta.learning_rate=1e-3",
       "lwf.weight=0.3,1",

@@ -15,6 +15,7 @@ from l2t_jax import errors
 from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
+TUNING = "tuning"  # Folder of the runs by which a table's cell is tuned.
 UNKNOWN = "–"  # Stands for a number that is not known.
 # Beside those of the optimizer, in `recipe`.
 _RECIPE_FIELDS = (
@@ -120,7 +121,8 @@ def find_runs(
   """Read all runs in some folders.
 
   Args:
-    folders: folders of runs, or folders that are searched for runs.
+    folders: folders of runs, or folders that are searched for runs. The runs
+      of a table's tuning are passed over.
     free_fields: dotted names of the fields of a config that may differ between
       two runs of one experiment, beside the seed.
 
@@ -135,6 +137,8 @@ def find_runs(
   for folder in folders:
     found = {}
     for path in sorted(folder.rglob("config.json")):
+      if TUNING in path.relative_to(folder).parts:
+        continue
       config = run_folder.read_json(path)
       # Other programs write a config.json, too.
       if isinstance(config, dict) and set(config) >= _RUN_FIELDS:

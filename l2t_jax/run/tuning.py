@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from l2t_jax import cli, errors
 import l2t_jax.config
-from l2t_jax.results import tables, transfer_map
+from l2t_jax.results import run_reader, tables, transfer_map
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import from_config
 from l2t_jax.runtime import run_folder
@@ -220,7 +220,7 @@ def _trial(cell, fields, name, num_seeds):
   """Return a cell of the runs of a trial."""
   config = cli.with_fields(cell.config, fields)
   config.evaluate_test = False
-  folder = cell.folder / "tuning" / name
+  folder = cell.folder / run_reader.TUNING / name
   seeds = range(_FIRST_SEED, _FIRST_SEED + num_seeds)
   return cell._replace(
     config=config,

@@ -1,0 +1,353 @@
+"""Tuning of a table's cells: what is tried, chosen, left alone and resumed."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from l2t_jax import errors, table
+import l2t_jax.config
+from l2t_jax.method import objectives
+from l2t_jax.run import cells as table_cells
+from l2t_jax.run import tuning
+from tests.commands import test_table
+from tests.support import small_runs
+
+pytestmark = pytest.mark.xdist_group("methods")
+VERSIONS = {"python": "3.11.7"}
+
+
+def run_table(workdir, *arguments):
+  """Run the command in this process."""
+  line = ["--config=configs/digits.py", f"--workdir={workdir}", *arguments]
+  overrides = [a for a in line if a.startswith("--config.")]
+  args = table.make_parser().parse_args([a for a in line if a not in overrides])
+  return table.main(args, overrides)
+
+
+@pytest.fixture
+def pretend(monkeypatch, source):
+  """Let runs end at once, with a validation accuracy computed from the config.
+
+  Returns a function that sets how, and returns the list of the jobs that ran.
+  """
+
+  def pretend_with(accuracy, num_pairs=4):
+    ran = []
+
+    def run(self, job):
+      ran.append(job)
+      for seed, folder in job.workdirs.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        value = accuracy(job.config)
+        if value is None:
+          (folder / "error.txt").write_text("iteration 3: not finite: loss")
+          continue
+        is_tested = job.config.evaluate_test
+        summary = {
+          "seed": seed,
+          "val_accuracy": value,
+          "test_accuracy": value + 0.01 * seed if is_tested else None,
+          "epochs": job.config.epochs,
+          "iterations": 10,
+          "seconds": 5.0,
+          "device": "1 x cpu",
+          "versions": VERSIONS,
+        }
+        pairs = [{"source": f"s{i}", "target": "t"} for i in range(num_pairs)]
+        for name, content in (
+          ("summary.json", summary),
+          ("transfer_map.json", {"pairs": pairs}),
+        ):
+          (folder / name).write_text(json.dumps(content))
+
+    monkeypatch.setattr(table_cells.Runner, "run", run)
+    monkeypatch.setattr(tuning.from_config, "check", lambda *_: None)
+    return ran
+
+  return pretend_with
+
+
+def test_each_cell_is_tuned_by_itself(pretend, tmp_path):
+  """Over the fields that its method reads, with seeds of its own."""
+
+  def accuracy(config):
+    best = {"scratch": 0.1, "fm_single": 0.01}[config.method]
+    rate, beta = config.optimizer.learning_rate, config.transfer.beta
+    return 0.9 - abs(rate - best) - 0.01 * beta
+
+  ran = pretend(accuracy)
+  arguments = (
+    "--methods=scratch,fm_single",
+    "--tune=transfer.beta=2,0.5",
+    "--tune=optimizer.learning_rate=0.01,0.1,0.2",
+    "--seeds=2",
+    "--tune-seeds=3",
+  )
+  assert run_table(tmp_path, *arguments) == 0
+  trials = [job for job in ran if job.trial]
+  count = lambda method: sum(job.method == method for job in trials)
+  assert (count("scratch"), count("fm_single")) == (3 * 3, 6 * 3)
+  assert not any(job.config.evaluate_test for job in trials)
+  finals = [job for job in ran if not job.trial]
+  assert all(job.config.evaluate_test for job in finals)
+  seeds = lambda jobs: {seed for job in jobs for seed in job.workdirs}
+  assert seeds(finals) == {0, 1}
+  assert not seeds(trials) & seeds(finals)
+  chosen = {
+    job.method: (job.config.optimizer.learning_rate, job.config.transfer.beta)
+    for job in finals
+  }
+  assert chosen["scratch"][0] == 0.1
+  assert chosen["fm_single"] == (0.01, 0.5)
+  # The table says what was chosen, and what that cost.
+  scratch, single = test_table.rows(tmp_path)
+  assert scratch["tuned"] == "optimizer.learning_rate=0.1"
+  assert single["tuned"] == "transfer.beta=0.5 optimizer.learning_rate=0.01"
+  assert (scratch["tuning_runs"], single["tuning_runs"]) == ("9", "18")
+  # 5 s per run of 10 iterations: half a second per plain step.
+  assert float(single["tuning_seconds"]) == 18 * 5
+  assert float(single["tuning_plain_steps"]) == 18 * 10
+  text = (tmp_path / "table.md").read_text()
+  edge = "optimizer.learning_rate=0.01 is at the edge of the values tried"
+  assert f"fm_single: {edge}" in text
+  assert "scratch: optimizer" not in text
+  # The same command again has nothing to do.
+  ran.clear()
+  assert run_table(tmp_path, *arguments) == 0
+  assert not any(job.workdirs for job in ran)
+
+
+def test_a_killed_tuning_goes_on(pretend, tmp_path, monkeypatch):
+  ran = pretend(lambda config: 0.5 + config.optimizer.learning_rate)
+  pretended = table_cells.Runner.run
+
+  def run_or_stop(self, job):
+    if len(ran) == 2:
+      raise errors.Interrupted("asked to stop")
+    pretended(self, job)
+
+  arguments = (
+    "--methods=scratch",
+    "--tune=optimizer.learning_rate=0.01,0.1,0.2",
+    "--seeds=1",
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(table_cells.Runner, "run", run_or_stop)
+    assert run_table(tmp_path, *arguments) == errors.Interrupted.exit_code
+  before = [job.trial for job in ran]
+  assert len(before) == 2
+  ran.clear()
+  assert run_table(tmp_path, *arguments) == 0
+  trial, final = ran
+  assert trial.trial == "optimizer.learning_rate=0.2"
+  assert final.config.optimizer.learning_rate == 0.2
+
+
+def test_trials_that_fail_are_not_chosen(pretend, tmp_path):
+  def accuracy(config):
+    diverges = config.optimizer.learning_rate > 0.05
+    return None if diverges or config.method == "lwf" else 0.5
+
+  ran = pretend(accuracy)
+  tune = "--tune=optimizer.learning_rate=0.1,0.01"
+  code = run_table(tmp_path, "--methods=scratch,lwf", tune, "--seeds=1")
+  assert code == 1
+  (final,) = (job for job in ran if not job.trial)
+  assert final.method == "scratch"
+  assert final.config.optimizer.learning_rate == 0.01
+  text = (tmp_path / "table.md").read_text()
+  assert "lwf, tuning: all trials failed, such as seed 10000: iteration 3" in (
+    text
+  )
+
+
+@pytest.mark.parametrize(
+  ("num_pairs", "useful", "num_sets"),
+  [
+    (4, {1, 3}, 4 + 3 + 2),  # A third pair does not help.
+    (28, {0, 1, 2}, 30),  # The second round is cut short.
+    (40, {35}, 30),
+  ],
+)
+def test_fixed_pairs_are_searched(
+  pretend, tmp_path, num_pairs, useful, num_sets
+):
+  def accuracy(config):
+    pairs = config.transfer.pairs
+    if not pairs:  # All of them.
+      return 0.5
+    chosen = {int(name) for name in re.findall(r"s(\d+)->t", pairs)}
+    return 0.6 + 0.1 * len(chosen & useful) - 0.01 * len(chosen - useful)
+
+  ran = pretend(accuracy, num_pairs)
+  arguments = ("--methods=fm_search", "--seeds=1")
+  assert run_table(tmp_path, *arguments, "--tune=transfer.beta=1,2") == 0
+  sets = [job for job in ran if job.trial and job.config.transfer.pairs]
+  assert len(sets) == num_sets <= tuning.MAX_PAIR_SETS
+  assert {job.config.transfer.beta for job in sets} == {1}
+  final = ran[-1]
+  found = set(map(int, re.findall(r"s(\d+)->t", final.config.transfer.pairs)))
+  assert final.config.method == "fm_all_to_all"
+  if num_pairs == 4:
+    assert found == useful
+  else:
+    assert found <= set(range(30))
+
+
+def test_all_pairs_may_be_the_best(pretend, tmp_path):
+  ran = pretend(lambda config: 0.9 if not config.transfer.pairs else 0.5)
+  assert run_table(tmp_path, "--methods=fm_search", "--seeds=1") == 0
+  assert ran[-1].config.transfer.pairs == ""
+
+
+def test_shares_tune_whole_cells(pretend, tmp_path):
+  ran = pretend(lambda config: config.optimizer.learning_rate)
+  arguments = (
+    "--methods=scratch,lwf,kd",
+    "--tune=optimizer.learning_rate=0.01,0.1",
+    "--seeds=1",
+  )
+  for share, methods in (("1/2", {"scratch", "kd"}), ("2/2", {"lwf"})):
+    ran.clear()
+    assert run_table(tmp_path, *arguments, f"--shard={share}") == 0
+    assert {job.method for job in ran} == methods
+  tuned = [row["tuned"] for row in test_table.rows(tmp_path)]
+  assert tuned == ["optimizer.learning_rate=0.1"] * 3
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--tune=transfer.beta"], "must be a field and different values"),
+    (["--tune=transfer.beta=1,1"], "must be a field and different values"),
+    (["--tune=transfer.bet=1,2"], "did you mean config.transfer.beta?"),
+    (["--tune=method=kd,lwf"], "method cannot be tuned"),
+    (["--tune=epochs=1,2", "--tune=epochs=3"], "epochs is given twice"),
+    (["--tune=kd.weight=1,2"], "kd.weight: no method of the table reads it"),
+    (["--tune=epochs=1,x"], "epochs=x"),
+    (["--tune=epochs=1,0"], "config.epochs is 0; it must be at least 1"),
+    (["--tune=epochs=1,2", "--config.epochs=3"], "both set it"),
+    (["--tune=epochs=1,2", "--sweep=epochs=3,4"], "both set it"),
+    (["--reference=kd"], "--reference=kd is not in --methods"),
+    (
+      ["--methods=fm_search", "--config.transfer.pairs=single"],
+      "fm_search searches for pairs",
+    ),
+  ],
+)
+def test_what_cannot_be_tuned(tmp_path, source, arguments, message):
+  more = [f"--config.source.weights={source}"]
+  if not any(argument.startswith("--methods") for argument in arguments):
+    more.append("--methods=scratch,lwf")
+  with pytest.raises(errors.InputError, match=re.escape(message)) as error:
+    run_table(tmp_path / "table", *arguments, *more)
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize(
+  ("method", "read", "not_read"),
+  [
+    (
+      "scratch",
+      "epochs optimizer.momentum data.augment target.model",
+      "transfer.beta meta.learning_rate bilevel.loop kd.weight source.taps"
+      " data.unlabeled",
+    ),
+    ("linear_probe", "source.taps target.label_smoothing", "target.model"),
+    ("at", "at.beta transfer.pairs data.unlabeled", "transfer.beta kd.weight"),
+    ("lwf_at", "at.beta lwf.weight", "kd.temperature"),
+    ("afd", "afd.dim transfer.pairs", "transfer.beta transfer.pair_activation"),
+    (
+      "fm_single",
+      "transfer.beta transfer.map transfer.feature_scale",
+      "transfer.channel_weights meta.learning_rate bilevel.num_inner_steps",
+    ),
+    (
+      "l2t_w_single",
+      "meta.learning_rate bilevel.num_inner_steps transfer.channel_weights",
+      "transfer.pair_weights transfer.pair_activation",
+    ),
+    (
+      "l2t_ww_joint",
+      "meta.learning_rate",
+      "bilevel.num_inner_steps transfer.pair_activation",
+    ),
+    ("kd+l2t_ww", "kd.weight bilevel.loop transfer.pair_activation", "at.beta"),
+  ],
+)
+def test_which_fields_a_method_reads(method, read, not_read):
+  config = l2t_jax.config.get_config()
+  config.method = method
+  reads = lambda field: l2t_jax.config.reads(config, field)
+  assert all(map(reads, read.split()))
+  assert not any(map(reads, not_read.split()))
+
+
+def test_fixed_weights_leave_the_meta_update_unread():
+  config = l2t_jax.config.get_config()
+  config.transfer.channel_weights = "uniform"
+  assert l2t_jax.config.reads(config, "meta.learning_rate")
+  config.transfer.pair_weights = "constant"
+  assert not l2t_jax.config.reads(config, "meta.learning_rate")
+  config = l2t_jax.config.get_config()
+  config.transfer.map = "map.json"
+  assert not l2t_jax.config.reads(config, "meta.learning_rate")
+  assert not l2t_jax.config.reads(config, "transfer.pairs")
+
+
+def test_all_fields_are_read_by_some_method():
+  config = l2t_jax.config.get_config()
+  unread = set(l2t_jax.config.FIELDS)
+  for method in objectives.METHODS:
+    config.method = method
+    unread = {f for f in unread if not l2t_jax.config.reads(config, f)}
+  assert not unread
+
+
+def test_tuning_does_not_see_test_images(source, tmp_path):
+  """Whatever their labels are, the same is tried and chosen."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(40) % 4
+  noise = lambda: rng.integers(0, 40, (40, 8, 8))
+  images, val = (
+    np.uint8(60 * labels[:, None, None] + noise()) for _ in range(2)
+  )
+  records, tests = [], []
+  for turn in range(2):
+    file = tmp_path / f"{turn}.npz"
+    arrays = {"x_train": images, "y_train": labels}
+    arrays |= {"x_val": val, "y_val": labels}
+    other = np.uint8(rng.integers(0, 256, (40, 8, 8)))
+    arrays |= {"x_test": other, "y_test": np.roll(labels, turn)}
+    np.savez(file, **arrays)
+    folder = tmp_path / f"table{turn}"
+    command = test_table.arguments(
+      folder,
+      source,
+      "--methods=scratch",
+      "--seeds=1",
+      "--tune=optimizer.learning_rate=0.01,0.1",
+      "--config.data.source=npz",
+      f"--config.data.path={file}",
+    )
+    result = small_runs.run_python(*command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads(
+      (folder / "digits" / "scratch" / "tuning.json").read_text()
+    )
+    for trial in record["trials"]:
+      del trial["seconds"]
+    records.append(record)
+    cell = folder / "digits" / "scratch"
+    trials = list((cell / "tuning").glob("*/*/summary.json"))
+    assert len(trials) == 2
+    for path in trials:
+      assert json.loads(path.read_text())["test_accuracy"] is None
+      assert "test" not in (path.parent / "metrics.jsonl").read_text()
+    summary = json.loads((cell / "seed0" / "summary.json").read_text())
+    tests.append(summary["test_accuracy"])
+  assert records[0] == records[1]
+  assert all(0 <= test <= 1 for test in tests)
