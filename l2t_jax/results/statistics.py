@@ -16,8 +16,8 @@ class Difference(NamedTuple):
   """The mean of paired differences, with a confidence interval."""
 
   mean: float
-  half_width: float | None  # Of the interval; None for fewer than two pairs.
-  num_pairs: int
+  half_width: float | None  # Of the interval; None for fewer than two seeds.
+  values: tuple[float, ...]  # One per seed that both have.
 
   @property
   def low(self) -> float | None:
@@ -54,4 +54,6 @@ def paired_difference(
   if count > 1:
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
     half_width = float(quantile * differences.std(ddof=1) / math.sqrt(count))
-  return Difference(float(differences.mean()), half_width, count)
+  return Difference(
+    float(differences.mean()), half_width, tuple(differences.tolist())
+  )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import axes, figure, lines, ticker
 import numpy as np
@@ -32,6 +32,20 @@ _PAPER_MARKER: Any = {
 }
 
 
+class _Shown(NamedTuple):
+  """What the picture shows of a cell: its accuracy, or how it differs."""
+
+  values: tuple[float, ...]  # One per seed.
+  mean: float
+  half_width: float  # Of the whisker or band.
+  text: str
+  short: str  # The text without the half-width.
+
+  @property
+  def band(self) -> tuple[float, float]:
+    return self.mean - self.half_width, self.mean + self.half_width
+
+
 def write(
   workdir: pathlib.Path | str,
   cells: Sequence[tables.Cell],
@@ -39,7 +53,8 @@ def write(
 ) -> None:
   """Write `table.csv`, `table.md` and `table.png` into `workdir`.
 
-  Each file is replaced atomically: several processes may write them.
+  With a reference, `differences.png` shows how the other methods differ. Each
+  file is replaced atomically: several processes may write them.
 
   Args:
     workdir: the folder; it is created if it does not exist.
@@ -48,26 +63,55 @@ def write(
     reference: the method that the others are compared with; "" for none.
   """
   grid = tables.make_grid(cells, reference)
-  for name, content in (
-    ("table.png", style.to_png(draw(cells))),
-    ("table.csv", tables.to_csv(grid)),
-    ("table.md", tables.to_markdown(grid)),
-  ):
+  contents: dict[str, str | bytes] = {
+    "table.png": style.to_png(draw(cells)),
+    "table.csv": tables.to_csv(grid),
+    "table.md": tables.to_markdown(grid),
+  }
+  if reference and len(grid.methods) > 1:
+    contents["differences.png"] = style.to_png(draw(cells, reference))
+  for name, content in contents.items():
     files.write(pathlib.Path(workdir) / name, content, shared=True)
 
 
-def draw(cells: Sequence[tables.Cell]) -> figure.Figure:
+def draw(cells: Sequence[tables.Cell], reference: str = "") -> figure.Figure:
   """Draw a panel per data set, or lines over the values of a field.
 
   Args:
     cells: as in `write`.
+    reference: a method, to draw by how much the others differ from it, with
+      confidence intervals; "" for accuracies, with standard deviations.
 
   Returns:
     The figure, 10 inches wide.
   """
-  grid = tables.make_grid(cells)
+  grid = tables.make_grid(cells, reference)
+  if reference:
+    others = tuple(name for name in grid.methods if name != reference)
+    grid = grid._replace(methods=others)
   sweep = _sweep(grid.columns)
   return _draw_sweep(grid, *sweep) if sweep else _draw_panels(grid)
+
+
+def _shown(grid: tables.Grid, cell: tables.Cell) -> _Shown | None:
+  if grid.reference:
+    difference = grid.difference(cell)
+    if difference is None:
+      return None
+    text = tables.difference_text(difference, cell.in_percent)
+    return _Shown(
+      difference.values,
+      difference.mean,
+      difference.half_width or 0.0,
+      text,
+      text.partition(" ")[0],
+    )
+  test = cell.test
+  if test.mean is None:
+    return None
+  return _Shown(
+    test.values, test.mean, test.std or 0.0, test.text(), test.text(std=False)
+  )
 
 
 def _sweep(columns: Sequence[str]) -> tuple[str, dict[float, str]] | None:
@@ -91,7 +135,10 @@ def _sweep(columns: Sequence[str]) -> tuple[str, dict[float, str]] | None:
 def _draw_panels(grid: tables.Grid) -> figure.Figure:
   """Draw a panel per column: methods as rows, accuracy from left to right."""
   in_percent = all(grid.in_percent.values())
-  at_most, beside = (3, _VALUE) if in_percent else (2, _LONG_VALUE)
+  beside = _VALUE if in_percent else _LONG_VALUE
+  if grid.reference:  # The interval needs more room.
+    beside += 0.45
+  at_most = 3 if beside == _VALUE else 2
   num_rows = math.ceil(len(grid.columns) / at_most)
   num_across = math.ceil(len(grid.columns) / num_rows)
   names = style.shorten(grid.methods, 24)
@@ -100,12 +147,7 @@ def _draw_panels(grid: tables.Grid) -> figure.Figure:
   tall = _ROW * len(grid.methods) + 0.1
   first, each = 1.3, tall + 0.95
   page = style.Page(first + num_rows * each - 0.1)
-  _write_header(
-    page,
-    grid,
-    "Large dot: mean over the seeds; whisker: ± one standard deviation; "
-    "small dots: the seeds.",
-  )
+  _write_header(page, grid, "Large dot: mean", "whisker", "small dots: seeds.")
   titles = style.shorten(grid.columns, int(across / 0.11))
   for i, (column, title) in enumerate(zip(grid.columns, titles, strict=True)):
     x = left + across * (i % num_across)
@@ -120,16 +162,27 @@ def _draw_panels(grid: tables.Grid) -> figure.Figure:
 
 
 def _axis_title(grid: tables.Grid, column: str) -> str:
+  if grid.reference:
+    return "difference" + (", points" if grid.in_percent[column] else "")
   return "test accuracy" + (", %" if grid.in_percent[column] else "")
 
 
-def _write_header(page: style.Page, grid: tables.Grid, key: str) -> None:
-  page.write(0.35, 0.25, "Test accuracy at the best validation epoch", 17)
+def _write_header(
+  page: style.Page, grid: tables.Grid, mean: str, band: str, rest: str = ""
+) -> None:
+  """Write the title and the key: what shows the mean, the spread, and more."""
+  title = "Test accuracy at the best validation epoch"
+  key = f"{mean} over the seeds; {band}: ± one standard deviation"
+  if grid.reference:
+    title = f"Test accuracy minus that of {grid.reference}, seed by seed"
+    key = f"{mean} over the seeds; {band}: 95 % confidence interval"
+  page.write(0.35, 0.25, title, 17)
+  key = f"{key}; {rest}" if rest else f"{key}."
   counts = [len(cell.summaries) for cell in grid.cells.values()]
   if max(counts) < 2:
     key = "One seed each." if any(counts) else "No run has finished."
   page.write(0.35, 0.68, key, 8.5)
-  if tables.has_paper(grid):
+  if tables.has_paper(grid) and not grid.reference:
     x, y = 0.43 / style.WIDTH, 1 - 0.98 / page.height
     page.figure.add_artist(
       lines.Line2D([x], [y], linestyle="", **_PAPER_MARKER)
@@ -144,25 +197,28 @@ def _draw_panel(ax: axes.Axes, grid: tables.Grid, column: str) -> None:
   beside: Any = {"transform": ax.get_yaxis_transform()}
   for y, method in enumerate(grid.methods):
     cell = grid.cells[method, column]
-    test = cell.test
-    if cell.paper is not None:
+    shown = _shown(grid, cell)
+    if cell.paper is not None and not grid.reference:
       ax.plot(cell.paper, y, zorder=4, **_PAPER_MARKER)
       known.append(cell.paper)
     beside["va"] = "bottom" if cell.is_partial else "center"
-    ax.text(1.04, y, test.text(), size=8.5, color=style.INK, **beside)
+    text = shown.text if shown else run_reader.UNKNOWN
+    ax.text(1.04, y, text, size=8.5, color=style.INK, **beside)
     if cell.is_partial:
       beside["va"] = "top"
       seeds = f"{cell.seeds} seeds"
       ax.text(1.04, y + 0.03, seeds, size=7, color=style.SOFT, **beside)
-    if test.mean is None:
+    if shown is None:
       continue
-    whisker = _band(test)
-    known += [*whisker, *test.values]
-    ax.plot(whisker, [y, y], color=blue, linewidth=2)
-    ax.plot(test.mean, y, "o", color=blue, markersize=7, zorder=3)
-    if len(test.values) > 1:  # Below the mean, which would hide them.
+    known += [*shown.band, *shown.values]
+    ax.plot(shown.band, [y, y], color=blue, linewidth=2)
+    ax.plot(shown.mean, y, "o", color=blue, markersize=7, zorder=3)
+    if len(shown.values) > 1:  # Below the mean, which would hide them.
       dots: Any = {"color": blue, "markersize": 3, "alpha": 0.6}
-      ax.plot(test.values, [y + 0.28] * len(test.values), "o", **dots)
+      ax.plot(shown.values, [y + 0.28] * len(shown.values), "o", **dots)
+  if grid.reference:
+    known.append(0.0)
+    ax.axvline(0.0, color=style.SOFT, linewidth=1)
   ax.set_ylim(len(grid.methods) - 0.45, -0.55)
   style.plain_axes(ax)
   ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
@@ -175,13 +231,6 @@ def _draw_panel(ax: axes.Axes, grid: tables.Grid, column: str) -> None:
   ax.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 
-def _band(test: run_reader.Accuracies) -> tuple[float, float]:
-  """Return mean ± std of known accuracies; ± 0 for a single seed."""
-  assert test.mean is not None
-  std = test.std or 0.0
-  return test.mean - std, test.mean + std
-
-
 def _draw_sweep(
   grid: tables.Grid, field: str, columns: Mapping[float, str]
 ) -> figure.Figure:
@@ -191,8 +240,7 @@ def _draw_sweep(
   )
   tall = max(3.4, 0.35 * len(grid.methods))
   page = style.Page(tall + 1.85 + 0.25 * missing)
-  key = "Mean over the seeds; band: ± one standard deviation."
-  _write_header(page, grid, key)
+  _write_header(page, grid, "Mean", "band")
   if missing:
     note = "Some seeds are missing: table.md says which."
     page.write(0.35, page.height - 0.35, note, 8.5)
@@ -204,14 +252,20 @@ def _draw_sweep(
   known: list[float] = []  # Every value that the axis has to show.
   drawn = []
   for i, (method, name) in enumerate(zip(grid.methods, names, strict=True)):
-    tests = {x: grid.cells[method, c].test for x, c in columns.items()}
-    tests = {x: test for x, test in tests.items() if test.values}
+    points = {
+      x: point
+      for x, column in columns.items()
+      if (point := _shown(grid, grid.cells[method, column]))
+    }
     line = _draw_line(
-      ax, i, tests, faint=0.16 if len(grid.methods) < 5 else 0.07
+      ax, i, points, faint=0.16 if len(grid.methods) < 5 else 0.07
     )
-    line.set_label(_line_label(name, tests, max(columns)))
+    line.set_label(_line_label(name, points, max(columns)))
     drawn.append(line)
-    known += [end for test in tests.values() for end in _band(test)]
+    known += [end for point in points.values() for end in point.band]
+  if known and grid.reference:
+    known.append(0.0)
+    ax.axhline(0.0, color=style.SOFT, linewidth=1)
   if known:
     ax.set_ylim(*_limits(known, grid.in_percent[grid.columns[0]]))
     ax.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -226,32 +280,32 @@ def _draw_sweep(
   return page.figure
 
 
-def _line_label(
-  name: str, tests: Mapping[float, run_reader.Accuracies], last: float
-) -> str:
+def _line_label(name: str, points: Mapping[float, _Shown], last: float) -> str:
   """Return a method's name, and its mean at the last value of the field."""
-  if not tests:
+  if not points:
     return f"{run_reader.UNKNOWN}  {name}"
-  end = max(tests)
+  end = max(points)
   if end < last:  # Its mean would be taken for that of the last value.
     return f"{name} (to {end:g})"
-  return f"{tests[end].text(std=False)}  {name}"
+  return f"{points[end].short}  {name}"
 
 
 def _draw_line(
   ax: axes.Axes,
   index: int,
-  tests: Mapping[float, run_reader.Accuracies],
+  points: Mapping[float, _Shown],
   faint: float,
 ) -> lines.Line2D:
   """Draw one method's means and the band of their standard deviations."""
   num_colors = len(style.COLORS)
   color = style.COLORS[index % num_colors]
-  bands = np.array([_band(test) for test in tests.values()]).reshape(-1, 2)
+  bands = np.array([p.band for p in points.values()]).reshape(-1, 2)
   band: Any = {"color": color, "alpha": faint, "linewidth": 0}
-  ax.fill_between(list(tests), *bands.T, **band)
+  ax.fill_between(list(points), *bands.T, **band)
   means = bands.mean(axis=1)
-  (line,) = ax.plot(list(tests), means, color=color, linewidth=2, clip_on=False)
+  (line,) = ax.plot(
+    list(points), means, color=color, linewidth=2, clip_on=False
+  )
   line.set(marker=_MARKERS[index % num_colors], markersize=5)
   line.set_linestyle(_DASHES[index // num_colors % 2])
   return line

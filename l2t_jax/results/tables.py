@@ -233,7 +233,7 @@ def to_csv(grid: Grid) -> str:
     compared = grid.difference(cell)
     if compared:
       interval = compared.mean, compared.low, compared.high
-      row += [grid.reference, *rounded(interval, digits), compared.num_pairs]
+      row += [grid.reference, *rounded(interval, digits), len(compared.values)]
     else:
       row += [""] * 5
     if tuning := cell.tuning:
@@ -445,7 +445,7 @@ def _notes(grid: Grid) -> list[str]:
   if any(cell.test.std is not None for cell in cells):
     notes.append("±: sample standard deviation over the seeds.")
   compared = filter(None, map(grid.difference, cells))
-  if counts := sorted({difference.num_pairs for difference in compared}):
+  if counts := sorted({len(difference.values) for difference in compared}):
     notes.append(
       f"minus {grid.reference}: mean difference in test accuracy over"
       f" {_distinct(counts)} paired seeds, with its 95 % confidence interval"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from l2t_jax.results import statistics, tables
+from l2t_jax.results import statistics, table_picture, tables
 from tests.results import test_tables
 
 
@@ -16,7 +16,7 @@ def test_a_difference_by_hand():
   reference = {2: 1.0, 1: 3.0, 0: 1.0, 8: 0.0}
   found = statistics.paired_difference(values, reference)
   assert found.mean == pytest.approx(2.0)
-  assert found.num_pairs == 3
+  assert found.values == (1.0, 2.0, 3.0)
   half = 4.302653 / np.sqrt(3)
   assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
 
@@ -24,7 +24,7 @@ def test_a_difference_by_hand():
 def test_too_few_seeds_have_no_interval():
   assert statistics.paired_difference({0: 1.0}, {1: 1.0}) is None
   found = statistics.paired_difference({0: 1.5}, {0: 1.0})
-  assert found == (0.5, None, 1)
+  assert found == (0.5, None, (0.5,))
   assert found.low is found.high is None
 
 
@@ -82,3 +82,24 @@ def test_tables_show_differences_to_the_reference():
 def test_without_a_reference_nothing_is_compared():
   cells = [test_tables._cell("scratch", "a", (60.0, 61.0))]
   assert "minus" not in tables.to_markdown(tables.make_grid(cells))
+
+
+def test_the_picture_shows_intervals_around_differences():
+  cells = [
+    test_tables._cell("scratch", "a", (60.0, 61.0, 62.0)),
+    test_tables._cell("lwf", "a", (62.0, 63.0, 65.0)),
+  ]
+  fig = table_picture.draw(cells, "scratch")
+  (ax,) = fig.axes
+  whisker, mean, seeds, zero = ax.get_lines()
+  half = 4.302653 * np.std([2, 2, 3], ddof=1) / np.sqrt(3)
+  np.testing.assert_allclose(
+    whisker.get_xdata(), [7 / 3 - half, 7 / 3 + half], rtol=1e-6
+  )
+  assert mean.get_xdata() == pytest.approx(7 / 3)
+  np.testing.assert_allclose(seeds.get_xdata(), [2, 2, 3])
+  assert list(zero.get_xdata()) == [0, 0]
+  assert ax.get_xlim()[0] < 0 < ax.get_xlim()[1]
+  assert [tick.get_text() for tick in ax.get_yticklabels()] == ["lwf"]
+  texts = [text.get_text() for text in fig.texts]
+  assert "Test accuracy minus that of scratch, seed by seed" in texts

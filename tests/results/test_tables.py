@@ -454,13 +454,18 @@ def test_the_sweep_shows_a_line_for_each_method():
   assert _legend(ax) == ["62.0  late", "early (to 5)", "–  never"]
 
 
+@pytest.mark.parametrize("reference", ["", METHODS[0]])
 @pytest.mark.parametrize("change", [list, _errors])
 @pytest.mark.parametrize("case", CASES)
-def test_texts_neither_overlap_nor_leave_the_picture(case, change, monkeypatch):
+def test_texts_neither_overlap_nor_leave_the_picture(
+  case, change, reference, monkeypatch
+):
   num_methods, columns = CASES[case]
-  fig = table_picture.draw(change(_grid(num_methods, columns)))
+  if reference and num_methods == 1:
+    pytest.skip("nothing is compared")
+  fig = table_picture.draw(change(_grid(num_methods, columns)), reference)
   texts = pictures.draw_texts(fig, monkeypatch)
-  assert len(texts) > 5 + num_methods
+  assert len(texts) > 4 + num_methods
   pictures.assert_inside(fig, texts)
   pictures.assert_apart(texts)
 
