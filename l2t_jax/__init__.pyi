@@ -27,6 +27,8 @@ from .method.transfer import init_regressors as init_regressors
 from .method.transfer import matching_loss as matching_loss
 from .method.transfer import prepare_source as prepare_source
 from .method.transfer import transfer_weights as transfer_weights
+from .run.compare import Comparison as Comparison
+from .run.compare import compare as compare
 from .run.experiments import Experiment as Experiment
 from .run.experiments import Settings as Settings
 from .run.experiments import Source as Source

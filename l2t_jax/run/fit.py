@@ -122,6 +122,32 @@ def fit(
     errors.InputError: for arrays, networks and values that cannot work
       together.
   """
+  experiment = make_experiment(
+    target, arrays, source=source, config=config, task=task
+  )
+  workdir = workdir or tempfile.mkdtemp(prefix="l2t_jax_")
+  workdir = pathlib.Path(workdir).expanduser()
+  summary = train.train(experiment, workdir)
+  map_file = workdir / transfer_map.FILE
+  return Result(
+    predictors.load(
+      workdir, target, next(iter(experiment.sources.values()), None)
+    ),
+    summary,
+    json.loads(map_file.read_text()) if map_file.exists() else None,
+    workdir,
+  )
+
+
+def make_experiment(
+  target: models.Network,
+  arrays: Mapping[str, np.ndarray],
+  *,
+  source: SourceLike | Mapping[str, SourceLike] | None,
+  config: ml_collections.ConfigDict | None,
+  task: types.Task | None,
+) -> experiments.Experiment:
+  """Put together what `fit` trains; the arguments are its own."""
   compilation.use_cache()
   cpu_lowering.install()
   config = ml_collections.ConfigDict(
@@ -135,7 +161,7 @@ def fit(
   images = from_arrays.image_set(arrays, "arrays")
   _fit_to_images(config, arrays)
   l2t_jax.config.check(config, names_objects=False)
-  experiment = experiments.Experiment(
+  return experiments.Experiment(
     target,
     images,
     from_config.data_fields(config),
@@ -146,18 +172,6 @@ def fit(
     from_config.load_map(config),
     free_fields=l2t_jax.config.FREE_FIELDS,
     label_smoothing=config.target.label_smoothing,
-  )
-  workdir = workdir or tempfile.mkdtemp(prefix="l2t_jax_")
-  workdir = pathlib.Path(workdir).expanduser()
-  summary = train.train(experiment, workdir)
-  map_file = workdir / transfer_map.FILE
-  return Result(
-    predictors.load(
-      workdir, target, next(iter(experiment.sources.values()), None)
-    ),
-    summary,
-    json.loads(map_file.read_text()) if map_file.exists() else None,
-    workdir,
   )
 
 

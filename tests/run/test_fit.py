@@ -13,7 +13,7 @@ from sklearn import datasets
 from examples import networks, tasks
 from l2t_jax import errors, models, types
 from l2t_jax.data import from_arrays, splits
-from l2t_jax.run import experiments, fit, sources
+from l2t_jax.run import compare, experiments, fit, loop, predictor, sources
 from tests.support import bad_input
 
 SHAPE = (8, 8, 1)
@@ -51,6 +51,61 @@ def test_a_field_that_does_not_exist():
     errors.InputError, match=r"unknown field config\.optimizer"
   ):
     fit.fit(None, {"x_train": np.zeros((4, 8, 8))}, config=config)
+
+
+def test_methods_are_compared_seed_by_seed(arrays, tmp_path, monkeypatch):
+  network = networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))
+  again = functools.partial(
+    compare.compare,
+    lambda rngs: networks.NnxConvNeXt(10, 1, rngs=rngs),
+    arrays,
+    source=experiments.Source(network),
+    methods=("scratch", "linear_probe"),
+    config=small_config("l2t_ww", 2),
+    workdir=tmp_path,
+  )
+  comparison = again(seeds=(3, 5))
+  (difference,) = comparison.differences.values()
+  tests = {
+    (cell.method, summary["seed"]): summary["test_accuracy"]
+    for cell in comparison.cells
+    for summary in cell.summaries
+  }
+  by_hand = [
+    100 * (tests["linear_probe", seed] - tests["scratch", seed])
+    for seed in (3, 5)
+  ]
+  assert difference.values == pytest.approx(by_hand)
+  assert difference.mean == pytest.approx(np.mean(by_hand))
+  assert "| method | test % | validation % | minus scratch |" in (
+    comparison._repr_markdown_()
+  )
+  assert len(comparison.figure().axes) == 1
+  target = predictor.load(
+    tmp_path / "scratch" / "seed5",
+    networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0)),
+  )
+  accuracy = np.mean(
+    target.outputs(arrays["x_test"][..., None]).argmax(-1) == arrays["y_test"]
+  )
+  assert tests["scratch", 5] == pytest.approx(accuracy)
+  # What is done is not trained again.
+  monkeypatch.setattr(loop.Loop, "train", None)
+  assert again(seeds=(3, 5)).cells == comparison.cells
+
+
+@pytest.mark.parametrize(
+  ("methods", "reference", "message"),
+  [
+    (("kd",), "", "give at least two different methods"),
+    (("kd", "kd"), "", "give at least two different methods"),
+    (("kd", "lwf"), "scratch", "the reference is 'scratch'"),
+    (("kd", "l2t"), "", "unknown method 'l2t'"),
+  ],
+)
+def test_what_cannot_be_compared(arrays, methods, reference, message):
+  with pytest.raises(errors.InputError, match=message):
+    compare.compare(None, arrays, methods=methods, reference=reference)
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "finetune_source"])

@@ -1,0 +1,145 @@
+"""Compare methods in a notebook: the same networks and images, several seeds.
+
+comparison = l2t.compare(
+  lambda rngs: MyTarget(rngs=rngs),
+  {"x_train": images, "y_train": labels},
+  source=l2t.Source(my_source),
+  methods=("scratch", "finetune_source", "fm_one_to_one", "l2t_ww"),
+  seeds=5,
+)
+comparison             # the table, in a notebook
+comparison.figure()    # by how much the methods differ, with intervals
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+from matplotlib import figure
+import ml_collections
+import numpy as np
+
+from l2t_jax import errors, models, types
+from l2t_jax.method import objectives
+from l2t_jax.results import statistics, table_picture, tables
+from l2t_jax.run import fit, train
+
+_COLUMN = "comparison"
+
+
+class Comparison(NamedTuple):
+  """What several methods reached with the same seeds."""
+
+  cells: tuple[tables.Cell, ...]  # One per method, with its summaries.
+  reference: str  # The method that the others are compared with.
+  workdir: pathlib.Path  # Runs are in METHOD/seedN; `load` reads their targets.
+
+  @property
+  def differences(self) -> dict[str, statistics.Difference]:
+    """Method -> its test accuracy minus the reference's, paired by seed.
+
+    In % for classifiers; the interval is that of
+    `results.statistics.paired_difference`.
+    """
+    grid = tables.make_grid(self.cells, self.reference)
+    found = {cell.method: grid.difference(cell) for cell in self.cells}
+    return {method: found for method, found in found.items() if found}
+
+  def table(self) -> str:
+    """Return the table as Markdown."""
+    return tables.to_markdown(tables.make_grid(self.cells, self.reference))
+
+  def _repr_markdown_(self) -> str:
+    return self.table()
+
+  def figure(self) -> figure.Figure:
+    """Draw the differences, with confidence intervals."""
+    return table_picture.draw(self.cells, self.reference)
+
+
+def compare(
+  target: models.Network,
+  arrays: Mapping[str, np.ndarray],
+  *,
+  methods: Sequence[str],
+  source: fit.SourceLike | Mapping[str, fit.SourceLike] | None = None,
+  seeds: int | Sequence[int] = 3,
+  reference: str = "",
+  config: ml_collections.ConfigDict | None = None,
+  task: types.Task | None = None,
+  workdir: str | os.PathLike[str] | None = None,
+) -> Comparison:
+  """Train a target with several methods and seeds, and compare them.
+
+  Hyper-parameters are those of the config for all methods; to choose them for
+  each method, use `python -m l2t_jax.table --tune`.
+
+  Args:
+    target: see `fit`. A Linen module or a function that makes an NNX module
+      starts from other values with each seed; an NNX module that exists always
+      starts from its own.
+    arrays: see `fit`.
+    methods: at least two names for `config.method`.
+    source: see `fit`.
+    seeds: how many, from config.seed on; or the seeds.
+    reference: one of the methods, with which the others are compared; "" for
+      the first.
+    config: see `fit`; its method is not read.
+    task: see `fit`.
+    workdir: folder with a run per method and seed, where the same call skips
+      what is done and resumes what was cut off; None for a new one among the
+      system's temporary files.
+
+  Returns:
+    The accuracies, the differences, and where the runs are.
+
+  Raises:
+    errors.InputError: as `fit`, before anything is trained for methods that
+      are unknown, equal or too few.
+    errors.Stop: what ends a run, as in `train`; the runs that are done stay.
+  """
+  config = ml_collections.ConfigDict((config or fit.default_config()).to_dict())
+  methods = tuple(methods)
+  reference = reference or methods[0]
+  if len(set(methods)) < max(2, len(methods)) or reference not in methods:
+    raise errors.InputError(
+      f"methods are {', '.join(methods)} and the reference is {reference!r};"
+      " give at least two different methods, one of them the reference"
+    )
+  for method in methods:
+    objectives.get_method(method)
+  if isinstance(seeds, int):
+    seeds = range(config.seed, config.seed + seeds)
+  folder = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
+  folder = folder.expanduser()
+  trainings = {}
+  for method in methods:
+    config.method = method
+    trainings[method] = train.Training(
+      fit.make_experiment(
+        target, arrays, source=source, config=config, task=task
+      )
+    )
+  cells = []
+  for method in methods:
+    training = trainings.pop(method)  # Its programs go with it.
+    # One by one: on a CPU, convolutions of several seeds at once are slow.
+    summaries = [
+      summary
+      for seed in seeds
+      for summary in training.run({seed: folder / method / f"seed{seed}"})
+    ]
+    cells.append(
+      tables.Cell(
+        method,
+        _COLUMN,
+        tuple(summaries),
+        len(seeds),
+        in_percent=task in (None, objectives.CLASSIFICATION),
+      )
+    )
+  return Comparison(tuple(cells), reference, folder)
