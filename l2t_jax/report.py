@@ -30,6 +30,12 @@ def make_parser() -> errors.Parser:
   parser.add_argument(
     "--images", type=int, default=6, help="images with saliency; 0 for none"
   )
+  parser.add_argument(
+    "--reference",
+    default="",
+    metavar="METHOD",
+    help="method that the others are compared with, seed by seed",
+  )
   return parser
 
 
@@ -42,7 +48,13 @@ def main(args: argparse.Namespace) -> None:
   runs = find_runs(args.runs)
   with files.output_errors(args.output):
     files.check_place(args.output)  # Fail early, not after the work.
-  content = make_page(runs, args.images)
+  methods = sorted({run.config["method"] for run in runs})
+  if args.reference and args.reference not in methods:
+    raise errors.InputError(
+      f"--reference={args.reference} is the method of none of the runs; theirs"
+      f" are {', '.join(methods)}"
+    )
+  content = make_page(runs, args.images, args.reference)
   with files.output_errors(args.output):
     files.write(args.output, content)
   print(f"wrote {args.output}")
@@ -53,8 +65,16 @@ def find_runs(folders: Sequence[pathlib.Path]) -> list[run_reader.Run]:
   return run_reader.find_runs(folders, l2t_jax.config.FREE_FIELDS)
 
 
-def make_page(runs: Sequence[run_reader.Run], num_images: int) -> str:
-  """Return the page of some runs, with the saliency of `num_images` images."""
+def make_page(
+  runs: Sequence[run_reader.Run], num_images: int, reference: str = ""
+) -> str:
+  """Return the page of some runs.
+
+  Args:
+    runs: from `find_runs`.
+    num_images: images whose saliency is shown.
+    reference: method that the others are compared with; "" for none.
+  """
   saliency: dict[str, saliency_images.Saliency | str] = {}
   learned = [run for run in runs if run.learned_channels and num_images]
   # Seeds of an experiment look alike: the saliency of one is enough.
@@ -64,7 +84,9 @@ def make_page(runs: Sequence[run_reader.Run], num_images: int) -> str:
     except errors.InputError as error:
       saliency[run.name] = str(error)
   default = json.loads(l2t_jax.config.get_config().to_json())
-  return html_report.make_page(runs, default_config=default, saliency=saliency)
+  return html_report.make_page(
+    runs, default_config=default, saliency=saliency, reference=reference
+  )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def make_page(
   *,
   default_config: Mapping[str, Any],
   saliency: Mapping[str, Any],
+  reference: str = "",
 ) -> str:
   """Lay out runs as an HTML page.
 
@@ -32,6 +33,7 @@ def make_page(
     default_config: the default fields; those of a run that differ are bold.
     saliency: name of a run -> what the page shows of its saliency, a
       `run.saliency_images.Saliency`, or text that says why there is none.
+    reference: see `tables.run_rows`.
 
   Returns:
     The content of the page.
@@ -81,7 +83,8 @@ def make_page(
   return environment.get_template("report.html.jinja").render(
     runs=runs,
     warnings=run_warnings.find_warnings(runs),
-    rows=tables.run_rows(runs),
+    rows=tables.run_rows(runs, reference),
+    reference=reference,
     sections=sections,
     figures={name: _to_script(figure) for name, figure in figures.items()},
     templates=_in_script(json.dumps(templates)),

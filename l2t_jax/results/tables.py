@@ -266,22 +266,27 @@ def _escape(line: str) -> str:
   return line.replace("|", r"\|").replace("<", "&lt;")
 
 
-def run_rows(runs: Sequence[run_reader.Run]) -> list[dict[str, str]]:
+def run_rows(
+  runs: Sequence[run_reader.Run], reference: str = ""
+) -> list[dict[str, str]]:
   """Return the table of single runs, as the report shows it.
 
   Args:
     runs: from `run_reader.find_runs`.
+    reference: the method that others are compared with, seed by seed and on the
+      same split; "" for none.
 
   Returns:
     Rows of column -> text: one per run, and a row of means after runs that
     differ in their seed alone.
   """
   rows = []
-  for group in run_reader.by_experiment(runs):
+  groups = run_reader.by_experiment(runs)
+  for group in groups:
     for run in group:
       known = run.summary or run.best  # Before the end, the best epoch so far.
       cell = _cell_of(run, run.name, (known,) if known else ())
-      row = _accuracy_row(cell, str(run.config["seed"]))
+      row = _accuracy_row(cell, str(run.config["seed"]), reference)
       row["best epoch"] = str(run.best.get("epoch", run_reader.UNKNOWN))
       row["epochs"] = f"{len(run.epochs)} of {run.config['epochs']}"
       row |= {"seconds": _seconds(cell), "memory": _memory(cell)}
@@ -290,8 +295,33 @@ def run_rows(runs: Sequence[run_reader.Run]) -> list[dict[str, str]]:
     if len(done) > 1:
       name = f"{run_reader.common_name(group)}: mean ± std"
       cell = _cell_of(group[0], name, done)
-      rows.append(_accuracy_row(cell, f"{len(done)} seeds"))
+      rows.append(_accuracy_row(cell, f"{len(done)} seeds", reference))
+    if reference and done:
+      others = [
+        other
+        for other in groups
+        if other[0].config["method"] == reference
+        and _splits(other) == _splits(group)
+      ]
+      rows[-1][f"minus {reference}"] = _compare_groups(group, others)
   return rows
+
+
+def _splits(group):
+  return {run.summary.get("split_hash") for run in group if run.summary}
+
+
+def _compare_groups(group, others):
+  """Return a difference as text; "" without a single reference."""
+  if len(others) != 1 or others[0] is group:
+    return ""
+  done = lambda runs: tuple(run.summary for run in runs if run.summary)
+  compared = difference(
+    *(_cell_of(runs[0], "", done(runs)) for runs in (group, others[0]))
+  )
+  if compared is None:
+    return ""
+  return difference_text(compared, group[0].in_percent)
 
 
 def _cell_of(run: run_reader.Run, name: str, summaries: tuple) -> Cell:
@@ -299,14 +329,15 @@ def _cell_of(run: run_reader.Run, name: str, summaries: tuple) -> Cell:
   return Cell(method, name, summaries, len(summaries), in_percent=in_percent)
 
 
-def _accuracy_row(cell: Cell, seed: str) -> dict[str, str]:
-  return {
+def _accuracy_row(cell: Cell, seed: str, reference: str) -> dict[str, str]:
+  row = {
     "run": cell.column,
     "method": cell.method,
     "seed": seed,
     "validation": cell.validation.text(unit=True),
     "test": cell.test.text(unit=True),
   }
+  return row | ({f"minus {reference}": ""} if reference else {})
 
 
 def _tables(grid: Grid) -> tuple[_Table, ...]:

@@ -89,6 +89,33 @@ def test_results_and_means_over_seeds(folder):
   assert mean["test"] == f"{100 * summary['test_accuracy']:.1f} ± 0.0 %"
 
 
+def test_groups_are_compared_with_a_reference(folder, tmp_path):
+  runs = report.find_runs([folder])
+  runs[0].summary["test_accuracy"] = 0.75
+  runs[1].summary.update(seed=1, test_accuracy=0.25)
+  runs[2].summary["test_accuracy"] = 0.5
+  rows = tables.run_rows(runs, "scratch")
+  *single, mean, scratch = [row["minus scratch"] for row in rows]
+  assert mean == "+25.0"  # Of seed 0, which alone both have.
+  assert [*single, scratch] == ["", "", ""]
+  page = report.make_page(runs, 0, "scratch")
+  assert "<th>minus scratch</th>" in page
+  assert "<td>+25.0</td>" in page
+  # Other images are not comparable.
+  runs[2].summary["split_hash"] = "another"
+  assert not any(
+    row["minus scratch"] for row in tables.run_rows(runs, "scratch")
+  )
+  # A table's trials are none of its results.
+  trial = tmp_path / "kd" / "tuning" / "beta=1" / "seed10000"
+  shutil.copytree(folder / "scratch" / "seed0", trial)
+  shutil.copytree(folder / "scratch" / "seed0", tmp_path / "kd" / "seed0")
+  (run,) = report.find_runs([tmp_path])
+  assert run.workdir == (tmp_path / "kd" / "seed0").resolve()
+  (run,) = report.find_runs([tmp_path / "kd" / "tuning"])
+  assert run.workdir == trial.resolve()
+
+
 def test_the_recipe_of_a_run(folder):
   run, *_ = report.find_runs([folder])
   run.config["data"]["mixup"] = 0.8
