@@ -77,6 +77,25 @@ class Result(NamedTuple):
       images = _with_channels(images)
     return self.predictor.outputs(images, min(batch_size, len(images) or 1))
 
+  def as_source(self, taps: str | tuple[str, ...] = ()) -> experiments.Source:
+    """Return the trained target as a source of other targets.
+
+    Args:
+      taps: names or globs of its layers; () for the default ones.
+    """
+    trained = self.predictor
+    return experiments.Source(
+      trained.network,
+      trained.params,
+      trained.model_state,
+      taps,
+      trained.image_format.size,
+      trained.image_format.channels,
+      trained.image_format.mean,
+      trained.image_format.std,
+      class_names=trained.class_names,
+    )
+
   def figure(self) -> figure.Figure:
     """Draw what was transferred where."""
     if self.transfer_map is None:

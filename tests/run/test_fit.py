@@ -130,9 +130,8 @@ def test_a_target_learns_from_a_source(arrays, tmp_path):
   assert trained.summary["test_accuracy"] > 0.6
   with pytest.raises(errors.InputError, match="'scratch' has no transfer map"):
     trained.figure()
-  source = experiments.Source(
-    network, trained.predictor.params, taps="stages/*"
-  )
+  source = trained.as_source(taps="stages/*")
+  assert source.mean == trained.predictor.image_format.mean
   result = fit.fit(
     networks.ConvNeXt(10),
     arrays,

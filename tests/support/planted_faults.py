@@ -38,6 +38,7 @@ _OPTIMIZERS = "method/test_optimizers.py::"
 _TRAINING = "method/test_training.py::"
 _TRANSFER = "method/test_transfer.py::"
 _OBJECTIVES = "method/test_objectives.py::"
+_TUNING = "commands/test_tuning.py::"
 _LOOP_PROBLEMS = "method/test_inner_loop_problems.py::"
 _LOOPS = "method/test_inner_loops.py::"
 _MIXING = "method/test_mixing.py::"
@@ -543,6 +544,31 @@ FAULTS = (
   Fault("number_of_the_paper_is_mistyped", "results/paper.py",
         "76.4, 78.3", "76.4, 78.8",
         "results/test_paper.py::test_the_paper_is_quoted_as_in_the_readme"),
+  Fault("trials_evaluate_test_images", "run/tuning.py",
+        "config.evaluate_test = False", "config.evaluate_test = True",
+        f"{_TUNING}test_each_cell_is_tuned_by_itself"),
+  Fault("the_worst_trial_is_chosen", "run/tuning.py",
+        "best = max(outcomes, key=lambda", "best = min(outcomes, key=lambda",
+        f"{_TUNING}test_each_cell_is_tuned_by_itself"),
+  Fault("trials_share_seeds_with_the_table", "run/tuning.py",
+        "_FIRST_SEED = 10_000", "_FIRST_SEED = 0",
+        f"{_TUNING}test_each_cell_is_tuned_by_itself"),
+  Fault("a_trial_that_failed_counts", "run/tuning.py",
+        '-float("inf") if failures else', '1.0 if failures else',
+        f"{_TUNING}test_trials_that_fail_are_not_chosen"),
+  Fault("a_search_goes_on_where_no_pair_helps", "run/tuning.py",
+        "tried[winner].score <= best.score", "False",
+        f"{_TUNING}test_fixed_pairs_are_searched"),
+  Fault("differences_are_not_paired", "results/statistics.py",
+        "values[s] - reference[s] for s in seeds",
+        "a - b for a, b in zip(values.values(), reference.values())",
+        "results/test_statistics.py::test_a_difference_by_hand"),
+  Fault("an_interval_of_n_degrees_of_freedom", "results/statistics.py",
+        "(1 + CONFIDENCE) / 2, count - 1)", "(1 + CONFIDENCE) / 2, count)",
+        "results/test_statistics.py::test_a_difference_by_hand"),
+  Fault("a_linear_probe_trains_its_source", "run/sources.py",
+        'frozen = trains == "classifier"', 'frozen = trains == "nothing"',
+        "run/test_methods.py::test_the_source_itself_can_be_trained"),
 )
 # fmt: on
 
