@@ -1,7 +1,7 @@
 """The accuracies that the paper reports, and the settings they stand for.
 
-Jang et al., "Learning What and Where to Transfer", ICML 2019, Table 1. As in
-the README, the numbers are recalled, not measured with this code.
+Jang et al., "Learning What and Where to Transfer", ICML 2019, Table 1. The
+numbers are recalled, not measured with this code.
 """
 
 from __future__ import annotations
