@@ -1,11 +1,12 @@
 # make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
-# make test: lint, types, arrows, documentation and tests (10 to 30 minutes).
+# make test: lint, types, arrows, spelling, documentation and tests (10 to 30
+# minutes).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long docs torch browser clean
+.PHONY: demo test test-long docs torch browser dist clean
 
 demo: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/digits_source.py \
@@ -18,6 +19,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
 	$(MAKE) docs
 	$(BIN)/pytest
 
@@ -50,5 +52,10 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	@touch $@
 
+# A source distribution and a wheel, in dist/.
+dist: $(VENV)/.dev
+	$(BIN)/python -m build --outdir=dist
+
+# Everything that is made here but the runs.
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis site
