@@ -34,6 +34,28 @@ def test_pages_have_blocks():
   assert {"tutorial.md", "inner_loop.md"} <= {path.name for path in PAGES}
 
 
+def test_links_lead_somewhere():
+  """Also those of pages that mkdocs does not build, and their headings."""
+  root = small_runs.ROOT
+  pages = [*root.glob("*.md"), *DOCS.rglob("*.md")]
+  pages.append(root / "benchmarks" / "RESULTS.md")
+  for page in pages:
+    links = re.findall(r"\]\(([^)\s]*)\)", page.read_text())
+    for path, _, anchor in (link.partition("#") for link in links):
+      if "://" in path:
+        continue
+      target = page.parent / path if path else page
+      assert target.exists(), f"{page}: {path}"
+      if anchor:
+        assert anchor in _anchors(target), f"{page}: {path}#{anchor}"
+
+
+def _anchors(page):
+  """Return the anchors that GitHub makes of a page's headings."""
+  headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+  return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
   "page", PAGES, ids=lambda path: str(path.relative_to(DOCS))

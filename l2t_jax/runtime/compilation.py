@@ -39,8 +39,8 @@ PRECISIONS = {
 }
 # XLA's options for each backend. XLA:CPU (jaxlib 0.10.1) passes convolutions to
 # YNNPACK, which takes two to three times as long as XLA's own code for the
-# gradient with respect to the kernel (66 against 29 ms for 64 to 128 channels on
-# 16x16 maps, batch 128, two cores of an AMD EPYC). It also schedules for
+# gradient with respect to the kernel (66 against 29 ms for 64 to 128 channels
+# on 16x16 maps, batch 128, two cores of an AMD EPYC). It also schedules for
 # concurrency, which needs twice the memory and is slower on few cores.
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
   "cpu": {
