@@ -107,7 +107,7 @@ def make_cells(
     record = run_folder.read_json(
       workdir / stage.tuned_in / cell.method / table_cells.TUNING
     )
-    if record is None:
+    if record is None or record["chosen"] is None:
       raise errors.InputError(
         f"{cell.method} is not tuned yet: {stage.tuned_in} comes first"
       )
@@ -200,8 +200,11 @@ class Record:
 
 def _commit():
   git = lambda *words: subprocess.check_output(("git", *words), text=True)
-  is_clean = not git("status", "--porcelain", "--untracked-files=no")
-  return git("rev-parse", "HEAD").strip() + ("" if is_clean else "-dirty")
+  if git("status", "--porcelain", "--untracked-files=no"):
+    raise errors.InputError(
+      "there are changes that are not committed; the study runs from a commit"
+    )
+  return git("rev-parse", "HEAD").strip()
 
 
 def _cpu():

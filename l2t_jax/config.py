@@ -99,6 +99,8 @@ EXPERIMENT = {
   #                                   of the last features' channels
   #   fm_single, fm_one_to_one,       feature matching with fixed weights
   #   fm_all_to_all
+  #   fm_search                       the same, with pairs that the table
+  #                                   searches for; elsewhere, transfer.pairs
   #   l2t_w_single, l2t_w_one_to_one  feature matching with learned channel
   #                                   weights
   #   l2t_ww                          the paper's method: learned channel and

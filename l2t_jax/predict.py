@@ -33,9 +33,10 @@ def main(args: argparse.Namespace) -> None:
   """Print the class of each image as CSV."""
   cpu_lowering.install()
   paths = find_images(args.images)
+  trained = predictor.load(args.run)
   table = csv.writer(sys.stdout)
   table.writerow(("image", "class", "probability"))
-  for path, name, probability in predictor.load(args.run).classify(paths):
+  for path, name, probability in trained.classify(paths):
     table.writerow((path, name, f"{probability:.4f}"))
 
 

@@ -145,12 +145,19 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   if args.tune or table_cells.SEARCH in args.methods:
     tried = tuning.parse(args.tune, args.tune_seeds)
     tuning.check(tried, cells, _fields_set(args.sweep, overrides))
-    mine = cells[args.shard]
+    mine = table_cells.interleave(cells)[args.shard]
     trials = sum(tuning.num_trials(cell, tried) for cell in mine)
-    say(f"{len(cells)} cells; {len(mine)} to do here, with {trials} trials")
+    searches = sum(cell.is_search for cell in mine)
+    more = f" and {searches} searches for pairs" if searches else ""
+    say(f"{len(mine)} of {len(cells)} cells here; {trials} trials{more}")
     jobs = tuning.jobs(mine, tried, args.together)
   else:
     for cell in cells:  # Before anything is trained.
+      if (cell.folder / table_cells.TUNING).exists():
+        raise errors.InputError(
+          f"{cell.folder} was tuned: give --tune as before, or use another"
+          " --workdir"
+        )
       from_config.check(cell.config, cell.workdirs)
     jobs = table_cells.make_jobs(cells, args.together)[args.shard]
     runs = sum(len(job.workdirs) for job in jobs)

@@ -80,6 +80,9 @@ METHODS = {
   "fm_single": Method(("matching",), "single"),
   "fm_one_to_one": Method(("matching",), "one_to_one"),
   "fm_all_to_all": Method(("matching",), "all_to_all"),
+  # The same with pairs that `l2t_jax.table` searches for, or that
+  # config.transfer.pairs lists.
+  "fm_search": Method(("matching",), "all_to_all"),
   # What to transfer: only channel weights are learned.
   "l2t_w_single": Method(("matching",), "single", learn_channels=True),
   "l2t_w_one_to_one": Method(("matching",), "one_to_one", learn_channels=True),

@@ -92,6 +92,7 @@ class ConvNeXt(nn.Module):
         x = Block(self.dtype, name=f"stage{stage}_block{block}")(x)
       features[f"stage{stage}"] = x
     x = norm("norm")(jnp.mean(x, axis=(1, 2)))
+    features["penultimate"] = x[:, None, None]
     logits = nn.Dense(
       self.num_classes, dtype=self.dtype, kernel_init=_init, name="head"
     )(x)

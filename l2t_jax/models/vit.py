@@ -91,6 +91,7 @@ class ViT(nn.Module):
       x = Block(self.num_heads, self.dtype, name=name)(x)
       features[name] = x[:, 1:].reshape(maps.shape)
     x = nn.LayerNorm(_EPSILON, self.dtype, name="norm")(x[:, 0])
+    features["penultimate"] = x[:, None, None]
     logits = nn.Dense(
       self.num_classes, dtype=self.dtype, kernel_init=_init, name="head"
     )(x)

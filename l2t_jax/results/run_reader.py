@@ -15,7 +15,7 @@ from l2t_jax import errors
 from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
-TUNING = "tuning"  # Folder of the runs by which a table's cell is tuned.
+TRIALS = "tuning_trials"  # Folder of the runs by which a cell is tuned.
 UNKNOWN = "–"  # Stands for a number that is not known.
 # Beside those of the optimizer, in `recipe`.
 _RECIPE_FIELDS = (
@@ -137,7 +137,7 @@ def find_runs(
   for folder in folders:
     found = {}
     for path in sorted(folder.rglob("config.json")):
-      if TUNING in path.relative_to(folder).parts:
+      if TRIALS in path.relative_to(folder).parts:
         continue
       config = run_folder.read_json(path)
       # Other programs write a config.json, too.

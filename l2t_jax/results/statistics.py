@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(
-  values: Mapping[int, float], reference: Mapping[int, float]
+  values: Mapping[Any, float], reference: Mapping[Any, float]
 ) -> Difference | None:
   """Compare two methods seed by seed.
 
@@ -38,14 +38,14 @@ def paired_difference(
   and says nothing of seeds, splits and settings that were not run.
 
   Args:
-    values: seed -> value of one method.
-    reference: seed -> value of the other one.
+    values: seed, or what else identifies a pair -> value of one method.
+    reference: the same of the other one.
 
   Returns:
     values - reference, with the interval of confidence `CONFIDENCE`; None if no
     seed has both.
   """
-  seeds = sorted(set(values) & set(reference))
+  seeds = [seed for seed in values if seed in reference]
   if not seeds:
     return None
   differences = np.array([values[s] - reference[s] for s in seeds])

@@ -70,6 +70,8 @@ def write(
   }
   if reference and len(grid.methods) > 1:
     contents["differences.png"] = style.to_png(draw(cells, reference))
+  else:
+    (pathlib.Path(workdir) / "differences.png").unlink(missing_ok=True)
   for name, content in contents.items():
     files.write(pathlib.Path(workdir) / name, content, shared=True)
 

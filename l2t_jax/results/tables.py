@@ -41,15 +41,34 @@ class Tuning(NamedTuple):
     )
 
   @property
+  def num_failed(self) -> int:
+    """Number of trials of which a seed failed."""
+    return sum(bool(trial["errors"]) for trial in self.trials)
+
+  @property
   def seconds(self) -> float:
     return sum(trial["seconds"] for trial in self.trials)
 
   @property
+  def text(self) -> str:
+    """What was chosen."""
+    if self.chosen is None:
+      return "nothing: all trials failed"
+    return fields_text(self.chosen) or "the config's own"
+
+  @property
   def edges(self) -> list[str]:
-    """Fields whose chosen value is the largest or smallest of three or more."""
+    """Fields whose chosen value is the largest or smallest of three or more.
+
+    Values with which no run ended do not count.
+    """
     found = []
     for field, value in (self.chosen or {}).items():
-      tried = {trial["fields"].get(field) for trial in self.trials} - {None}
+      tried = {
+        trial["fields"].get(field)
+        for trial in self.trials
+        if not trial["errors"]
+      } - {None}
       try:
         numbers = sorted(float(text) for text in tried)
       except ValueError:
@@ -159,9 +178,13 @@ class _Table(NamedTuple):
 
 
 def difference(cell: Cell, other: Cell) -> statistics.Difference | None:
-  """Compare the test accuracies of two cells, in % for classifiers."""
+  """Compare the test accuracies of two cells, in % for classifiers.
+
+  Runs are paired that have the same seed and the same split of the images.
+  """
   by_seed = lambda one: {
-    summary["seed"]: (100 if one.in_percent else 1) * summary["test_accuracy"]
+    (summary["seed"], summary.get("split_hash")): (100 if one.in_percent else 1)
+    * summary["test_accuracy"]
     for summary in one.summaries
     if summary.get("test_accuracy") is not None
   }
@@ -297,13 +320,16 @@ def run_rows(
       cell = _cell_of(group[0], name, done)
       rows.append(_accuracy_row(cell, f"{len(done)} seeds", reference))
     if reference and done:
+      index = len(rows) - 1
+      if len(done) == 1:
+        index -= next(i for i, run in enumerate(group[::-1]) if run.summary)
       others = [
         other
         for other in groups
         if other[0].config["method"] == reference
         and _splits(other) == _splits(group)
       ]
-      rows[-1][f"minus {reference}"] = _compare_groups(group, others)
+      rows[index][f"minus {reference}"] = _compare_groups(group, others)
   return rows
 
 
@@ -312,9 +338,11 @@ def _splits(group):
 
 
 def _compare_groups(group, others):
-  """Return a difference as text; "" without a single reference."""
-  if len(others) != 1 or others[0] is group:
+  """Return a difference as text; "" without a reference."""
+  if not others or any(other is group for other in others):
     return ""
+  if len(others) > 1:
+    return f"{len(others)} configs of it"
   done = lambda runs: tuple(run.summary for run in runs if run.summary)
   compared = difference(
     *(_cell_of(runs[0], "", done(runs)) for runs in (group, others[0]))
@@ -379,7 +407,7 @@ def _tuning_tables(grid: Grid) -> tuple[_Table, ...]:
   rows = [
     (
       cell.method if is_single else f"{cell.method}, {cell.column}",
-      fields_text(cell.tuning.chosen or {}) or "the config's own",
+      cell.tuning.text,
       str(cell.tuning.num_runs),
       f"{cell.tuning.seconds:,.0f}",
       run_reader.UNKNOWN if steps is None else f"{steps:,.0f}",
@@ -390,7 +418,7 @@ def _tuning_tables(grid: Grid) -> tuple[_Table, ...]:
   ]
   if not rows:
     return ()
-  header = ("method", "chosen", "runs", "seconds", "plain steps")
+  header = ("method", "chosen", "runs", "seconds", "plain steps, about")
   return (_Table("Tuning on validation accuracy", header, rows, False),)
 
 
@@ -478,13 +506,16 @@ def _notes(grid: Grid) -> list[str]:
   compared = filter(None, map(grid.difference, cells))
   if counts := sorted({len(difference.values) for difference in compared}):
     notes.append(
-      f"minus {grid.reference}: mean difference in test accuracy over"
-      f" {_distinct(counts)} paired seeds, with its 95 % confidence interval"
-      " (paired t)."
+      f"minus {grid.reference}: mean difference in test accuracy over the"
+      f" seeds that both have ({_distinct(counts)}), with its 95 % confidence"
+      " interval (paired t; none for one seed). It takes tuned values as given."
     )
   for cell in cells:
+    name = cell.method if is_single else f"{cell.method}, {cell.column}"
+    if cell.tuning and cell.tuning.num_failed:
+      count, failed = len(cell.tuning.trials), cell.tuning.num_failed
+      notes.append(f"{name}: {failed} of {count} trials failed.")
     for edge in cell.tuning.edges if cell.tuning else ():
-      name = cell.method if is_single else f"{cell.method}, {cell.column}"
       notes.append(f"{name}: {edge} is at the edge of the values tried.")
   if any(cell.tuning for cell in cells):
     notes.append(
@@ -507,6 +538,11 @@ def _notes(grid: Grid) -> list[str]:
     notes.append(
       f"{_distinct(sorted(together))} seeds trained at once: time is a seed's"
       " share, memory that of all."
+    )
+  if any(summary.get("test_accuracy", 0) is None for summary in summaries):
+    notes.append(
+      f"{run_reader.UNKNOWN}: test images were not evaluated"
+      " (config.evaluate_test)."
     )
   if summaries:
     epochs = _distinct(summary["epochs"] for summary in summaries)

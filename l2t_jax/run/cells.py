@@ -26,7 +26,7 @@ from l2t_jax.runtime import phases, run_folder
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 _ERROR = "error.txt"  # What a run that failed leaves.
 TUNING = "tuning.json"  # What a cell was tuned to, and the trials.
-# The row whose fixed pairs are searched for; see `tuning`.
+# The method whose pairs are searched for; see `tuning`.
 SEARCH = "fm_search"
 
 
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
   config: ml_collections.ConfigDict
   workdirs: dict[int, pathlib.Path]  # Seed -> folder of its run.
   folder: pathlib.Path  # With the folders of all of its runs.
-  trial: str = ""  # Name of the trial that these runs are part of.
+  trial: str = ""  # Label of the trial that these runs are part of.
 
   @property
   def is_search(self) -> bool:
@@ -106,7 +106,7 @@ def make_cells(
 
   Args:
     columns: name -> config.
-    methods: names for `objectives.get_method`, or `SEARCH`.
+    methods: names for `objectives.get_method`.
     num_seeds: seeds count from the config's own.
     workdir: of the table.
 
@@ -118,10 +118,10 @@ def make_cells(
     raise errors.InputError(f"--methods={','.join(methods)} names one twice")
   cells = []
   for column, base in columns.items():
-    _check_rows_differ(methods, base.transfer)
+    check_rows_differ(methods, base.transfer)
     for method in methods:
       config = copy.deepcopy(base)
-      config.method = "fm_all_to_all" if method == SEARCH else method
+      config.method = method
       folder = workdir / folder_name(column) / method
       seeds = range(base.seed, base.seed + num_seeds)
       workdirs = {seed: folder / f"seed{seed}" for seed in seeds}
@@ -129,13 +129,39 @@ def make_cells(
   return cells
 
 
+def interleave(cells: Sequence[Cell]) -> list[Cell]:
+  """Order cells so that shares, every N-th of them, have different methods.
+
+  Column by column, one share of a table would have the most expensive method of
+  every column.
+  """
+  columns = list(dict.fromkeys(cell.column for cell in cells))
+  methods = list(dict.fromkeys(cell.method for cell in cells))
+
+  def diagonal(cell):
+    column = columns.index(cell.column)
+    return (methods.index(cell.method) - column) % len(methods), column
+
+  return sorted(cells, key=diagonal)
+
+
 def folder_name(name: str) -> str:
   """Make one folder of a name, even where it holds a path."""
   return name.replace("/", "_")
 
 
-def _check_rows_differ(methods, fields):
-  """Refuse methods that the pairs or the map of a config make the same."""
+def check_rows_differ(
+  methods: Sequence[str], fields: ml_collections.ConfigDict
+) -> None:
+  """Refuse methods that the pairs or the map of a config make the same.
+
+  Args:
+    methods: the rows.
+    fields: config.transfer.
+
+  Raises:
+    errors.InputError: naming two such rows.
+  """
   rows: dict[objectives.Method, str] = {}
   if SEARCH in methods and (fields.pairs or fields.map):
     raise errors.InputError(
@@ -298,8 +324,12 @@ def _result(cell: Cell) -> tables.Cell:
     in_percent=run_reader.is_classification(cell.config.target.task),
     paper=reported,
     departures=() if reported is None else _departures(cell, summaries),
-    tuning=tables.Tuning(**tuning) if tuning and tuning["trials"] else None,
+    tuning=tables.Tuning(**tuning) if _says_something(tuning) else None,
   )
+
+
+def _says_something(tuning):
+  return bool(tuning) and bool(tuning["trials"] or tuning["chosen"])
 
 
 def _departures(cell, summaries):

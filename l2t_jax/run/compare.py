@@ -14,6 +14,7 @@ comparison.figure()    # by how much the methods differ, with intervals
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import operator
 import os
 import pathlib
 import tempfile
@@ -36,7 +37,8 @@ class Comparison(NamedTuple):
 
   cells: tuple[tables.Cell, ...]  # One per method, with its summaries.
   reference: str  # The method that the others are compared with.
-  workdir: pathlib.Path  # Runs are in METHOD/seedN; `load` reads their targets.
+  # Runs are in METHOD/seedN; `load(run, network)` reads their targets.
+  workdir: pathlib.Path
 
   @property
   def differences(self) -> dict[str, statistics.Difference]:
@@ -85,7 +87,7 @@ def compare(
     arrays: see `fit`.
     methods: at least two names for `config.method`.
     source: see `fit`.
-    seeds: how many, from config.seed on; or the seeds.
+    seeds: how many, from config.seed on; or the seeds, all different.
     reference: one of the methods, with which the others are compared; "" for
       the first.
     config: see `fit`; its method is not read.
@@ -98,22 +100,25 @@ def compare(
     The accuracies, the differences, and where the runs are.
 
   Raises:
-    errors.InputError: as `fit`, before anything is trained for methods that
-      are unknown, equal or too few.
+    errors.InputError: as `fit`, before anything is trained.
     errors.Stop: what ends a run, as in `train`; the runs that are done stay.
   """
   config = ml_collections.ConfigDict((config or fit.default_config()).to_dict())
-  methods = tuple(methods)
-  reference = reference or methods[0]
+  methods = (methods,) if isinstance(methods, str) else tuple(methods)
+  reference = reference or next(iter(methods), "")
   if len(set(methods)) < max(2, len(methods)) or reference not in methods:
     raise errors.InputError(
-      f"methods are {', '.join(methods)} and the reference is {reference!r};"
-      " give at least two different methods, one of them the reference"
+      f"methods are {methods} and the reference is {reference!r}; give at least"
+      " two different methods, one of them the reference"
     )
   for method in methods:
     objectives.get_method(method)
-  if isinstance(seeds, int):
-    seeds = range(config.seed, config.seed + seeds)
+  if isinstance(seeds, Sequence):
+    seeds = list(seeds)
+  else:  # Also an integer of NumPy.
+    seeds = list(range(config.seed, config.seed + operator.index(seeds)))
+  if not seeds or len(set(seeds)) < len(seeds):
+    raise errors.InputError(f"seeds are {seeds}; give at least one, each once")
   folder = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
   folder = folder.expanduser()
   trainings = {}
@@ -124,6 +129,8 @@ def compare(
         target, arrays, source=source, config=config, task=task
       )
     )
+    trainings[method].build()
+  print(f"runs are in {folder}")
   cells = []
   for method in methods:
     training = trainings.pop(method)  # Its programs go with it.

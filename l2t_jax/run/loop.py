@@ -393,6 +393,7 @@ def _save_target(setup, seed, target, epoch):
       "mean": json.dumps(image_format.mean),
       "std": json.dumps(image_format.std),
       "config": json.dumps(description),
+      "contents": json.dumps(dict(seed.experiment.contents)),
       "epoch": str(epoch),
       "val_accuracy": str(seed.progress["val_accuracy"]),
     },

@@ -164,18 +164,20 @@ class Predictor:
 def load(
   run: str | os.PathLike[str],
   network: models.Network | None = None,
-  source: experiments.Source | None = None,
+  source: experiments.Source | str | os.PathLike[str] | None = None,
 ) -> Predictor:
   """Load the trained target of a run.
 
   Args:
     run: folder of the run, or the target.safetensors in it.
     network: the target network, for a run whose config does not name it.
-    source: the source, for a run of linear_probe or finetune_source whose
-      config does not name its weights.
+    source: the source, or the path of its weight file, for a run of
+      linear_probe or finetune_source whose config does not name it or whose
+      weight file has moved. The run's own weights are used.
 
   Raises:
-    errors.InputError: there is no such file, or its network cannot be made.
+    errors.InputError: there is no such file, its network cannot be made, or its
+      source is missing or another one.
   """
   run = pathlib.Path(run).expanduser()
   path = run / "target.safetensors" if run.is_dir() else run
@@ -199,24 +201,28 @@ def load(
     tuple(json.loads(metadata["std"])),
   )
   trains = objectives.get_method(config["method"]).trains
+  is_given = network is not None
   if trains != "target":
-    source = source or _read_source(config)
+    is_given = False
     network = sources.as_target(
-      sources.trace_one("", source, image_format),
+      sources.trace_one(
+        "", _find_source(source, config, metadata), image_format
+      ),
       int(metadata["num_classes"]),
       image_format,
       trains=trains,
     )
   if network is None:
     network, params, model_state, _ = weight_files.load_network(path)
+  else:
+    model_state, _ = weight_files.load(path)
+    params = model_state.pop("params")
+  if not is_given:
     weight_files.check_shapes(
       models.trace(network, image_format.shape),
       {"params": params, **model_state},
       str(path),
     )
-  else:
-    model_state, _ = weight_files.load(path)
-    params = model_state.pop("params")
   return Predictor(
     network,
     params,
@@ -230,9 +236,30 @@ def load(
   )
 
 
-def _read_source(config):
-  (fields,) = config["sources"].values() or (config["source"],)
+def _find_source(source, config, metadata):
+  """Return the source that a run without a target was trained with."""
+  named = config["sources"] or {"": config["source"]}
+  ((name, fields),) = named.items()
   fields = {**fields}
-  return sources.load_source(
-    fields.pop("weights"), **fields, precision=config["precision"]
-  )
+  weights = fields.pop("weights")
+  if isinstance(source, experiments.Source):
+    return source
+  if source is not None and not isinstance(source, str | os.PathLike):
+    raise errors.InputError(
+      f"source is a {type(source).__name__}; it must be a Source, or the path"
+      " of a weight file"
+    )
+  path = os.path.expanduser(source or weights)
+  if not os.path.isfile(path):
+    raise errors.InputError(
+      f"this run of {config['method']} needs its source, but {path!r} is not"
+      " there; give it: l2t_jax.load(run, source=...)"
+    )
+  field = f"sources.{name}.weights" if name else "source.weights"
+  before = json.loads(metadata["contents"]).get(field, "")
+  if before and data.digest(path) != before:
+    raise errors.InputError(
+      f"{path} is another file than the source of this run was; bring that"
+      " back, or name its place: l2t_jax.load(run, source=...)"
+    )
+  return sources.load_source(path, **fields, precision=config["precision"])

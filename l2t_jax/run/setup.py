@@ -466,17 +466,19 @@ def _make_target(experiment, sources, image_format):
         f"method {experiment.settings.method!r} has outputs ['B', K], but those"
         f" of the task are {['B', *layout.output_shape]}; use another method"
       )
+    source = source_networks.only_source(sources)
     network = source_networks.as_target(
-      source_networks.only_source(sources),
-      layout.num_outputs,
-      image_format,
-      trains=method.trains,
+      source, layout.num_outputs, image_format, trains=method.trains
     )
     layout = models.trace(network, image_format.shape)
+    read = models.last_tap(source.layout.taps)
   fresh = compilation.jit_random(
     lambda key: models.init(network, key, image_format.shape)
   )
-  others, notes = {}, ()
+  others: types.PyTree = {}
+  notes: tuple[str, ...] = ()
+  if method.trains != "target":
+    notes = (f"the classifier reads the source's tap {read!r}",)
   if method.starts_from_source:
     others, notes = _source_to_start_from(layout, sources, image_format)
 

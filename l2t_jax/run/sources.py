@@ -20,6 +20,8 @@ from l2t_jax.runtime import compilation
 
 # Collection of a source's model state: tap -> what its features are divided by.
 FEATURE_SCALE = "feature_scale"
+# Of the statistics by which a linear probe standardises features.
+_MOMENTUM, _EPSILON = 0.9, 1e-5
 
 
 def load_source(
@@ -246,7 +248,10 @@ def as_target(
 ) -> models.Functions:
   """Make the source with a new linear classifier the network to be trained.
 
-  The classifier reads the means over positions of the source's last tap.
+  The classifier reads the means over positions of the source's last tap, which
+  is the input of the source's own classifier where the source makes that a tap,
+  as the bundled networks do. Those of a frozen source are standardised, with
+  running statistics, since their scale differs by orders between networks.
 
   Args:
     source: the source.
@@ -266,7 +271,14 @@ def as_target(
     classifier = transfer.torch_linear(key, num_features, num_outputs)
     if frozen:
       kept = {"params": variables.params, **variables.model_state}
-      return {"classifier": classifier}, {"source": kept}
+      statistics = {
+        "mean": jnp.zeros(num_features),
+        "var": jnp.ones(num_features),
+      }
+      return {"classifier": classifier}, {
+        "source": kept,
+        "classifier_stats": statistics,
+      }
     params = {"source": variables.params, "classifier": classifier}
     return params, {"source": variables.model_state}
 
@@ -278,13 +290,32 @@ def as_target(
     )
     (last,) = features.values()
     pooled = jnp.mean(last, axis=(1, 2))
+    model_state = model_state if frozen else {"source": state}
+    if frozen:
+      pooled, statistics = _standardise(
+        pooled, model_state["classifier_stats"], train=train
+      )
+      model_state = {**model_state, "classifier_stats": statistics}
     classifier = params["classifier"]
     logits = pooled @ classifier["kernel"] + classifier["bias"]
-    return logits, {}, model_state if frozen else {"source": state}
+    return logits, {}, model_state
 
   return models.Functions(
     init, apply, digest=getattr(source.network, "digest", "")
   )
+
+
+def _standardise(features, statistics, *, train):
+  """Batch normalisation of [B, C] without scale and bias."""
+  if train:
+    mean, var = jnp.mean(features, axis=0), jnp.var(features, axis=0)
+    statistics = {
+      name: _MOMENTUM * statistics[name] + (1 - _MOMENTUM) * value
+      for name, value in (("mean", mean), ("var", var))
+    }
+  else:
+    mean, var = statistics["mean"], statistics["var"]
+  return (features - mean) / jnp.sqrt(var + _EPSILON), statistics
 
 
 def only_source(sources: Sequence[TracedSource]) -> TracedSource:

@@ -92,6 +92,18 @@ class Training:
     self._setup: setups.Setup | None = None
     self._trainer: trainers.Trainer | None = None
 
+  def build(self) -> setups.Setup:
+    """Read the images and trace the networks, if that is not done yet.
+
+    Raises:
+      errors.InputError: the data and networks cannot work together.
+    """
+    if self._setup is None:
+      _, precision = compilation.PRECISIONS[self._experiment.settings.precision]
+      with jax.default_matmul_precision(precision):
+        self._setup = setups.build(self._experiment)
+    return self._setup
+
   def run(
     self, workdirs: Mapping[int, str | os.PathLike[str]]
   ) -> list[dict[str, Any]]:
@@ -143,17 +155,16 @@ class Training:
     return [summaries[seed] for seed in workdirs]
 
   def _run_group(self, group, requests):
-    if self._setup is None:
-      self._setup = setups.build(self._experiment)
+    setup = self.build()
     if self._trainer is None or self._trainer.num_seeds != len(group):
       self._trainer = None  # Its programs, before the next one has its own.
       self._trainer = trainers.Trainer(
-        self._setup,
+        setup,
         len(group),
         update_every=self._experiment.settings.meta.update_every,
       )
     try:
-      return _train(self._setup, self._trainer, group, requests)
+      return _train(setup, self._trainer, group, requests)
     finally:
       self._trainer.drop_state()
 

@@ -5,15 +5,18 @@ values of the fields that its method reads. Trials train with seeds of their own
 and never look at the test images. The seeds of the table then train with the
 trial that has the highest mean validation accuracy.
 
-The row `SEARCH` also searches for the best fixed pairs: it adds one pair after
-the other, each time the one that helps most, as long as one helps.
+The method `fm_search` also searches for fixed pairs: starting from none, it
+adds one pair after the other, each time the one that helps most, as long as one
+helps. It tries at most `MAX_PAIR_SETS` sets, and all pairs together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+import hashlib
 import itertools
 import json
+import math
 import statistics
 from typing import Any, NamedTuple
 
@@ -27,7 +30,14 @@ from l2t_jax.runtime import run_folder
 MAX_PAIR_SETS = 30  # That a search tries.
 # Seeds of trials count from here, those of the table from the config's.
 _FIRST_SEED = 10_000
-_FIXED = ("method", "seed", "evaluate_test")
+# Fields that cannot be tuned: they say what is compared, or on which images.
+_FIXED = (
+  *("method", "seed", "evaluate_test", "target.task", "target.num_outputs"),
+  *("data.source", "data.name", "data.path", "data.classes", "data.per_class"),
+  *("data.split_file", "data.split_prefix", "data.split_seed"),
+  *("data.val_fraction", "data.test_fraction"),
+)
+_LONGEST_NAME = 150  # Of a trial's folder; file systems allow 255.
 
 
 class Tuning(NamedTuple):
@@ -59,8 +69,8 @@ def parse(texts: Sequence[str], num_seeds: int) -> Tuning:
     given = tuple(map(str.strip, listed.split(",")))
     if not field or not all(given) or len(set(given)) < len(given):
       raise errors.InputError(
-        f"--tune={text} must be a field and different values, such as"
-        " --tune=transfer.beta=0.5,2"
+        f"--tune={text} must be a field and different values without commas in"
+        " them, such as --tune=transfer.beta=0.5,2"
       )
     l2t_jax.config.check_fields([f"config.{field}"])
     if field in _FIXED or field in values:
@@ -96,18 +106,29 @@ def check(
       raise errors.InputError(
         f"--tune={field}: no method of the table reads it"
       )
+  _check_pairs(tuning, cells)
   for cell in cells:
     combinations = _combinations(cell, tuning)
-    if len(combinations) == 1 and not cell.is_search:
-      from_config.check(cli.with_fields(cell.config, combinations[0]))
+    if not num_trials(cell, tuning):
+      chosen = cli.with_fields(cell.config, combinations[0])
+      from_config.check(chosen, cell.workdirs)
       continue
     for fields in combinations:
-      trial = _trial(cell, fields, _name(fields), tuning.num_seeds)
+      trial = _trial(cell, fields, tables.fields_text(fields), tuning.num_seeds)
       from_config.check(trial.config, trial.workdirs)
 
 
+def _check_pairs(tuning, cells):
+  """Refuse pairs and maps that make two rows the same."""
+  methods = list(dict.fromkeys(cell.method for cell in cells))
+  for field in ("transfer.pairs", "transfer.map"):
+    for text in tuning.values.get(field, ()):
+      fields = cli.with_fields(cells[0].config, {field: text}).transfer
+      table_cells.check_rows_differ(methods, fields)
+
+
 def num_trials(cell: table_cells.Cell, tuning: Tuning) -> int:
-  """Return how many trials a cell has, those of a search left out."""
+  """Return how many trials a cell has, not counting sets of pairs."""
   count = len(_combinations(cell, tuning))
   return count if count > 1 or cell.is_search else 0
 
@@ -125,6 +146,10 @@ def jobs(
     cells: of the table.
     tuning: what is tried.
     together: see `cells.make_jobs`.
+
+  Raises:
+    errors.InputError: the folder of a run holds another one, such as a seed
+      that was trained before something else was chosen.
   """
   for cell in cells:
     chosen = yield from _tune(cell, tuning, together)
@@ -138,22 +163,24 @@ def _tune(
   """Yield the runs of a cell's trials; return what its seeds train with."""
   outcomes: list[_Outcome] = []
 
-  def attempt(fields, name):
-    trial = _trial(cell, fields, name, tuning.num_seeds)
+  def attempt(fields, label):
+    trial = _trial(cell, fields, label, tuning.num_seeds)
+    from_config.check(trial.config, trial.workdirs)
     yield from table_cells.make_jobs([trial], together)
     outcomes.append(_outcome(trial, fields))
     return outcomes[-1]
 
   combinations = _combinations(cell, tuning)
-  if not num_trials(cell, tuning):
-    chosen = combinations[0]
-  else:
+  chosen: dict[str, str] | None = combinations[0]
+  if num_trials(cell, tuning):
     for fields in combinations:
-      yield from attempt(fields, _name(fields))
+      yield from attempt(fields, tables.fields_text(fields))
     best = max(outcomes, key=lambda outcome: outcome.score)
-    if cell.is_search and best.score > -float("inf"):
+    if cell.is_search and best.score > -math.inf:
       best = yield from _search_pairs(best, attempt)
-    chosen = best.fields if best.score > -float("inf") else None
+    chosen = best.fields if best.score > -math.inf else None
+  if chosen is not None:
+    _check_seeds(cell, chosen)
   run_folder.make(cell.folder)
   run_folder.write_json(
     cell.folder / table_cells.TUNING,
@@ -172,31 +199,53 @@ def _tune(
   return cell._replace(config=cli.with_fields(cell.config, chosen))
 
 
+def _check_seeds(cell, chosen):
+  """Refuse seeds that were trained with something else than what is chosen."""
+  try:
+    from_config.check(cli.with_fields(cell.config, chosen), cell.workdirs)
+  except errors.InputError as error:
+    raise errors.InputError(
+      f"{cell.column} {cell.method}: chosen is now"
+      f" {tables.fields_text(chosen) or 'what the config says'}, but {error}"
+    ) from error
+
+
 def _search_pairs(all_pairs, attempt):
   """Add pairs one by one; return the best outcome, also that of all pairs."""
   first = next(iter(all_pairs.cell.workdirs.values()))
   content = json.loads((first / transfer_map.FILE).read_text())
   names = [f"{pair['source']}->{pair['target']}" for pair in content["pairs"]]
+  if len(names) > MAX_PAIR_SETS:
+    raise errors.InputError(
+      f"fm_search has {len(names)} pairs to choose from, but tries at most"
+      f" {MAX_PAIR_SETS} sets; name fewer layers in config.source.taps and"
+      " config.target.taps"
+    )
   best, num_tried = None, 0
-  chosen: tuple[int, ...] = ()
-  left = list(range(len(names)))
-  while left and num_tried < MAX_PAIR_SETS:
+  chosen: tuple[str, ...] = ()
+  left = names
+  while len(chosen) + 1 < len(names) and num_tried < MAX_PAIR_SETS:
     tried = {}
-    for index in left[: MAX_PAIR_SETS - num_tried]:
-      pairs = sorted((*chosen, index))
-      listed = ", ".join(names[i] for i in pairs)
-      tried[index] = yield from attempt(
-        all_pairs.fields | {"transfer.pairs": listed},
-        f"pairs {' '.join(map(str, pairs))}",
+    for pair in left[: MAX_PAIR_SETS - num_tried]:
+      listed = ", ".join(n for n in names if n in (*chosen, pair))
+      tried[pair] = yield from attempt(
+        all_pairs.fields | {"transfer.pairs": listed}, listed
       )
     num_tried += len(tried)
     # The most promising pairs come first, in case not all can be tried.
-    left = sorted(tried, key=lambda index: -tried[index].score)
+    left = sorted(tried, key=lambda pair: -tried[pair].score)
     winner = left.pop(0)
     if best and tried[winner].score <= best.score:
       break
     best, chosen = tried[winner], (*chosen, winner)
-  return max(best, all_pairs, key=lambda outcome: outcome.score)
+  else:
+    if num_tried == MAX_PAIR_SETS:
+      table_cells.CONSOLE.print(
+        f"fm_search: ended at its limit of {MAX_PAIR_SETS} sets; more pairs may"
+        " help"
+      )
+  outcomes = [all_pairs] if best is None else [best, all_pairs]
+  return max(outcomes, key=lambda outcome: outcome.score)
 
 
 def _combinations(cell, tuning):
@@ -212,27 +261,27 @@ def _combinations(cell, tuning):
   ]
 
 
-def _name(fields):
-  return table_cells.folder_name(tables.fields_text(fields) or "untuned")
-
-
-def _trial(cell, fields, name, num_seeds):
+def _trial(cell, fields, label, num_seeds):
   """Return a cell of the runs of a trial."""
   config = cli.with_fields(cell.config, fields)
   config.evaluate_test = False
-  folder = cell.folder / run_reader.TUNING / name
+  name = table_cells.folder_name(tables.fields_text(fields) or "untuned")
+  if len(name) > _LONGEST_NAME:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    name = f"{name[:_LONGEST_NAME]} {digest}"
+  folder = cell.folder / run_reader.TRIALS / name
   seeds = range(_FIRST_SEED, _FIRST_SEED + num_seeds)
   return cell._replace(
     config=config,
     workdirs={seed: folder / f"seed{seed}" for seed in seeds},
-    trial=name,
+    trial=label or "the config's own fields",
   )
 
 
 def _outcome(trial, fields):
   summaries, failures = table_cells.read_runs(trial)
   accuracies = [summary["val_accuracy"] for summary in summaries]
-  score = -float("inf") if failures else statistics.fmean(accuracies)
+  score = -math.inf if failures else statistics.fmean(accuracies)
   record = {
     "fields": fields,
     "val_accuracy": accuracies,

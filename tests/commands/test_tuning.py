@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from l2t_jax import errors, table
+from l2t_jax import cli, errors, table
 import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.run import cells as table_cells
@@ -158,6 +158,8 @@ def test_trials_that_fail_are_not_chosen(pretend, tmp_path):
   assert final.method == "scratch"
   assert final.config.optimizer.learning_rate == 0.01
   text = (tmp_path / "table.md").read_text()
+  assert "scratch: 1 of 2 trials failed." in text
+  assert "| `lwf` | nothing: all trials failed |" in text
   assert "lwf, tuning: all trials failed, such as seed 10000: iteration 3" in (
     text
   )
@@ -167,8 +169,8 @@ def test_trials_that_fail_are_not_chosen(pretend, tmp_path):
   ("num_pairs", "useful", "num_sets"),
   [
     (4, {1, 3}, 4 + 3 + 2),  # A third pair does not help.
+    (3, {0, 1, 2}, 3 + 2),  # All of them have been tried already.
     (28, {0, 1, 2}, 30),  # The second round is cut short.
-    (40, {35}, 30),
   ],
 )
 def test_fixed_pairs_are_searched(
@@ -177,7 +179,7 @@ def test_fixed_pairs_are_searched(
   def accuracy(config):
     pairs = config.transfer.pairs
     if not pairs:  # All of them.
-      return 0.5
+      return 0.65
     chosen = {int(name) for name in re.findall(r"s(\d+)->t", pairs)}
     return 0.6 + 0.1 * len(chosen & useful) - 0.01 * len(chosen - useful)
 
@@ -189,11 +191,58 @@ def test_fixed_pairs_are_searched(
   assert {job.config.transfer.beta for job in sets} == {1}
   final = ran[-1]
   found = set(map(int, re.findall(r"s(\d+)->t", final.config.transfer.pairs)))
-  assert final.config.method == "fm_all_to_all"
-  if num_pairs == 4:
-    assert found == useful
-  else:
-    assert found <= set(range(30))
+  assert final.config.method == "fm_search"
+  assert found == {4: {1, 3}, 3: {0, 1}, 28: {0, 1}}[num_pairs]
+  # The folder of a trial says all that was chosen for it.
+  assert all(
+    "transfer.beta=1 " in str(next(iter(j.workdirs.values()))) for j in sets
+  )
+
+
+def test_a_search_among_too_many_pairs_is_refused(pretend, tmp_path):
+  pretend(lambda _: 0.5, num_pairs=31)
+  with pytest.raises(errors.InputError, match="31 pairs to choose from"):
+    run_table(tmp_path, "--methods=fm_search", "--seeds=1")
+
+
+def test_seeds_of_another_choice_are_refused(source, tmp_path, monkeypatch):
+  """They would be shown as results of what is chosen now."""
+  small = [f"--config.source.weights={source}", "--config.epochs=1"]
+  arguments = ["--methods=scratch", "--seeds=1", *small]
+  folder = tmp_path / "digits" / "scratch" / "seed0"
+  folder.mkdir(parents=True)
+  config = cli.load_config("configs/digits.py", small)
+  config.method, config.optimizer.learning_rate = "scratch", 0.03
+  (folder / "config.json").write_text(config.to_json())
+  done = {"epochs": 1, "seed": 0, "val_accuracy": 0.5, "test_accuracy": 0.5}
+  done |= {"device": "1 x cpu", "versions": VERSIONS}
+  (folder / "summary.json").write_text(json.dumps(done))
+  # Without trials it is known at once, with trials after them.
+  message = "optimizer.learning_rate was 0.03, is 0.2"
+  with pytest.raises(errors.InputError, match=message):
+    run_table(tmp_path, *arguments, "--tune=optimizer.learning_rate=0.2")
+
+  def run(self, job):
+    for folder in job.workdirs.values():
+      folder.mkdir(parents=True, exist_ok=True)
+      rate = job.config.optimizer.learning_rate
+      summary = {"val_accuracy": rate, "seconds": 1.0, "iterations": 1}
+      (folder / "summary.json").write_text(json.dumps(summary))
+
+  monkeypatch.setattr(table_cells.Runner, "run", run)
+  with pytest.raises(
+    errors.InputError, match=f"chosen is now optimizer.*{message}"
+  ):
+    run_table(tmp_path, *arguments, "--tune=optimizer.learning_rate=0.1,0.2")
+  assert not (tmp_path / "digits" / "scratch" / "tuning.json").exists()
+
+
+def test_a_tuned_folder_is_not_used_without_tuning(pretend, tmp_path):
+  pretend(lambda config: config.optimizer.learning_rate)
+  tune = "--tune=optimizer.learning_rate=0.1,0.2"
+  assert run_table(tmp_path, "--methods=scratch", tune) == 0
+  with pytest.raises(errors.InputError, match="was tuned: give --tune"):
+    run_table(tmp_path, "--methods=scratch")
 
 
 def test_all_pairs_may_be_the_best(pretend, tmp_path):
@@ -217,6 +266,16 @@ def test_shares_tune_whole_cells(pretend, tmp_path):
   assert tuned == ["optimizer.learning_rate=0.1"] * 3
 
 
+def test_shares_differ_in_their_methods(tmp_path):
+  columns = table_cells.load_columns(
+    ["configs/digits.py"], "data.per_class=5,10,20", []
+  )
+  cells = table_cells.make_cells(columns, ["scratch", "kd", "lwf"], 1, tmp_path)
+  for share in range(3):
+    mine = table_cells.interleave(cells)[share::3]
+    assert {cell.method for cell in mine} == {"scratch", "kd", "lwf"}
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -224,6 +283,18 @@ def test_shares_tune_whole_cells(pretend, tmp_path):
     (["--tune=transfer.beta=1,1"], "must be a field and different values"),
     (["--tune=transfer.bet=1,2"], "did you mean config.transfer.beta?"),
     (["--tune=method=kd,lwf"], "method cannot be tuned"),
+    (["--tune=data.split_seed=1,2"], "data.split_seed cannot be tuned"),
+    (
+      [
+        "--tune=transfer.pairs=single,nearest",
+        "--methods=fm_single,fm_one_to_one",
+      ],
+      "makes fm_single and fm_one_to_one the same",
+    ),
+    (
+      ["--tune=transfer.pairs=single,nearest", "--methods=fm_search,lwf"],
+      "fm_search searches for pairs",
+    ),
     (["--tune=epochs=1,2", "--tune=epochs=3"], "epochs is given twice"),
     (["--tune=kd.weight=1,2"], "kd.weight: no method of the table reads it"),
     (["--tune=epochs=1,x"], "epochs=x"),
@@ -342,7 +413,7 @@ def test_tuning_does_not_see_test_images(source, tmp_path):
       del trial["seconds"]
     records.append(record)
     cell = folder / "digits" / "scratch"
-    trials = list((cell / "tuning").glob("*/*/summary.json"))
+    trials = list((cell / "tuning_trials").glob("*/*/summary.json"))
     assert len(trials) == 2
     for path in trials:
       assert json.loads(path.read_text())["test_accuracy"] is None

@@ -107,12 +107,12 @@ def test_groups_are_compared_with_a_reference(folder, tmp_path):
     row["minus scratch"] for row in tables.run_rows(runs, "scratch")
   )
   # A table's trials are none of its results.
-  trial = tmp_path / "kd" / "tuning" / "beta=1" / "seed10000"
+  trial = tmp_path / "kd" / "tuning_trials" / "beta=1" / "seed10000"
   shutil.copytree(folder / "scratch" / "seed0", trial)
   shutil.copytree(folder / "scratch" / "seed0", tmp_path / "kd" / "seed0")
   (run,) = report.find_runs([tmp_path])
   assert run.workdir == (tmp_path / "kd" / "seed0").resolve()
-  (run,) = report.find_runs([tmp_path / "kd" / "tuning"])
+  (run,) = report.find_runs([tmp_path / "kd" / "tuning_trials"])
   assert run.workdir == trial.resolve()
 
 

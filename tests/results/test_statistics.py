@@ -61,7 +61,7 @@ def test_tables_show_differences_to_the_reference():
   assert "| method | test % | validation % | minus scratch |" in text
   assert f"| +2.3 [{low}, {high}] |" in text
   assert "| +1.0 |" in text
-  assert "over 1 or 3 paired seeds" in text
+  assert "over the seeds that both have (1 or 3)" in text
   scratch, lwf, kd = csv.DictReader(tables.to_csv(grid).splitlines())
   assert scratch["reference"] == scratch["difference"] == ""
   assert lwf["reference"] == "scratch"

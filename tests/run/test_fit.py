@@ -97,6 +97,8 @@ def test_methods_are_compared_seed_by_seed(arrays, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("methods", "reference", "message"),
   [
+    ((), "", "give at least two different methods"),
+    ("kd", "", r"methods are \('kd',\)"),
     (("kd",), "", "give at least two different methods"),
     (("kd", "kd"), "", "give at least two different methods"),
     (("kd", "lwf"), "scratch", "the reference is 'scratch'"),
@@ -106,6 +108,28 @@ def test_methods_are_compared_seed_by_seed(arrays, tmp_path, monkeypatch):
 def test_what_cannot_be_compared(arrays, methods, reference, message):
   with pytest.raises(errors.InputError, match=message):
     compare.compare(None, arrays, methods=methods, reference=reference)
+
+
+@pytest.mark.parametrize("seeds", [0, (), (1, 1)])
+def test_seeds_that_cannot_be_compared(arrays, seeds):
+  with pytest.raises(errors.InputError, match="give at least one, each once"):
+    compare.compare(None, arrays, methods=("kd", "lwf"), seeds=seeds)
+
+
+def test_what_does_not_fit_is_known_before_anything_is_trained(
+  arrays, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(loop.Loop, "train", None)
+  with pytest.raises(errors.InputError, match="does not name its 10 classes"):
+    compare.compare(
+      models.create("vgg_tiny", 10),
+      arrays,
+      methods=("scratch", "kd"),
+      source=experiments.Source(networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))),
+      seeds=np.int64(1),
+      config=small_config("scratch", 1),
+      workdir=tmp_path,
+    )
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "finetune_source"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import chex
 import jax
@@ -15,7 +16,7 @@ import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import run_reader, tables
-from l2t_jax.run import from_config, predictor, train, trainer
+from l2t_jax.run import experiments, from_config, predictor, train, trainer
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import sharding
 from tests.support import small_runs
@@ -132,6 +133,8 @@ def test_the_source_itself_can_be_trained(source, tmp_path, method):
   after, metadata = weight_files.load(tmp_path / "target.safetensors")
   if method == "linear_probe":
     chex.assert_trees_all_equal(after["source"], before)
+    statistics = after["classifier_stats"]
+    assert (statistics["mean"] != 0).any()
     assert set(after["params"]) == {"classifier"}
   else:
     kernel = lambda params: params["block1"]["conv1"]["kernel"]
@@ -158,7 +161,11 @@ def test_the_source_itself_can_be_trained(source, tmp_path, method):
   )
   last = features[list(models.trace(network, images.shape[1:]).taps)[-1]]
   classifier = after["params"]["classifier"]
-  logits = last.mean((1, 2)) @ classifier["kernel"] + classifier["bias"]
+  pooled = last.mean((1, 2))
+  if method == "linear_probe":
+    statistics = after["classifier_stats"]
+    pooled = (pooled - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5)
+  logits = pooled @ classifier["kernel"] + classifier["bias"]
   accuracy = float((logits.argmax(-1) == labels).mean())
   assert summary["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
   assert metadata["num_classes"] == "3"
@@ -168,6 +175,34 @@ def test_the_source_itself_can_be_trained(source, tmp_path, method):
   np.testing.assert_allclose(outputs, logits, rtol=1e-3, atol=1e-3)
   with pytest.raises(errors.InputError, match="use the source's own weight"):
     weight_files.load_network(tmp_path / "target.safetensors")
+
+
+def test_a_probe_finds_its_source_again(source, tmp_path):
+  """Wherever it is now, but no other one in its place."""
+  place = tmp_path / "source.safetensors"
+  shutil.copy(source, place)
+  config = small_runs.small_config(place, epochs=1)
+  config.method, config.transfer.pairs = "linear_probe", ""
+  small_runs.train(config, tmp_path / "run")
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+  outputs = predictor.load(tmp_path / "run").outputs(images)
+  variables, metadata = weight_files.load(place)
+  weight_files.save(place, variables, metadata | {"mean": "[0.9]"})
+  with pytest.raises(errors.InputError, match="another file than the source"):
+    predictor.load(tmp_path / "run")
+  place.unlink()
+  with pytest.raises(errors.InputError, match="is not there; give it"):
+    predictor.load(tmp_path / "run")
+  again = predictor.load(tmp_path / "run", source=source)
+  np.testing.assert_array_equal(again.outputs(images), outputs)
+  with pytest.raises(errors.InputError, match="source is a int"):
+    predictor.load(tmp_path / "run", source=3)
+  other = models.create("vgg_tiny", 10)
+  params, state = models.init(other, jax.random.key(0), (8, 8, 1))
+  with pytest.raises(errors.InputError, match="does not fit its weights"):
+    predictor.load(
+      tmp_path / "run", source=experiments.Source(other, params, state)
+    )
 
 
 def test_test_images_can_be_left_alone(source, tmp_path, monkeypatch):

@@ -351,7 +351,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "--config.method=l2t",
       "config.method is 'l2t'; it must be one of scratch, finetune, "
       "linear_probe, finetune_source, lwf, at, lwf_at, kd, afd, aft, "
-      "fm_single, fm_one_to_one, fm_all_to_all, l2t_w_single, "
+      "fm_single, fm_one_to_one, fm_all_to_all, fm_search, l2t_w_single, "
       "l2t_w_one_to_one, l2t_ww, l2t_ww_joint, or one that matches features "
       "and some of lwf, at, kd, such as kd+l2t_ww",
     ),

@@ -554,7 +554,7 @@ FAULTS = (
         "_FIRST_SEED = 10_000", "_FIRST_SEED = 0",
         f"{_TUNING}test_each_cell_is_tuned_by_itself"),
   Fault("a_trial_that_failed_counts", "run/tuning.py",
-        '-float("inf") if failures else', '1.0 if failures else',
+        '-math.inf if failures else', '1.0 if failures else',
         f"{_TUNING}test_trials_that_fail_are_not_chosen"),
   Fault("a_search_goes_on_where_no_pair_helps", "run/tuning.py",
         "tried[winner].score <= best.score", "False",
