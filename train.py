@@ -2,10 +2,10 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-A field is set as --config.field=value. The same command again resumes, or says
-that the run is complete. With --plan it says what memory and time the run
-would need, and trains nothing. On several machines, or in several processes of
-one, each process gets the same command and --distributed.
+A field is set as --config.field=value. Running the same command again resumes
+the run, or reports that it is complete. --plan estimates the memory and time of
+the run without training. On several machines, or with several processes on one
+machine, start each process with the same command and --distributed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_parser() -> errors.Parser:
   )
   parser.add_argument("--workdir", help="folder of the run")
   parser.add_argument(
-    "--plan", action="store_true", help="say what the run would need"
+    "--plan", action="store_true", help="estimate memory and time"
   )
   parser.add_argument(
     "--distributed",
@@ -40,7 +40,7 @@ def make_parser() -> errors.Parser:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
-  """Train, or plan, what the config says."""
+  """Train the experiment of the config, or plan it."""
   if not (args.workdir or args.plan):
     raise errors.InputError("--workdir must name a folder")
   place = (args.coordinator, args.num_processes, args.process_id)

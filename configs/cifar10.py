@@ -5,9 +5,9 @@
     python train.py --config=configs/cifar10.py --workdir=runs/cifar10
 
 The paper uses it with few labelled images, N per class:
---config.data.per_class=N. The accuracies that it reports are not known here.
-There are 45,000 training and 5,000 validation images. No split was published;
-without one the authors' code draws 10 % of each class, as here.
+--config.data.per_class=N. We do not have the accuracies that it reports.
+There are 45,000 training and 5,000 validation images. The authors published no
+split; without one their code draws 10 % of each class, as ours does.
 Not run with this code so far: 70,200 iterations need a GPU.
 Preparing the tfds data set needs TensorFlow once; reading it does not.
 """

@@ -1,10 +1,10 @@
-"""CIFAR-100: the authors' ResNet-32 -> a ConvNeXt, trained as such.
+"""CIFAR-100: the authors' ResNet-32 -> a ConvNeXt, with its usual recipe.
 
     python train.py --config=configs/cifar100_convnext.py \
       --workdir=runs/cifar100_convnext
 
 The recipe is that of configs/cifar100_vit.py with the learning rate of Liu et
-al., CVPR 2022. configs/cifar100.py says where the source comes from.
+al., CVPR 2022. See configs/cifar100.py for how to get the source.
 """
 
 from ml_collections import config_dict

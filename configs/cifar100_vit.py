@@ -1,11 +1,11 @@
-"""CIFAR-100: the authors' ResNet-32 -> a vision transformer, trained as such.
+"""CIFAR-100: the authors' ResNet-32 -> a ViT, with its usual recipe.
 
     python train.py --config=configs/cifar100_vit.py --workdir=runs/cifar100_vit
 
 The recipe follows DeiT (Touvron et al., ICML 2021): AdamW with warm-up, mixup
-and CutMix, RandAugment, random erasing, smoothed labels and a moving average of
+and CutMix, RandAugment, random erasing, label smoothing and a moving average of
 the weights; without stochastic depth and repeated augmentation.
-configs/cifar100.py says where the source comes from.
+See configs/cifar100.py for how to get the source.
 """
 
 from ml_collections import config_dict
@@ -31,6 +31,6 @@ def get_config() -> config_dict.ConfigDict:
     decayed="kernels",
     ema_decay=0.9998,  # For 70,000 iterations.
   )
-  # One weight of the matching loss suits targets of all kinds.
+  # With scaled features, the default β of the matching loss suits any target.
   config.transfer.feature_scale = "std"
   return config

@@ -1,7 +1,7 @@
 """Every field of an experiment: those of l2t_jax/config.py.
 
-An experiment is a file beside this one: the default with some fields changed.
-Any field can be changed on the command line too, as in
+An experiment is a file next to this one: the default with some fields changed.
+Any field can also be changed on the command line, as in
 --config.meta.learning_rate=1e-3.
 """
 

@@ -4,9 +4,9 @@
     python -m l2t_jax.table --config=configs/digits.py --seeds=3 \
       --methods=scratch,fm_one_to_one,l2t_ww --workdir=runs/demo
 
-trains the source on scikit-learn's digits, and then this config's target with
-three methods and three seeds each (`make demo` runs these two commands). A
-single run is
+train the source on scikit-learn's digits, and then the target of this config
+with three methods and three seeds each (`make demo` runs these two commands).
+The command for a single run is
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 

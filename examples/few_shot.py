@@ -1,14 +1,14 @@
-"""Learn a start from which five steps on three images suffice (MAML).
+"""Learn an initialisation that adapts in five steps on three images (MAML).
 
     python -m examples.few_shot
 
-A task is to tell three classes of images apart, given one image of each. The
-classes are scikit-learn's digits, turned, mirrored and placed anywhere: those
-of 0, 1, 2, 3, 8 and 9 are known, those of 4 to 7 are new. The meta-parameters
-are the initial parameters of a small network; its loss on other images of the
-task after five steps of SGD judges them (Finn, Abbeel and Levine, ICML 2017,
-arXiv 1703.03400). Beside it stands what is usual: a network that was trained to
-tell all known classes apart and gets a new last layer.
+A task is to classify images of three classes, given one image per class. The
+classes are scikit-learn's digits, rotated, mirrored and placed at random: 0, 1,
+2, 3, 8 and 9 are for meta-training, 4 to 7 are new classes for the test. The
+meta-parameters are the initial parameters of a small network. The outer loss is
+its loss on other images of the task after five steps of SGD (Finn, Abbeel and
+Levine, ICML 2017, arXiv 1703.03400). The baseline is the usual one: a network
+that was pre-trained on all known classes and gets a new last layer.
 """
 
 import jax
@@ -23,12 +23,12 @@ from l2t_jax import types
 WAYS, NUM_QUERIES, NUM_TASKS = 3, 10, 16
 INNER_STEPS, META_STEPS, PRETRAINING_STEPS = 5, 600, 2000
 SIZE, HIDDEN = 10, [128, 128]
-# A task starts from the meta-parameters.
+# The look-ahead starts from the meta-parameters, not from a state.
 NO_STATE = types.InnerState(None, None, None)
 
 
 def placed(rng, images):
-  """Put each image [..., 8, 8] somewhere into an empty one, [..., 100]."""
+  """Place each image [..., 8, 8] at random in an empty one, [..., 100]."""
   flat = images.reshape(-1, 8, 8)
   result = np.zeros((len(flat), SIZE, SIZE), np.float32)
   rows, columns = rng.integers(SIZE - 7, size=(2, len(flat), 1)) + np.arange(8)
@@ -38,10 +38,11 @@ def placed(rng, images):
 
 
 def draw_tasks(rng, images, number):
-  """Return (x, y) to train on and to judge by, with a leading axis of tasks."""
+  """Return training and held-out (x, y), each with a leading axis of tasks."""
   digits = rng.permuted(np.tile(np.arange(len(images)), (number, 1)), axis=1)
   digits = digits[:, :WAYS, None]
   kinds = rng.integers(images.shape[1], size=digits.shape)
+  # The first image of a class is for training, the others are held out.
   order = np.argsort(rng.random((number, WAYS, images.shape[2])))
   x = placed(rng, images[digits, kinds, order[..., : 1 + NUM_QUERIES]])
   y = np.broadcast_to(np.arange(WAYS)[:, None], x.shape[:3])
@@ -53,7 +54,7 @@ def draw_tasks(rng, images, number):
 
 
 def adapt(rate):
-  """Return a look-ahead that trains from where the meta-parameters are."""
+  """Return a look-ahead that starts training at the meta-parameters."""
   optimizer = optax.sgd(rate)
   step = l2t.make_inner_step(meta_training.loss_on(0), optimizer)
 
@@ -65,7 +66,7 @@ def adapt(rate):
 
 
 def pretrain(rng, images):
-  """Tell all known classes apart: a look-ahead of no steps at all."""
+  """Train on all known classes: meta-training with a look-ahead of 0 steps."""
   images = images.reshape(-1, *images.shape[2:])
 
   def draw():
@@ -84,7 +85,7 @@ def pretrain(rng, images):
 
 
 def main(seed: int = 0) -> dict[str, float]:
-  """Learn a start; print and return the accuracy on tasks of new classes."""
+  """Learn an initialisation; print and return accuracies on new classes."""
   kinds = meta_training.kinds_of_digits()
   known, new = kinds[[0, 1, 2, 3, 8, 9]], kinds[[4, 5, 6, 7]]
   rng = np.random.default_rng(seed)
@@ -97,6 +98,7 @@ def main(seed: int = 0) -> dict[str, float]:
     ((NO_STATE, draw_tasks(rng, known, NUM_TASKS)) for _ in range(META_STEPS)),
   )
   tests = draw_tasks(rng, new, 500)
+  # The baselines get their best learning rate on the test tasks.
   best = lambda start, *rates: max(
     meta_training.accuracy_after(adapt(rate), start, NO_STATE, tests)
     for rate in rates

@@ -1,17 +1,18 @@
-"""Learn a loss that withstands wrong labels, over 400 steps.
+"""Learn a loss that is robust to wrong labels, over 400 inner steps.
 
     python -m examples.learned_loss
 
-Two in five of the training labels are wrong, and nobody says which. With the
-probability p of the given label, the loss is
+40 % of the training labels are wrong, and it is not known which. With p the
+predicted probability of the given label, the loss is
 
-    exp(φ_0) (-log p) + Σ_k exp(φ_k) (1 - p)^k,    k = 1, 2, 3, 4, 6, 8:
+    exp(φ_0) (-log p) + Σ_k exp(φ_k) (1 - p)^k,    k = 1, 2, 3, 4, 6, 8,
 
-cross-entropy and the mean absolute error are among these. φ is learned on
-trainings of 400 steps of Adam, in segments, by the cross-entropy on right
-labels after them. Then it trains on other images, of which no right label is
-known. Beside it stand cross-entropy and what was designed for this case,
-generalised cross-entropy (1 - p^q) / q (Zhang and Sabuncu, NeurIPS 2018).
+which includes cross-entropy and the mean absolute error. Meta-training
+differentiates through 400 steps of Adam, in segments; the outer loss is the
+cross-entropy on correct labels. The learned loss is then used on other images,
+for which no correct labels are available. The baselines are cross-entropy and a
+loss designed for this case, generalised cross-entropy (1 - p^q) / q (Zhang and
+Sabuncu, NeurIPS 2018).
 """
 
 import jax
@@ -30,7 +31,7 @@ POWERS = np.array([1, 2, 3, 4, 6, 8])
 
 
 def draw(rng, x, y):
-  """Return the start of a training and ((x, y) per step, (x, y) held out)."""
+  """Return an initial state and ((x, y) per step, (x, y) held out)."""
   order = rng.permutation(len(y))
   labelled, held_out, _ = np.split(
     order, [NUM_LABELLED, NUM_LABELLED + NUM_HELD_OUT]
@@ -53,25 +54,28 @@ def learned_loss(p, meta_params):
 
 def train_on(loss):
   """Return a look-ahead whose loss is a function of (p [B], meta_params)."""
+  # eps_root keeps Adam differentiable at a zero gradient.
   optimizer = optax.adam(3e-3, eps_root=1e-12)
 
   def inner_loss(params, meta_params, model_state, batch):
     x, y = batch
     p = jax.nn.softmax(meta_training.logits_of(params, x))
     p = jnp.take_along_axis(p, y[:, None], axis=1)[:, 0]
+    # The derivative of log p is infinite at 0.
     return jnp.mean(loss(jnp.maximum(p, 1e-12), meta_params)), model_state
 
   step = l2t.make_inner_step(inner_loss, optimizer)
 
   def look_ahead(state, meta_params, batch):
     state = state._replace(opt_state=optimizer.init(state.params))
+    # 20 is the square root of the 400 steps, for the least memory.
     return l2t.unroll(step, state, meta_params, batch[0], segment_length=20)[0]
 
   return look_ahead
 
 
 def main(seed: int = 0) -> dict[str, float]:
-  """Learn a loss; print and return the accuracy after trainings with it."""
+  """Learn a loss; print and return accuracies after training with it."""
   known, new = meta_training.halves_of_digits()
   rng = np.random.default_rng(seed)
   draws = lambda number, data: meta_training.stack(

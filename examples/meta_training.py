@@ -1,4 +1,4 @@
-"""What the examples of meta-training share: a network, digits and the loop."""
+"""Shared by the meta-training examples: a network, digits and the meta-loop."""
 
 import functools
 
@@ -15,6 +15,7 @@ from l2t_jax.method import loss_functions
 def init(key, sizes):
   """Return parameters of a multilayer perceptron, a list of (w, b)."""
   keys = jax.random.split(key, len(sizes) - 1)
+  # He initialisation.
   return [
     (jax.random.normal(key, (n, m)) * np.sqrt(2 / n), jnp.zeros(m))
     for key, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)
@@ -34,7 +35,7 @@ def cross_entropy(params, data):
 
 
 def loss_on(part):
-  """Return the loss on what a task trains on (0) or is judged by (1)."""
+  """Return the loss on a task's training part (0) or held-out part (1)."""
 
   def loss_fn(params, meta_params, model_state, task):
     del meta_params
@@ -53,7 +54,7 @@ def halves_of_digits():
 
 
 def kinds_of_digits():
-  """Return images [digit, kind, N, 8, 8]: turned by quarters and mirrored."""
+  """Return images [digit, kind, N, 8, 8]: eight rotations and reflections."""
   digits = datasets.load_digits()
   images = np.float32(digits.images / 16)
   by_digit = np.stack([images[digits.target == d][:170] for d in range(10)])
@@ -67,13 +68,13 @@ def stack(items):
 
 
 def meta_train(look_ahead, outer_loss, optimizer, meta_params, tasks):
-  """Take a meta-step per item of `tasks`.
+  """Take one meta-step per item of `tasks`.
 
   Args:
-    look_ahead: see `l2t.hypergradient`, as `outer_loss`.
-    outer_loss: the loss that is minimised, as a mean over tasks.
-    optimizer: of the meta-parameters.
-    meta_params: where to start.
+    look_ahead: see `l2t.hypergradient`.
+    outer_loss: the loss to minimise, as a mean over tasks.
+    optimizer: optimizer of the meta-parameters.
+    meta_params: the initial meta-parameters.
     tasks: an iterable of (states, batches), with a leading axis of tasks.
 
   Returns:
@@ -85,13 +86,15 @@ def meta_train(look_ahead, outer_loss, optimizer, meta_params, tasks):
     gradient = lambda state, batch: l2t.hypergradient(
       look_ahead, outer_loss, state, meta_params, batch
     )[1]
+    # All tasks of an item run side by side.
     grads = jax.tree.map(
       lambda x: jnp.mean(x, axis=0), jax.vmap(gradient)(states, batches)
     )
     updates, opt_state = optimizer.update(grads, opt_state)
     return optax.apply_updates(meta_params, updates), opt_state
 
-  meta_params = jax.tree.map(jnp.array, meta_params)  # The step donates it.
+  # Copied, because the step donates its arguments and the caller keeps these.
+  meta_params = jax.tree.map(jnp.array, meta_params)
   opt_state = optimizer.init(meta_params)
   for states, batches in tasks:
     meta_params, opt_state = meta_step(meta_params, opt_state, states, batches)
@@ -99,7 +102,7 @@ def meta_train(look_ahead, outer_loss, optimizer, meta_params, tasks):
 
 
 def accuracy_after(look_ahead, meta_params, states, batches):
-  """Return the mean accuracy of tasks on what they are judged by."""
+  """Return the mean accuracy on the held-out parts of tasks."""
 
   @jax.jit
   def mean(meta_params, states, batches):

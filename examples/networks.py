@@ -1,9 +1,9 @@
-"""Networks of one's own: nothing in them knows of l2t_jax.
+"""Custom networks, which do not depend on l2t_jax.
 
     python -m l2t_jax.models examples.networks:convnext --image_size=16
 
-A small vision transformer (Linen) teaches a ConvNeXt (NNX); the source's taps
-are named by a glob, the target's are proposed:
+A small vision transformer (Linen) is the source of a ConvNeXt (NNX). A glob
+names the source's taps; the target gets the default ones:
 
     python train.py --config=configs/digits_source.py --workdir=runs/vit \
       --config.target.model=examples.networks:vit \
@@ -14,8 +14,8 @@ are named by a glob, the target's are proposed:
       --config.target.model=examples.networks:convnext_nnx \
       --config.optimizer.learning_rate=0.05 --config.transfer.beta=0.02
 
-A transformer's features grow from block to block: with the usual beta, the
-matching loss would outweigh the cross-entropy a hundredfold, and the training
+The features of a transformer grow from block to block. With the default beta,
+the matching loss would be a hundred times the cross-entropy, and the training
 would end in NaN.
 """
 
@@ -102,7 +102,7 @@ def convnext_nnx(num_classes, *, rngs):
 
 
 class Block(nn.Module):
-  """A block of a transformer, normalised first."""
+  """A transformer block with pre-normalisation."""
 
   num_heads: int
 

@@ -1,12 +1,12 @@
-"""Learn which labels to trust, through an inner loop of one's own.
+"""Learn which labels to trust, with a custom inner loop.
 
     python -m examples.noisy_labels
 
-Two in five of the training labels are wrong. Each training example has a
-learned weight (the meta-parameters). A softmax regression, trained by Adam on
-the weighted loss, is judged on 100 examples whose labels are known to be right;
-that judgement is differentiated through the training. Nothing here is a
-network, a data set or a loss that the library knows.
+40 % of the training labels are wrong. Each training example has a learned
+weight (the meta-parameters). A softmax regression is trained by Adam on the
+weighted loss. The outer loss, on 100 examples whose labels are known to be
+correct, is differentiated through the training. The network, the data set and
+the losses are all defined here, outside of the library.
 """
 
 import jax
@@ -25,7 +25,7 @@ OPTIMIZER = optax.adam(0.1, eps_root=1e-8)
 
 
 def load(seed):
-  """Return training, clean and test (x [N, 64], y [N]), and what is wrong."""
+  """Return training, clean and test (x [N, 64], y [N]), and the noise mask."""
   digits = datasets.load_digits()
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(digits.target))
@@ -46,7 +46,7 @@ def losses_of(params, x, y):
 
 
 def weighted_loss(params, meta_params, model_state, batch):
-  """The inner loss: training examples count by their weights."""
+  """The inner loss: each training example has its learned weight."""
   (x, y), _ = batch
   weights = jax.nn.sigmoid(meta_params)
   return jnp.mean(weights * losses_of(params, x, y)), model_state
@@ -70,7 +70,7 @@ def accuracy(params, data):
 
 
 def main(seed: int = 0) -> dict[str, float]:
-  """Train with equal and with learned weights; print and return what came."""
+  """Train with equal and with learned weights; print and return results."""
   train, clean, test, wrong = load(seed)
   params = {"w": jnp.zeros((64, NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
   start = types.InnerState(params, OPTIMIZER.init(params), model_state=None)

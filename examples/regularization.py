@@ -1,13 +1,14 @@
-"""Choose the regularisation of a convex model by implicit differentiation.
+"""Learn the regularisation of a convex model by implicit differentiation.
 
     python -m examples.regularization
 
-A softmax regression on scikit-learn's digits reads pixels, products of
-neighbours below and to the right, and as many columns of noise. Each of these
-four has an L2 penalty (a grid would need 10,000 fits per fold), judged by
-cross-validation. Each fold's minimum is found by L-BFGS, which nothing
-differentiates through: the implicit function theorem gives the hypergradient.
-Beside it stands scikit-learn's cross-validation of a single penalty.
+The features of a softmax regression on scikit-learn's digits are the pixels,
+the products of vertical and of horizontal neighbours, and as many columns of
+noise. Each of these four groups has its own L2 penalty (a grid would need
+10,000 fits per fold). The outer loss is that of cross-validation. L-BFGS finds
+the minimum of each fold and is not differentiated: the implicit function
+theorem gives the hypergradient. The baseline is scikit-learn's cross-validation
+of a single penalty.
 """
 
 import jax
@@ -36,7 +37,7 @@ def load(seed):
 
 
 def in_folds(x, y):
-  """Return ((x, y) to train on, (x, y) held out), a leading axis of folds."""
+  """Return (training, held-out) (x, y), each with a leading axis of folds."""
   of_fold = np.arange(NUM_LABELLED) % NUM_FOLDS
   is_test = of_fold == np.arange(NUM_FOLDS)[:, None]
   rows = lambda keep: np.nonzero(keep)[1].reshape(NUM_FOLDS, -1)
@@ -50,6 +51,7 @@ def cross_entropy(params, x, y):
 def penalised(params, log_decay, model_state, batch):
   """The inner loss."""
   decay = jnp.exp(jnp.repeat(log_decay, 64))[:, None]
+  # Without a penalty on the biases, the minimum would not be unique.
   penalty = jnp.sum(decay * params["w"] ** 2) + 1e-4 * jnp.sum(params["b"] ** 2)
   return cross_entropy(params, *batch[0]) + penalty, model_state
 
@@ -79,7 +81,7 @@ def minimise(state, log_decay, batch):
 
 
 def main(seed: int = 0) -> dict[str, float]:
-  """Learn four penalties, cross-validate one; print and return what came."""
+  """Learn four penalties, cross-validate one; print and return accuracies."""
   labelled, (x, y) = load(seed)
   folds = in_folds(*labelled)
   look_ahead = l2t.at_stationary_point(

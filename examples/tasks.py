@@ -1,12 +1,12 @@
-"""Losses of one's own: several labels, a number, a mask.
+"""Custom losses: multi-label classification, regression and segmentation.
 
     python -m examples.tasks
 
-Scikit-learn's digits, in three tasks that are no classification. Each one is a
-`types.Task`, a loss and an accuracy, and an npz file with `x_train` and what is
-to be learned of each image, `t_train`. The features of a network that
-classifies digits are transferred to all three. What `train.py` would be told
-stands in `config_of`; a task is named as
+Three tasks on scikit-learn's digits that are not classification. Each consists
+of a `types.Task`, a loss and an accuracy, and an npz file with the images
+`x_train` and their targets `t_train`. The features of a network that classifies
+digits are transferred to all three. `config_of` sets the fields that would be
+given to `train.py`; a task is selected as
 `--config.target.task=examples.tasks:ANGLE`.
 """
 
@@ -30,7 +30,7 @@ MAX_ANGLE = 60
 
 
 def _by_image(x):
-  """[B, ...] -> [B]."""
+  """Average over all axes but the first: [B, ...] -> [B]."""
   return jnp.mean(x.reshape(len(x), -1), axis=-1)
 
 
@@ -41,16 +41,17 @@ PRESENCE = types.Task(
   ),
   accuracy=lambda outputs, labels: _by_image((outputs > 0) == labels),
 )
-# By how much a digit is turned, from -1 to 1: outputs [B, 1], labels [B].
+# The rotation of a digit, scaled to [-1, 1]: outputs [B, 1], labels [B].
 ANGLE = types.Task(
   loss=lambda outputs, labels: jnp.mean(
     optax.huber_loss(outputs[:, 0], labels, delta=0.2)
   ),
   accuracy=lambda outputs, labels: -jnp.abs(outputs[:, 0] - labels),
 )
-# Where the ink is under the noise: outputs and labels [B, 16, 16].
+# A mask of the ink under the noise: outputs and labels [B, 16, 16].
 INK = types.Task(
   loss=PRESENCE.loss,
+  # Intersection over union.
   accuracy=lambda outputs, labels: (
     jnp.sum((outputs > 0) & (labels > 0), axis=(1, 2))
     / jnp.maximum(jnp.sum((outputs > 0) | (labels > 0), axis=(1, 2)), 1)
@@ -93,7 +94,7 @@ def _digits(size):
 
 
 def presence_data(rng):
-  """Two digits a picture, in opposite corners."""
+  """Draw two digits per image, in opposite corners."""
   pictures, labels = _digits(SIZE // 2)
   x = np.zeros((len(pictures), SIZE, SIZE), np.uint8)
   t = np.zeros((len(pictures), 10), np.int32)
@@ -108,7 +109,7 @@ def presence_data(rng):
 
 
 def angle_data(rng):
-  """Digits, turned."""
+  """Draw rotated digits, with their angles as targets."""
   pictures, _ = _digits(SIZE)
   turns = rng.uniform(-1, 1, len(pictures)).astype(np.float32)
   x = [
@@ -119,7 +120,7 @@ def angle_data(rng):
 
 
 def ink_data(rng):
-  """Digits under noise, and where they are."""
+  """Draw digits under noise, with their masks as targets."""
   x = np.stack([np.asarray(picture) for picture in _digits(SIZE)[0]])
   noisy = 0.4 * x + rng.normal(80, 60, x.shape)
   return np.uint8(np.clip(noisy, 0, 255)), np.int32(x > 100)
@@ -134,7 +135,7 @@ TASKS = {
 
 
 def config_of(task, folder, source, method, epochs):
-  """Describe a run; write its data."""
+  """Return the config of a run and write its data."""
   make_data, model, num_outputs = TASKS[task]
   x, t = make_data(np.random.default_rng(0))
   folder.mkdir(parents=True, exist_ok=True)

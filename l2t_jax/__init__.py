@@ -1,7 +1,7 @@
 """Learning What and Where to Transfer, in functional JAX.
 
-The public names stand in `__init__.pyi`. Each is imported when it is first
-used: importing the package is fast and changes nothing in the process.
+The public names are listed in `__init__.pyi`. Each is imported when it is first
+used, so that importing the package is fast and has no side effects.
 """
 
 import lazy_loader

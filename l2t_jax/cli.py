@@ -32,8 +32,8 @@ def run(
 ) -> None:
   """Run a command and exit with the code that `main` returns.
 
-  An `errors.Stop` is printed as one line on stderr and decides the exit code.
-  SIGTERM ends the command by one of these.
+  An `errors.Stop` is printed in one line on stderr and sets the exit code.
+  SIGTERM and Ctrl-C raise one.
 
   Args:
     parser: parser of the arguments that are not overrides.
@@ -41,7 +41,7 @@ def run(
   """
   phases.begin()
   arguments, overrides = _split(sys.argv[1:])
-  # Errors of libraries reach the user as exceptions.
+  # Libraries also raise the errors that they log: do not show them twice.
   logging.disable(logging.ERROR)
   with errors.errors_in_one_line(), signals.StopRequests(for_command=True):
     args, unexpected = parser.parse_known_args(arguments)
@@ -91,8 +91,8 @@ def load_config(
     holder = config_flags.DEFINE_config_file(
       "config", flag_values=values, sys_argv=arguments
     )
-    # The module of the file read before: what this one lacks must not come from
-    # there.
+    # Remove the module of the previous config file, so that attributes missing
+    # in this file do not come from it.
     sys.modules.pop(_MODULE, None)
   try:
     values(arguments)
@@ -153,7 +153,8 @@ def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:
       " a config file, config.sources.NAME = default.source()"
     )
   lines = str(error).strip().splitlines() or [""]
-  if any(line.startswith("Traceback") for line in lines):  # From the file.
+  if any(line.startswith("Traceback") for line in lines):
+    # An error in the code of the config file: its last line says what is wrong.
     return f"--config={path}: {lines[-1]}"
   if isinstance(error, flags.Error):
     return " ".join(str(error).split())
@@ -178,11 +179,12 @@ def _config_of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def _with_tuples(fields):
+  # JSON has only lists, but sequences in the fields of a config are tuples.
   return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Return (the other arguments, those that set a field of the config)."""
+  """Split argv into (other arguments, overrides of config fields)."""
   others: list[str] = []
   overrides: list[str] = []
   rest = list(argv)
@@ -191,6 +193,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if not argument.startswith(("--config.", "--noconfig.")):
       others.append(argument)
       continue
+    # Also accept the form "--config.field value".
     if "=" not in argument and rest and not rest[0].startswith("-"):
       argument += f"={rest.pop(0)}"
     overrides.append(argument)

@@ -1,8 +1,8 @@
 """Every field of a config: its default, its meaning and its rule.
 
-`get_config` builds a config of the defaults, and `check` applies the rules. A
-config file changes some of the fields; so does the command line, as in
---config.optimizer.momentum=0.8.
+`get_config` returns a config with all defaults, and `check` applies the rules.
+A config file overrides some of the fields, and the command line overrides
+others, as in --config.optimizer.momentum=0.8.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,23 +23,23 @@ from l2t_jax.runtime import compilation
 
 
 class Rule(NamedTuple):
-  """What is allowed in a field."""
+  """A rule that the value of a field has to follow."""
 
   holds: Callable[[Any], bool]
-  must: str  # Completes "it must".
+  must: str  # Completes "it must" in the error message.
 
 
 class Field(NamedTuple):
   """A field of a config."""
 
-  default: Any  # Gives the field its type, too.
+  default: Any  # Also determines the type of the field.
   rule: Rule | None = None
-  # Whether a run may be resumed with another value.
+  # Whether a run may be resumed with a different value.
   may_change: bool = False
 
 
 def one_of(choices: Iterable[str]) -> Rule:
-  """Allow some names."""
+  """Return the rule that a value is one of `choices`."""
   choices = tuple(choices)
   return Rule(choices.__contains__, f"be one of {', '.join(choices)}")
 
@@ -49,6 +49,7 @@ def _is_finite(value):
 
 
 def _is_whole(value):
+  # `bool` is a subclass of `int`.
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -81,22 +82,22 @@ ALL_AT_LEAST_0 = Rule(
   "hold whole numbers from 0 only",
 )
 
-# What is trained, and how long.
+# What is trained, and for how long.
 EXPERIMENT = {
   # How the target learns:
   #   scratch                         without a source
-  #   finetune                        from the source's weights, where the
-  #                                   shapes agree
-  #   linear_probe, finetune_source   no target: a linear classifier on the
-  #                                   frozen source, or on one that is trained
+  #   finetune                        initialised with the source's weights
+  #                                   wherever the shapes match
+  #   linear_probe, finetune_source   no target network: a linear classifier on
+  #                                   the source, which is frozen or fine-tuned
   #   lwf, at, lwf_at                 Learning without Forgetting, attention
   #                                   transfer, both
-  #   kd                              knowledge distillation, where the classes
-  #                                   agree
+  #   kd                              knowledge distillation; source and target
+  #                                   have the same classes
   #   afd                             attention-based feature distillation: pair
-  #                                   weights learned with the target
-  #   aft                             adaptive feature transfer: learned weights
-  #                                   of the last features' channels
+  #                                   weights learned together with the target
+  #   aft                             adaptive feature transfer: one learned
+  #                                   weight per channel of the last features
   #   fm_single, fm_one_to_one,       feature matching with fixed weights
   #   fm_all_to_all
   #   fm_search                       the same, with pairs that the table
@@ -105,127 +106,133 @@ EXPERIMENT = {
   #                                   weights
   #   l2t_ww                          the paper's method: learned channel and
   #                                   pair weights
-  #   l2t_ww_joint                    the same without a look-ahead: the weights
-  #                                   descend the target's loss; pairs compete
-  # lwf, at and kd can be added to one of fm_* and l2t_*, as in kd+l2t_ww.
+  #   l2t_ww_joint                    l2t_ww without a look-ahead: the weights
+  #                                   minimise the loss of the target's update;
+  #                                   pair weights are a softmax over pairs
+  # lwf, at and kd can be combined with one fm_* or l2t_* method, as in
+  # kd+l2t_ww.
   "method": Field("l2t_ww", METHOD),
-  # Seed of the initial values, the order of the images and their augmentation.
-  # The split has a seed of its own.
+  # Seed of the initial parameters, the order of the images and their
+  # augmentation. The split has its own seed, data.split_seed.
   "seed": Field(0, Rule(lambda x: 0 <= x < 2**63, "be 0 or more, below 2**63")),
-  # With the schedule constant, a run may go on with more epochs.
+  # With optimizer.schedule=constant, a run may be continued with more epochs.
   "epochs": Field(200, AT_LEAST_1),
-  # Folder of a run whose target, regressors and meta-networks this one starts
-  # from, as its newest checkpoint has them; "" to start afresh.
+  # Folder of another run, whose newest checkpoint initialises the target, the
+  # regressors and the meta-networks; "" for none.
   "init_from": Field(""),
   # Labelled images per iteration, over all devices.
   "batch_size": Field(128, AT_LEAST_1),
-  # f32, tf32 (matrix products on tensor cores) or bf16 (activations).
+  # f32, tf32 (TF32 matrix products on tensor cores) or bf16 (bfloat16
+  # activations).
   "precision": Field("f32", one_of(compilation.PRECISIONS)),
-  # Split the parameters and the optimizer's state over the devices, for
-  # networks that do not fit on one. The numbers stay the same.
+  # Shard the parameters and the optimizer state over the devices, for networks
+  # that do not fit on one. Results stay the same, up to rounding.
   "shard_params": Field(False, may_change=True),
-  # What happens where a loss or gradient is NaN or infinite: stop ends the run
-  # and names the iteration; skip leaves everything as it was before.
+  # What to do when a loss or gradient is NaN or infinite: stop ends the run and
+  # names the iteration; skip discards the update of that iteration.
   "bad_numbers": Field("stop", one_of(("stop", "skip")), may_change=True),
 }
 
-# The images. Rules about several of these fields are in l2t_jax/data.
+# The images. Rules that involve several of these fields are in l2t_jax/data.
 DATA = {
-  # Where they come from: bundled, npz, folder, tfds or huggingface.
+  # Where the images come from: bundled, npz, folder, tfds or huggingface.
   "data.source": Field("tfds"),
-  # Name of a bundled ("mnist", "digits") or tfds data set, or of one on the hub
-  # of Hugging Face, such as "uoft-cs/cifar100".
+  # Name of a bundled ("mnist", "digits") or tfds data set, or of one on the
+  # Hugging Face Hub, such as "uoft-cs/cifar100".
   "data.name": Field(""),
-  # The npz file, the folder of images, tfds's data_dir ("" for its own), or a
-  # Hugging Face data set on disk, instead of its name.
+  # Path of the npz file, of the folder of images, of tfds's data_dir ("" for
+  # its default), or of a Hugging Face data set on disk, in place of a name.
   "data.path": Field(""),
-  # Columns of a Hugging Face data set; "" for the only one that holds images,
-  # and the only one of type ClassLabel.
+  # Columns of a Hugging Face data set; "" if there is only one column of images
+  # and only one of type ClassLabel.
   "data.image_column": Field(""),
   "data.label_column": Field(""),
   # Labels to keep, renumbered from 0 in this order; () for all.
   "data.classes": Field(()),
-  # Height and width in pixels that images are resized to.
+  # Images are resized to this height and width, in pixels.
   "data.image_size": Field(32, AT_LEAST_1),
-  # 1 (grey) or 3 (RGB); or the channels of the images in an npz file.
+  # 1 (grey) or 3 (RGB); or the number of channels of the images in an npz file.
   "data.channels": Field(3, AT_LEAST_1),
-  # Normalisation of the pixels, on a scale of 0 to 1, for arrays of floats on
-  # their own. These are ImageNet's. () is that of the training images, if they
-  # are arrays or stay in memory.
+  # Mean and standard deviation of the pixels, on a scale from 0 to 1; for
+  # arrays of floats, on the scale of the arrays. The defaults are ImageNet's.
+  # () computes them from the training images, if these are arrays or are kept
+  # in memory.
   "data.mean": Field((0.485, 0.456, 0.406), FINITE),
   "data.std": Field((0.229, 0.224, 0.225), ALL_POSITIVE),
-  # none, crop (pad and crop) or crop_flip; for streamed images none or
-  # random_resized_crop_flip.
+  # none, crop (pad, then crop at random) or crop_flip; for streamed images none
+  # or random_resized_crop_flip.
   "data.augment": Field("crop_flip"),
   # Pixels added on each side before the random crop.
   "data.crop_padding": Field(4, AT_LEAST_0),
   # RandAugment after the crop: operations per image, such as 2, and their
-  # magnitude from 0 to 30; for images of 8 bits, grey or RGB.
+  # magnitude, from 0 to 30. For 8-bit images, grey or RGB.
   "data.rand_augment": Field(0, AT_LEAST_0),
   "data.rand_augment_magnitude": Field(
     9, Rule(lambda x: 0 <= x <= MAX_MAGNITUDE, "be from 0 to 30")
   ),
-  # Largest relative change of brightness, contrast and saturation, such as 0.4;
-  # for the same images.
+  # Largest relative change of brightness, contrast and saturation, such as 0.4.
+  # For 8-bit images, grey or RGB.
   "data.color_jitter": Field(0.0, FROM_0_TO_1),
-  # Share of the images that lose a rectangle, such as 0.25.
+  # Probability that a random rectangle of an image is erased, such as 0.25.
   "data.random_erasing": Field(0.0, FROM_0_TO_1),
-  # α of mixup, such as 0.8, and of CutMix, such as 1.0, for classification; 0
-  # for none. With both, an image has an even chance of either. Sources see the
-  # mixed images, as the target does.
+  # α of mixup, such as 0.8, and of CutMix, such as 1.0; 0 for none. Only for
+  # classification. If both are set, each image gets one of them, with equal
+  # probability. The sources see the same mixed images as the target.
   "data.mixup": Field(0.0, NOT_NEGATIVE),
   "data.cutmix": Field(0.0, NOT_NEGATIVE),
-  # Length of the short side of streamed images before the central crop in
-  # evaluation; 0 for 8/7 of image_size, which makes 256 of 224.
+  # In evaluation, the short side of streamed images is resized to this many
+  # pixels before the central crop; 0 for 8/7 of image_size (256 for 224).
   "data.eval_resize": Field(0, AT_LEAST_0),
   # An npz file with the indices {split_prefix}_train, {split_prefix}_val and
   # {split_prefix}_test; "" to draw a stratified split.
   "data.split_file": Field(""),
   "data.split_prefix": Field(""),
-  # Shares of the training images that validate and test, where the data set
-  # has no images for that, and the seed by which they are drawn.
+  # Shares of the training images that are split off for validation and for
+  # testing if the data set has no such split, and the seed of the random split.
   "data.val_fraction": Field(0.1),
   "data.test_fraction": Field(0.2),
   "data.split_seed": Field(0, AT_LEAST_0),
   # Labelled training images per class; 0 for all.
   "data.per_class": Field(0, AT_LEAST_0),
-  # Add images without labels to those whose features are transferred: the ones
-  # that per_class leaves over, or all images in the folder unlabeled_path.
-  # L_org and scratch never see them.
+  # Also transfer features on unlabelled images: the training images that
+  # per_class leaves over, or all images in the folder unlabeled_path. They do
+  # not enter L_org, and scratch ignores them.
   "data.unlabeled": Field(False),
   "data.unlabeled_path": Field(""),
-  # Images without labels per iteration; 0 for batch_size.
+  # Unlabelled images per iteration; 0 for batch_size.
   "data.unlabeled_batch_size": Field(0, AT_LEAST_0),
-  # Processes that decode streamed images; 0 for threads.
+  # Number of processes that decode streamed images; 0 to decode in threads.
   "data.num_workers": Field(8, AT_LEAST_0, may_change=True),
-  # What happens where images cannot be read: stop names all of them; skip
-  # leaves them out, if they are at most max_bad_fraction of all images.
+  # What to do when images cannot be read: stop lists all of them; skip leaves
+  # them out, provided they are at most max_bad_fraction of all images.
   "data.bad_images": Field("stop", one_of(("stop", "skip"))),
   "data.max_bad_fraction": Field(0.01, BELOW_1),
 }
 
-# The source network. In place of it `sources` holds several: a name and these
-# fields for each. A config file adds them, as in
+# The source network. For several sources, use `sources` instead: a dict of
+# source name -> these fields. A config file adds an entry with
 # `config.sources.NAME = default.source()`.
 SOURCE = {
-  # Weights of the source network: a file that `python -m l2t_jax.pretrained`
-  # made, or target.safetensors of another run. The file names the network.
+  # Weights of the source network: a file written by
+  # `python -m l2t_jax.pretrained`, or target.safetensors of another run. The
+  # file also stores which network it is.
   "weights": Field(""),
-  # Its taps, given as in target.taps. Pairs that transfer.pairs lists may use
-  # all of the network's taps instead.
+  # Taps of the source, with the syntax of target.taps. Pairs listed explicitly
+  # in transfer.pairs may use any other tap of the network too.
   "taps": Field(()),
-  # Height and width in pixels of the images that it sees; 0 for those of the
-  # data.
+  # Height and width, in pixels, of the source's input; 0 for the size stored in
+  # the weight file, or for data.image_size if the file has none.
   "image_size": Field(0, AT_LEAST_0),
-  # Its normalisation; () for that of the run that trained it, or for that of
-  # the data if the weights file does not say.
+  # Normalisation of the source's input; () for the one stored in the weight
+  # file, or for that of the data if the file has none.
   "mean": Field((), FINITE),
   "std": Field((), ALL_POSITIVE),
-  # Which channels of the images it sees, in its order, counted from 0; () for
-  # all of them, where grey becomes RGB and RGB becomes grey.
+  # Indices, from 0, of the image channels that are fed to the source, in the
+  # order that it expects; () for all channels, where grey is converted to RGB
+  # and RGB to grey if needed.
   "bands": Field((), ALL_AT_LEAST_0),
-  # Names of its classes in the order of its logits, for kd, which compares
-  # classes by name; () for what the weights file says.
+  # Class names in the order of the source's logits, for kd, which matches
+  # classes by name; () for the names stored in the weight file.
   "class_names": Field(()),
 }
 
@@ -235,97 +242,101 @@ TARGET = {
   # takes num_classes and returns a Linen module, or takes num_classes and rngs
   # and returns an NNX module.
   "target.model": Field("vgg9"),
-  # What it learns from labelled images: classification (cross-entropy), or a
-  # `l2t_jax.types.Task` of your own as "package.module:NAME".
+  # What the target learns from labelled images: classification (cross-entropy),
+  # or your own `l2t_jax.types.Task` as "package.module:NAME".
   "target.task": Field("classification"),
-  # Outputs of the network (its num_classes); 0 for the number of classes. A
-  # task of your own with several targets per image has to set it.
+  # Number of outputs of the network (its num_classes); 0 for the number of
+  # classes. Must be set for a custom task with several targets per image.
   "target.num_outputs": Field(0, AT_LEAST_0),
-  # Share of a label's weight that is spread evenly over all outputs, in
-  # training alone.
+  # Label smoothing: the share of a label's weight that is spread evenly over
+  # all outputs. Used in training only.
   "target.label_smoothing": Field(0.0, BELOW_1),
-  # Names of its layers, or globs such as "stages_*/blocks_2"; () for the
-  # network's own choice, or else for the last block of each resolution.
-  # `python -m l2t_jax.models MODEL` lists the layers.
+  # Taps of the target: names of layers, or globs such as "stages_*/blocks_2".
+  # () for the network's default taps or, if it defines none, for the last block
+  # of each resolution. `python -m l2t_jax.models MODEL` lists the layers.
   "target.taps": Field(()),
 }
 
 # Matching of features.
 TRANSFER = {
-  # "" for the method's own; single, one_to_one (equal resolutions), nearest
-  # (each target tap with the source tap of the nearest resolution),
-  # all_to_all, or a list such as "stage1_block5->conv2, stage3_block5->conv8".
+  # Which source and target taps are compared: single (the last ones),
+  # one_to_one (those of equal resolution), nearest (each target tap with the
+  # source tap of the nearest resolution), all_to_all, or a list such as
+  # "stage1_block5->conv2, stage3_block5->conv8". "" for the method's default.
   "transfer.pairs": Field(""),
   # Weight β of the matching loss.
   "transfer.beta": Field(0.5, POSITIVE),
-  # uniform and constant (1) switch off what the method would learn.
+  # For ablations: uniform and constant (1) replace the weights that the method
+  # would learn.
   "transfer.channel_weights": Field("learned", one_of(("learned", "uniform"))),
   "transfer.pair_weights": Field("learned", one_of(("learned", "constant"))),
-  # Turns g's output into a pair weight: relu6, relu or softplus.
+  # Activation of g's output, which becomes the pair weight: relu6, relu or
+  # softplus.
   "transfer.pair_activation": Field("relu6", one_of(transfer.PAIR_ACTIVATIONS)),
-  # std: divide each source tap by its standard deviation over the training
-  # images, so that β means the same for all sources; none: leave it.
+  # std: divide the features of each source tap by their standard deviation over
+  # training images, so that β is comparable across sources; none: do not scale.
   "transfer.feature_scale": Field("none", one_of(("none", "std"))),
-  # transfer_map.json of another run: match its pairs with its mean weights,
-  # which stay fixed.
+  # Path of another run's transfer_map.json, whose pairs are matched with its
+  # mean weights; these are not trained further. "" to learn the weights.
   "transfer.map": Field(""),
 }
 
-# The losses of other methods, a group of fields for each.
+# The losses of the baselines, one group of fields per loss.
 LOSSES = {
   # Learning without Forgetting: a second head imitates the source's outputs,
   # softened by the temperature.
   "lwf.temperature": Field(2.0, POSITIVE),
   "lwf.weight": Field(1.0, POSITIVE),
-  # Attention transfer: weight of its loss.
+  # Attention transfer: weight of the loss.
   "at.beta": Field(1000.0, POSITIVE),
-  # Knowledge distillation, with outputs softened in the same way.
+  # Knowledge distillation: temperature of both softmaxes, weight of the loss.
   "kd.temperature": Field(4.0, POSITIVE),
   "kd.weight": Field(1.0, POSITIVE),
-  # Attention-based feature distillation: weight of its loss, and the length of
+  # Attention-based feature distillation: weight of the loss, and dimension of
   # queries and keys.
   "afd.weight": Field(200.0, POSITIVE),
   "afd.dim": Field(128, AT_LEAST_1),
-  # Adaptive feature transfer: weight of its loss.
+  # Adaptive feature transfer: weight of the loss.
   "aft.weight": Field(10.0, POSITIVE),
 }
 
 LOSS_GROUPS = tuple({name.partition(".")[0]: None for name in LOSSES})
-# Group of fields -> name of the loss, in `objectives.Method`, that reads them.
+# Group of fields -> the entry of `objectives.Method.losses` that reads them.
 _LOSS_OF_GROUP = {name: name for name in LOSS_GROUPS} | {"at": "attention"}
 
-# The optimizer of the target's update and of the look-ahead (optimizer), and
-# Adam for the meta-networks f and g (meta).
+# optimizer: the inner optimizer, of the target's update and the look-ahead.
+# meta: Adam, which trains the meta-networks f and g.
 OPTIMIZERS = {
-  # sgd (with L2 in the gradient), adamw (with decoupled weight decay), or
-  # "package.module:function", a function of the learning rate (traced) that
-  # returns an optax transformation; momentum, b2, weight_decay and decayed are
-  # then its own.
+  # sgd (L2 regularisation in the gradient), adamw (decoupled weight decay), or
+  # "package.module:function", a function that maps a (traced) learning rate to
+  # an optax transformation; momentum, b2, weight_decay and decayed are then
+  # ignored.
   "optimizer.name": Field("sgd"),
   "optimizer.learning_rate": Field(0.1, POSITIVE),
-  # By epochs: cosine (to 0), or step (a tenth at 50 % and again at 75 %); or
-  # constant.
+  # The learning rate of each epoch: cosine (decays to 0), step (divided by 10
+  # after 50 % and 75 % of the epochs) or constant.
   "optimizer.schedule": Field("cosine", one_of(optimizers.SCHEDULES)),
-  # Iterations, or else epochs, in which the learning rate first grows linearly
-  # to its largest value; the schedule has what is left of the run.
+  # Linear warm-up to optimizer.learning_rate, in iterations or in epochs (set
+  # only one of them). The schedule covers the rest of the run.
   "optimizer.warmup_steps": Field(0, AT_LEAST_0),
   "optimizer.warmup_epochs": Field(0.0, NOT_NEGATIVE),
-  # Decay rate of the momentum (b1 of adamw), and of adamw's second moment.
+  # Momentum of sgd or b1 of adamw; and the decay rate of adamw's second moment.
   "optimizer.momentum": Field(0.9, BELOW_1),
   "optimizer.b2": Field(0.999, BELOW_1),
   "optimizer.weight_decay": Field(1e-4, NOT_NEGATIVE),
-  # Which parameters decay: all, or kernels (no biases, scales and other
-  # vectors; tokens and positions of a transformer do).
+  # Parameters with weight decay: all, or kernels (which excludes biases, scales
+  # and other vectors, but not the tokens and positions of a transformer).
   "optimizer.decayed": Field("all", one_of(optimizers.DECAYED)),
-  # Gradients are scaled down to this norm over all arrays; 0 for no clipping.
+  # Largest global norm of the gradient (clipping); 0 for no clipping.
   "optimizer.clip_norm": Field(0.0, NOT_NEGATIVE),
-  # Decay rate per iteration of an exponential moving average of the target,
-  # such as 0.999, which is evaluated and saved in its place; 0 for none.
+  # Decay rate per iteration, such as 0.999, of an exponential moving average of
+  # the target, which is then evaluated and exported in place of the target; 0
+  # for none.
   "optimizer.ema_decay": Field(0.0, BELOW_1),
   "meta.learning_rate": Field(1e-4, POSITIVE),
-  # Added to the gradient (L2), not to the update.
+  # L2 regularisation: added to the gradient, not decoupled as in AdamW.
   "meta.weight_decay": Field(1e-4, NOT_NEGATIVE),
-  # As optimizer.clip_norm, for the hypergradient.
+  # Largest global norm of the hypergradient (clipping); 0 for no clipping.
   "meta.clip_norm": Field(0.0, NOT_NEGATIVE),
   # Iterations per meta update.
   "meta.update_every": Field(1, AT_LEAST_1),
@@ -333,36 +344,37 @@ OPTIMIZERS = {
 
 # The look-ahead and its derivative.
 BILEVEL = {
-  # T, the number of its steps.
+  # T, the number of steps of the look-ahead.
   "bilevel.num_inner_steps": Field(2, AT_LEAST_1),
-  # What these steps minimise: auxiliary (L_wfm; a step on L_org follows), or
-  # total (L_org + L_wfm, the usual bilevel scheme).
+  # Loss of these T steps: auxiliary (L_wfm, followed by one step with L_org, as
+  # in the paper), or total (L_org + L_wfm, the usual bilevel scheme).
   "bilevel.look_ahead_loss": Field("auxiliary", one_of(("auxiliary", "total"))),
   # How the hypergradient is computed: reverse, remat, mixed or linearized. auto
-  # is linearized, the fastest, or mixed where that does not fit into memory.
+  # uses linearized, the fastest, or mixed if linearized needs too much memory.
   "bilevel.mode": Field("auto", one_of(("auto", *bilevel.MODES))),
-  # scan compiles as fast for any T; unroll is about a tenth faster on CPU from
-  # T = 4 on.
+  # scan: the compile time does not depend on T. unroll: about 10 % faster on
+  # CPU from T = 4 on.
   "bilevel.loop": Field("scan", one_of(("scan", "unroll"))),
 }
 
 # What a run records.
 RECORDS = {
-  # Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow. Install
-  # the last two yourself; their environment variables name their server.
+  # Where metrics go in addition to metrics.jsonl: tensorboard, wandb, mlflow.
+  # The last two have to be installed separately, and find their server through
+  # their own environment variables.
   "trackers": Field(("tensorboard",), may_change=True),
   # Iterations per record in metrics.jsonl.
   "log_every": Field(20, AT_LEAST_1, may_change=True),
   # Epochs per checkpoint.
   "checkpoint_every": Field(1, AT_LEAST_1, may_change=True),
-  # Iterations per further checkpoint within an epoch; 0 for none.
+  # Iterations per additional checkpoint within an epoch; 0 for none.
   "checkpoint_steps": Field(0, AT_LEAST_0, may_change=True),
-  # Evaluate the test images, too, at each epoch that is the best so far on the
-  # validation images. Runs that choose hyper-parameters leave them alone.
+  # Also evaluate the test images after each epoch whose validation accuracy is
+  # the best so far. Set it to False in runs that select hyper-parameters.
   "evaluate_test": Field(True),
 }
 
-# All fields, by the names that they have on the command line.
+# All fields, by their names on the command line.
 FIELDS: Mapping[str, Field] = {
   **EXPERIMENT,
   **DATA,
@@ -376,8 +388,8 @@ FIELDS: Mapping[str, Field] = {
   **RECORDS,
 }
 
-# Fields that may differ between a run and its resumption.
-# The fields that are paths of files or folders, beside the sources' weights.
+# Fields that are paths of files or folders. The weights of the sources are
+# paths too: `source_configs` finds them.
 PATHS = (
   "init_from",
   "data.path",
@@ -385,6 +397,7 @@ PATHS = (
   "data.unlabeled_path",
   "transfer.map",
 )
+# Fields that may differ between a run and its resumption.
 FREE_FIELDS = tuple(name for name in FIELDS if FIELDS[name].may_change)
 
 
@@ -410,12 +423,12 @@ def check(
   *,
   names_objects: bool = True,
 ) -> None:
-  """Refuse values that no run can have.
+  """Check that the values of all fields are valid.
 
   Args:
     config: the fields.
-    names_objects: whether the target, its task and the sources are what the
-      config names, and not objects that are there already.
+    names_objects: True if the target, its task and the sources are looked up
+      by the names in the config; False if `fit` got them as objects.
 
   Raises:
     errors.InputError: a value is wrong; the message names the field, its value
@@ -444,7 +457,7 @@ def check(
 def _holds(rule, value):
   try:
     return rule.holds(value)
-  except TypeError:  # `fit` takes values of any type.
+  except TypeError:  # A config passed to `fit` can hold values of any type.
     return False
 
 
@@ -483,7 +496,7 @@ def _check_sources(config, method):
 
 
 def _check_map(config, method):
-  """Refuse a map that is not read, and fields that a map would overrule."""
+  """Reject a map that the method ignores, and fields that the map overrides."""
   if method.pair_set and "matching" not in method.losses:
     raise errors.InputError(
       f"config.transfer.map is {config.transfer.map!r}, but method"
@@ -499,10 +512,10 @@ def _check_map(config, method):
 
 
 def check_fields(names: Iterable[str]) -> None:
-  """Refuse names that are no fields.
+  """Check that all names are those of fields.
 
   Args:
-    names: such as "config.epochs".
+    names: names such as "config.epochs".
 
   Raises:
     errors.InputError: a field is unknown; the message names the nearest one.
@@ -518,7 +531,7 @@ def check_fields(names: Iterable[str]) -> None:
 
 
 def _name_in_table(name):
-  """Return the name that declares a field: sources.NAME.taps is source.taps."""
+  """Return a field's key in `FIELDS`: sources.NAME.taps -> source.taps."""
   parts = name.split(".")
   if parts[0] == "sources" and len(parts) == 3:
     return f"source.{parts[2]}"
@@ -526,7 +539,7 @@ def _name_in_table(name):
 
 
 def reads(config: ml_collections.ConfigDict, field: str) -> bool:
-  """Return whether a field matters to the method of a config.
+  """Return whether the method of a config reads a field.
 
   Args:
     config: the fields.
@@ -563,12 +576,12 @@ def reads(config: ml_collections.ConfigDict, field: str) -> bool:
 def source_configs(
   config: ml_collections.ConfigDict,
 ) -> dict[str, ml_collections.ConfigDict]:
-  """Return name -> fields of all sources; a single one has the name ""."""
+  """Return source name -> its fields; a single source is named ""."""
   return dict(config.sources.items()) or {"": config.source}
 
 
 def expand_home(config: ml_collections.ConfigDict) -> None:
-  """Replace a leading ~ in the fields that are paths, in place."""
+  """Expand a leading ~ in all fields that are paths; changes `config`."""
   for name in PATHS:
     group, _, field = name.rpartition(".")
     fields = get(config, group) if group else config

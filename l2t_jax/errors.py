@@ -85,21 +85,21 @@ class Interrupted(Stop):
 
 
 def in_one_line(error: BaseException) -> str:
-  """Return an error's message in one line of at most some 600 characters.
+  """Return an error's message in one line of at most about 600 characters.
 
-  The kind of the error stands in front unless it is a `Stop`.
+  It starts with the type of the error, unless the error is a `Stop`.
   """
   text = " ".join(str(error).split())
   if not isinstance(error, Stop):
     text = f"{type(error).__name__}: {text}"
-  # What is wrong stands first, and what would be right last.
+  # Keep both ends: a message starts with the problem and ends with the advice.
   return text if len(text) <= 600 else f"{text[:300]} ... {text[-290:]}"
 
 
 def first_line(error: BaseException) -> str:
-  """Return an error's kind and the first line of its message, cut to 300.
+  """Return an error's type and the first 300 characters of its first line.
 
-  Some libraries write pages, of which the first line says what is wrong.
+  Some libraries raise errors of several pages, whose first line is the cause.
   """
   lines = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {lines[0][:300]}"

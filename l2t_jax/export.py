@@ -43,7 +43,7 @@ def to_state_dict(predictor: predictors.Predictor) -> dict[str, np.ndarray]:
   variables = {"params": predictor.params, **predictor.model_state}
   tensors = {}
   for path, leaf in traverse_util.flatten_dict(variables).items():
-    if path[0] == "rng":  # The key of dropout.
+    if path[0] == "rng":  # The PRNG key of dropout.
       continue
     if not torch_weights.has_torch_name(path):
       raise errors.InputError(

@@ -30,7 +30,8 @@ def write(
   if isinstance(content, str):
     content = content.encode()
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Without a unique part the next write overwrites what a killed process left.
+  # Without a unique part in the name, the next write replaces the partial file
+  # that a killed process left behind.
   unique = f".{uuid.uuid4().hex}" if shared else ""
   partial = path.with_name(f"{path.name}{unique}.partial")
   try:
@@ -43,7 +44,7 @@ def write(
 
 
 def check_place(path: pathlib.Path) -> None:
-  """Check that a file can be written, before the work for its content.
+  """Check that a file can be written, before its content is computed.
 
   Creates parent folders.
 

@@ -20,7 +20,7 @@ def require(
     module: the module's name.
     needed_for: the feature that needs the module, for the error message.
     package: the package to install, if it has another name than the module.
-    otherwise: what to do without the module, for the error message.
+    otherwise: the alternative to installing the module, for the error message.
 
   Raises:
     errors.InputError: the module is not installed or cannot be imported.
@@ -37,9 +37,9 @@ def require(
 
 @contextlib.contextmanager
 def hidden(module: str) -> Iterator[None]:
-  """Context manager: a module that is not imported yet cannot be imported.
+  """Context manager: hide a module, unless it has been imported before.
 
-  For libraries that import a slow module which they can do without.
+  For libraries that import a slow module that they do not need.
   """
   if module in sys.modules:
     yield

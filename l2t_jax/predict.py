@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def find_images(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-  """List images: files as they are, folders searched and sorted.
+  """List image files: the given files, and the sorted files of given folders.
 
   Raises:
     errors.InputError: a path does not exist, or a folder has no images.

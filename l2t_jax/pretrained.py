@@ -6,11 +6,11 @@
       --checkpoint=mine.pth --image_size=64 --mean=0.5 --std=0.25
     python -m l2t_jax.pretrained mine.pth OUT.safetensors --model=resnet32
 
-The first three take a network of timm, Keras or any torch code, with the
+The first three convert a network of timm, Keras or any torch code, with the
 weights of that library or of --checkpoint. The network becomes a program that
-JAX alone runs, with its own normalisation; its blocks become taps. Before it is
-written, it is compared with the library's own result. The last one maps a
-PyTorch checkpoint to a bundled network.
+needs only JAX and includes its own normalisation; its blocks become taps. Its
+outputs are compared with the library's before the file is written. The last one
+maps a PyTorch checkpoint to a bundled network.
 
 A weight file is a safetensors file: plain arrays, which are read without
 running code.
@@ -42,7 +42,8 @@ _LIBRARIES = {
   "keras": convert_keras.from_keras,
   "torch": convert_torch.from_module,
 }
-# By how much of the largest logit a program and its library may differ.
+# Largest difference between a program and its library, as a share of the
+# largest logit.
 _TOLERANCES = {"f32": 1e-4, "tf32": 1e-2, "bf16": 0.1}
 
 
@@ -56,10 +57,10 @@ def make_parser() -> errors.Parser:
   )
   parser.add_argument("output", type=pathlib.Path, help="OUT.safetensors")
   parser.add_argument(
-    "--model", choices=list(models.MODELS), help="of a checkpoint"
+    "--model", choices=list(models.MODELS), help="network of a checkpoint"
   )
   parser.add_argument(
-    "--checkpoint", type=pathlib.Path, help="weights of your own"
+    "--checkpoint", type=pathlib.Path, help="file of your own weights"
   )
   parser.add_argument(
     "--key",
@@ -71,10 +72,13 @@ def make_parser() -> errors.Parser:
     "--image_size", type=_positive, default=0, help="side in pixels"
   )
   parser.add_argument(
-    "--mean", type=_numbers, default=(), help="of R,G,B from 0 to 1"
+    "--mean", type=_numbers, default=(), help="mean of R,G,B, from 0 to 1"
   )
   parser.add_argument(
-    "--std", type=_positive_numbers, default=(), help="of R,G,B"
+    "--std",
+    type=_positive_numbers,
+    default=(),
+    help="standard deviation of R,G,B",
   )
   parser.add_argument(
     "--precision",
@@ -111,7 +115,7 @@ def _positive_numbers(text):
 
 
 def main(args: argparse.Namespace) -> None:
-  """Convert a network and say what was found."""
+  """Convert a network and print a summary."""
   library, _, name = args.network.partition(":")
   read = args.checkpoint or pathlib.Path(args.network)
   if read.exists() and args.output.exists() and read.samefile(args.output):
@@ -128,7 +132,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _convert_network(args, library, name):
-  cpu_lowering.install()  # Convolutions of torch have their channels first.
+  # Convolutions of torch have their channels first: the rules transpose them.
+  cpu_lowering.install()
+  # Fail early, not after the conversion.
   with files.output_errors(args.output):
     files.check_place(args.output)
   reading = programs.Reading(args.image_size, args.mean, args.std)

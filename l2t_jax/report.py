@@ -1,9 +1,9 @@
-"""Show runs on one page: what was transferred where, and what it brought.
+"""Show runs on one page: what was transferred where, and how well it worked.
 
     python -m l2t_jax.report RUN [RUN ...] --output=report.html
 
 RUN is the folder of a run, finished or not, or a folder that is searched for
-runs, such as that of a table. The page is one file that needs no network.
+runs, such as that of a table. The page is a single file that works offline.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def make_page(
 
   Args:
     runs: from `find_runs`.
-    num_images: images whose saliency is shown.
+    num_images: number of images with saliency.
     reference: method that the others are compared with; "" for none.
   """
   saliency: dict[str, saliency_images.Saliency | str] = {}
   learned = [run for run in runs if run.learned_channels and num_images]
-  # Seeds of an experiment look alike: the saliency of one is enough.
+  # The seeds of an experiment look alike: show the saliency of one of them.
   for run, *_ in run_reader.by_experiment(learned):
     try:
       saliency[run.name] = saliency_images.compute_saliency(run, num_images)

@@ -18,9 +18,10 @@ class Mixing(NamedTuple):
   The first image is mixed with the last one.
   """
 
-  share: chex.Array  # [B] float32, of its own pixels outside of the box.
+  # [B] float32: weight of an image's own pixels outside of the box.
+  share: chex.Array
   # [B, 4] int32: top, left, bottom and right of a box that the predecessor
-  # covers; bottom and right are the first row and column outside.
+  # covers; bottom and right are exclusive.
   box: chex.Array
 
 
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
   # [B] int32, 0 .. num_classes - 1; or [B, ...] targets of another task.
   labels: jax.Array
   unlabeled: jax.Array | None = None  # [U, H, W, C], or None.
-  mixing: Mixing | None = None  # Of the labelled images; None to leave them.
+  mixing: Mixing | None = None  # For the labelled images; None for no mixing.
 
 
 class EvalBatch(NamedTuple):
@@ -51,7 +52,7 @@ class InnerState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """The complete state of a training, which a checkpoint holds."""
+  """The complete state of training, as a checkpoint stores it."""
 
   step: jax.Array  # [] int32, iterations done.
   inner: InnerState  # Target and regressors after the last real update.
@@ -70,8 +71,8 @@ class Task(NamedTuple):
   """
 
   loss: Callable[[chex.Array, chex.Array], chex.Array]  # L_org, -> [], a mean.
-  # -> [B], one value per image; higher is better. Chooses the best epoch and is
-  # recorded as "accuracy".
+  # -> [B], one value per image; higher is better. It selects the best epoch and
+  # is recorded as "accuracy".
   accuracy: Callable[[chex.Array, chex.Array], chex.Array]
 
 

@@ -1,4 +1,4 @@
-"""Images as batches: `load` opens a data set, splits it and cuts batches."""
+"""Data loading: `load` opens a data set, splits it and makes batches."""
 
 from l2t_jax.data.data_fields import (
   DataFields,

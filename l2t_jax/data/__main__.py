@@ -1,14 +1,14 @@
-"""Look at a data set before training.
+"""Inspect a data set before training.
 
     python -m l2t_jax.data PATH
     python -m l2t_jax.data --config=configs/stl10.py --config.data.path=...
 
-PATH is a folder of images or an npz file, as for config.data.path; a config
-says any other data set. Every image is read. What is found is printed, or
-written as JSON to stdout with --json: classes and numbers of images, sizes,
-modes and formats, images that are the same in two parts or two classes, files
-that are no images, and files that cannot be read. If there are any of the last,
-the exit code is 2.
+PATH is a folder of images or an npz file, as in config.data.path; --config
+describes any other data set. Every image is read. The report, as text or with
+--json as JSON on stdout, lists the number of images per class, sizes, modes and
+formats, images that occur in two parts or two classes, files that are not
+images, and files that cannot be read. The exit code is 2 if a file cannot be
+read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from l2t_jax import cli, data, errors
 from l2t_jax.data import look, records
 from l2t_jax.run import from_config
 
-_MAX_LISTED = 20  # Lines of one kind; --json has all.
+_MAX_LISTED = 20  # Lines printed per list; --json has all.
 
 
 def make_parser() -> errors.Parser:
@@ -36,13 +36,14 @@ def make_parser() -> errors.Parser:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
-  """Print what a data set holds; return the exit code."""
+  """Print a summary of a data set; return the exit code."""
   if bool(args.path) == bool(args.config):
     raise errors.InputError("give a PATH or --config, one of the two")
   if args.config:
     config = cli.load_config(args.config, overrides)
     fields = from_config.data_fields(config)
   else:
+    # Images are opened, but not resized or normalised: other fields are unused.
     source = "npz" if args.path.endswith(".npz") else "folder"
     fields = data.DataFields(
       source=source,
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _show(found: dict[str, Any]) -> None:
-  """Print what was found, for people."""
+  """Print the summary as text."""
   out = console.Console(highlight=False)
   counts = table.Table("class", *found["parts"])
   for name in found["classes"]:
@@ -96,13 +97,13 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _common(counts: dict[str, int]) -> str:
-  """Name the most common values."""
+  """List the most common values with their counts."""
   names = [f"{name} ({number})" for name, number in counts.items()]
   return records.some_of(names)
 
 
 def _list(out: console.Console, title: str, lines: list[str]) -> None:
-  """Print a title, how many lines there are, and the first of them."""
+  """Print a title, the number of lines, and the first lines."""
   if not lines:
     return
   out.print(f"{title} ({len(lines)}):")

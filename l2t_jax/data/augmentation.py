@@ -1,7 +1,7 @@
-"""Augmentation and normalisation of a batch on the device: pure functions.
+"""Pure functions that augment and normalise a batch on the device.
 
-Draws are for the global batch, of which each process takes its own rows: their
-number does not matter.
+Random numbers are drawn for the global batch, and each process takes those of
+its own rows: the number of processes does not change the images.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ import numpy as np
 from l2t_jax.data import rand_augment
 from l2t_jax.method import mixing
 
-# Folded into the key of a batch. `draw_crops` splits that key in two, which is
-# the same as folding in 0 and 1.
+# Folded into the PRNG key of a batch. 0 and 1 are taken: `draw_crops` splits
+# the same key in two, which equals folding them in.
 _OPERATIONS, _JITTER, _ERASING = 2, 3, 4
-# Bounds of torchvision's RandomErasing: share of the area, height / width.
+# Bounds of torchvision's RandomErasing: area fraction, height / width.
 _ERASED_SCALE = (0.02, 0.33)
 _ERASED_RATIO = (0.3, 3.3)
-_NUM_TRIES = 10  # To draw a rectangle that fits; also torchvision's.
+_NUM_TRIES = 10  # Attempts to draw a rectangle that fits, as in torchvision.
 
 
 class Policy(NamedTuple):
-  """How training images are augmented and normalised; hashable."""
+  """How training images are augmented and normalised.
+
+  Hashable, since it is a static argument of jitted functions.
+  """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  white: int
-  padding: int | None = None  # Of `pad_crop_flip`; None for no crops.
+  white: int  # The pixel value that is scaled to 1; see `white`.
+  padding: int | None = None  # Border for crops, in pixels; None for no crops.
   flips: bool = False
-  num_ops: int = 0  # Of `rand_augment.draw_operations`.
-  magnitude: int = 0
-  color_jitter: float = 0.0  # Strength, of `rand_augment.draw_jitter`.
-  random_erasing: float = 0.0  # Probability, of `draw_erased`.
+  num_ops: int = 0  # Operations of RandAugment per image.
+  magnitude: int = 0  # Magnitude of RandAugment, from 0 to 30.
+  color_jitter: float = 0.0  # Strength; see `rand_augment.draw_jitter`.
+  random_erasing: float = 0.0  # Probability; see `draw_erased`.
 
 
 def augment(
@@ -54,9 +57,9 @@ def augment(
     images: the rows, [b, H, W, C]; uint8 with 1 or 3 channels for RandAugment
       and colour jitter.
     draw: PRNG key, epoch and step.
-    policy: what happens to the images.
+    policy: how images are augmented and normalised.
     num_images: size of the global batch.
-    rows: which of its images these are.
+    rows: the rows of the global batch that `images` holds.
 
   Returns:
     float32 [b, H, W, C].
@@ -105,7 +108,7 @@ def draw_crops(
   Args:
     key: PRNG key; consumed.
     num_images: size of the global batch.
-    padding: width of the border that images get before the crop, in pixels.
+    padding: width of the border added before the crop, in pixels.
 
   Returns:
     Offsets (top, left) int32 [num_images, 2], each from 0 to 2 * padding, and
@@ -121,8 +124,8 @@ def pad_crop_flip(
 ) -> jax.Array:
   """Pad with 0 (black), crop to the original size at an offset, and mirror.
 
-  This comes before normalisation, as in torchvision's RandomCrop(padding=...),
-  so that the border is black and not the mean colour.
+  Applied before normalisation, as in torchvision's RandomCrop(padding=...), so
+  that the border is black and not the mean colour.
 
   Args:
     images: [B, H, W, C].
@@ -155,18 +158,19 @@ def draw_erased(
   """Draw a rectangle to erase from some of the images.
 
   Zhong et al., "Random Erasing Data Augmentation", 2020 (arXiv 1708.04896),
-  with torchvision's bounds. Erased pixels become 0 after normalisation, which
-  is the mean colour.
+  with torchvision's bounds. Pixels are set to 0 after normalisation, which is
+  the mean colour.
 
   Args:
     key: PRNG key; consumed.
     num_images: B.
     shape: (H, W).
-    probability: share of the images that lose a rectangle.
+    probability: probability that an image loses a rectangle.
 
   Returns:
     Boxes int32 [B, 4] as in `types.Mixing`; empty where nothing is erased.
   """
+  # All attempts are drawn at once, and the first that fits is taken.
   keys = jax.random.split(key, 4)
   tries = (num_images, _NUM_TRIES)
   sides = np.array(shape)
@@ -191,11 +195,11 @@ def draw_erased(
 
 
 def white(dtype: np.dtype, bit_depth: int) -> int:
-  """Return the value of a pixel that is 1 for normalisation.
+  """Return the pixel value that normalisation scales to 1.
 
   Args:
-    dtype: of the pixels. The values of floats are left as they are.
-    bit_depth: of pixels that are uint16.
+    dtype: type of the pixels; floats are not scaled.
+    bit_depth: significant bits of uint16 pixels.
   """
   if dtype == np.uint16:
     return 2**bit_depth - 1
@@ -213,9 +217,9 @@ def normalise(
 
   Args:
     images: uint8, uint16 or float32 [B, H, W, C].
-    mean: one value, or one per channel, on a scale where `white` is 1.
+    mean: one value, or one per channel, on the scale where `white` is 1.
     std: one value, or one per channel, on the same scale.
-    white: see `white`.
+    white: the pixel value that is scaled to 1; see `white`.
 
   Returns:
     float32 [B, H, W, C].

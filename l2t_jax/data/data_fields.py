@@ -1,4 +1,4 @@
-"""The fields that say what a data set is and how its images become batches."""
+"""The fields that describe a data set and how its images become batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from l2t_jax import errors
 from l2t_jax.data import pillow
 
-# Larger images are streamed, unless `in_memory` says otherwise.
+# Larger images are streamed by default; see `DataFields.in_memory`.
 MAX_IN_MEMORY_SIZE = 96
 IN_MEMORY_AUGMENTS: tuple[str, ...] = ("none", "crop", "crop_flip")
 STREAMED_AUGMENTS: tuple[str, ...] = ("none", "random_resized_crop_flip")
@@ -22,15 +22,15 @@ STREAMED_AUGMENTS: tuple[str, ...] = ("none", "random_resized_crop_flip")
 class DataFields:
   """The fields of `config.data`, with the same names and meanings.
 
-  l2t_jax/config.py has the rules of single fields. The rules here are about
-  several fields, or refuse what would be silently misread.
+  l2t_jax/config.py validates single fields. The checks here involve several
+  fields, or reject values that would be silently misread.
 
   Raises:
     errors.InputError: a value is wrong, or fields do not go together.
   """
 
-  # Where images come from; `loading.open_images` lists what is possible. If
-  # the images are given as objects, this field and the next four are ignored.
+  # Kind of data set; `loading.open_images` lists the possible ones. This field
+  # and the next four are ignored if `load` is given the images themselves.
   source: str = ""
   name: str = ""
   path: str = ""
@@ -41,12 +41,12 @@ class DataFields:
   classes: Sequence[int] = ()
   # Height and width that images are resized to, in pixels.
   image_size: int
-  # 1 (grey) or 3 (RGB), and images are converted; or the channels that arrays
-  # have.
+  # 1 (grey) or 3 (RGB), to which images are converted. Arrays that are neither
+  # are not converted: give the number of their channels.
   channels: int
   # Mean and standard deviation of the pixels: one value, or one per channel, or
-  # () for those of the training images, which have to be arrays or in memory.
-  # The scale is from 0 to 1, for floats their own.
+  # () to compute them from the training images, which must be arrays or kept in
+  # memory. Integers are scaled to [0, 1] first; floats keep their scale.
   mean: Sequence[float]
   std: Sequence[float]
   # One of IN_MEMORY_AUGMENTS or STREAMED_AUGMENTS.
@@ -59,43 +59,44 @@ class DataFields:
   rand_augment_magnitude: int = 9
   # Largest relative change of brightness, contrast and saturation, from 0 to 1.
   color_jitter: float = 0.0
-  # Share of the images that lose a rectangle, from 0 to 1.
+  # Probability that random erasing removes a rectangle of an image.
   random_erasing: float = 0.0
-  # The α of mixup and CutMix; 0 for none.
+  # The α of mixup and CutMix; 0 disables them.
   mixup: float = 0.0
   cutmix: float = 0.0
-  # Length of the short side of streamed images before the central crop, in
-  # pixels; 0 for 8/7 of image_size. Images in memory are evaluated whole.
+  # For evaluation, streamed images are resized to this short side, in pixels,
+  # before the central crop; 0 for 8/7 of image_size. Images in memory are not
+  # cropped.
   eval_resize: int = 0
   # npz file with the index arrays {split_prefix}_train, _val and _test; "" to
-  # draw a stratified split. Indices refer to the order of this source, which
-  # for tfds is not the official one: tfds shuffles.
+  # draw a stratified split. Indices refer to the order of this source. For tfds
+  # this is not the official order, because tfds shuffles.
   split_file: str = ""
   split_prefix: str = ""
-  # Shares of the training images that become validation and test images if
+  # Fractions of the training images that become validation and test images if
   # there is neither a split file nor an official set.
   val_fraction: float = 0.0
   test_fraction: float = 0.0
-  # Seed of the drawn split and of the choice of per_class images.
+  # Seed of the random split and of the per_class selection.
   split_seed: int = 0
   # Labelled training images per class; 0 for all. It does not change the
   # validation and test images.
   per_class: int = 0
-  # Whether batches also hold images without labels: the training images that
-  # per_class leaves over, or all images in the folder unlabeled_path, which are
-  # not compared with validation and test images. Labelled batches are the same
-  # with and without them.
+  # Whether batches also hold unlabelled images: the training images that
+  # per_class leaves out, or all images in the folder unlabeled_path, which is
+  # not searched for copies of validation and test images. The labelled part of
+  # the batches does not change.
   unlabeled: bool = False
   unlabeled_path: str = ""
-  # Images without labels per batch, over all processes; 0 for batch_size.
+  # Unlabelled images per global batch; 0 for batch_size.
   unlabeled_batch_size: int = 0
-  # Processes that decode streamed training images; 0 for threads.
+  # Worker processes that decode streamed training images; 0 to use threads.
   num_workers: int = 0
-  # What to do about images that cannot be read, "stop" or "skip", and the share
-  # of the images that may be skipped.
+  # How to handle unreadable images, "stop" or "skip", and the largest fraction
+  # of images that may be skipped.
   bad_images: str = "stop"
   max_bad_fraction: float = 0.01
-  # Whether all images stay on the device; None to decide by image_size and
+  # Whether all images are kept on the device; None to decide by image_size and
   # MAX_IN_MEMORY_SIZE. Configs do not have this field.
   in_memory: bool | None = None
 
@@ -135,14 +136,14 @@ class DataFields:
 
   @property
   def resized(self) -> int:
-    """The short side before the central crop; 0 for images in memory."""
+    """Short side before the central crop; 0 for images in memory."""
     return resized_for_evaluation(
       self.image_size, self.eval_resize, self.in_memory
     )
 
   @property
   def is_streamed(self) -> bool:
-    """Whether images are read when they are needed."""
+    """Whether images are read on demand instead of being kept in memory."""
     return self.resized != 0
 
   @property

@@ -1,9 +1,9 @@
-"""Which images are in which batch, whether they are in memory or streamed.
+"""Assignment of images to batches, shared by in-memory and streamed data sets.
 
 Every random draw depends on (seed, epoch, step) alone: a run can stop anywhere
-and resume with the same batches, and each process yields its rows of the global
-batches. Images without labels are one stream over all epochs: permutation after
-permutation, cut into one batch per step of the whole training.
+and resume with the same batches, and each process yields its own rows of the
+global batches. Unlabelled images form a single stream over all epochs: one
+random permutation after another, cut into one batch per training step.
 """
 
 from __future__ import annotations
@@ -21,41 +21,43 @@ from l2t_jax import errors, fingerprints, types
 from l2t_jax.data import augmentation, data_fields, pillow, records, splits
 from l2t_jax.method import mixing
 
-# The smallest and the largest evaluation batch: large ones are faster, the
-# results are the same. How many pixels one may hold decides in between.
+# Smallest and largest evaluation batch. The size does not affect the results,
+# but larger batches are faster. In between, a limit on the pixels per batch
+# applies.
 EVAL_BATCH_SIZES = (128, 512)
 _EVAL_PIXELS = 512 * 32**2
-# In place of an epoch, in the key of images without labels; another such number
-# is in the key of the initial values.
+# Folded into the seed's PRNG key for unlabelled images, where labelled images
+# fold in the epoch: this keeps their augmentations independent. Initialisation
+# folds in 2**32 - 1.
 NO_EPOCH = 2**32 - 2
-# How many images of a subset, evenly spaced, count in its fingerprint.
+# Images of a subset, evenly spaced, that enter its fingerprint.
 _NUM_FINGERPRINTED = 1_000
 
 
 class Subset(NamedTuple):
-  """The images of one split, or those without labels."""
+  """The images of one split, or the unlabelled images."""
 
   records: records.Records
   indices: np.ndarray  # [N] int64, into records.
-  channels: int  # Grey images become RGB (3), RGB images grey (1).
-  bit_depth: int = 16  # Of images with more than 8 bits.
-  # The images as in batches, [N, H, W, C], if they stay in memory.
+  channels: int  # Images are converted to grey (1) or RGB (3).
+  bit_depth: int = 16  # Significant bits of 16-bit images.
+  # [N, H, W, C], resized, in the order of `indices`; None if not in memory.
   pixels: np.ndarray | None = None
 
   @property
   def dtype(self) -> np.dtype:
-    """Type of the pixels in batches: uint8, or as in the data set's arrays."""
+    """Pixel type before normalisation: uint8 for files, else the array's."""
     pixels = self.records.pixels
     return np.dtype(np.uint8) if pixels is None else pixels.dtype
 
   @property
   def white(self) -> int:
-    """The value of a pixel that is 1 for normalisation."""
+    """The pixel value that normalisation scales to 1."""
     return augmentation.white(self.dtype, self.bit_depth)
 
   @property
   def values(self) -> tuple[float, float]:
-    """The smallest and the largest value of arrays of floats; else (0, 1)."""
+    """Range (minimum, maximum) of float arrays; (0, 1) for other types."""
     pixels = self.records.pixels
     if pixels is None or self.dtype != np.float32:
       return (0.0, 1.0)
@@ -63,12 +65,12 @@ class Subset(NamedTuple):
 
   @property
   def labels(self) -> np.ndarray:
-    """Labels int32 [N]."""
+    """Class labels, int32 [N]."""
     return self.records.labels[self.indices]
 
   @property
   def targets(self) -> np.ndarray:
-    """What batches hold as labels, [N, ...]: classes, or other targets."""
+    """The labels that batches hold, [N, ...]: classes, or other targets."""
     if self.records.targets is None:
       return self.labels
     return self.records.targets[self.indices]
@@ -76,10 +78,10 @@ class Subset(NamedTuple):
   def read(
     self, position: int, transform: Callable[[Image.Image], Image.Image]
   ) -> np.ndarray:
-    """Read the image at a position from 0 to N - 1, transformed.
+    """Read and transform the image at a position from 0 to N - 1.
 
     Returns:
-      `dtype` [H, W, C].
+      Pixels of type `dtype`, [H, W, C].
     """
     image = self.records.read_image(int(self.indices[position]))
     return self.to_pixels(image, transform)
@@ -89,8 +91,9 @@ class Subset(NamedTuple):
     image: Image.Image | np.ndarray,
     transform: Callable[[Image.Image], Image.Image],
   ) -> np.ndarray:
-    """Convert and transform an image that was read, `dtype` [H, W, C]."""
+    """Convert and transform a decoded image; return `dtype` [H, W, C]."""
     pixels = self.records.pixels
+    # Pillow has no mode for such arrays: transform each channel on its own.
     if pixels is not None and not pillow.is_grey_or_rgb(pixels):
       return pillow.transform_channels(np.asarray(image), transform)
     converted = pillow.convert(image, self.channels, self.bit_depth)
@@ -98,14 +101,14 @@ class Subset(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-  """How large batches are, and which of their rows this process has."""
+  """The global batch size, and the rows of a batch that this process holds."""
 
-  batch_size: int  # Over all processes.
+  batch_size: int  # Of the global batch, over all processes.
   process_index: int
   process_count: int
 
   def check(self, name: str) -> None:
-    """Refuse a batch size, from the field `name`, that no run can have."""
+    """Check that processes can share batches; `name` is the field's name."""
     if self.batch_size < 1 or self.batch_size % self.process_count:
       raise errors.InputError(
         f"{name} is {self.batch_size}, but must be a positive multiple of the"
@@ -119,15 +122,15 @@ class BatchPlan(NamedTuple):
     return slice(self.process_index * size, (self.process_index + 1) * size)
 
   def slots(self, step: int) -> np.ndarray:
-    """Return the numbers, int64 [b], of this process's rows of a step.
+    """Return the row numbers, int64 [b], of this process in a step.
 
-    The rows of all steps are numbered in one sequence.
+    Rows are numbered consecutively over all steps.
     """
     first = step * self.batch_size
     return np.arange(first + self.rows.start, first + self.rows.stop)
 
   def num_eval_steps(self, num_images: int) -> int:
-    """Return how many batches it takes to see every image."""
+    """Return the number of batches that cover all images."""
     return -(-num_images // self.batch_size)
 
   def eval_positions(
@@ -144,22 +147,23 @@ class Contents(NamedTuple):
 
   subsets: Mapping[str, Subset]  # train, val, test; unlabeled if there are any.
   class_names: tuple[str, ...]
-  notes: tuple[str, ...]  # What the user should know about the images.
-  skipped: tuple[str, ...]  # Names of the images that cannot be read.
+  notes: tuple[str, ...]  # Notes about the images for the user.
+  skipped: tuple[str, ...]  # Names of unreadable images, which are left out.
   plan: BatchPlan
   unlabeled_plan: BatchPlan
-  mean: tuple[float, ...]  # Of the pixels: one value, or one per channel.
-  std: tuple[float, ...]
+  mean: tuple[float, ...]  # Pixel mean: one value, or one per channel.
+  std: tuple[float, ...]  # Pixel standard deviation, in the same form.
   seed: int  # Decides the order of training images and their augmentation.
 
 
 def _eval_batch_size(plan, num_images, image_shape):
-  """Return one size for both splits, so that one program evaluates them."""
+  """Return one size for val and test, so that they share a compiled program."""
   height, width, _ = image_shape
   smallest, largest = EVAL_BATCH_SIZES
   size = min(largest, max(smallest, _EVAL_PIXELS // (height * width)))
   size = min(size, max(num_images, 1))
-  # A multiple, so that devices which divide one size divide the other.
+  # A multiple of the training batch, so that it can be sharded over the same
+  # number of devices.
   return -(-size // plan.batch_size) * plan.batch_size
 
 
@@ -181,36 +185,36 @@ def _make_policy(fields, contents, white):
 class Dataset(abc.ABC):
   """Labelled images in three splits, as batches on the device.
 
-  Training batches may hold images without labels beside the labelled ones.
+  Training batches may hold unlabelled images in addition to the labelled ones.
 
   Attributes:
-    class_names: one per class.
-    dtype: of the pixels before they are normalised.
-    bit_depth: of images with more than 8 bits.
-    mean: of the pixels, for normalisation; one value or one per channel.
-    std: the same for the standard deviation.
-    values: the smallest and largest value of arrays of floats; else (0, 1).
-    mixes: whether the images of a training batch are to be mixed.
+    class_names: one name per class.
+    dtype: NumPy type of the pixels before normalisation.
+    bit_depth: significant bits of 16-bit images.
+    mean: pixel mean for normalisation; one value, or one per channel.
+    std: pixel standard deviation, in the same form.
+    values: range (minimum, maximum) of float arrays; (0, 1) for other types.
+    mixes: whether mixup or CutMix applies to training batches.
     num_classes: number of classes.
-    num_labels: num_classes; for other targets, one more than the largest.
+    num_labels: num_classes; for other targets, their maximum + 1.
     label_shape: shape of the label of one image; () for a class.
     label_dtype: NumPy type of the labels.
     image_shape: (H, W, C).
     num_train: number of labelled training images.
-    num_val: 0 if no validation images were asked for.
+    num_val: number of validation images; 0 without a validation set.
     num_test: number of test images.
-    num_unlabeled: 0 if batches hold only labelled images.
-    skipped: names of the images that cannot be read and are left out.
-    num_eval_rows: this process's rows of an evaluation batch.
+    num_unlabeled: number of unlabelled images; 0 without any.
+    skipped: names of unreadable images, which are left out.
+    num_eval_rows: rows of an evaluation batch per process.
     split_hash: 16 hex digits of the indices in use.
     fingerprint: 16 hex digits of the indices, labels and images in use.
-    notes: what the user should know about the images and the split.
-    steps_per_epoch: number of whole training batches; the smaller batch that
-      remains is dropped.
+    notes: notes about the images and the split for the user.
+    steps_per_epoch: full training batches per epoch; an incomplete last batch
+      is dropped.
   """
 
   def __init__(self, contents: Contents, fields: data_fields.DataFields):
-    """Set what does not depend on how images are read."""
+    """Set the attributes that do not depend on how images are read."""
     self._subsets = contents.subsets
     train, val, test = (
       self._subsets[name] for name in ("train", "val", "test")
@@ -258,11 +262,12 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def train_batches(self, epoch: int, start: int = 0) -> Iterator[types.Batch]:
-    """Yield the batches of an epoch, in a random order of the epoch's own.
+    """Yield the training batches of an epoch, in a new random order per epoch.
 
     Args:
-      epoch: from 0; with the seed it decides order and augmentation.
-      start: number of steps to skip; the others stay the same.
+      epoch: counted from 0; with the seed, it determines the order and the
+        augmentation.
+      start: number of steps to skip, to resume; later batches do not change.
 
     Yields:
       This process's rows of each global batch.
@@ -286,18 +291,21 @@ class Dataset(abc.ABC):
       seed: the seed that `load` takes.
 
     Returns:
-      What `load` would return; images in memory are shared, not copied.
+      The data set that `load` would return for this seed; images in memory are
+      shared, not copied.
     """
     dataset = copy.copy(self)
     dataset._seed = seed
     return dataset
 
   def _draw_mixing(self, epoch: int, step: int) -> types.Mixing | None:
-    """Draw how this process's rows of a batch are mixed, if they are."""
+    """Draw the mixing of this process's rows of a batch, or return None."""
     if not self.mixes:
       return None
+    # Drawn for the global batch, so that the number of processes has no effect.
     drawn = mixing.draw(
-      # No other draw has an entropy that ends like this.
+      # The final 3 keeps this stream apart from those of unlabelled images,
+      # which end in 1 (permutations) and 2 (crops).
       np.random.default_rng((self._seed, epoch, step, 3)),
       self._plan.batch_size,
       self.image_shape[:2],
@@ -308,7 +316,7 @@ class Dataset(abc.ABC):
     return types.Mixing(drawn.share[rows], drawn.box[rows])
 
   def _missing_classes(self) -> Iterator[str]:
-    """Yield a note per evaluation split in which classes have no images."""
+    """Yield a note for each evaluation split that lacks images of a class."""
     for part, what in (("val", "validation"), ("test", "test")):
       subset = self._subsets[part]
       if subset.records.targets is not None or not len(subset.indices):
@@ -329,12 +337,12 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 def unlabeled_positions(
   seed: int, slots: np.ndarray, num_images: int
 ) -> np.ndarray:
-  """Return which images without labels are at some slots of their stream.
+  """Return the unlabelled images at the given slots of their stream.
 
   Args:
     seed: seed of the stream.
     slots: consecutive numbers, int64 [u], counted from the start of training;
-      possibly more than there are images.
+      u may exceed the number of images.
     num_images: N, the length of each of the stream's permutations.
 
   Returns:
@@ -342,21 +350,22 @@ def unlabeled_positions(
   """
   first, last = slots[0] // num_images, slots[-1] // num_images
   passes = [
-    # No other draw has an entropy that ends like this.
+    # The final 1 keeps this stream apart from all others.
     _permutation((seed, number, 0, 1), num_images)
     for number in range(first, last + 1)
   ]
   return np.concatenate(passes)[slots - first * num_images]
 
 
-# A few seeds that train together use this many at once when an epoch ends.
+# Cached, because streamed batches look up the permutation in every step. The
+# size suffices for a few seeds that train together, at the end of an epoch.
 @functools.lru_cache(maxsize=8)
 def _permutation(entropy: tuple[int, ...], num_images: int) -> np.ndarray:
   return np.random.default_rng(entropy).permutation(num_images)
 
 
 def _sample(subset: Subset) -> tuple[Any, ...]:
-  """Return what tells subsets apart: indices, labels and some of the pixels.
+  """Return what enters a subset's fingerprint: indices, labels, some pixels.
 
   Image files are not read for this.
   """

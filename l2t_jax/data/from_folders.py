@@ -16,15 +16,15 @@ import numpy as np
 from l2t_jax import errors
 from l2t_jax.data import image_files, records
 
-# Names of the folders of a part, in lower case.
+# Regular expressions for the folder names of each part, matched without case.
 _PART_NAMES = {
   "train": "train|training|train[ _-]?val",
   "val": "val|valid|validation|dev",
   "test": "test|testing",
 }
-# What the names of parts contain, and names of classes seldom do.
+# Found in folder names of parts, but seldom in those of classes.
 _LIKE_PART = "train|val|test|fold|split|holdout"
-# What systems leave beside images, besides hidden files such as `._1.jpg`.
+# Files and folders of operating systems, apart from hidden ones (`._1.jpg`).
 _DEBRIS = (
   "__macosx",
   "thumbs.db",
@@ -36,7 +36,7 @@ _DEBRIS = (
   "lost+found",
 )
 
-# Files of a Hugging Face data set.
+# Suffixes of the files of a Hugging Face data set.
 _TABLES = (".arrow", ".parquet")
 
 # (path, label) of each image.
@@ -47,11 +47,11 @@ def open_folder(path: str) -> records.ImageSet:
   """Open PATH/CLASS/*, or PATH/train/CLASS/* with optional val and test.
 
   The parts may have any usual name, such as `Training` and `valid`. Classes are
-  sorted by name, as text.
+  sorted by name as strings: "10" comes before "2".
 
   Raises:
-    errors.InputError: there is no such folder, a class has no images, or it is
-      not clear which folders are parts.
+    errors.InputError: there is no such folder, a class has no images, or the
+      folders of the parts are ambiguous.
   """
   root = _existing_folder(path)
   passed_over: collections.Counter[str] = collections.Counter()
@@ -73,7 +73,7 @@ def open_folder(path: str) -> records.ImageSet:
 
 
 def open_unlabeled(path: str) -> records.Records:
-  """Open a folder of images without labels, in any subfolders.
+  """Open a folder of unlabelled images, including its subfolders.
 
   Returns:
     The records, sorted by path; their labels are -1.
@@ -90,11 +90,11 @@ def list_images(
 ) -> tuple[list[pathlib.Path], collections.Counter[str]]:
   """List the images in a folder and its subfolders, sorted by path.
 
-  Hidden files and folders, and what systems leave behind, do not count. Links
-  to folders do if they lead out of `root`, the whole data set.
+  Hidden files and folders, and those of operating systems, are ignored. Links
+  to folders are followed if they lead out of `root`, the whole data set.
 
   Returns:
-    The images, and how many other files there are of each suffix.
+    The images, and the number of other files per suffix.
 
   Raises:
     errors.InputError: there are no images.
@@ -112,8 +112,8 @@ def list_images(
 def digest(path: str) -> str:
   """Return a digest of a file's bytes, or of a folder's images and tables.
 
-  They count with their names within the folder and their sizes, so that the
-  folder may move.
+  For a folder, the digest covers the relative names and sizes of the files, not
+  their contents. It does not change when the folder moves.
 
   Returns:
     16 hex digits of a SHA-256; "" if there is no such file or folder.
@@ -132,10 +132,10 @@ def digest(path: str) -> str:
 
 
 def _walk(folder, more_suffixes=(), *, root=None):
-  """Return the images below a folder, and the numbers of other files.
+  """Return the images below a folder, and the number of other files per suffix.
 
-  Links to folders are followed if they lead out of the data set, `root`:
-  others would put images into a second class or part.
+  Links to folders are followed only if they lead out of the data set, `root`:
+  links within it would add images to a second class or part.
   """
   suffixes = (*image_files.suffixes(), *more_suffixes)
   files: list[pathlib.Path] = []
@@ -151,6 +151,7 @@ def _walk(folder, more_suffixes=(), *, root=None):
       real = os.path.realpath(path)
       if _is_debris(name):
         continue
+      # A link to a parent of the data set would be followed endlessly.
       if os.path.islink(path) and (
         real in been_in or os.path.commonpath((real, inside)) in (real, inside)
       ):
@@ -158,7 +159,7 @@ def _walk(folder, more_suffixes=(), *, root=None):
         continue
       been_in.add(real)
       kept.append(name)
-    subfolders[:] = kept
+    subfolders[:] = kept  # In place: `os.walk` descends into this list.
     for name in names:
       if _is_debris(name):
         continue
@@ -183,6 +184,7 @@ def _is_debris(name):
   return name.startswith(".") or name.lower() in _DEBRIS
 
 
+# Not a closure in `file_records`, because worker processes must unpickle it.
 def _file_by_index(
   paths: Sequence[pathlib.Path], index: int
 ) -> records.ImageFile:
@@ -192,7 +194,7 @@ def _file_by_index(
 def file_records(
   files: Sequence[tuple[pathlib.Path, int]],
 ) -> records.Records:
-  """Wrap (path, label) of image files; each is read when it is asked for."""
+  """Create records from pairs (path, label); files are read on demand."""
   paths, labels = zip(*files, strict=True)
   return records.Records(
     np.array(labels, np.int32), functools.partial(_file_by_index, paths)
@@ -208,7 +210,7 @@ def _existing_folder(path: str) -> pathlib.Path:
 def _list_folder(
   folder: pathlib.Path,
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-  """Return the folders and files in a folder, sorted, without debris."""
+  """Return the folders and files in a folder, sorted, without ignored ones."""
   found: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
   try:
     with os.scandir(folder) as entries:
@@ -221,7 +223,7 @@ def _list_folder(
 
 
 def part_of(name: str) -> str:
-  """Return train, val or test for a usual name of that part, or ""."""
+  """Return the part that a folder name stands for: train, val, test or ""."""
   for part, names in _PART_NAMES.items():
     if re.fullmatch(
       rf"({names})([ _-]?(set|data|images|\d{{4}}))?", name, re.I
@@ -233,11 +235,12 @@ def part_of(name: str) -> str:
 def _parts_by_name(
   folders: Sequence[pathlib.Path],
 ) -> dict[str, list[pathlib.Path]]:
-  """Return part -> folders whose names say so: train, or pets_train."""
+  """Return part -> the folders named after it, such as train or pets_train."""
   words = {folder: [folder.name] for folder in folders}
   if not any(part_of(folder.name) for folder in folders):
     words = {folder: re.split("[ _.-]+", folder.name) for folder in folders}
-    # A class may be called test_tube, but not all have the same other words.
+    # A class may be called test_tube. Names of parts, such as pets_train and
+    # pets_test, share all other words.
     others = {
       tuple(w for w in each if not part_of(w)) for each in words.values()
     }
@@ -261,7 +264,7 @@ def _parts_by_name(
 def _find_parts(
   root: pathlib.Path, passed_over: collections.Counter[str]
 ) -> dict[str, pathlib.Path]:
-  """Return the folders of train, and of val and test if there are any."""
+  """Return the folder of each part: train, and val and test if they exist."""
   folders, files = _list_folder(root)
   found = _parts_by_name(folders)
   others = [each for each in folders if [each] not in found.values()]
@@ -277,7 +280,7 @@ def _find_parts(
       f"folder {str(root)!r} has {records.listed(f.name for f in folders)}, but"
       " no folder train"
     )
-  # A class may be called train, beside bus and car.
+  # A class may be called train, next to bus and car; it has no subfolders.
   if "train" not in found or (
     len(found) == 1 and others and not _list_folder(found["train"][0])[0]
   ):
@@ -292,7 +295,7 @@ def _find_parts(
 
 
 def _check_classes(root, folders):
-  """Refuse folders that are parts under other names, or hold parts."""
+  """Raise if the folders are parts under other names, or contain parts."""
   if len(folders) == 1:
     raise errors.InputError(
       f"folder {str(root)!r} has a single subfolder, but at least two classes"
@@ -321,15 +324,15 @@ def _check_classes(root, folders):
 
 
 def _pass_over(files, passed_over):
-  """Count files that are beside the folders of parts or classes."""
+  """Count files next to the folders of parts or classes."""
   for file in files:
     passed_over[f"{_suffix(file.name)} outside the classes"] += 1
 
 
 def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Return the folders of the classes, by name, sorted as text.
+  """Return class name -> folder, sorted by name as strings.
 
-  Names are compared in Unicode's composed form: a Mac writes them decomposed.
+  Names are normalised to composed Unicode (NFC), because macOS decomposes them.
   """
   classes: dict[str, pathlib.Path] = {}
   for child in _list_folder(folder)[0]:
@@ -353,7 +356,7 @@ def _list_classes(
   passed_over: collections.Counter[str],
   root: pathlib.Path,
 ) -> _Files:
-  """List every image in folder/CLASS and below, and count what is no image."""
+  """List all images in and below folder/CLASS, and count the other files."""
   classes = _class_folders(folder)
   different = classes.keys() ^ set(class_names)
   if different:

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face: from the hub, or files on disk."""
+"""Hugging Face data sets, from the hub or from disk."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def open_huggingface(
   """Open a data set with the `datasets` library.
 
   Args:
-    name: of a data set on the hub, such as "uoft-cs/cifar100"; "" for files.
-    path: what `save_to_disk` wrote, a parquet file, or a folder that
-      `datasets.load_dataset` reads; "" for the hub.
+    name: name of a data set on the hub, such as "uoft-cs/cifar100"; "" to read
+      `path`.
+    path: a folder written by `save_to_disk`, a parquet file, or a folder that
+      `datasets.load_dataset` reads; "" to use the hub.
     image_column: the column of images; "" for the only one of that type.
     label_column: the column of classes; "" for the only one of type ClassLabel.
 
   Returns:
-    Its splits train, validation and test, under any usual names; without train,
-    the only split.
+    The splits train, validation and test, which may have any usual names. A
+    data set without train must have a single split, which becomes train.
 
   Raises:
     errors.InputError: there is no such data set, it cannot be reached, or a
-      column is missing or not the only one.
+      column is missing or ambiguous.
   """
   if bool(name) == bool(path):
     raise errors.InputError(
@@ -43,7 +44,7 @@ def open_huggingface(
   datasets = imports.require("datasets", needed_for=where)
   try:
     loaded = _load(datasets, name, pathlib.Path(path))
-  # The library raises anything, from the network to the file system.
+  # The library raises errors of many types, from network to file system.
   except Exception as error:
     raise errors.InputError(
       f"{where} cannot be opened ({errors.first_line(error)})"
@@ -64,6 +65,7 @@ def open_huggingface(
   encoded = datasets.Image(decode=False)
 
   def read(part: str) -> records.Records:
+    # Images stay encoded until Pillow decodes them, as in every other source.
     images = parts[part].select_columns([image]).cast_column(image, encoded)
     return records.Records(
       _labels(where, parts[part], label, class_names),
@@ -96,7 +98,7 @@ def _load(datasets, name, path):
 
 
 def _parts(where, loaded):
-  """Return train, val and test, as far as there are such splits."""
+  """Return part -> split, for those of train, val and test that exist."""
   parts: dict[str, Any] = {}
   for split, rows in loaded.items():
     part = from_folders.part_of(split)
@@ -116,7 +118,7 @@ def _parts(where, loaded):
 
 
 def _column(where, features, kind, given, field):
-  """Return the column that is given, or the only one of a type."""
+  """Return the given column, or else the only one of a type."""
   found = [name for name, one in features.items() if isinstance(one, kind)]
   if given:
     if given not in found:
@@ -135,7 +137,7 @@ def _column(where, features, kind, given, field):
 
 
 def _class_names(where, parts, label):
-  """Return the names of a ClassLabel, or the values that train has, sorted."""
+  """Return the names of a ClassLabel, or else the sorted values in train."""
   names = getattr(parts["train"].features[label], "names", None)
   if names is not None:
     return tuple(names)
@@ -148,7 +150,8 @@ def _class_names(where, parts, label):
 
 
 def _labels(where, rows, label, class_names):
-  """Return labels int32 [N]; -1 for those that are kept secret."""
+  """Return labels int32 [N]; -1 for withheld labels."""
+  # As Python values, whatever format the data set was saved with.
   values = rows.with_format(None)[label][:]
   if hasattr(rows.features[label], "names"):
     return np.array([-1 if v is None else v for v in values], np.int32)
@@ -168,7 +171,7 @@ def _file(
   name = f"{index} of {where}"
   try:
     found = rows[index][column] or {}
-  except Exception as error:  # pyarrow raises anything for a damaged file.
+  except Exception as error:  # Damaged files raise many types of errors.
     raise errors.InputError(
       f"image {name} cannot be read ({errors.first_line(error)}); download the"
       " data set again"
@@ -182,4 +185,5 @@ def _file(
 
 
 def _file_of_two(first, second, num_first, index):
+  """Open an image of two concatenated splits."""
   return first(index) if index < num_first else second(index - num_first)

@@ -19,7 +19,7 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
   """Open a prepared tfds data set.
 
   Args:
-    name: of the data set, as tfds.builder takes it.
+    name: name of the data set for tfds.builder.
     path: tfds's data_dir; "" for its default.
 
   Raises:
@@ -47,14 +47,14 @@ def open_tfds(name: str, path: str) -> records.ImageSet:
     )
 
   def read(part: str) -> records.Records:
-    # Images stay encoded until Pillow decodes them, as in every other source:
-    # this makes it fast to list the labels.
+    # Images stay encoded until Pillow decodes them, as in every other source.
+    # This also makes it fast to list the labels.
     examples = builder.as_data_source(
       split=part, decoders={"image": tfds.decode.SkipDecoding()}
     )
     try:
       labels = np.array([example["label"] for example in examples], np.int32)
-    # array_record and protobuf raise anything for a damaged file.
+    # array_record and protobuf raise many types of errors for damaged files.
     except Exception as error:
       raise errors.InputError(
         f"tfds {name!r} cannot be read ({errors.first_line(error)}); remove"
@@ -85,7 +85,7 @@ def _file_from_tfds(
 ) -> records.ImageFile:
   try:
     content = examples[index]["image"]
-  except Exception as error:  # As above.
+  except Exception as error:  # A damaged file, as above.
     raise errors.InputError(
       f"image {index} of tfds {name} cannot be read"
       f" ({errors.first_line(error)}); prepare the data set again"
@@ -94,7 +94,7 @@ def _file_from_tfds(
 
 
 def _prepared_builder(tfds: ModuleType, name: str, path: str) -> Any:
-  """Find a data set that has been prepared and has a train split."""
+  """Return the builder of a prepared data set that has a train split."""
   try:
     builder = tfds.builder(name, data_dir=path or None)
   except tfds.core.DatasetNotFoundError as error:

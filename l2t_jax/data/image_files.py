@@ -1,4 +1,4 @@
-"""Read image files as they were meant to be seen, with Pillow."""
+"""Decode image files with Pillow, as image viewers show them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from PIL import Image, ImageFile, ImageOps
 
 from l2t_jax import errors, imports
 
-# How many of the 16 bits of a channel cameras and scanners use.
+# Bits per channel that cameras and scanners use in 16-bit files.
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 
-# Vector formats, and formats that Pillow recognises without reading them.
+# Vector formats, and formats that Pillow identifies but cannot read.
 _NOT_RASTER = {"EPS", "MPEG"}
-# What reads the other byte of a channel of 16 bits: B is big-endian, L little,
-# N native.
+# Byte order in a raw mode of Pillow -> the one that reads the other byte of a
+# 16-bit channel: B is big-endian, L little-endian, N native.
 _OTHER_BYTE = {
   "16B": "16L",
   "16L": "16B",
   "16N": "16B" if sys.byteorder == "little" else "16L",
 }
-# How bytes of 16 bits per channel are read, of images that are not grey.
+# Raw modes of images with 16 bits per channel that are not grey.
 _DEEP_COLOUR = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")
 # TIFF tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 262, 284
-# Formats of several pages or frames; the others of an MPO are previews.
+# Formats with several pages or frames. MPO is not listed, because its further
+# frames are previews.
 _WITH_FRAMES = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}
-_JPEG2000_START = b"\xff\x4f\xff\x51"  # SOC and SIZ.
+_JPEG2000_START = b"\xff\x4f\xff\x51"  # The markers SOC and SIZ.
 
 
 @functools.cache
 def suffixes() -> tuple[str, ...]:
-  """Return how the names of image files end, in lower case, sorted.
+  """Return the suffixes of image files, in lower case, sorted.
 
-  They are those of all raster formats that Pillow reads, and of HEIF (.heic) if
-  pillow-heif is installed.
+  They include those of all raster formats that Pillow reads, and of HEIF
+  (.heic) if pillow-heif is installed.
   """
   _register_formats()
   formats = {
@@ -52,7 +53,9 @@ def suffixes() -> tuple[str, ...]:
       isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
     )
   }
-  formats.add("MPO")  # Opened as a JPEG; 3D cameras and some phones write it.
+  # Written by 3D cameras and some phones; Pillow opens it as JPEG and does not
+  # list it in OPEN.
+  formats.add("MPO")
   known = Image.registered_extensions()
   return tuple(sorted(s for s, name in known.items() if name in formats))
 
@@ -60,26 +63,26 @@ def suffixes() -> tuple[str, ...]:
 def decode(
   file: pathlib.Path | io.BytesIO, *, name: str
 ) -> Image.Image | np.ndarray:
-  """Read a whole image, as it was meant to be seen.
+  """Decode an image as viewers show it.
 
   Args:
     file: path or content of the image file.
-    name: of the image, for error messages.
+    name: name of the image, for error messages.
 
   Returns:
-    An image of 8 bits per channel, rotated and mirrored as its EXIF orientation
-    says; or uint16 [H, W, C] if the file has more bits.
+    An image with 8 bits per channel, or uint16 [H, W, C] if the file has more;
+    rotated and mirrored according to its EXIF orientation.
 
   Raises:
     errors.InputError: the image is damaged, or of a kind that Pillow misreads.
   """
   if isinstance(file, pathlib.Path) and file.exists() and not file.is_file():
-    raise errors.InputError(  # Of a pipe, reading would never end.
+    raise errors.InputError(  # Reading from a pipe would block forever.
       f"image {name} is no regular file; remove it"
     )
   try:
-    # Of a file that it opens itself, Pillow maps the memory, and mixes up the
-    # rows of a TIFF that lies on its side.
+    # Opened here, because Pillow memory-maps a file that it opens itself and
+    # then mixes up the rows of rotated TIFFs.
     with (
       contextlib.nullcontext(file)
       if isinstance(file, io.BytesIO)
@@ -89,7 +92,7 @@ def decode(
       reason = _why_misread(stream, image, tiles)
       deep = None if reason else _read_deep(stream, image, tiles)
       is_animated = _is_animated(stream, image.format)
-  # Pillow's decoders raise errors of many types for broken files.
+  # Pillow's decoders raise errors of many types for damaged files.
   except Exception as error:
     raise errors.InputError(
       f"image {name} cannot be read ({type(error).__name__}); replace or"
@@ -106,7 +109,7 @@ def decode(
 
 
 def bit_depth(maximum: int) -> int:
-  """Return the smallest of BIT_DEPTHS that holds a value up to 65,535."""
+  """Return the smallest of BIT_DEPTHS that holds `maximum` (at most 65,535)."""
   return next(depth for depth in BIT_DEPTHS if maximum < 2**depth)
 
 
@@ -119,11 +122,11 @@ def _register_formats():
 
 
 def _load(stream, rawmode=""):
-  """Return the image, and the tiles that say how its bytes are read.
+  """Return (image, tiles); the tiles tell how Pillow decodes the bytes.
 
   Args:
-    stream: the file.
-    rawmode: how they are read instead.
+    stream: the open file.
+    rawmode: raw mode to decode with in place of the file's own.
   """
   _register_formats()
   stream.seek(0)
@@ -134,7 +137,7 @@ def _load(stream, rawmode=""):
       args = (rawmode, *args[1:]) if isinstance(args, tuple) else rawmode
       image.tile[index] = ImageFile._Tile(codec, box, offset, args)
   image.load()
-  # A damaged EXIF block is no damage to the image; viewers ignore it, too.
+  # A damaged EXIF block does not affect the pixels; viewers ignore it too.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(image, in_place=True)
   return image, tiles
@@ -145,21 +148,22 @@ def _is_animated(stream, kind):
   if kind not in _WITH_FRAMES:
     return False
   stream.seek(0)
-  # Asked of another image, because counting frames moves on to the last. Where
-  # the others are damaged, the first may still be read.
+  # Opened again, because counting frames seeks to the last one. Damage in later
+  # frames is ignored: only the first frame is used.
   with contextlib.suppress(Exception):
     return getattr(Image.open(stream), "is_animated", False)
   return False
 
 
 def _rawmode(tiles):
-  """Return how the bytes of an image's pixels are read: RGB, I;16B, ..."""
+  """Return the raw mode that Pillow decodes with: RGB, I;16B, ..."""
   args = tiles[0].args if tiles else ""
   return str(args[0] if isinstance(args, tuple) else args)
 
 
 def _why_misread(stream, image, tiles):
-  """Return what is wrong with an image that Pillow reads, and what to do."""
+  """Return why Pillow misreads an image, with advice; "" if it does not."""
+  # Mode I of a PPM file is grey with up to 16 bits.
   if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
     kind = "32-bit integers" if image.mode == "I" else "floats"
     if _rawmode(tiles).endswith("S"):
@@ -200,25 +204,28 @@ def _why_misread(stream, image, tiles):
 
 
 def _jpeg2000_depth(stream):
-  """Return the bits per channel that the header of a codestream says."""
+  """Return the bits per channel in the header of a JPEG 2000 codestream."""
   stream.seek(0)
   content = stream.read()
   start = content.index(_JPEG2000_START)
+  # Byte 42 is Ssiz of the first component: the sign bit, and the depth - 1.
   return (content[start + 42] & 0x7F) + 1
 
 
 def _read_deep(stream, image, tiles):
-  """Return the uint16 [H, W, C] of more than 8 bits; None for other images."""
+  """Return uint16 [H, W, C] if an image has more than 8 bits, else None."""
   if image.mode.startswith("I"):
     values = np.asarray(image)[..., None]
     tags = getattr(image, "tag_v2", {})
-    if tags.get(_PHOTOMETRIC) == 0:  # White is 0, which Pillow leaves so.
+    # WhiteIsZero, which Pillow does not invert in images with 16 bits.
+    if tags.get(_PHOTOMETRIC) == 0:
       values = 2 ** tags[_BITS_PER_SAMPLE][0] - 1 - values
     return values.astype(np.uint16)
   if image.format == "PPM" and tiles[0].codec_name == "ppm":
     maximum = tiles[0].args[1]
     if image.mode == "L" or maximum < 256:
       return None
+    # Pillow reduces 16-bit colours to 8 bits: read the bytes directly.
     stream.seek(tiles[0].offset)
     pixels = np.frombuffer(stream.read(), ">u2", math.prod(image.size) * 3)
     pixels = pixels.reshape(image.height, image.width, 3).astype(np.uint32)
@@ -229,6 +236,6 @@ def _read_deep(stream, image, tiles):
   if mode == "LA":  # Read the two bytes of both channels as four channels.
     both = np.ascontiguousarray(_load(stream, "RGBA")[0])
     return both.view(">u2").astype(np.uint16)
-  # Pillow keeps the higher byte of each channel.
+  # Pillow keeps the high byte of each channel: decode again for the low byte.
   lower, _ = _load(stream, f"{mode};{_OTHER_BYTE[order]}")
   return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)

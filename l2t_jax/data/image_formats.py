@@ -1,4 +1,4 @@
-"""The format of the images that a network sees, and conversion between two."""
+"""The image format that a network expects, and conversion between formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-# Weights of red, green and blue in a grey value: ITU-R 601, as in Pillow.
+# Weights of R, G and B in the luminance: ITU-R 601, as in Pillow.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
@@ -18,8 +18,8 @@ class ImageFormat(NamedTuple):
 
   size: int  # Height and width in pixels.
   channels: int
-  # One value or one per channel, on a scale from 0 to 1; for arrays of floats,
-  # on their own.
+  # One value, or one per channel, for pixels scaled to [0, 1]; for float arrays
+  # on their own scale.
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
@@ -41,17 +41,18 @@ class ImageFormat(NamedTuple):
 def fits(
   mean: Sequence[float], std: Sequence[float], values: tuple[float, float]
 ) -> bool:
-  """Return whether images with such values may have this normalisation.
+  """Return whether a normalisation is plausible for a range of pixel values.
 
   Args:
     mean: one value, or one per channel.
-    std: the same.
-    values: the smallest and the largest of the images.
+    std: one value, or one per channel.
+    values: smallest and largest pixel value of the images.
   """
   lowest, highest = values
   if lowest > -0.1 and highest < 2:  # From 0 to 1, with some outliers.
     return max(map(abs, mean)) <= 1 and max(std) <= 1
-  # The standard deviation of values from 0 to 1 is at most 0.5.
+  # On another scale, reject a normalisation made for values from 0 to 1, whose
+  # standard deviation is at most 0.5.
   return min(mean) < 0 or max(mean) > 1 or max(std) > 0.5
 
 

@@ -1,4 +1,4 @@
-"""Read every image once before training, and tell which cannot be read."""
+"""Read every image once before training, to find all unreadable ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import rich.progress
 from l2t_jax import errors
 from l2t_jax.data import datasets, image_files, pillow, records
 
-# More threads only wait for Python's lock.
+# More threads would only wait for Python's GIL.
 _MAX_THREADS = 16
-# Images that a thread reads before it takes others.
+# Images per task of the thread pool.
 _CHUNK = 32
-# How many images an error names.
+# Images that an error message names.
 _MAX_NAMED = 20
 
 _T = TypeVar("_T")
@@ -33,20 +33,21 @@ class Inspected(NamedTuple):
   """Subsets whose images can all be read."""
 
   subsets: dict[str, datasets.Subset]
-  skipped: tuple[str, ...]  # Names of the images that cannot be read.
-  bit_depth: int  # Of the images with more than 8 bits; 0 if there are none.
-  maximum: int  # Of the training images with more than 8 bits; 0 without.
-  num_clipped: int  # Images with values above what the bit depth holds.
-  # How many images of val and test, read from files, have an equal in train.
+  skipped: tuple[str, ...]  # Names of unreadable images.
+  bit_depth: int  # Of the images with more than 8 bits; 0 without any.
+  maximum: int  # Largest value in training images with more than 8 bits, or 0.
+  num_clipped: int  # Number of images with values beyond the bit depth.
+  # Part (val, test) -> number of its image files with the pixels of a training
+  # image.
   num_copies: dict[str, int]
 
 
 class _Seen(NamedTuple):
-  """What reading an image has shown."""
+  """Properties of an image that was read."""
 
-  maximum: int = 0  # Of an image with more than 8 bits; else 0.
-  thumbprint: int = 0  # Equal for equal images; 0 for images in memory.
-  pixels: np.ndarray | None = None  # [H, W, C] as in batches, if kept.
+  maximum: int = 0  # Largest value if it has more than 8 bits; else 0.
+  thumbprint: int = 0  # Hash, equal for equal images; 0 for images in memory.
+  pixels: np.ndarray | None = None  # Resized, [H, W, C], if kept in memory.
 
 
 def read_all(
@@ -59,10 +60,10 @@ def read_all(
   """Read images in parallel, with a progress bar in a terminal.
 
   Args:
-    images: where they are read from.
-    indices: which images, int64 [N].
-    function: computes something from each image.
-    title: of the progress bar.
+    images: the records to read from.
+    indices: indices of the images to read, int64 [N].
+    function: computes the result from an image.
+    title: title of the progress bar.
 
   Yields:
     The result for each image, in order, or the error that reading it raised.
@@ -98,16 +99,17 @@ def inspect(
   bad_images: str,
   max_bad_fraction: float,
 ) -> Inspected:
-  """Read all images of some subsets.
+  """Read all images of several subsets.
 
   Args:
-    subsets: by name; the images of "train" say which bit depth all have.
-    resize: makes images that are kept in memory; None to keep none.
-    bad_images: what to do about images that cannot be read: stop or skip.
-    max_bad_fraction: share of the images that may be skipped.
+    subsets: name -> subset; "train" determines the bit depth of all of them.
+    resize: resizes the images that are kept in memory; None to keep none.
+    bad_images: how to handle unreadable images: stop or skip.
+    max_bad_fraction: largest fraction of the images that may be skipped.
 
   Raises:
-    errors.InputError: images cannot be read, or more than may be skipped.
+    errors.InputError: images are unreadable, and may not be skipped or are too
+      many.
   """
   seen = {
     name: _read_subset(subset, resize, name) for name, subset in subsets.items()
@@ -123,7 +125,7 @@ def inspect(
   if bad and (bad_images == "stop" or are_many):
     skip = "config.data.bad_images to 'skip'"
     if are_many:
-      # Rounded up.
+      # Rounded up, so that this fraction is enough.
       share = math.ceil(1000 * len(bad) / num_images) / 1000
       skip += f" and config.data.max_bad_fraction to {share}"
     raise errors.InputError(
@@ -140,7 +142,7 @@ def inspect(
       )
   maximum, depth = max(maxima["train"], default=0), 0
   if any(map(any, maxima.values())):
-    # Without such images in train, all of their 16 bits count.
+    # If train has no such images, assume that all 16 bits are used.
     depth = image_files.bit_depth(maximum or 2**16 - 1)
   return Inspected(
     {
@@ -159,7 +161,7 @@ def inspect(
 
 
 def _read_subset(subset, resize, name):
-  """Return what was seen of each image, or the error that reading it raised."""
+  """Return what was found per image, or the error that reading it raised."""
   if subset.pixels is not None or (
     resize is None and subset.records.open_file is None
   ):  # They are in memory.
@@ -171,7 +173,8 @@ def _read_subset(subset, resize, name):
   def look(image):
     thumbprint = hash(pillow.thumbprint(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint16:
-      # How bright white is depends on images that may not be read yet.
+      # Not kept: the value of white is known only after all images were read.
+      # `_keep` reads this one again.
       return _Seen(int(image.max()), thumbprint)
     if resize is None:
       return _Seen(0, thumbprint)
@@ -183,7 +186,10 @@ def _read_subset(subset, resize, name):
 
 
 def _count_copies(name, subsets, seen):
-  """Return how many images of a part have the pixels of a training image."""
+  """Return the number of images of a part with pixels of a training image.
+
+  Thumbprints select candidates; only these are read again and compared in full.
+  """
 
   def digest(part, position):
     subset = subsets[part]
@@ -207,7 +213,7 @@ def _count_copies(name, subsets, seen):
 
 
 def _keep(subset, seen, resize, depth):
-  """Return a subset without the images that cannot be read."""
+  """Return a subset without its unreadable images."""
   good = [position for position, one in enumerate(seen) if type(one) is _Seen]
   subset = subset._replace(indices=subset.indices[good], bit_depth=depth or 16)
   if resize is None or subset.pixels is not None or not good:
@@ -220,8 +226,8 @@ def _keep(subset, seen, resize, depth):
 
 
 def _listed_errors(bad, num_images):
-  """Say which images cannot be read, and why."""
-  # Each message ends in what to do about its image.
+  """Return a message that lists the unreadable images with reasons."""
+  # Drop the advice that ends each message: the caller gives it once for all.
   named = [str(error).rpartition("; ")[0] for *_, error in bad[:_MAX_NAMED]]
   more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
   names = f"{records.listed(named)}{more}"

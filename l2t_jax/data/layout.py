@@ -38,18 +38,18 @@ class Destination(NamedTuple):
 class Published(NamedTuple):
   """A data set as its authors publish it."""
 
-  files: tuple[str, ...]  # The needed downloads; the first has the images.
+  files: tuple[str, ...]  # Archives to download; the first holds the images.
   homepage: str
   num_train: int
   num_test: int
-  # Folder of `files` -> (member of the first of them, its destination), ...
+  # Folder of `files` -> pairs (member of the first archive, its destination).
   list_images: Callable[[pathlib.Path], Iterable[tuple[str, Destination]]]
 
 
 def make_layout(
   published: Published, archives: pathlib.Path, out: pathlib.Path
 ) -> None:
-  """Write all images of a published data set into folders, or nothing.
+  """Extract all images of a published data set into folders, atomically.
 
   Args:
     published: an entry of `DATA_SETS`.
@@ -77,6 +77,7 @@ def make_layout(
       shutil.rmtree(partial)
     _extract(archives / published.files[0], destinations, partial)
     _check_counts(published, partial)
+    # Renamed last, so that `out` never holds an incomplete data set.
     partial.rename(out)
   except OSError as error:
     raise errors.InputError(
@@ -87,11 +88,12 @@ def make_layout(
 def _collect(
   images: Iterable[tuple[str, Destination]],
 ) -> dict[str, Destination]:
-  """Map members to destinations, and refuse names that are no file names."""
+  """Map members to destinations; raise if a name is not a plain file name."""
   destinations: dict[str, Destination] = {}
   for member, destination in images:
     for name in destination:
-      # The names come from files of unknown origin and become a path.
+      # The names come from downloaded lists and become a path, which must not
+      # lead out of the folder.
       if not re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name):
         raise errors.InputError(
           f"image {member!r} is listed with the name {name!r}, which is no"
@@ -106,7 +108,7 @@ def _extract(
   destinations: Mapping[str, Destination],
   out: pathlib.Path,
 ) -> None:
-  """Copy the members that have a destination; all must be there."""
+  """Extract the members that have a destination; raise if one is missing."""
   missing = set(destinations)
   with _naming_damage(archive):
     for member, content in _read_members(archive, destinations):
@@ -125,7 +127,7 @@ def _extract(
 def _read_members(
   path: pathlib.Path, wanted: Collection[str]
 ) -> Iterator[tuple[str, bytes]]:
-  """Yield the name and the content of regular files, in archive order."""
+  """Yield (name, content) of the wanted regular files, in archive order."""
   if path.suffix == ".zip":
     with zipfile.ZipFile(path) as archive:
       for name in archive.namelist():
@@ -155,12 +157,12 @@ def _check_counts(published: Published, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _naming_damage(path: pathlib.Path) -> Iterator[None]:
-  """Turn the errors that damaged files cause into an InputError."""
+  """Context manager: convert errors about damaged archives to InputError."""
   try:
     yield
   except (
     EOFError,
-    KeyError,  # A list is missing.
+    KeyError,  # zipfile: the archive lacks one of the lists.
     UnicodeDecodeError,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -172,7 +174,7 @@ def _naming_damage(path: pathlib.Path) -> Iterator[None]:
 
 
 def _lines(content: bytes) -> list[str]:
-  """Return the lines that are not blank; names may contain spaces."""
+  """Return the non-blank lines, stripped; names may contain spaces."""
   lines = (line.strip() for line in content.decode().splitlines())
   return [line for line in lines if line]
 
@@ -180,7 +182,7 @@ def _lines(content: bytes) -> list[str]:
 def _list_tinyimagenet(
   archives: pathlib.Path,
 ) -> Iterator[tuple[str, Destination]]:
-  """List train, and val as test: the official test images have no labels."""
+  """List train and, as test, val: the official test images have no labels."""
   root, path = "tiny-imagenet-200", archives / "tiny-imagenet-200.zip"
   with _naming_damage(path), zipfile.ZipFile(path) as archive:
     members = archive.namelist()
@@ -190,7 +192,8 @@ def _list_tinyimagenet(
     if match:
       yield member, Destination("train", match[1], match[2])
   for line in annotations:
-    # The file, its class and a box, separated by tabs.
+    # Tab-separated: file, class and bounding box. A missing class becomes "",
+    # which `_collect` rejects.
     file_name, class_name, *_ = [*line.split("\t"), ""]
     member = f"{root}/val/images/{file_name}"
     yield member, Destination("test", class_name, file_name)
@@ -256,7 +259,7 @@ def make_parser() -> errors.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-  """Make the folders of a data set."""
+  """Extract a data set into folders."""
   published = DATA_SETS[args.name]
   make_layout(published, args.archives, args.out)
   print(

@@ -1,4 +1,4 @@
-"""From the fields of a data set to its batches."""
+"""Open a data set, split it and make batches, as its fields specify."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from l2t_jax.data import (
   streaming,
 )
 
-_FEW_IMAGES = 256  # Looked at together.
+# Images that `_statistics` converts to float64 at a time, to bound memory.
+_FEW_IMAGES = 256
 
 
 def load(
@@ -36,14 +37,14 @@ def load(
   """Open a data set, split it and cut it into batches.
 
   Args:
-    fields: which images, and how they are read.
+    fields: describe the data set and how its images are read.
     batch_size: labelled images per training batch, over all processes.
       Evaluation batches are a multiple of it.
-    seed: decides the order of training images and their augmentation.
+    seed: seed of the order of training images and of their augmentation.
     process_index: index of this process among those that train together.
     process_count: number of processes that train together.
-    images: a data set that is already open; by default, the one that `fields`
-      name is opened.
+    images: a data set that is already open; by default, the data set that
+      `fields` describe is opened.
 
   Returns:
     The data set; each process gets its own rows of the global batches.
@@ -65,6 +66,7 @@ def load(
   _check_channels(fields, images)
   if fields.is_streamed and images.train.pixels is None:
     _check_normalisation(fields)
+  # Split before applying per_class, which must not change val and test.
   whole_split = splits.make_split(images, fields)
   split = whole_split
   if fields.per_class:
@@ -108,7 +110,7 @@ def load(
   if inspected.skipped and train.records.targets is None and lost:
     raise errors.InputError(
       f"none of the training images of {records.some_of(lost)} can be used;"
-      " mend some, or list the other classes in data.classes"
+      " repair some, or list the other classes in data.classes"
     )
   mean, std = tuple(fields.mean), tuple(fields.std)
   if not (mean and std):
@@ -138,7 +140,7 @@ def load(
 
 
 def _make_subsets(images, split, left_over, fields):
-  """Return the subsets by name, with images not read yet."""
+  """Return the subsets by name, without reading any images."""
   test = images.test or images.train
   subsets = {
     "train": datasets.Subset(images.train, split.train, fields.channels),
@@ -151,7 +153,7 @@ def _make_subsets(images, split, left_over, fields):
 
 
 def _with_pixels(subset, fields):
-  """Add the images that have the right size already."""
+  """Add the pixels of a subset if they are arrays of the right size."""
   pixels = subset.records.pixels
   if (
     fields.is_streamed
@@ -163,7 +165,7 @@ def _with_pixels(subset, fields):
 
 
 def _notes(images, inspected):
-  """Yield what the user should know about the files, one line each."""
+  """Yield notes about the images for the user, one line each."""
   if images.passed_over:
     yield f"passed over: {records.counted(images.passed_over)}"
   if inspected.bit_depth:
@@ -189,7 +191,7 @@ def _notes(images, inspected):
 
 
 def open_images(fields: data_fields.DataFields) -> records.ImageSet:
-  """Open the images that `source`, `name` and `path` refer to, unsplit.
+  """Open the data set that the fields describe, without splitting it.
 
   Raises:
     errors.InputError: there is no such data set, or it is malformed.
@@ -217,8 +219,10 @@ def open_images(fields: data_fields.DataFields) -> records.ImageSet:
 def _check_augment(
   fields: data_fields.DataFields, images: records.ImageSet
 ) -> None:
-  """Refuse augmentation that is wrong or impossible for some images."""
+  """Raise if an augmentation is impossible or wrong for the images."""
   targets, pixels = images.train.targets, images.train.pixels
+  # Targets of two or more axes per image, such as masks, would have to move
+  # with the image.
   for name, nothing in (("augment", "none"), ("rand_augment", 0)):
     value = getattr(fields, name)
     if targets is not None and targets.ndim > 2 and value != nothing:
@@ -239,7 +243,7 @@ def _check_augment(
 def _check_channels(
   fields: data_fields.DataFields, images: records.ImageSet
 ) -> None:
-  """Refuse a number of channels that images do not have or cannot get."""
+  """Raise if images neither have `channels` nor can be converted to them."""
   for each in filter(None, (images.train, images.test)):
     if each.pixels is None or pillow.is_grey_or_rgb(each.pixels):
       if fields.channels not in (1, 3):
@@ -262,7 +266,7 @@ def _check_channels(
 
 
 def _check_normalisation(fields):
-  """Refuse to leave open how images are normalised that are never all there."""
+  """Raise if mean or std would have to be computed from streamed images."""
   if not (fields.mean and fields.std):
     raise errors.InputError(
       "mean or std is (), but the images are read from files when they are"
@@ -274,7 +278,7 @@ def _check_normalisation(fields):
 def _statistics(
   train: datasets.Subset,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Return mean and standard deviation of each channel of training images."""
+  """Return mean and standard deviation per channel of the training images."""
   if train.pixels is not None:
     read = lambda some: train.pixels[some]
   else:
@@ -290,9 +294,11 @@ def _statistics(
     )
     return total / count
 
+  # In two passes: mean(x²) - mean(x)² loses a small variance around a large
+  # mean.
   mean = average(lambda x: x)
   std = np.sqrt(average(lambda x: (x - mean) ** 2))
-  # 1 where nothing varies but the last bits of floats.
+  # 1 for constant channels, which vary by rounding errors at most.
   varies = std > np.maximum(1e-6 * np.abs(mean), 1e-30)
   std = np.where(varies, std / train.white, 1)
   rounded = lambda values: tuple(float(f"{value:.9g}") for value in values)
@@ -302,7 +308,7 @@ def _statistics(
 def _open_unlabeled(
   fields: data_fields.DataFields, train: records.Records, left_over: np.ndarray
 ) -> datasets.Subset:
-  """Return the images without labels: those of a folder, or those left over."""
+  """Return the unlabelled images: of a folder, or left out by per_class."""
   if fields.unlabeled_path:
     folder = from_folders.open_unlabeled(fields.unlabeled_path)
     every = np.arange(len(folder.labels))

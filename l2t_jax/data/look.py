@@ -1,4 +1,4 @@
-"""What a data set holds, and what is wrong with its files."""
+"""Summarise a data set and find problems with its files."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from l2t_jax.data import image_files, inspection, pillow, records
 
 
 class _Picture(NamedTuple):
-  """What is noted of one image."""
+  """Properties of an image."""
 
   size: tuple[int, int]  # Width and height in pixels.
-  mode: str
-  format: str
-  maximum: int  # Of an image with more than 8 bits; else 0.
-  thumbprint: int
+  mode: str  # Pillow's mode, or type and channels of an array.
+  format: str  # Pillow's name of the file format, or "".
+  maximum: int  # Largest value if it has more than 8 bits; else 0.
+  thumbprint: int  # Hash, equal for equal images.
 
 
 class _Place(NamedTuple):
-  """Where an image belongs."""
+  """The place of an image in a data set."""
 
   part: str  # train, val or test.
   records: records.Records
-  position: int  # In the records.
-  class_name: str
+  position: int  # Index into the records.
+  class_name: str  # "" without a label.
 
   @property
   def name(self) -> str:
-    """The file, or the number of an image that has none."""
+    """The file name, or the index of an image in an array."""
     return self.records.name_of(self.position)
 
 
 def look(images: records.ImageSet) -> dict[str, Any]:
-  """Read all images of a data set, and sum up what was found.
+  """Read all images of a data set and summarise them.
 
   Returns:
-    Plain values for JSON: "classes"; "parts", for each the numbers of images,
-    of images per class, and of each size, mode and format; "bit_depth" of the
-    training images with more than 8 bits, or 0; "unreadable", the files that
-    cannot be read, with the reason; "equal", groups of images with the same
-    pixels in two parts or two classes; and "passed_over", the numbers of other
-    files.
+    A dict of plain values for JSON: "classes", the class names; "parts", for
+    each part the number of images in total and per class, size, mode and
+    format; "bit_depth" of the training images with more than 8 bits, or 0;
+    "unreadable", the unreadable files with the reason; "equal", groups of
+    images with the same pixels that span two parts or two classes; and
+    "passed_over", the numbers of other files.
   """
   parts, unreadable = {}, []
   same: dict[int, list[_Place]] = collections.defaultdict(list)
@@ -122,7 +122,7 @@ def _note(image: Image.Image | np.ndarray) -> _Picture:
 def _sum_up(
   places: Sequence[_Place], pictures: Sequence[_Picture]
 ) -> dict[str, Any]:
-  """Count what the images of a part have in common."""
+  """Count the images of a part per class, size, mode and format."""
 
   def count(values: Iterable[str]) -> dict[str, int]:
     return dict(collections.Counter(values).most_common())
@@ -141,6 +141,7 @@ def _equal_groups(places: Iterable[_Place]) -> list[list[_Place]]:
   places = list(places)
   if not _is_spread(places):
     return []
+  # Equal thumbprints may be a coincidence: compare all pixels.
   groups: dict[bytes, list[_Place]] = collections.defaultdict(list)
   for place in places:
     image = place.records.read_image(place.position)

@@ -1,4 +1,4 @@
-"""Batches of small images that all stay on the device."""
+"""Batches of small images, all of which are kept on the device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from l2t_jax.data import augmentation, data_fields, datasets
 
 
 class InMemoryDataset(datasets.Dataset):
-  """Images that stay on the device, resized; `Subset.pixels`."""
+  """A data set whose resized images (`Subset.pixels`) stay on the device."""
 
   def __init__(
     self, contents: datasets.Contents, fields: data_fields.DataFields
   ):
     super().__init__(contents, fields)
+    # Name -> (images, labels); an empty subset has no pixels.
     self._arrays = {
       name: jax.device_put(
         (
@@ -87,9 +88,9 @@ def _train_batch(
   Args:
     images: all images, [N, H, W, C].
     labels: of all images, [N, ...].
-    positions: which images are in the rows, [b].
+    positions: indices of the images in the rows, [b].
     draw: PRNG key, epoch and step.
-    plan: says which rows of the global batch these are.
+    plan: determines the rows of this process.
     policy: how images are augmented and normalised.
 
   Returns:

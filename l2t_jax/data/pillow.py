@@ -1,7 +1,7 @@
 """Convert, crop and resize images on the host, with Pillow.
 
 Resizing is bilinear and antialiased, and the random crop is torchvision's
-RandomResizedCrop, so that accuracies compare with published ones.
+RandomResizedCrop, so that accuracies are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
-# Bounds of torchvision's RandomResizedCrop: share of the area, width / height.
+# Bounds of torchvision's RandomResizedCrop: area fraction, width / height.
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-_NUM_SAMPLES = 16  # Of a row and a column, for a thumbprint.
+_NUM_SAMPLES = 16  # Pixels per row and per column in a thumbprint.
 
 
 def convert(
   image: Image.Image | np.ndarray, channels: int, depth: int
 ) -> Image.Image:
-  """Convert an image of any mode to grey (1 channel) or RGB (3) of 8 bits.
+  """Convert an image of any mode to 8-bit grey (1 channel) or RGB (3).
 
   Args:
     image: from `decode`, or uint8 [H, W, C].
-    channels: of the result.
-    depth: of a uint16 image: 2^depth - 1 becomes white. Larger values do, too.
+    channels: channels of the result.
+    depth: bit depth of uint16 images: 2^depth - 1 and above become white.
   """
   if isinstance(image, np.ndarray):
     pixels = image
@@ -37,7 +37,7 @@ def convert(
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
   if image.mode == "P" and image.has_transparency_data:
     image = image.convert("RGBA")  # Otherwise Pillow warns.
-  if image.mode == "LAB":  # `Image.convert` has no way from it to RGB.
+  if image.mode == "LAB":  # `Image.convert` cannot convert it to RGB.
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     in_rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     assert in_rgb
@@ -46,7 +46,10 @@ def convert(
 
 
 def is_grey_or_rgb(pixels: np.ndarray) -> bool:
-  """Return whether `convert` takes an array [..., C] that is no file's."""
+  """Return whether an array [..., C] of a data set is 8-bit grey or RGB.
+
+  Only such arrays are converted; others keep their type and channels.
+  """
   return pixels.dtype == np.uint8 and pixels.shape[-1] in (1, 3)
 
 
@@ -70,13 +73,16 @@ def transform_channels(
 
 
 class _Channels(NamedTuple):
-  """Grey images of one size, used as if they were one `Image`."""
+  """The channels of an image as grey images, with the methods of one `Image`.
+
+  A transform that draws random numbers thus treats all channels the same way.
+  """
 
   images: tuple[Image.Image, ...]
 
   @classmethod
   def of(cls, pixels):
-    # Pillow resizes 16 bits as floats, which hold them exactly.
+    # 16-bit channels are resized as float32, which holds them exactly.
     kind = np.uint8 if pixels.dtype == np.uint8 else np.float32
     planes = np.moveaxis(pixels, -1, 0).astype(kind, order="C")
     return cls(tuple(map(Image.fromarray, planes)))
@@ -96,7 +102,7 @@ class _Channels(NamedTuple):
 
 
 def thumbprint(image: Image.Image | np.ndarray) -> tuple[object, ...]:
-  """Return what images with equal pixels have in common; few others do.
+  """Return a cheap key, equal for images with equal pixels and few others.
 
   Args:
     image: from `decode`, or an array [H, W, C].
@@ -114,7 +120,7 @@ def thumbprint(image: Image.Image | np.ndarray) -> tuple[object, ...]:
 
 
 def digest(image: Image.Image | np.ndarray) -> bytes:
-  """Return a digest of the pixels: equal for equal images, as RGB.
+  """Return a digest of all pixels; images with 8 bits are compared as RGB.
 
   Args:
     image: from `decode`, or an array [H, W, C].
@@ -169,9 +175,9 @@ def resize_and_center_crop(
 def random_resized_crop_flip(
   image: Image.Image, rng: np.random.Generator, *, size: int
 ) -> Image.Image:
-  """Crop a random box, resize it to size x size, and mirror it or not."""
+  """Crop a random box, resize it, and mirror it with probability 1/2."""
   box = random_box(*image.size, rng)
-  # The crop comes first: resize(box=...) would mix in pixels from outside.
+  # Crop before resizing: resize(box=...) would mix in pixels from outside.
   crop = resize(image.crop(box), size, size)
   if rng.random() < 0.5:
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

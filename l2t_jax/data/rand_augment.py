@@ -1,7 +1,7 @@
 """RandAugment and colour jitter on the device, as Pillow computes them.
 
-Images are float32 [B, H, W, C] on a scale from 0 to 255, grey or RGB, and stay
-on it; they are not rounded. Every image has its own operation.
+Images are float32 [B, H, W, C], grey or RGB, with values from 0 to 255. Results
+stay in this range and are not rounded. Each image gets its own operation.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 
 MAX_MAGNITUDE = 30
-# Largest values, those of torchvision.transforms.RandAugment.
+# Values at the largest magnitude, as in torchvision.transforms.RandAugment.
 _SHEAR = 0.3
-_TRANSLATION = 150 / 331  # Share of the side.
+_TRANSLATION = 150 / 331  # Fraction of the side.
 _DEGREES = 30.0
-_CHANGE = 0.9  # Of what `enhance` multiplies.
-_LOST_BITS = 4
+_CHANGE = 0.9  # The factors of `enhance` are 1 ± this.
+_LOST_BITS = 4  # Bits that posterize drops.
 
-# The geometric operations come first; `_matrices` has them in this order.
+# Geometric operations come first, so that an index into `OPERATIONS` is also an
+# index into the matrices of `_matrices`.
 _GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _ENHANCING = ("brightness", "contrast", "color", "sharpness")
 OPERATIONS = (
@@ -31,9 +32,10 @@ OPERATIONS = (
   "equalize",
   "identity",
 )
-# Of ITU-R 601, as Pillow converts RGB to grey.
+# ITU-R 601, as in Pillow's conversion of RGB to grey.
 _LUMA = (0.299, 0.587, 0.114)
-# Pillow's ImageFilter.SMOOTH, as how much the middle and the others weigh.
+# Pillow's ImageFilter.SMOOTH: weight of the central pixel, where its neighbours
+# have 1, and the sum of all nine weights.
 _MIDDLE, _ALL = 5.0, 13.0
 
 
@@ -46,7 +48,7 @@ def draw_operations(
     key: PRNG key; consumed.
     num_images: B.
     num_ops: operations per image.
-    magnitude: their strength, from 0 to `MAX_MAGNITUDE`.
+    magnitude: strength of the operations, from 0 to `MAX_MAGNITUDE`.
 
   Returns:
     Operations and their strengths, [num_ops, B], for `rand_augment`.
@@ -64,8 +66,8 @@ def rand_augment(
   """Apply operations to each image, one after the other.
 
   Cubuk et al., "RandAugment", 2020 (arXiv 1909.13719), with the operations and
-  magnitudes of torchvision, but bilinear instead of nearest neighbours, and
-  translations that are no whole pixels.
+  magnitudes of torchvision, but with bilinear instead of nearest-neighbour
+  interpolation, and translations by fractions of a pixel.
 
   Args:
     images: [B, H, W, C].
@@ -80,7 +82,7 @@ def draw_jitter(
 ) -> tuple[jax.Array, jax.Array]:
   """Draw a colour jitter of brightness, contrast and saturation.
 
-  As torchvision.transforms.ColorJitter with one strength for all three.
+  Like torchvision.transforms.ColorJitter with the same strength for all three.
 
   Args:
     key: PRNG key; consumed.
@@ -113,7 +115,7 @@ def color_jitter(
 
 
 def _one_after_the_other(function, images, *drawn):
-  """Apply a function for each entry of what was drawn; compile it once."""
+  """Apply a function once per drawn row; `scan` compiles it only once."""
   step = lambda images, one: (function(images, *one), None)
   return jax.lax.scan(step, images, drawn)[0]
 
@@ -126,9 +128,11 @@ def operate(
   Args:
     images: [B, H, W, C].
     ops: indices into `OPERATIONS`, [B].
-    strengths: from -1 to 1, [B]. The sign is a direction; operations that have
-      none read the size alone.
+    strengths: from -1 to 1, [B]. The sign is the direction; operations without
+      a direction use the absolute value.
   """
+  # Images of a batch have different operations: compute the results of all
+  # operations for every image, then select one.
   warped = _warp(images, _matrices(images.shape, ops, strengths))
   kinds = ops - len(_GEOMETRIC)
   enhanced = enhance(images, kinds, 1 + _CHANGE * strengths)
@@ -153,13 +157,14 @@ def operate(
 def enhance(
   images: jax.Array, kinds: jax.Array, factors: jax.Array
 ) -> jax.Array:
-  """Move each image away from a plainer one, as Pillow's ImageEnhance does.
+  """Blend each image with a degenerate one, as Pillow's ImageEnhance does.
 
   Args:
     images: [B, H, W, C].
-    kinds: 0 for brightness (away from black), 1 for contrast (from the mean),
-      2 for color (from grey), 3 for sharpness (from a smoothed image), [B].
-    factors: 1 leaves the image, 0 gives the plainer one, [B].
+    kinds: the degenerate image, [B]: 0 for black (brightness), 1 for the mean
+      (contrast), 2 for grey (color), 3 for a smoothed image (sharpness).
+    factors: [B]; 1 keeps the image, 0 gives the degenerate one, and above 1
+      extrapolates away from it.
   """
   grey = images
   if images.shape[-1] == 3:
@@ -179,7 +184,7 @@ def enhance(
 
 
 def _smooth(images):
-  """Average each pixel, but those at the border, with its neighbours."""
+  """Smooth each pixel with its neighbours, except those at the border."""
   height, width = images.shape[1:3]
   if min(height, width) < 3:
     return images
@@ -190,7 +195,7 @@ def _smooth(images):
 
 
 def _autocontrast(images):
-  """Stretch each channel from 0 to 255, where it varies."""
+  """Stretch each channel to the range 0 to 255, unless it is constant."""
   lowest = jnp.min(images, axis=(1, 2), keepdims=True)
   extent = jnp.max(images, axis=(1, 2), keepdims=True) - lowest
   stretched = (images - lowest) * 255 / jnp.where(extent > 0, extent, 1)
@@ -198,26 +203,28 @@ def _autocontrast(images):
 
 
 def _equalize(images):
-  """Make the histogram of each channel even, as ImageOps.equalize does."""
+  """Equalise the histogram of each channel, as ImageOps.equalize does."""
   batch_size, height, width, channels = images.shape
   values = jnp.clip(jnp.round(images), 0, 255).astype(jnp.int32)
   rows = jnp.moveaxis(values, -1, 1).reshape(batch_size * channels, -1)
   counts = jax.vmap(functools.partial(jnp.bincount, length=256))(rows)
+  # As in Pillow, pixels of the largest value do not count for the step.
   brightest = jnp.max(rows, axis=1, keepdims=True)
   of_brightest = jnp.take_along_axis(counts, brightest, axis=1)
   step = (rows.shape[1] - of_brightest) // 255
   below = jnp.cumsum(counts, axis=1) - counts
   table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
-  # With few pixels, or one value in nearly all of them, there is no step.
+  # The step is 0 with few pixels, or if nearly all have the largest value: keep
+  # the channel.
   table = jnp.where(step > 0, table, jnp.arange(256))
   equal = jnp.take_along_axis(table, rows, axis=1).astype(images.dtype)
   return jnp.moveaxis(equal.reshape(batch_size, channels, height, width), 1, -1)
 
 
 def _matrices(shape, ops, strengths):
-  """Return (x, y) of the result -> (x, y) of the image, [B, 2, 3].
+  """Return affine maps from output to input coordinates (x, y), [B, 2, 3].
 
-  Shears leave the upper left corner where it is, rotations the centre.
+  Shears fix the upper left corner, rotations fix the centre.
   """
   _, height, width, _ = shape
   angle = jnp.deg2rad(_DEGREES * strengths)
@@ -253,20 +260,23 @@ def _matrices(shape, ops, strengths):
     ),
   }
   by_op = jnp.stack([jnp.stack(matrices[name]) for name in _GEOMETRIC])
+  # Other operations get any matrix: `operate` does not select their warp.
   chosen = jnp.minimum(ops, len(_GEOMETRIC) - 1)
   picked = by_op[chosen, :, jnp.arange(len(ops))]
   return picked.reshape(-1, 2, 3)
 
 
 def _warp(images, matrices):
-  """Read each image at transformed places, bilinearly; black outside."""
+  """Sample each image at transformed positions, bilinearly; black outside."""
   _, height, width, _ = images.shape
+  # Pixel centres lie at half-integers, as in Pillow.
   columns, rows = jnp.meshgrid(
     jnp.arange(width) + 0.5, jnp.arange(height) + 0.5
   )
   places = jnp.stack([columns, rows, jnp.ones_like(rows)])
 
   def warp(image, matrix):
+    # Coordinates lose too many digits in bfloat16 or TF32.
     x, y = jnp.einsum("ij,jhw->ihw", matrix, places, precision="highest")
     is_inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     read = functools.partial(

@@ -1,4 +1,4 @@
-"""Labelled images in random access: the common form of all sources."""
+"""Labelled images with random access: the common form of all data sets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from PIL import Image
 from l2t_jax import errors
 from l2t_jax.data import image_files
 
-# Share of test images that may also be training images. In CIFAR-100 a tenth
-# have near copies (Barz and Denzler, 2020), and fewer have exact ones.
+# Fraction of test images that may also be training images. In CIFAR-100 a tenth
+# have near-duplicates (Barz and Denzler, 2020), and fewer have exact copies.
 MAX_COPIES = 0.1
-MIN_COPIES = 5  # Fewer copies are accepted, whatever their share.
+MIN_COPIES = 5  # Fewer copies are always accepted.
 
 
 class ImageFile(NamedTuple):
@@ -30,14 +30,14 @@ class ImageFile(NamedTuple):
 class Records(NamedTuple):
   """Labelled images that can be read in any order, by index."""
 
-  # [N] int32, 0 .. num_classes - 1; -1 for classes that are left out and for
-  # test labels that are kept secret.
+  # [N] int32, 0 .. num_classes - 1; -1 for dropped classes and for test labels
+  # that are withheld.
   labels: np.ndarray
-  # The images as files, by index; picklable, for worker processes.
+  # Index -> encoded image; picklable, for worker processes.
   open_file: Callable[[int], ImageFile] | None = None
   # Or the images themselves, uint8, uint16 or float32 [N, H, W, C].
   pixels: np.ndarray | None = None
-  # [N, ...], what is learned from each image if that is not its class.
+  # [N, ...], one target per image if the task is not to predict its class.
   targets: np.ndarray | None = None
 
   def read_image(self, index: int) -> Image.Image | np.ndarray:
@@ -53,7 +53,7 @@ class Records(NamedTuple):
     return image_files.decode(content, name=name)
 
   def name_of(self, index: int) -> str:
-    """Return what messages call an image."""
+    """Return the name of an image for messages."""
     if self.open_file:
       with contextlib.suppress(errors.InputError):  # A damaged record.
         return self.open_file(index).name
@@ -67,7 +67,7 @@ class ImageSet(NamedTuple):
   num_official_val: int  # Number of validation images at the end of `train`.
   test: Records | None  # None if there is no official test set.
   class_names: tuple[str, ...]
-  # What was found beside the images: (suffix or folder, number of files), ...
+  # Other files that were found: suffix or folder -> number of files.
   passed_over: Mapping[str, int] = {}
 
 
@@ -103,6 +103,7 @@ def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
 
   def relabel(records: Records) -> Records:
     labels = records.labels
+    # -1 must stay -1: as an index it would select the last class.
     return records._replace(labels=np.where(labels < 0, -1, new_labels[labels]))
 
   return images._replace(
@@ -113,22 +114,22 @@ def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
 
 
 def unless_secret(test: Records) -> Records | None:
-  """Return test images, or None if all of their labels are secret (-1)."""
+  """Return test images, or None if all of their labels are withheld (-1)."""
   return test if (test.labels >= 0).any() else None
 
 
 def check_copies(
   where: str, part: str, *, num_copies: int, num_images: int
 ) -> None:
-  """Refuse validation or test images of which many are training images.
+  """Raise if many validation or test images are also training images.
 
   A few copies are accepted, because published data sets have some.
 
   Args:
     where: the data set, for the message.
     part: "val" or "test".
-    num_copies: how many images of the part are training images, too.
-    num_images: how many images the part has.
+    num_copies: number of images of the part that are also training images.
+    num_images: number of images of the part.
 
   Raises:
     errors.InputError: more than a few are copies.
@@ -152,7 +153,7 @@ def listed(items: Iterable[Any]) -> str:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-  """Write numbers of things for a message: "3 .txt, 1 .csv"."""
+  """Format counts for a message: "3 .txt, 1 .csv"."""
   most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
   text = some_of([f"{number} {name}" for name, number in most])
   if ".heic" in counts:

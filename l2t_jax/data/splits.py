@@ -1,4 +1,4 @@
-"""Which images train, validate and test."""
+"""Training, validation and test splits: read from a file, or drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Split(NamedTuple):
 def make_split(
   images: records.ImageSet, fields: data_fields.DataFields
 ) -> Split:
-  """Read a published split or draw one, of all images.
+  """Read a published split of all images, or draw one.
 
   Raises:
     errors.InputError: a value is wrong, or a part that is needed is empty.
@@ -53,10 +53,10 @@ def make_split(
 
 
 def check_classes(class_names: Sequence[str], train: np.ndarray) -> None:
-  """Refuse classes that no training image has as its label.
+  """Raise if a class has no training images.
 
   Args:
-    class_names: of all classes.
+    class_names: the names of all classes.
     train: the labels of the training images, int [N].
 
   Raises:
@@ -72,7 +72,7 @@ def check_classes(class_names: Sequence[str], train: np.ndarray) -> None:
 
 
 def without_images(class_names: Sequence[str], labels: np.ndarray) -> list[str]:
-  """Return the names of the classes that no image has as its label."""
+  """Return the names of the classes that do not occur among the labels."""
   missing = np.setdiff1d(np.arange(len(class_names)), labels)
   return [class_names[label] for label in missing]
 
@@ -84,15 +84,15 @@ def seeded_split(
   test_fraction: float,
   seed: int,
 ) -> Split:
-  """Draw a split that takes the same share of every class.
+  """Draw a stratified split: the same fractions of every class.
 
   Args:
     images: the data set.
-    val_fraction: share of the training images used for validation; ignored if
-      there is an official validation set.
-    test_fraction: share of the training images used for testing; ignored if
+    val_fraction: fraction of the training images used for validation; ignored
+      if there is an official validation set.
+    test_fraction: fraction of the training images used for testing; ignored if
       there is an official test set.
-    seed: decides which images are drawn.
+    seed: seed of the draw.
 
   Returns:
     The split.
@@ -101,7 +101,7 @@ def seeded_split(
     errors.InputError: the fractions leave no training images.
   """
   fractions = (val_fraction, test_fraction)
-  # Written so that NaN is refused, too.
+  # Written as a negation, so that NaN is rejected too.
   if not (min(fractions) >= 0 and sum(fractions) < 1):
     raise errors.InputError(
       f"val_fraction {val_fraction} and test_fraction {test_fraction} must not"
@@ -118,6 +118,7 @@ def seeded_split(
     ),
     np.random.default_rng(seed),
   )
+  # Label -1 marks images of dropped classes and withheld test labels.
   if images.test is not None:
     test = np.flatnonzero(images.test.labels >= 0)
   if images.num_official_val:
@@ -134,7 +135,7 @@ def split_from_file(images: records.ImageSet, path: str, prefix: str) -> Split:
     prefix: the name of the split in the file.
 
   Returns:
-    The split, without the images of classes that are left out.
+    The split, without the images of dropped classes.
 
   Raises:
     errors.InputError: the file is malformed or does not fit the data set.
@@ -148,6 +149,7 @@ def split_from_file(images: records.ImageSet, path: str, prefix: str) -> Split:
     _read_indices(arrays, key, len(part_labels), path)
     for key, part_labels in zip(keys, labels, strict=True)
   ]
+  # Parts that index the same records must not overlap.
   for group in [indices] if tests_on_train else [indices[:2], indices[2:]]:
     numbers, counts = np.unique(np.concatenate(group), return_counts=True)
     repeated = numbers[counts > 1]
@@ -175,10 +177,10 @@ def keep_per_class(
   A smaller number keeps a subset of what a larger one keeps.
 
   Args:
-    split: the split; val and test stay as they are.
+    split: the split; val and test do not change.
     images: the data set.
-    per_class: number of images to keep of each class.
-    seed: decides which images are drawn.
+    per_class: number of images to keep per class.
+    seed: seed of the draw.
 
   Returns:
     The split with fewer training images.
@@ -201,21 +203,22 @@ def keep_per_class(
 
 
 def split_hash(parts: Iterable[np.ndarray]) -> str:
-  """Return 16 hex digits that tell splits apart.
+  """Return a hash that identifies a split.
 
-  They are in `summary.json` and in published tables, so they must never change.
+  It is stored in `summary.json` and in published tables, so the computation
+  must never change.
 
   Args:
     parts: index arrays of train, val and test and, if there are any, of the
-      images without labels.
+      unlabelled images.
 
   Returns:
-    The digits.
+    16 hex digits of a SHA-256.
   """
   digest = hashlib.sha256()
   for indices in parts:
-    # The length comes first: otherwise an index could move from one array to
-    # the next without a change of the digits.
+    # Prefixed with the length: otherwise moving an index from the end of one
+    # array to the start of the next would not change the hash.
     digest.update(np.array([len(indices), *indices], "<i8").tobytes())
   return digest.hexdigest()[:16]
 
@@ -226,7 +229,7 @@ def _draw_stratified(
   fractions: tuple[float, float],
   rng: np.random.Generator,
 ) -> list[np.ndarray]:
-  """Divide the indices of every class into two shares and the rest."""
+  """Split the indices of every class into two fractions and the rest."""
   classes = []
   for label in range(num_classes):
     members = rng.permutation(np.flatnonzero(labels == label))

@@ -1,4 +1,4 @@
-"""Batches of large images, which Grain reads when they are needed."""
+"""Batches of large images, which Grain reads on demand."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from l2t_jax import errors, imports, types
 from l2t_jax.data import augmentation, data_fields, datasets, pillow
 
 PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
-# Part of the message of Grain's error.
+# Part of Grain's error message when a worker process dies.
 _WORKER_DIED = "Worker process was terminated unexpectedly"
-# Per process; more threads only wait for Python's lock.
+# Per process; more threads would only wait for Python's GIL.
 MAX_THREADS = 16
 
 _Transform = Callable[..., Image.Image]
@@ -36,10 +36,10 @@ _normalise = jax.jit(
 
 
 class StreamingDataset(datasets.Dataset):
-  """Images that are read, cropped and resized when they are needed.
+  """A data set whose images are read, cropped and resized on demand.
 
-  Training images are read by worker processes if `num_workers` asks for any,
-  evaluation images by threads of this process.
+  Training images are read by `num_workers` processes (0: by threads of this
+  process), evaluation images always by threads.
   """
 
   def __init__(
@@ -64,15 +64,16 @@ class StreamingDataset(datasets.Dataset):
       std=self.std,
       white=self._subsets["train"].white,
     )
-    # Each worker would get a copy of images that are in memory.
+    # Images in memory need no workers: each would get its own copy of them.
     is_decoded = self._subsets["train"].records.pixels is not None
     self._num_workers = 0 if is_decoded else fields.num_workers
-    # After an epoch: (number of the next step over all epochs, its iterator).
+    # Kept after an epoch: (next step, counted over all epochs; its iterator).
     self._parked: tuple[int, Any] | None = None
 
   def with_seed(self, seed: int) -> Self:
     """Return the same images in another order; see `Dataset.with_seed`."""
     dataset = super().with_seed(seed)
+    # The parked iterator belongs to the old seed.
     dataset._parked = None
     return dataset
 
@@ -100,6 +101,7 @@ class StreamingDataset(datasets.Dataset):
         yield types.Batch(
           images, jnp.array(labels), unlabeled, self._draw_mixing(epoch, step)
         )
+    # Also on GeneratorExit, when the caller abandons the epoch.
     except BaseException as error:
       stream.close()
       if _WORKER_DIED in str(error):
@@ -112,9 +114,9 @@ class StreamingDataset(datasets.Dataset):
     self._parked = end, stream
 
   def _train_stream(self, first: int) -> Any:
-    """Return the parked stream if it is at step `first`, or a new one.
+    """Return the parked stream if it is at step `first`, else a new one.
 
-    New workers take seconds to start.
+    Streams are reused because new workers take seconds to start.
     """
     parked, self._parked = self._parked, None
     if parked is not None:
@@ -122,6 +124,7 @@ class StreamingDataset(datasets.Dataset):
       if position == first:
         return stream
       stream.close()
+    # Endless, so that the workers can continue with the next epoch.
     return _stream(
       self._make_reader(self._seed),
       range(first, sys.maxsize),
@@ -161,7 +164,7 @@ def _augment(
 
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
-  """Reads training steps, numbered over all epochs; picklable."""
+  """Reads the batch of a step, counted over all epochs; picklable."""
 
   subset: datasets.Subset
   plan: datasets.BatchPlan
@@ -172,18 +175,19 @@ class _TrainReader:
   seed: int
 
   def __call__(self, step: int) -> tuple[np.ndarray, ...]:
-    """Read a step.
+    """Read the batch of a step.
 
     Returns:
-      Images [b, H, W, C], labels [b, ...] and, if there are any, images
-      without labels [u, H, W, C].
+      Images [b, H, W, C], labels [b, ...] and, if there are any, unlabelled
+      images [u, H, W, C].
     """
     num_images = len(self.subset.indices)
     epoch, step_of_epoch = divmod(step, num_images // self.plan.batch_size)
     slots = self.plan.slots(step_of_epoch)
     positions = datasets.epoch_order(self.seed, epoch, num_images)[slots]
-    # Entropy comes from the slot in the epoch, so that it does not matter which
-    # worker reads the image.
+    # Seeded by the slot in the epoch, so that it does not matter which worker
+    # reads the image. Slots count from 1 here: NumPy pads entropy with zeros,
+    # so that a 0 would repeat the stream of `epoch_order`.
     entropies = [(self.seed, epoch, 1 + slot) for slot in slots]
     images = self._read(self.subset, positions, entropies)
     labels = self.subset.targets[positions]
@@ -196,7 +200,8 @@ class _TrainReader:
     unlabeled = self._read(
       self.unlabeled,
       positions,
-      # Neither unlabeled_positions nor labelled images draw from this entropy.
+      # The final 2 keeps this stream apart from those of `unlabeled_positions`,
+      # of mixing and of labelled images.
       [(self.seed, slot, 0, 2) for slot in slots],
     )
     return images, labels, unlabeled
@@ -207,7 +212,7 @@ class _TrainReader:
     positions: np.ndarray,
     entropies: Sequence[tuple[int, ...]],
   ) -> np.ndarray:
-    """Read images [n, H, W, C], each with its own generator."""
+    """Read images [n, H, W, C], each with its own random generator."""
     images = []
     for position, entropy in zip(positions, entropies, strict=True):
       transform = self.resize
@@ -236,14 +241,14 @@ def _stream(
   *,
   num_workers: int,
 ) -> Any:
-  """Open a Grain iterator over what `read_step` returns for each step."""
+  """Open a Grain iterator over the results of `read_step`."""
   grain = imports.require("grain", needed_for="reading large images")
   # Grain 0.2.18 reads this flag even if no absl app has parsed any flags
   # (google/grain, issue 1355).
   if PROFILING_FLAG in flags.FLAGS:
     flags.FLAGS[PROFILING_FLAG].present = True
-  # The elements are batches, not images, so that their composition and order do
-  # not depend on the number of workers.
+  # The elements are whole batches, so that their composition and order do not
+  # depend on the number of workers.
   threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
   numbers = grain.MapDataset.range(steps.start, steps.stop)
   batches = numbers.map(read_step).to_iter_dataset(
@@ -256,7 +261,7 @@ def _stream(
 
 
 def _end_with_parent(*_: int) -> None:
-  """End this worker when its parent process ends, however that happens.
+  """Make this worker exit when its parent process ends, for whatever reason.
 
   Ctrl-C reaches all processes, but only the parent handles it.
   """
@@ -266,6 +271,6 @@ def _end_with_parent(*_: int) -> None:
 
   def wait():
     parent.join()
-    os._exit(1)
+    os._exit(1)  # `sys.exit` would end only this thread.
 
   threading.Thread(target=wait, daemon=True).start()

@@ -1,16 +1,17 @@
-"""Attention-based feature distillation: weights of pairs without a look-ahead.
+"""Attention-based feature distillation: pair weights without a look-ahead.
 
-For a source tap m, attention decides which target taps n of its pairs imitate
-where the source looks:
+For each source tap m, attention over the target taps n of its pairs decides how
+strongly each of them imitates the source's attention map:
 
   α^{m,·}(x) = softmax over n of (q_m(x) · k_{m,n}(x) + p_m · p_n) / √d
   L_AFD = Σ_m mean over the batch of Σ_n α^{m,n} d^{m,n}
   d^{m,n} = mean over positions of (Q(S^m) - Q(T^n))²
 
-The query q_m comes from the mean of S^m over positions, the keys k_{m,n} from
-that of T^n, both through linear layers with batch normalisation; p are learned
-positions, and Q is `loss_functions.attention_map`, with T^n pooled to the size
-of S^m. Everything is trained with the target, by the same loss.
+The query q_m is computed from the mean of S^m over positions, the keys k_{m,n}
+from that of T^n, both by linear layers with batch normalisation. p are learned
+position embeddings, and Q is `loss_functions.attention_map`, with T^n pooled to
+the size of S^m. All parameters are trained together with the target, by the
+same loss.
 
 Ji, Heo and Park, "Show, Attend and Distill: Knowledge Distillation via
 Attention-based Feature Matching", AAAI 2021 (arXiv 2102.02973), as in the
@@ -45,7 +46,7 @@ def init(
     pairs: the pairs that attention weighs.
     source_taps: shapes of the source's taps, in pairs.
     target_taps: shapes of the target's taps, in pairs.
-    dim: d, the length of queries and keys.
+    dim: d, the dimension of queries and keys.
 
   Returns:
     {"query": {m: layer}, "key": {n: layer}, "bilinear": {m: layer},
@@ -63,6 +64,7 @@ def init(
     }
 
   def positions(names):
+    # Xavier-normal initialisation.
     scale = np.sqrt(2 / (len(names) + dim))
     rows = scale * jax.random.normal(next(keys), (len(names), dim))
     return dict(zip(names, rows, strict=True))
@@ -162,6 +164,7 @@ def _window_means(old, new):
   """Return the matrix [new, old] that takes means over windows."""
   matrix = np.zeros((new, old))
   for i in range(new):
+    # PyTorch's window, from floor(i * old / new) to ceil((i + 1) * old / new).
     window = slice(i * old // new, -(-(i + 1) * old // new))
     matrix[i, window] = 1 / (window.stop - window.start)
   return matrix
@@ -169,6 +172,8 @@ def _window_means(old, new):
 
 def _normalised(layer, x):
   """Apply a layer to [B, M, I] and normalise over the B M rows: [B, M, d]."""
+  # Batch statistics alone, without running averages: only training computes
+  # this loss.
   y = transfer.linear(layer, x)
   mean, var = jnp.mean(y, axis=(0, 1)), jnp.var(y, axis=(0, 1))
   return (

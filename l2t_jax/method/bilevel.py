@@ -50,7 +50,7 @@ StepFn = Callable[
   [types.InnerState, types.PyTree, types.PyTree],
   tuple[types.InnerState, chex.Array],
 ]
-# (state, meta_params, batch) -> state; some steps.
+# (state, meta_params, batch) -> the state after several steps.
 LookAhead = Callable[
   [types.InnerState, types.PyTree, types.PyTree], types.InnerState
 ]
@@ -76,8 +76,8 @@ def make_inner_step(
 
   Raises:
     errors.InputError: the mode is unknown; or, when the step is traced,
-      `check_differentiable` refuses the optimizer, the state does not fit, or
-      the loss returns something else.
+      `check_differentiable` refuses the optimizer, the state does not match it,
+      or the loss does not return (loss [], model_state).
   """
   if mode not in MODES:
     raise errors.InputError(
@@ -103,7 +103,7 @@ def make_inner_step(
 
 
 def _checked(loss_fn, *, keeps_model_state=False):
-  """Let a loss that does not return (loss [], model_state) say so."""
+  """Wrap a loss: raise if it does not return (loss [], model_state)."""
   name = getattr(loss_fn, "__name__", "the loss")
 
   def checked(params, meta_params, model_state, batch):
@@ -132,7 +132,7 @@ def _checked(loss_fn, *, keeps_model_state=False):
 
 
 def _check_state(optimizer, state):
-  """Refuse a state that the optimizer or a derivative cannot work with."""
+  """Reject a state that cannot be trained, or that is not the optimizer's."""
   _check_leaves(
     "state.params",
     state.params,
@@ -185,31 +185,31 @@ def unroll(
     batches: leaves with a leading axis, one entry per step; or, if `num_steps`
       is given, one batch that every step uses.
     num_steps: T, if every step uses the same batch.
-    rolled: whether the steps after the first, if there are several, are a
+    rolled: True to run the steps after the first, if there are several, as a
       `lax.scan`, whose body is compiled once for any T. The first step stays
-      outside the loop: where the start does not depend on the meta-parameters,
-      its backward pass needs no Hessian-vector product, but a loop would
-      compute one.
-    segment_length: for long loops; only the states between segments of this
-      many steps are kept, and the backward pass takes the steps of one segment
-      after the other again (`jax.checkpoint`). About √T needs the memory of
-      2 √T steps and the time of a second forward pass. Several lengths, from
-      long to short, cut segments again: (T^⅔, T^⅓) needs the memory of 3 T^⅓
-      steps and two more forward passes. The derivative is exact.
-    differentiated_steps: K; only the last K steps are differentiated, and the
-      state before them is taken for a constant. Time and memory of the
-      backward pass are those of K steps. The derivative is biased if K < T: it
-      lacks what φ changes in the earlier steps (truncated backpropagation;
-      Shaban et al., AISTATS 2019, arXiv 1810.10667). None for all steps.
+      outside the loop: if the initial state does not depend on the
+      meta-parameters, its backward pass needs no Hessian-vector product, which
+      a loop would compute anyway.
+    segment_length: gradient checkpointing for long loops. Only the states
+      between segments of this many steps are kept, and the backward pass
+      recomputes one segment at a time (`jax.checkpoint`). A length of about √T
+      needs the memory of 2 √T steps and the time of a second forward pass.
+      Several lengths, from long to short, divide segments further:
+      (T^⅔, T^⅓) needs the memory of 3 T^⅓ steps and two more forward passes.
+      The derivative is exact.
+    differentiated_steps: K, for truncated backpropagation (Shaban et al.,
+      AISTATS 2019, arXiv 1810.10667). Only the last K steps are differentiated;
+      the state before them is treated as a constant. The backward pass takes
+      the time and memory of K steps. If K < T, the derivative is biased: it
+      ignores the effect of φ on the earlier steps. None for all steps.
 
   Returns:
     The state after the last step and the losses [T] before each step.
 
   Raises:
     errors.InputError: `num_steps`, `segment_length` or `differentiated_steps`
-      is no whole number from 1 on, the arrays of `batches` have no common
-      leading axis, or `differentiated_steps` is given for a step of
-      `only_while`.
+      is not a positive integer, the arrays of `batches` have no common leading
+      axis, or `differentiated_steps` is given for a step of `only_while`.
   """
   lengths = segment_length
   if not isinstance(lengths, Sequence):
@@ -225,7 +225,8 @@ def unroll(
         " use segment_length to save memory"
       )
   if num_steps is None:
-    batches = jax.tree.map(jnp.asarray, batches)  # NumPy takes no traced index.
+    # NumPy arrays cannot be indexed with the traced step of a `lax.scan`.
+    batches = jax.tree.map(jnp.asarray, batches)
     lengths_given = {x.shape[:1] for x in jax.tree.leaves(batches)}
     if len(lengths_given) != 1 or lengths_given & {(), (0,)}:
       shapes = [x.shape for x in jax.tree.leaves(batches)]
@@ -276,10 +277,12 @@ def _check_counts(name, *values):
 
 
 def _in_segments(take, length, *shorter):
-  """Let `take` keep the states between segments alone."""
+  """Make `take` keep only the states between segments of `length` steps."""
   take_again = jax.checkpoint(_in_segments(take, *shorter) if shorter else take)
 
   def run(state, meta_params, batches, steps):
+    # All segments but the first have the same length, so that one scan runs
+    # them.
     remainder = len(steps) % length
     first, others = steps[:remainder], steps[remainder:]
     losses = []
@@ -301,18 +304,19 @@ def only_while(
 ) -> StepFn:
   """Return a step that does nothing once a condition is false.
 
-  A loop whose number of steps depends on the data is `unroll` of such a step,
-  with the largest number of steps as its length. Its derivative is that of the
-  steps that were taken: how many these are is taken for a constant.
+  For loops whose number of steps depends on the data: pass such a step to
+  `unroll`, with the largest number of steps. The derivative is that of the
+  steps that were taken, whose number is treated as a constant.
 
   Args:
     step: from `make_inner_step`.
-    keep_going: state -> bool []; decides before each step, by the state alone:
-      once it is false, no further step is taken.
+    keep_going: state -> bool [], evaluated before each step. It reads only the
+      state, which a skipped step leaves unchanged: once it is false, no further
+      step is taken.
 
   Returns:
-    A step whose loss is NaN where it does nothing, so that the losses which are
-    no NaN count the steps.
+    A step whose loss is NaN if it is skipped: counting the losses that are not
+    NaN gives the number of steps taken.
   """
 
   def bounded(state, meta_params, batch):
@@ -332,6 +336,7 @@ def only_while(
       batch,
     )
 
+  # `unroll` cannot truncate such a step: it would count skipped steps too.
   bounded.is_bounded = True  # type: ignore[attr-defined]
   return bounded
 
@@ -368,7 +373,7 @@ def hypergradient(
   *,
   forward: bool = False,
 ) -> tuple[chex.Array, types.PyTree]:
-  """Differentiate the loss after a look-ahead by the meta-parameters.
+  """Differentiate the loss after a look-ahead w.r.t. the meta-parameters.
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`, made of inner steps.
@@ -377,20 +382,20 @@ def hypergradient(
     state: start of the look-ahead; a constant.
     meta_params: φ; the gradient is taken with respect to them.
     batch: argument of `look_ahead` and `outer_loss_fn`.
-    forward: for a handful of meta-parameters, such as a learning rate; carry
-      one tangent for each of them through the look-ahead, instead of going
-      back through it. Memory does not grow with the number of steps, time does
-      with that of the meta-parameters. The steps need the mode "reverse" or
-      "remat", and an implicit derivative has no such way. The derivative is
-      exact.
+    forward: True for forward mode, which pushes one tangent per meta-parameter
+      through the look-ahead in place of a backward pass. It suits a handful of
+      meta-parameters, such as a learning rate: memory does not grow with the
+      number of steps, but time grows with the number of meta-parameters. The
+      steps need the mode "reverse" or "remat"; an implicit derivative has no
+      forward mode. The derivative is exact.
 
   Returns:
     (outer loss [], gradient); the gradient is a pytree like `meta_params`.
 
   Raises:
     errors.InputError: `forward` with steps of another mode; `meta_params` are
-      no floating-point numbers; or a loss uses traced values that are not among
-      its arguments.
+      not floating-point numbers; or a loss uses traced values that are not
+      among its arguments.
   """
   _check_meta_params(meta_params)
   outer = loss_after(look_ahead, outer_loss_fn, state, batch)
@@ -398,6 +403,8 @@ def hypergradient(
     try:
       return jax.value_and_grad(outer)(meta_params)
     except Exception as error:
+      # JAX reports a tracer that a custom derivative closes over in one of
+      # these two ways.
       if not (
         isinstance(error, jax.errors.UnexpectedTracerError)
         or "closed-over value" in str(error)
@@ -436,7 +443,7 @@ def _check_meta_params(meta_params):
 
 
 def _check_leaves(name, tree, kind, reason):
-  """Refuse a pytree with a leaf whose dtype is of another kind."""
+  """Raise an InputError if the dtype of a leaf is not of the given kind."""
   for path, leaf in jax.tree.leaves_with_path(tree):
     dtype = getattr(leaf, "dtype", type(leaf))
     if not jnp.issubdtype(dtype, kind):
@@ -460,7 +467,7 @@ def _gradient(loss_fn):
 
 
 def _mixed_gradient(loss_fn):
-  """Return `_gradient` with a backward pass that is one forward tangent.
+  """Return `_gradient` with a backward pass that consists of one jvp.
 
   With g = ∇_θ L and a cotangent v, this pass needs vᵀ ∂g/∂θ and vᵀ ∂g/∂φ.
   The Hessian is symmetric and ∂²L/∂φ∂θ is the transpose of ∂²L/∂θ∂φ, so both
@@ -531,7 +538,7 @@ def _joint_gradient(loss_fn):
 def check_differentiable(
   optimizer: optax.GradientTransformation, params: types.PyTree
 ) -> None:
-  """Refuse an optimizer whose updates have no finite derivative, or none but 0.
+  """Reject an optimizer whose updates have an infinite or a zero derivative.
 
   Gradients that are exactly zero are common (a parameter that a loss does not
   depend on), and sqrt has an infinite derivative there: optax's Adam with
@@ -555,7 +562,7 @@ def check_differentiable(
   try:
     with jax.ensure_compile_time_eval():
       updates, slopes = _try(optimizer, params)
-  except Exception as error:  # Traced values, or arrays are too small.
+  except Exception as error:  # Traced hyper-parameters, or too small arrays.
     if "required keyword-only argument" in str(error):
       raise errors.InputError(
         "the inner optimizer's update needs more than gradients, as those of"
@@ -588,7 +595,7 @@ def small_like(params: types.PyTree) -> types.PyTree:
 def _try(optimizer, params):
   """Return the second update for gradients of 1 and 0, and its derivatives.
 
-  The first one of some optimizers, such as SM3, is a sign.
+  The first update is not used: for some optimizers, such as SM3, it is a sign.
   """
   ones = small_like(params)
   grads = jax.tree.map(np.ones_like, ones)

@@ -13,17 +13,17 @@ from l2t_jax.method import bilevel
 
 
 class Comparison(NamedTuple):
-  """A hypergradient beside central differences, along random directions."""
+  """A hypergradient and central differences, along the same directions."""
 
-  leaves: tuple[str, ...]  # Path of the meta-parameters that are varied, [n].
-  derivatives: np.ndarray  # Of the hypergradient along the directions, [n].
+  leaves: tuple[str, ...]  # Path of the array that a direction varies, [n].
+  derivatives: np.ndarray  # Hypergradient times direction, [n].
   differences: np.ndarray  # (L(φ + ε d) - L(φ - ε d)) / 2ε, [n].
-  dtype: str  # In which both were computed.
-  reason: str = ""  # Why not in float64.
+  dtype: str  # Precision of both.
+  reason: str = ""  # Why float64 was not possible; "" if it was.
 
   @property
   def errors(self) -> np.ndarray:
-    """Relative differences [n]; infinite where something is not finite."""
+    """Relative errors [n]; infinite where a value is not finite."""
     size = np.maximum(abs(self.derivatives), abs(self.differences))
     distance = abs(self.derivatives - self.differences)
     relative = distance / np.where(size > 0, size, 1)
@@ -61,29 +61,29 @@ def check_hypergradient(
 ) -> Comparison:
   """Compare `bilevel.hypergradient` with central differences.
 
-  Each array of the meta-parameters is varied by itself, so that the result says
-  where a derivative is wrong, at the cost of 2 look-aheads per direction and
-  array. Everything is in float64 where the functions allow that, else in the
-  types that there are. Random numbers that a loss draws without naming their
-  type are others in float64 than in float32: name it, or draw them into the
-  batch.
+  Each array of the meta-parameters is varied separately, so that the result
+  shows where a derivative is wrong; this costs 2 look-aheads per direction and
+  array. Everything is computed in float64 if the functions allow it, else in
+  the dtypes of the arguments. A loss that draws random numbers without an
+  explicit dtype gets different ones in float64: pass the dtype, or put the
+  random numbers into the batch.
 
   Args:
-    look_ahead: see `bilevel.hypergradient`, as the next five.
+    look_ahead: see `bilevel.hypergradient`, also for the next five.
     outer_loss_fn: the loss after the look-ahead.
     state: start of the look-ahead.
     meta_params: φ.
-    batch: of the look-ahead and the outer loss.
-    forward: the way of differentiating.
-    num_directions: random directions per array; one of a single number.
-    epsilon: length of the steps relative to the size of the array's elements
-      (or to 1, where they are smaller); None for 1e-5 in float64, else 1e-2.
-    seed: of the directions.
+    batch: argument of the look-ahead and the outer loss.
+    forward: True for forward mode.
+    num_directions: random directions per array; one for an array of size 1.
+    epsilon: length of the steps, relative to the root mean square of the array
+      (or to 1 if that is larger); None for 1e-5 in float64 and 1e-2 otherwise.
+    seed: seed of the random directions.
 
   Returns:
-    The comparison; print it, or assert that its `error` is small. It is below
-    1e-5 in float64, unless kinks, such as those of relu, make it larger, and
-    below 1e-2 in float32.
+    The comparison; print it, or assert that its `error` is small. Expect less
+    than 1e-5 in float64, or more near kinks such as those of relu, and less
+    than 1e-2 in float32.
 
   Raises:
     errors.InputError: there are no directions or `epsilon` is not above 0; or
@@ -106,12 +106,12 @@ def check_hypergradient(
     rng = np.random.default_rng(seed)
     return _compare(value, grads, meta_params, num_directions, epsilon, rng)
 
-  # Integers have the types that they usually have.
+  # Outside of `enable_x64`, so that integers get their usual dtype.
   arguments = jax.tree.map(jnp.asarray, (state, meta_params, batch))
   with jax.enable_x64(True):
     try:
       return compare(jax.tree.map(_in_float64, arguments), epsilon or 1e-5)
-    except (TypeError, ValueError) as error:  # Types that the functions fix.
+    except (TypeError, ValueError) as error:  # The functions fix a dtype.
       reason = errors.first_line(error)
   return compare(arguments, epsilon or 1e-2)._replace(reason=reason)
 

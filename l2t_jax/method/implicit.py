@@ -4,7 +4,8 @@ If ∇_θ L_inner(θ*, φ) = 0 holds at the end θ* of the loop for all φ nearb
 
     dθ*/dφ = -H⁻¹ ∂²L_inner/∂θ∂φ,    H = ∂²L_inner/∂θ²,
 
-however the loop came there: its steps are neither kept nor differentiated.
+no matter how the loop got there: its steps are neither stored nor
+differentiated.
 """
 
 from __future__ import annotations
@@ -35,26 +36,27 @@ def at_stationary_point(
 ) -> bilevel.LookAhead:
   """Replace the derivative of a look-ahead by the implicit one.
 
-  Only the parameters at its end have a derivative, and only with respect to the
-  meta-parameters, in the backward direction. It is exact at a stationary point
-  of the loss, up to the tolerance; if the loop stops earlier, it is wrong by
-  about the size of the gradient that is left. What the optimizer adds to the
-  loss, such as weight decay, belongs into the loss.
+  Only the final parameters have a derivative, only with respect to the
+  meta-parameters, and only in reverse mode. At a stationary point of the loss
+  it is exact up to the tolerance; if the loop stops earlier, its error is about
+  the size of the remaining gradient. Terms that the optimizer adds, such as
+  weight decay, have to be part of the loss.
 
   The backward pass costs about two gradients of the loss per iteration of the
-  solver, and as much memory as one, however many steps the look-ahead has.
+  solver. It needs the memory of one gradient, however many steps the look-ahead
+  has.
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`; any loop that minimises
       the loss.
-    loss_fn: the inner loss; its batch is that of the look-ahead.
+    loss_fn: the inner loss, evaluated on the batch of the look-ahead.
     solver: one of `SOLVERS`.
-    tolerance: largest norm of H u - v relative to that of v. Where it is not
-      reached, the derivative is NaN: raise `max_iterations`, `tolerance` or
-      `damping`.
-    max_iterations: of the solver.
+    tolerance: largest norm of H u - v, relative to the norm of v. If the solver
+      does not reach it, the derivative is NaN: raise `max_iterations`,
+      `tolerance` or `damping`.
+    max_iterations: largest number of iterations of the solver.
     damping: added to the eigenvalues of H; above 0 the derivative is biased.
-    scale: α of the Neumann series, at most 1 over the largest eigenvalue.
+    scale: α of the Neumann series, at most 1 over the largest eigenvalue of H.
 
   Returns:
     A look-ahead with the same results, for `bilevel.hypergradient`.
@@ -104,6 +106,7 @@ def at_stationary_point(
       return jax.tree.map(lambda h, x: h + damping * x, along, u)
 
     u = solve(product, v)
+    # If the solver did not converge: NaN, not a silently wrong derivative.
     residual = optax.tree.norm(optax.tree.sub(product(u), v))
     is_solved = residual <= 2 * tolerance * optax.tree.norm(v)
     _, pullback = jax.vjp(lambda m: gradient(params, m), meta_params)
@@ -111,6 +114,7 @@ def at_stationary_point(
     slopes = jax.tree.map(
       lambda x: jnp.where(is_solved, -x, jnp.nan), along_meta
     )
+    # None stands for the zero cotangents of state and batch.
     return None, slopes, None
 
   implicit.defvjp(forward, backward)
@@ -118,10 +122,11 @@ def at_stationary_point(
 
 
 def _neumann(product, v, scale, tolerance, max_iterations):
-  """Return the partial sum of α Σ_k (I - α H)^k v, of which H u is near v."""
+  """Sum α Σ_k (I - α H)^k v until the residual of H u = v is small."""
   wanted = tolerance * optax.tree.norm(v)
 
-  # The k-th term without α is v - H u_k, the residual of what was added before.
+  # Without the factor α, the k-th term is v - H u_k, the residual of the terms
+  # before it: its norm is the stopping criterion.
   def goes_on(carry):
     _, term, count = carry
     return (optax.tree.norm(term) > wanted) & (count < max_iterations)

@@ -126,11 +126,12 @@ def kernel_distance(
     return x @ x.T
 
   difference = kernel(features) - kernel(source_features)
+  # The constant keeps the root differentiable at 0.
   return jnp.sqrt(jnp.mean(jnp.square(difference)) + 1e-8)
 
 
 def attention_map(features: chex.Array) -> chex.Array:
-  """Compute where a layer looks: mean over channels of x², of unit length.
+  """Compute an attention map: the mean of x² over channels, of unit length.
 
   Args:
     features: [N, H, W, C].
@@ -145,7 +146,7 @@ def of_unit_length(x: chex.Array) -> jax.Array:
   """Flatten to rows [N, D] of Euclidean norm 1; rows of zeros stay."""
   x = x.reshape(len(x), -1)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  # The norm of a row of zeros has no derivative.
+  # The norm is not differentiable at a row of zeros: bound its square below.
   tiny = jnp.finfo(square.dtype).tiny
   return x * jax.lax.rsqrt(jnp.where(square > tiny, square, tiny))
 

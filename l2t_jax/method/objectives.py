@@ -2,8 +2,8 @@
 
 A method's loss is L_org (the cross-entropy, or the loss of another task) plus
 auxiliary losses that pull the target towards its sources. `make_losses`
-combines them into three losses with one signature, `LossFn`. Their arguments
-are the parameters, {"target": ..., and those of the auxiliary losses, such as
+combines them into four losses with one signature, `LossFn`. Their arguments are
+the parameters, {"target": ..., and those of the auxiliary losses, such as
 "regressors"}; the transfer weights of the batch, in place of meta-parameters;
 the target's batch statistics; and a `TransferBatch`.
 """
@@ -28,7 +28,7 @@ from l2t_jax.method import (
 
 
 class Method(NamedTuple):
-  """The meaning of a value of `config.method`."""
+  """What a value of `config.method` stands for."""
 
   losses: tuple[str, ...] = ()  # Names in `make_auxiliary_losses`.
   pair_set: str | None = None  # Default pairs; None if no pairs are compared.
@@ -38,8 +38,8 @@ class Method(NamedTuple):
   # Whether f and g minimise L_org after a look-ahead; else they minimise the
   # loss of the real update, together with the target.
   looks_ahead: bool = True
-  # Those of `losses` that are part of the real update alone: the look-ahead
-  # minimises the matching loss, whatever else the target imitates.
+  # The entries of `losses` that only the real update uses. The look-ahead
+  # minimises the matching loss alone, also in a combination like kd+l2t_ww.
   added: tuple[str, ...] = ()
   # What is trained: the target; or, in its place, the source with a new linear
   # classifier ("source"), or that classifier alone ("classifier").
@@ -47,7 +47,7 @@ class Method(NamedTuple):
 
   @property
   def weighs_pairs(self) -> bool:
-    """Whether its runs have a transfer map."""
+    """True if runs of this method have a transfer map."""
     return bool({"matching", "afd"} & {*self.losses})
 
   @property
@@ -60,10 +60,10 @@ class Method(NamedTuple):
 METHODS = {
   # Cross-entropy alone.
   "scratch": Method(),
-  # The same, starting from the source's weights where shapes agree.
+  # Cross-entropy, initialised with the source's weights where shapes match.
   "finetune": Method(starts_from_source=True),
-  # What there is without a target network: the source itself, frozen or not,
-  # with a new linear classifier.
+  # Baselines without a target network: the source, frozen or fine-tuned, with a
+  # new linear classifier.
   "linear_probe": Method(trains="classifier"),
   "finetune_source": Method(trains="source"),
   # Learning without Forgetting, attention transfer, and both.
@@ -74,7 +74,7 @@ METHODS = {
   "kd": Method(("kd",)),
   # Attention-based feature distillation: pair weights learned with the target.
   "afd": Method(("afd",), "all_to_all"),
-  # Adaptive feature transfer: a weight for each channel of the last features.
+  # Adaptive feature transfer: one weight per channel of the last features.
   "aft": Method(("aft",), "single"),
   # Feature matching with fixed, uniform weights.
   "fm_single": Method(("matching",), "single"),
@@ -90,8 +90,8 @@ METHODS = {
   "l2t_ww": Method(
     ("matching",), "all_to_all", learn_channels=True, learn_pairs=True
   ),
-  # The same without a look-ahead. The loss of the real update is smallest where
-  # λ is 0, so that λ is a softmax over the pairs.
+  # l2t_ww without a look-ahead. λ is a softmax over the pairs, because the loss
+  # of the real update would drive an unconstrained λ to 0.
   "l2t_ww_joint": Method(
     ("matching",),
     "all_to_all",
@@ -107,18 +107,18 @@ ADDABLE = ("lwf", "at", "kd")
 
 
 class SourceOutputs(NamedTuple):
-  """Outputs of the sources for the auxiliary losses; constants."""
+  """Outputs of the sources for the auxiliary losses; not differentiated."""
 
   logits: dict[str, jax.Array]  # source -> [N, K_s].
   matching: transfer.SourceMaps  # Empty if no pairs are compared.
 
 
 class MixedLabels(NamedTuple):
-  """The labels of mixed images, each of which has two."""
+  """The two labels of each mixed image."""
 
   first: jax.Array  # [B].
   second: jax.Array  # [B].
-  shares: jax.Array  # Of the first, [B].
+  shares: jax.Array  # Weight of the first label, [B].
 
   def soft(self, num_classes: int) -> jax.Array:
     """Return the labels as distributions over the classes, [B, K]."""
@@ -129,7 +129,7 @@ class MixedLabels(NamedTuple):
 
 
 class TransferBatch(NamedTuple):
-  """A mini-batch with the outputs of the sources for it."""
+  """A mini-batch, and the outputs of the sources for its images."""
 
   images: jax.Array  # [B, H, W, C].
   labels: jax.Array | MixedLabels  # [B].
@@ -168,7 +168,7 @@ class Aux(NamedTuple):
 
 
 class LossFn(Protocol):
-  """The signature of the three losses of a method."""
+  """The signature of the losses of a method."""
 
   def __call__(
     self,
@@ -181,12 +181,13 @@ class LossFn(Protocol):
 
 
 class Losses(NamedTuple):
-  """The three losses of a method."""
+  """The losses of a method."""
 
   target: LossFn  # L_org.
-  auxiliary: LossFn  # Sum of the auxiliary losses; L_wfm in the paper's method.
+  # Sum of the auxiliary losses without `added`; L_wfm in the paper's method.
+  auxiliary: LossFn
   total: LossFn  # L_org + auxiliary.
-  update: LossFn  # Of the real update: total, and what a combination adds.
+  update: LossFn  # The loss of the real update: total + `added`.
 
 
 def get_method(name: str) -> Method:
@@ -230,7 +231,7 @@ CLASSIFICATION = types.Task(
 
 
 def smoothed(task: types.Task, smoothing: float) -> types.Task:
-  """Return a classification whose loss smooths labels, for training.
+  """Return a task with label smoothing, for training.
 
   Args:
     task: `CLASSIFICATION`, or any other task if there is no smoothing.
@@ -319,7 +320,7 @@ def attention(
   Args:
     pairs: the pairs to compare.
     beta: β.
-    among: the pairs of `transfer.prepare_source`, if these are more.
+    among: all pairs given to `transfer.prepare_source`, if `pairs` is a subset.
   """
 
   def loss_fn(params, weights, target, source):
@@ -379,7 +380,7 @@ def kd(*, temperature: float, weight: float) -> AuxiliaryLoss:
 def init_channel_scales(
   pairs: Sequence[pair_sets.Pair], source_taps: pair_sets.TapShapes
 ) -> dict[str, jax.Array]:
-  """Initialise the logits of AFT's channel weights: 0, a weight of 1/2.
+  """Initialise the logits of AFT's channel weights to 0, a weight of 1/2.
 
   Args:
     pairs: the target's taps, and the source's taps that each imitates.
@@ -397,8 +398,8 @@ def init_channel_scales(
 def aft(pairs: Sequence[pair_sets.Pair], *, weight: float) -> AuxiliaryLoss:
   """Return weight times the sum over target taps of AFT's loss.
 
-  Each term is the `loss_functions.kernel_distance` of the tap's mean over
-  positions and of those of its source taps, whose channels are weighted by
+  Each term is the `loss_functions.kernel_distance` between the pooled features
+  of the tap and those of its source taps, whose channels are weighted by
   sigmoid(params["aft"][tap]).
   """
 
@@ -422,8 +423,8 @@ def aft(pairs: Sequence[pair_sets.Pair], *, weight: float) -> AuxiliaryLoss:
 def afd(pairs: Sequence[pair_sets.Pair], *, weight: float) -> AuxiliaryLoss:
   """Return weight times L_AFD, see `attention_distillation`.
 
-  Its metrics "pair_weights" and "distances" are pair -> mean over the batch of
-  α and d.
+  Its metrics "pair_weights" and "distances" map each pair to the mean of α and
+  of d over the batch.
   """
 
   def loss_fn(params, weights, target, source):
@@ -458,9 +459,9 @@ def make_auxiliary_losses(
   """Make the losses that a method adds to L_org.
 
   Args:
-    method: its `losses` are keys of the dict below.
+    method: its `losses` name them.
     pairs: the pairs of features that losses compare.
-    attention_pairs: those of them that attention transfer compares.
+    attention_pairs: the subset that attention transfer compares.
     head_tap: the target's tap that LwF's heads read.
     hyperparameters: group of the config, such as "lwf" -> name -> value.
 
@@ -514,15 +515,15 @@ def make_losses(
 ) -> Losses:
   """Build the losses of a target network in train mode.
 
-  Unlabelled images pass through the target separately: L_org, the batch
-  statistics that it is computed with, and the running statistics are the same
-  with and without them.
+  Unlabelled images take a forward pass of their own, so that L_org, the batch
+  statistics that it is computed with, and the running statistics do not depend
+  on them.
 
   Args:
     apply_fn: the target network.
     auxiliary: name -> loss to add to L_org.
     task: defines L_org and the metric "accuracy".
-    added: names of the auxiliary losses of the real update alone.
+    added: names of the auxiliary losses that only the real update uses.
 
   Returns:
     The losses. The metrics of `target` are the scalars "target_loss" and

@@ -16,14 +16,14 @@ from l2t_jax.method import bilevel
 
 OptimizerFn = Callable[[chex.Numeric], optax.GradientTransformation]
 
-# The optimizers that have a name.
+# The built-in optimizers.
 NAMES = ("sgd", "adamw")
-# Which parameters weight decay changes.
+# Which parameters have weight decay.
 DECAYED = ("all", "kernels")
-# `_EPS_ROOT` is added below the root of Adam's second moment, where PyTorch
-# adds nothing, so that the root has a derivative at 0. It is far below the
-# square of eps, which is added to the root, and changes no update by more than
-# 0.01 %.
+# `_EPS_ROOT` is added to Adam's second moment under the square root, where
+# PyTorch adds nothing, so that the root has a finite derivative at 0. It is far
+# smaller than the square of eps, which is added to the root, and changes no
+# update by more than 0.01 %.
 _EPS, _EPS_ROOT = 1e-8, 1e-24
 
 
@@ -40,11 +40,12 @@ def make(
 
   Args:
     name: one of `NAMES`, or "package.module:function", which takes a learning
-      rate, returns an optax transformation, and decides all but `clip_norm`.
+      rate and returns an optax transformation; of the other arguments, only
+      `clip_norm` then applies.
     momentum: see `sgd`; AdamW's b1.
     b2: see `adamw`.
     weight_decay: see `sgd` and `adamw`.
-    decayed: one of `DECAYED`: weight decay changes all parameters, or no
+    decayed: one of `DECAYED`: weight decay applies to all parameters, or not to
       biases, scales and other vectors.
     clip_norm: largest norm of the gradient; 0 for no clipping. See
       `clip_by_global_norm`.
@@ -55,7 +56,7 @@ def make(
   Raises:
     errors.InputError: there is no such optimizer.
   """
-  if not isinstance(name, str):  # `fit` takes values of any type.
+  if not isinstance(name, str):  # `fit` accepts configs with any types.
     raise errors.InputError(
       f"config.optimizer.name is a {type(name).__name__}; it must be a string,"
       f" one of {', '.join(NAMES)} or 'package.module:function'"
@@ -83,7 +84,7 @@ def make(
 
 
 def _imported(name):
-  """Return a user's optimizer; it is tried once, so that errors come early."""
+  """Import a user's optimizer, and call it once to find errors early."""
   optimizer_fn = imports.by_name(name, "optimizer")
   try:
     optimizer = optimizer_fn(0.1)
@@ -101,7 +102,7 @@ def _imported(name):
 
 
 def check(optimizer_fn: OptimizerFn, params: types.PyTree) -> None:
-  """Refuse an optimizer that cannot train parameters at a changing rate.
+  """Reject an optimizer that cannot be used with a changing learning rate.
 
   Args:
     optimizer_fn: a user's function of the learning rate.
@@ -109,11 +110,13 @@ def check(optimizer_fn: OptimizerFn, params: types.PyTree) -> None:
 
   Raises:
     errors.InputError: it fails, its state cannot be saved, or the learning rate
-      has no effect once the state is there.
+      has no effect after its state is initialised.
   """
 
   def first_updates(rate, params):
     optimizer = optimizer_fn(rate)
+    # As in training, where the state is initialised once, before the rate of an
+    # iteration is known.
     state = optimizer_fn(0.0).init(params)
     return optimizer.update(params, state, params)[0], state
 
@@ -135,7 +138,7 @@ def check(optimizer_fn: OptimizerFn, params: types.PyTree) -> None:
   small = bilevel.small_like(params)
   try:
     slow, fast = (first_updates(rate, small)[0] for rate in (0.1, 0.2))
-  except Exception:  # Some need larger arrays.
+  except Exception:  # Some optimizers need larger arrays.
     return
   if all(
     np.array_equal(x, y)
@@ -149,7 +152,7 @@ def check(optimizer_fn: OptimizerFn, params: types.PyTree) -> None:
 
 
 def are_kernels(params: types.PyTree) -> types.PyTree:
-  """Return for each parameter whether it is no bias, scale or other vector."""
+  """Return True for each parameter except biases, scales and other vectors."""
 
   def is_kernel(path, leaf):
     name = jax.tree_util.keystr(path[-1:], simple=True)
@@ -188,11 +191,12 @@ def adamw(
   mask: Callable[[types.PyTree], types.PyTree] | None = None,
 ) -> OptimizerFn:
   """Return AdamW as in PyTorch, but with a finite derivative at 0.
+
   Args:
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.
-    weight_decay: share of the parameters that an update takes off, times the
-      learning rate (decoupled).
+    weight_decay: decoupled weight decay: an update subtracts this times the
+      learning rate times the parameters.
     mask: parameters -> which of them decay; None for all.
 
   Returns:
@@ -256,12 +260,11 @@ def make_schedule(
 
   Args:
     name: a key of `SCHEDULES`.
-    learning_rate: the largest one.
+    learning_rate: the peak learning rate.
     epochs: number of epochs of the run.
     steps_per_epoch: iterations per epoch.
-    warmup_steps: iterations in which the rate first grows linearly, up to
-      `learning_rate` in the last of them; the schedule has what is left of the
-      run.
+    warmup_steps: iterations of a linear warm-up that reaches `learning_rate` in
+      the last of them; the schedule covers the rest of the run.
 
   Returns:
     Function: iteration (from 0) -> learning rate.
@@ -286,14 +289,15 @@ def make_schedule(
 
 def _steps(learning_rate, epochs):
   """Divide the rate by 10 at 1/2 and 3/4 of the epochs."""
+  # In a run of one epoch both boundaries are the same.
   scales: dict[int, float] = {}
   for boundary in (math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)):
     scales[boundary] = 0.1 * scales.get(boundary, 1.0)
   return optax.piecewise_constant_schedule(learning_rate, scales)
 
 
-# config.optimizer.schedule -> function of the first learning rate and the
-# number of epochs, which makes a function: epoch (from 0) -> learning rate.
+# config.optimizer.schedule -> a function that maps the peak learning rate and
+# the number of epochs to a schedule: epoch (from 0) -> learning rate.
 SCHEDULES = {
   "cosine": optax.cosine_decay_schedule,  # To 0.
   "step": _steps,

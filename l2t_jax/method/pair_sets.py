@@ -75,6 +75,8 @@ def make_pairs(
       )
     return pairs
   if pair_set == "nearest":
+    # Resolutions are compared by their ratio, hence the logarithm. `min`
+    # returns the first of several equals: in reversed order, the deepest tap.
     level = lambda shape: math.log(shape[0] * shape[1])
     nearest: dict[str, str] = {
       n: min(

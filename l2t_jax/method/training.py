@@ -37,8 +37,8 @@ WeightsFn = Callable[
 # The loss of the T steps of the look-ahead.
 #   auxiliary: L_wfm, followed by one step with L_org; the paper's scheme.
 #   total: L_org + L_wfm, without a further step; the usual bilevel scheme.
-#   none: there is no look-ahead. The meta update descends the loss of the real
-#     update, L_org + L_wfm.
+#   none: no look-ahead. The meta update minimises the loss of the real update,
+#     L_org + L_wfm.
 LOOK_AHEAD_LOSSES = ("auxiliary", "total", "none")
 
 
@@ -108,10 +108,10 @@ def create_state(
 
 
 def start_average(state: types.TrainState, recipe: Recipe) -> types.TrainState:
-  """Let the moving average, if there is one, start from the target."""
+  """Initialise the moving average, if there is one, with the target."""
   if not recipe.ema_decay:
     return state
-  # A copy, because the arrays of a state are donated.
+  # A copy: the state is donated, and no buffer can be donated twice.
   return state._replace(average=jax.tree.map(jnp.copy, evaluated(state)))
 
 
@@ -179,6 +179,7 @@ def make_train_step(
     average = _update_average(recipe, state, inner)
     is_good = jnp.bool_(True)
     if recipe.skip_bad_numbers:
+      # The sum is finite only if both are.
       is_good = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
       inner, average = _choose(
         is_good, (inner, average), (state.inner, state.average)
@@ -187,12 +188,14 @@ def make_train_step(
     meta = (state.meta_params, state.meta_opt_state)
     if update_meta and jax.tree.leaves(state.meta_params):
       if looks_ahead:
-        # A traced learning rate could not be checked.
+        # At a rate of 1: the check needs a concrete learning rate.
         bilevel.check_differentiable(recipe.optimizer_fn(1.0), inner.params)
         metrics["outer_loss"], meta_grads = _look_ahead_gradient(
           problem, recipe, optimizer, inner, state.meta_params, data
         )
       else:
+        # Chain rule: the gradient of the real update's loss with respect to w
+        # and λ, pulled back to the parameters of f and g.
         _, pullback = jax.vjp(
           lambda meta_params: _weights_of(problem, meta_params, data),
           state.meta_params,
@@ -200,6 +203,8 @@ def make_train_step(
         (meta_grads,) = pullback(*weight_grads)
       updated, meta_metrics = _meta_update(problem, recipe, meta, meta_grads)
       metrics |= meta_metrics
+      # Never apply a NaN, which Adam's moments would keep. The update can
+      # overflow even if the hypergradient is finite.
       is_finite = jnp.isfinite(
         metrics["meta_grad_norm"] + metrics["meta_update_norm"]
       )
@@ -210,7 +215,7 @@ def make_train_step(
 
 
 def _mixed(batch):
-  """Mix the labelled images of a batch if they are to be mixed."""
+  """Apply mixup and CutMix to the labelled images, if the batch says so."""
   images, labels, unlabeled, how = batch
   if how is None:
     return objectives.TransferBatch(images, labels, unlabeled)
@@ -220,7 +225,7 @@ def _mixed(batch):
 
 
 def _with_sources(problem, sources, data):
-  """Run the sources, once per batch and outside of any differentiation."""
+  """Run the sources: once per batch, and without differentiation."""
   if not problem.source_fns:
     return data
   images = data.images
@@ -245,7 +250,7 @@ def _record_update(metrics, pairs, weights, source, grads):
     return
   stack = lambda values: jnp.stack([values[pair.name] for pair in pairs])
   metrics["transfer"] = {"distances": stack(metrics.pop("distances"))}
-  if weights is None:  # The auxiliary loss weighs pairs, but no channels.
+  if weights is None:  # AFD weighs pairs, but not channels.
     uniform = lambda x: jnp.full(x.shape[-1], 1 / x.shape[-1], x.dtype)
     metrics["transfer"] |= {
       "pair_weights": stack(metrics.pop("pair_weights")),
@@ -268,9 +273,9 @@ def _record_update(metrics, pairs, weights, source, grads):
 def _update_average(recipe, state, inner):
   """Return the moving average after the real update, if there is one.
 
-  It follows the target more closely at first, where it would otherwise hold the
-  initial values for long: the decay rate of iteration n is at most
-  n / (n + 9), as in TensorFlow's ExponentialMovingAverage.
+  The decay rate of iteration n is at most n / (n + 9), as in TensorFlow's
+  ExponentialMovingAverage: without this limit the initial values would dominate
+  the average for a long time.
   """
   if not recipe.ema_decay:
     return None
@@ -278,7 +283,7 @@ def _update_average(recipe, state, inner):
   decay = jnp.minimum(recipe.ema_decay, count / (count + 9))
 
   def move(old, new):
-    if not jnp.issubdtype(new.dtype, jnp.floating):  # A count, or a key.
+    if not jnp.issubdtype(new.dtype, jnp.floating):  # A counter or PRNG key.
       return new
     return old + ((1 - decay) * (new - old)).astype(old.dtype)
 
@@ -300,6 +305,8 @@ def _look_ahead_gradient(problem, recipe, optimizer, inner, meta_params, data):
 def _meta_update(problem, recipe, meta, grads):
   """Do step 3; return ((meta_params, meta_opt_state), metrics)."""
   meta_params, meta_opt_state = meta
+  # Each parameter of f and g belongs to one pair: the norms of all pairs make
+  # up the global norm.
   by_pair = jnp.stack(
     [
       optax.tree.norm([part[pair.name] for part in grads.values()])
@@ -371,7 +378,7 @@ def run_sources(
     images: [B, H, W, C].
 
   Returns:
-    (logits, features): source -> [B, K_s], and tap, named as in pairs ->
+    (logits, features): source -> [B, K_s]; and tap, by its name in pairs, ->
     [B, h, w, C_m].
   """
   logits: dict[str, jax.Array] = {}

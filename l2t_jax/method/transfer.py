@@ -44,7 +44,7 @@ PAIR_ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
 
 
 class SourceMaps(NamedTuple):
-  """Features of the sources for losses that compare pairs; constants."""
+  """Features of the sources for losses on pairs; not differentiated."""
 
   # n -> [B, H, W, ΣC_m]: the source maps of n's pairs, resized to n's map and
   # concatenated in the order of the pairs.
@@ -173,6 +173,7 @@ def prepare_source(
   }
   chex.assert_rank(list(features.values()), 4)
 
+  # Pairs with the same source tap and resolution share one resized map.
   @functools.cache
   def resize(source, height, width):
     num_images, *_, channels = features[source].shape
@@ -393,9 +394,10 @@ def torch_linear(
 
 
 def _pair_key(key, pair):
+  # A CRC, because Python's hash of a string differs between processes.
   return jax.random.fold_in(key, zlib.crc32(pair.name.encode()))
 
 
 def at_least_float32(x: chex.Array) -> chex.Array:
-  """Convert bfloat16 features and outputs to float32, as losses need them."""
+  """Convert bfloat16 features and outputs to float32, for the losses."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -4,9 +4,9 @@
     python -m l2t_jax.models resnet32 --target=my_package.my_module:make
     python -m l2t_jax.models weights/convnext.safetensors
 
-The column "default" marks the taps that are used if a config names none. What
-cannot be tapped is listed with the reason. Pairs are those of
-config.transfer.pairs=nearest.
+The column "default" marks the taps that are used if a config names none.
+Outputs that cannot be tapped are listed with the reason. The pairs are those
+of config.transfer.pairs=nearest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def make_parser() -> errors.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-  """Print the taps of one network, or of two and their pairs."""
+  """Print the taps of one network, or of two networks with their pairs."""
   default_taps = [
     _print_taps(model, args.image_size, args.channels)
     for model in (args.model, args.target)
@@ -57,7 +57,7 @@ def _print_taps(model, image_size, channels):
     image_size = image_size or int(loaded.metadata.get("image_size", 0))
     channels = int(loaded.metadata.get("channels", channels))
   else:
-    network = bundled.create(model, num_classes=10)
+    network = bundled.create(model, num_classes=10)  # Any number will do.
   size = image_size or bundled.image_size(network)
   shape = (size, size, channels)
   layout = models.trace(network, shape)

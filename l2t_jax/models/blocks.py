@@ -1,11 +1,11 @@
-"""The blocks of a network, found by the names and maps of its submodules.
+"""Find the blocks of a network from the names and outputs of its submodules.
 
-By their names submodules form a tree: "encoder/block_0/conv" is inside
-"encoder/block_0". A list or dict of modules returns nothing itself; its members
-count as those of the module that holds it. Blocks are the modules of one level
-of the tree that have submodules themselves. Nothing inside a block is proposed
-as a tap: the last map of a resolution is often that of a layer inside the block
-that lowers it.
+The names of submodules form a tree: "encoder/block_0/conv" is inside
+"encoder/block_0". Lists and dicts of modules have no output; their members
+count as submodules of the module that holds the list. Blocks are the modules on
+one level of the tree that have submodules of their own. Layers inside a block
+are never proposed as taps: the last map of a resolution is often computed by
+the first layers of the block that reduces the resolution.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _Parts = Mapping[str, Sequence[str]]  # Module (root: "") -> its submodules.
 _Sizes = Mapping[str, tuple[int, int]]  # Module -> (H, W) of its map.
 # Number of blocks to propose if all have the same resolution.
 _NUM_PROPOSED = 4
-# Parts of a module that is one layer: a convolution, a norm, an activation.
+# A module with at most this many submodules (convolution, norm, activation) may
+# be a single layer.
 _SINGLE_LAYER = 3
 
 
@@ -35,10 +36,10 @@ def propose_taps(
 
   Args:
     taps: submodule -> shape of its map, in the order of computation.
-    others: submodules that return no map.
+    others: submodules whose output is not a map.
     image_shape: shape of an image.
   """
-  # Maps of one position are results of pooling.
+  # A map with a single position is the result of pooling.
   sizes = {name: x[:2] for name, x in taps.items() if x[0] * x[1] > 1}
   if not sizes:
     return tuple(taps)[-1:]
@@ -48,6 +49,7 @@ def propose_taps(
   blocks = _without_stem([n for n in layers if n in parts], parts)
   if len({sizes[name] for name in blocks}) > 1:
     return _last_of_each_size(blocks, sizes)
+  # Without repeated blocks on this level, look for them one level deeper.
   while len(repeated := _most_repeated(blocks)) < 2:
     holders = _find_holders(level, parts)
     if len({sizes[name] for name in layers}) > 1 or not holders:
@@ -70,17 +72,17 @@ def _find_parts(names) -> dict[str, list[str]]:
     while holder and holder not in names:  # A list or dict of modules.
       holder = holder.rpartition("/")[0]
     parts.setdefault(holder, []).append(name)
-  # Layers of a loop are blocks, whose modules do not show.
+  # Layers of a scan are blocks; their submodules are not visible.
   parts |= {name: [] for name in names if scans.is_layer(name)}
   for name in names:
     first_call = name.partition("#")[0]
-    if first_call in parts:  # Further calls have the same modules inside.
+    if first_call in parts:  # Further calls share the submodules.
       parts[name] = parts[first_call]
   return parts
 
 
 def _find_level(parts: _Parts, sizes: _Sizes, image_size) -> list[str]:
-  """Return the modules of the level on which blocks are."""
+  """Return the modules on the level of the blocks."""
   level = list(parts[""])
   while to_open := [
     name
@@ -92,7 +94,7 @@ def _find_level(parts: _Parts, sizes: _Sizes, image_size) -> list[str]:
 
 
 def _holds_blocks(name, level, parts, sizes, image_size):
-  """Tell a module that holds blocks, such as an encoder, from a block."""
+  """Return whether a module, such as an encoder, holds blocks or is a block."""
   others = [other for other in level if other != name]
   is_alone = not any(other in parts and other in sizes for other in others)
   inner = [part for part in parts[name] if part in parts]
@@ -101,13 +103,14 @@ def _holds_blocks(name, level, parts, sizes, image_size):
   inner_sizes = {sizes[part] for part in inner if part in sizes}
   if _find_holders(level, parts) == [name]:
     return is_alone or len(inner_sizes) > 1 or len(_most_repeated(inner)) > 1
-  # A stage that ends by lowering the resolution.
+  # A stage that reduces the resolution at its end, as in Swin.
   if {sizes.get(part) for part in _find_holders(inner, parts)} - {
     sizes.get(name),
     None,
   }:
     return True
-  # It goes through resolutions that nothing beside it has; a stem through one.
+  # It passes through resolutions that none of its siblings has. A stem may do
+  # so too, but only through one.
   beside = {sizes.get(other) for other in others}
   new = inner_sizes - beside - {image_size, sizes.get(name)}
   is_first = name == next(other for other in level if other in parts)
@@ -115,17 +118,17 @@ def _holds_blocks(name, level, parts, sizes, image_size):
 
 
 def _find_holders(level, parts):
-  """Return the modules that have submodules with submodules."""
+  """Return the modules whose submodules have submodules."""
   return [
     name for name in level if any(part in parts for part in parts.get(name, ()))
   ]
 
 
 def _without_stem(blocks, parts):
-  """Leave out stems, and single layers that are modules with their norm.
+  """Drop stems, and single layers that form a module with their norm.
 
-  The main kinds are those that are repeated, or else those of modules of
-  modules. What comes before the first block of these is a stem.
+  The main kinds of blocks are the repeated ones, or else modules with nested
+  submodules. Everything before the first block of a main kind is the stem.
   """
   kinds = [_kind(name) for name in blocks]
   holders = _find_holders(blocks, parts)
@@ -143,31 +146,35 @@ def _without_stem(blocks, parts):
 
 
 def _open(level, names, parts):
-  """Replace modules by what is inside them."""
+  """Replace modules by their submodules."""
   opened = lambda name: parts[name] if name in names else [name]
   return [part for name in level for part in opened(name)]
 
 
 def _most_repeated(names):
-  """Return the names that differ in numbers only, of the most frequent kind.
+  """Return the names of the most frequent kind, which differ only in numbers.
 
-  If no two do, return the last one.
+  If no kind is repeated, return the last name.
   """
   kinds: dict[str, list[str]] = {}
+  # In reverse order, so that the last kind wins ties.
   for name in reversed(names):
     kinds.setdefault(_kind(name), []).append(name)
   return max(kinds.values(), key=len, default=[])[::-1]
 
 
 def _kind(name):
+  """Return a name without its numbers."""
   return re.sub(r"#?\d+", "", name)
 
 
 def _last_of_each_size(names, sizes):
+  """Return the last name per resolution, in the order of computation."""
   last = {sizes[name]: name for name in names}.values()
   return tuple(name for name in names if name in last)
 
 
 def _spread(names):
+  """Return a few names, evenly spaced, including the last one."""
   count = min(_NUM_PROPOSED, len(names))
   return tuple(names[(i + 1) * len(names) // count - 1] for i in range(count))

@@ -1,4 +1,4 @@
-"""Networks by name: those of the package, and a user's own."""
+"""Create networks by name: bundled ones, and a user's own."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
 
   Args:
     name: see `find`. A user's function is called with `num_classes`, and with
-      `dtype` if it has that argument, and returns a Linen module. If it has an
-      argument `rngs`, it returns an NNX module and is called later.
+      `dtype` if it takes that argument, and must return a Linen module. If it
+      takes `rngs`, it must return an NNX module and is called at
+      initialisation.
     num_classes: K, the number of logits.
     dtype: dtype of the activations; None for that of the parameters.
 
@@ -84,6 +85,7 @@ def create(name: str, num_classes: int, dtype: Any = None) -> Network:
       f"the model {name!r} has no argument dtype; it runs with precision f32 or"
       " tf32"
     )
+  # Checked beforehand, to tell this from a TypeError that `make` itself raises.
   try:
     signature.bind_partial(**options)
   except TypeError as error:

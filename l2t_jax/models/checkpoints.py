@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch as people have them: tensors by name."""
+"""Read PyTorch checkpoints of all usual layouts, as tensors by name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from l2t_jax import errors, imports
 from l2t_jax.models import weight_files
 
-# Where training scripts put the tensors, in the order in which they are taken.
-# Averaged weights come first: they are what was evaluated.
+# Keys under which training scripts store the state dict, in order of
+# preference. Averaged weights (EMA) come first: these were evaluated.
 _USUAL_KEYS = (
   "model_ema",
   "state_dict_ema",
@@ -32,30 +32,30 @@ _USUAL_KEYS = (
   "params",
   "teacher",
 )
-_MAX_DEPTH = 3  # Of dicts in dicts.
+_MAX_DEPTH = 3  # Nesting of the dicts that are searched.
 
 
 class Checkpoint(NamedTuple):
-  """Tensors of a checkpoint."""
+  """The tensors of a checkpoint."""
 
   tensors: dict[str, np.ndarray]  # In PyTorch's layout; floats are float32.
-  notes: tuple[str, ...] = ()  # What was chosen, one line each.
+  notes: tuple[str, ...] = ()  # Choices made on reading, one line each.
 
 
 def read(path: pathlib.Path, key: str = "") -> Checkpoint:
-  """Read a checkpoint of PyTorch or safetensors, without running its code.
+  """Read a PyTorch or safetensors checkpoint without executing code from it.
 
-  Pickles are read with `weights_only=True`; of what may stand beside the
-  tensors, plain values of Python and NumPy are allowed.
+  Pickles are read with `weights_only=True`. In addition to tensors they may
+  hold plain values of Python and NumPy.
 
   Args:
     path: the file.
-    key: which of several state dicts to take, such as "model_ema", or the
-      prefix of the names of the tensors to take; "" for the usual one.
+    key: the state dict to use, such as "model_ema", or a prefix of the names of
+      the tensors to use; "" for the usual one.
 
   Raises:
     errors.InputError: the file is missing, damaged or no checkpoint, or the
-      choice is not clear.
+      choice of the state dict is ambiguous.
   """
   if not path.is_file():
     raise errors.InputError(f"no checkpoint at {path}")
@@ -91,9 +91,10 @@ def read(path: pathlib.Path, key: str = "") -> Checkpoint:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-  """Return whether a file is in that format, whatever its name."""
+  """Return whether a file is in safetensors format, whatever its name."""
   if path.suffix.lower() == ".safetensors":
     return True
+  # The format starts with the header's length in 8 bytes, then its JSON.
   with path.open("rb") as file:
     return file.read(9)[8:] == b"{"
 
@@ -101,15 +102,16 @@ def is_safetensors(path: pathlib.Path) -> bool:
 def without_prefix(
   checkpoint: Checkpoint, expected: Collection[str]
 ) -> Checkpoint:
-  """Take the prefix off names that wrappers of a network have put in front.
+  """Strip the prefix that a wrapper of the network adds to tensor names.
 
   Args:
     checkpoint: tensors with names such as "module.encoder.conv1.weight".
     expected: names of the network's tensors, such as "conv1.weight".
 
   Raises:
-    errors.InputError: two prefixes suit equally well.
+    errors.InputError: two prefixes match equally well.
   """
+  # Prefix -> number of tensors whose names are expected without it.
   counts: collections.Counter[str] = collections.Counter()
   for name in checkpoint.tensors:
     parts = name.split(".")
@@ -133,11 +135,12 @@ def without_prefix(
 
 
 def _read_pickle(path):
+  """Unpickle a PyTorch file with `weights_only=True`."""
   torch = imports.require("torch", needed_for=f"reading {path.name}")
   harmless = [
     argparse.Namespace,
     np.dtype,
-    np.float64(0).__reduce__()[0],  # What makes a scalar of NumPy.
+    np.float64(0).__reduce__()[0],  # The constructor of NumPy scalars.
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
   ]
   try:
@@ -160,7 +163,7 @@ def _read_pickle(path):
 
 
 def _state_dicts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-  """Yield "key.key" and each dict that holds tensors by name."""
+  """Yield (dotted key, dict) for each nested dict that holds tensors."""
   if not isinstance(content, Mapping):
     return
   tensors = {
@@ -169,7 +172,8 @@ def _state_dicts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(name, str) and hasattr(value, "shape") and value.shape != ()
   }
   if tensors:
-    # Counters of batches have no axis, but they are no mere values beside.
+    # Scalars do not make a dict a state dict, but belong to one, such as the
+    # num_batches_tracked of batch normalisation.
     scalars = {n: x for n, x in content.items() if hasattr(x, "shape")}
     yield key, scalars
   elif key.count(".") + 1 < _MAX_DEPTH:
@@ -179,7 +183,7 @@ def _state_dicts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _choose(path, names, key):
-  """Return the name of the state dict to take."""
+  """Return the name of the state dict to use."""
   if key in names:
     return key
   if len(names) == 1:
@@ -195,7 +199,7 @@ def _choose(path, names, key):
 
 
 def _to_numpy(tensor):
-  """Return an array; floating-point numbers of any width become float32."""
+  """Convert to a NumPy array; floats of any width become float32."""
   if hasattr(tensor, "detach"):
     tensor = tensor.detach()
     if tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""Networks of keras.applications, ready to be exported."""
+"""Networks of keras.applications as exportable pure functions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import numpy as np
 from l2t_jax import errors, imports
 from l2t_jax.models import programs, tapping
 
-_USUAL_SIZE = 224  # Of the images of ImageNet.
+_USUAL_SIZE = 224  # Image size of most ImageNet networks.
+# Layers in which the branches of a block merge.
 _MERGES = ("Add", "Concatenate")
+# Layers that only prepare the input of others.
 _NO_LAYERS = ("InputLayer", "Rescaling", "Normalization", "ZeroPadding2D")
 
 
@@ -26,14 +28,14 @@ def from_keras(
   key: str,
   reading: programs.Reading,
 ) -> programs.Exportable:
-  """Create a network of keras.applications; the map of each layer is a tap.
+  """Create a network of keras.applications; each layer's map is a tap.
 
   Args:
     name: such as "EfficientNetV2B0".
-    checkpoint: its weights, as of `save_weights`; None for those of ImageNet,
-      which Keras downloads.
-    key: "": such a file holds one network.
-    reading: only the size of images; their normalisation is Keras's.
+    checkpoint: weights from Keras's `save_weights`; None to download those of
+      ImageNet.
+    key: must be "", since such a file holds a single network.
+    reading: the image size; Keras itself normalises the images.
 
   Raises:
     errors.InputError: Keras is not installed or knows no such network, weights
@@ -58,11 +60,12 @@ def from_keras(
     raise errors.InputError("--key is for checkpoints of PyTorch")
   make = functools.partial(_make, makers[name], checkpoint)
   model = make(reading.image_size)
-  if model.input_shape[1] is None:  # It takes any size.
+  if model.input_shape[1] is None:  # Any size; programs need a fixed one.
     model = make(_USUAL_SIZE)
+  # Each family of networks has its own preprocessing of values from 0 to 255.
   preprocess = sys.modules[makers[name].__module__].preprocess_input
   size = model.input_shape[1]
-  outputs: dict[str, tapping.Grid | None] = {}  # None for a map.
+  outputs: dict[str, tapping.Grid | None] = {}  # Grid of tokens; None for maps.
   grids = []
   for layer in model.layers:
     shape = getattr(layer.output, "shape", None)
@@ -78,8 +81,10 @@ def from_keras(
     [model.output, *(model.get_layer(name).output for name in outputs)],
   )
   variables = [inner.trainable_variables, inner.non_trainable_variables]
+  # Only floats are weights; other variables become constants of the program.
   is_float = lambda v: np.issubdtype(np.dtype(v.dtype), np.floating)
-  name_of = lambda v: v.path.replace("/", ".")  # A file nests names at "/".
+  # "/" would separate levels of nesting in the weight file.
+  name_of = lambda v: v.path.replace("/", ".")
 
   def apply(params, images):
     values = [
@@ -114,10 +119,10 @@ def from_keras(
 
 
 def _default_taps(model, outputs):
-  """Return where blocks end, at their last place at each resolution.
+  """Return the output of the last block at each resolution.
 
-  A block with a skip connection or several branches ends where these meet.
-  What follows at the same resolution belongs to the block that lowers it.
+  A block with a skip connection or several branches ends where these merge.
+  Later layers at the same resolution belong to the block that reduces it.
   """
   kind = lambda name: type(model.get_layer(name)).__name__
   size = lambda name: tuple(model.get_layer(name).output.shape[1:3])
@@ -130,7 +135,7 @@ def _default_taps(model, outputs):
 
 
 def _with_activation(layer):
-  """Return the activation that alone reads a layer, or that layer."""
+  """Return the activation that is a layer's only consumer, else the layer."""
   readers = [node.operation for node in layer._outbound_nodes]
   names = [type(reader).__name__ for reader in readers]
   return readers[0] if names in (["Activation"], ["ReLU"]) else layer
@@ -138,7 +143,7 @@ def _with_activation(layer):
 
 def _require_keras(what):
   """Import Keras with JAX as its backend."""
-  if "keras" not in sys.modules:
+  if "keras" not in sys.modules:  # Keras chooses its backend on import.
     os.environ["KERAS_BACKEND"] = "jax"
   keras = imports.require("keras", needed_for=what)
   if keras.backend.backend() != "jax":
@@ -149,6 +154,7 @@ def _require_keras(what):
 
 
 def _make(maker, checkpoint, image_size):
+  """Make a model that returns logits, with its weights."""
   options: dict[str, Any] = {"classifier_activation": None}
   if image_size:
     options["input_shape"] = (image_size, image_size, 3)
@@ -158,7 +164,7 @@ def _make(maker, checkpoint, image_size):
     return _load(maker, checkpoint, options)
   except errors.InputError:
     raise
-  except Exception as error:  # Keras raises anything, also without internet.
+  except Exception as error:  # Keras raises many types, also when offline.
     hint = "" if checkpoint else "; --checkpoint=FILE takes weights you have"
     raise errors.InputError(
       f"Keras cannot make {maker.__name__!r}: {errors.in_one_line(error)}{hint}"
@@ -166,7 +172,7 @@ def _make(maker, checkpoint, image_size):
 
 
 def _load(maker, checkpoint, options):
-  """Make a model with the number of classes of a checkpoint, and fill it."""
+  """Make a model with a checkpoint's number of classes and load its weights."""
   if not checkpoint.is_file():
     raise errors.InputError(f"no checkpoint at {checkpoint}")
   h5py = imports.require("h5py", needed_for=f"reading {checkpoint.name}")
@@ -184,7 +190,8 @@ def _load(maker, checkpoint, options):
       f"{checkpoint} is no whole HDF5 file; give one of Keras's save_weights"
     ) from error
   model = maker(weights=None, **options)
-  # The bias of the classifier is the only vector of another length.
+  # With another number of classes, the bias of the classifier is the only
+  # vector whose length differs.
   lengths = {shape[0] for shape in stored if len(shape) == 1}
   lengths -= {v.shape[0] for v in model.variables if len(v.shape) == 1}
   if len(lengths) == 1:

@@ -1,4 +1,4 @@
-"""Networks of timm and of any torch code, ready to be exported."""
+"""Networks of timm and of any PyTorch code as exportable pure functions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import numpy as np
 from l2t_jax import errors, imports
 from l2t_jax.models import blocks, checkpoints, programs, tapping
 
-# Axes that change in a higher and in a wider image -> the order of axes.
+# (Axes that grow with the image's height, those with its width) -> axis order.
 _ORDERS = {
   ((1,), (2,)): "CHW",
   ((0,), (1,)): "HWC",
   ((0,), (0,)): "NC",
   ((1,), (1,)): "CN",
 }
-_BATCH = 2  # torch.export takes a batch of one image for a constant.
+_BATCH = 2  # torch.export would specialise on a batch of one image.
 
 
 def from_timm(
@@ -33,13 +33,15 @@ def from_timm(
   key: str,
   reading: programs.Reading,
 ) -> programs.Exportable:
-  """Create a network of timm; its taps are what `forward_intermediates` gives.
+  """Create a timm network; its taps are the maps of `forward_intermediates`.
+
+  Networks without this method are tapped at each submodule, by hooks.
 
   Args:
     name: such as "convnext_tiny.fb_in1k".
-    checkpoint: weights of that architecture; None for timm to download them.
+    checkpoint: weights of that architecture; None to let timm download them.
     key: see `checkpoints.read`.
-    reading: of the images, where it is not the network's own.
+    reading: image size and normalisation, where not the network's defaults.
 
   Raises:
     errors.InputError: timm is not installed or knows no such network, weights
@@ -57,10 +59,11 @@ def from_timm(
   def make(**options):
     try:
       if reading.image_size:
-        with contextlib.suppress(TypeError):  # Convolutions take any size.
+        # Convolutional networks take any size and have no such argument.
+        with contextlib.suppress(TypeError):
           return timm.create_model(name, img_size=reading.image_size, **options)
       return timm.create_model(name, **options)
-    except Exception as error:  # Networks and hubs raise anything.
+    except Exception as error:  # Networks and hubs raise errors of any type.
       hint = "" if checkpoint else "; --checkpoint=FILE takes weights you have"
       raise errors.InputError(
         f"timm cannot make {name!r}: {errors.in_one_line(error)}{hint}"
@@ -105,17 +108,18 @@ def from_module(
   key: str,
   reading: programs.Reading,
 ) -> programs.Exportable:
-  """Create a network of any torch code; the map of each submodule is a tap.
+  """Create a network from any PyTorch code; each submodule's map is a tap.
 
   Args:
     name: "package.module:function"; the function returns a `torch.nn.Module`.
-    checkpoint: its weights; None if the function loads them.
+    checkpoint: the weights; None if the function loads them itself.
     key: see `checkpoints.read`.
-    reading: of the images; that of ImageNet for networks of torchvision.
+    reading: image size and normalisation; by default those of ImageNet for
+      networks of torchvision.
 
   Raises:
     errors.InputError: the function or its result cannot be used, the checkpoint
-      does not fit, or the images are not described.
+      does not fit, or `reading` is incomplete.
   """
   torch = _require_torch(f"torch:{name}")
   if not all(name.partition(":")[::2]):
@@ -136,7 +140,7 @@ def from_module(
   def make(**options):
     try:
       module = function(**options)
-    except Exception as error:  # A user's function may raise anything.
+    except Exception as error:  # A user's function may raise any error.
       raise errors.InputError(
         f"{name} cannot be called: {errors.in_one_line(error)}"
       ) from error
@@ -150,7 +154,7 @@ def from_module(
         f"{name} returned TorchScript; give a function that makes the module"
         " itself, with the weights as --checkpoint"
       )
-    # What torch.compile and nn.DataParallel wrap.
+    # Unwrap what torch.compile and nn.DataParallel return.
     module = getattr(module, "_orig_mod", module)
     parallel = isinstance(module, torch.nn.DataParallel)
     return module.module if parallel else module
@@ -170,24 +174,26 @@ def from_module(
 
 
 def _require_torch(what):
+  """Import torch, and check that torchax is installed."""
   torch = imports.require("torch", needed_for=what)
-  if not imports.is_installed("torchax"):  # Importing it changes torch.
+  if not imports.is_installed("torchax"):  # Importing it modifies torch.
     imports.require("torchax", needed_for=what)
   return torch
 
 
 def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
-  """Make a module with the number of classes of a checkpoint, and fill it.
+  """Make a module with a checkpoint's number of classes and load its weights.
 
   Returns:
-    The module; what is to be said, one line each; and metadata: a number of
-    classes of 0 where the checkpoint has no classifier.
+    (module, notes for the user, metadata); the metadata says that there are 0
+    classes if the checkpoint has no classifier.
   """
   module, without = make(), {}
   shapes = {n: tuple(x.shape) for n, x in module.state_dict().items()}
   read = checkpoints.without_prefix(checkpoints.read(checkpoint, key), shapes)
   tensors = read.tensors
-  # (classes of the checkpoint, classes of the module) of each other shape.
+  # (classes in the checkpoint, in the module), from the tensors that differ in
+  # their first axis alone.
   others = {
     (tensors[name].shape[0], shape[0])
     for name, shape in shapes.items()
@@ -201,6 +207,7 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
     with contextlib.suppress(errors.InputError):  # It has no such argument.
       module = make(num_classes=num_classes)
   if _missing(module, tensors):
+    # Tensors are missing: perhaps the checkpoint has no classifier.
     with contextlib.suppress(errors.InputError):
       backbone = make(num_classes=0)
       if not _missing(backbone, tensors):
@@ -231,8 +238,8 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
 def _missing(module, tensors):
   """Return the names of a module's tensors that a checkpoint lacks.
 
-  Counters of batches may be missing, and what shares its memory with another
-  tensor: files of safetensors store it once.
+  Counters of batches may be missing, and so may a tensor that shares its memory
+  with another: safetensors files store such memory once.
   """
   state = module.state_dict()
   stored = {x.data_ptr() for name, x in state.items() if name in tensors}
@@ -265,7 +272,10 @@ def _with_hooks(torch, module, image_size):
 
 
 def _default_taps(module, maps, reading):
-  """Choose taps by the tree of submodules, which the names of taps flatten."""
+  """Choose default taps from the tree of submodules.
+
+  Names of taps do not show this tree: "stages.1" becomes "stages_1".
+  """
   path = lambda name: name.replace(".", "/")
   proposed = blocks.propose_taps(
     {path(name): x.shape for name, x in maps.items()},
@@ -283,8 +293,8 @@ def _outputs(module):
 
   def keep_as(name):
     def keep(submodule, inputs, output):
-      # A copy, since a later operation may work in place. What a hook returns
-      # would replace the output.
+      # Cloned, since a later operation may change the output in place. The hook
+      # returns None, because any other value would replace the output.
       is_tensor = hasattr(output, "clone")
       outputs.setdefault(name, output.clone() if is_tensor else output)
 
@@ -305,9 +315,9 @@ def _outputs(module):
 def _find_maps(torch, module, image_size) -> dict[str, _Map]:
   """Return submodule -> how its output becomes a map.
 
-  Which axes are rows, columns and channels shows in two more images, of which
-  one is twice as high and one twice as wide. Where the network takes one size
-  alone, the kind of the submodule tells.
+  The axes of rows and columns are those that grow when the network runs on an
+  image that is twice as high or twice as wide. If the network accepts a single
+  size only, the order of axes is guessed from the type of the submodule.
   """
 
   def shapes(height, width):
@@ -330,13 +340,13 @@ def _find_maps(torch, module, image_size) -> dict[str, _Map]:
     usual = shapes(image_size, image_size)
   except errors.InputError:
     raise
-  except Exception as error:  # A user's network may raise anything.
+  except Exception as error:  # A user's network may raise any error.
     raise errors.InputError(
       f"the network cannot be run on images [B, 3, {image_size}, {image_size}]:"
       f" {errors.in_one_line(error)}"
     ) from error
   high = wide = None
-  with contextlib.suppress(Exception):  # A network of one size refuses others.
+  with contextlib.suppress(Exception):  # Networks of a fixed size raise here.
     high = shapes(2 * image_size, image_size)
     wide = shapes(image_size, 2 * image_size)
   submodules = dict(module.named_modules())
@@ -365,7 +375,7 @@ def _find_maps(torch, module, image_size) -> dict[str, _Map]:
 
 
 def _changed(shape, other):
-  """Return which axes of two shapes differ, or None."""
+  """Return the axes in which two shapes differ; None if the ranks differ."""
   if other is None or len(shape) != len(other):
     return None
   return tuple(
@@ -374,7 +384,7 @@ def _changed(shape, other):
 
 
 def _order_by_kind(torch, submodule, shape):
-  """Guess the order of axes from what a submodule is."""
+  """Guess the order of axes from the type of a submodule."""
   nn = torch.nn
   maps = (
     *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d),
@@ -387,6 +397,7 @@ def _order_by_kind(torch, submodule, shape):
     return None
   if isinstance(submodule, maps):
     return "CHW"
+  # Of a square map, the axis of another length is that of the channels.
   has_maps = any(isinstance(inner, maps) for inner in submodule.modules())
   if has_maps and shape[1] == shape[2] != shape[0]:
     return "CHW"
@@ -394,23 +405,25 @@ def _order_by_kind(torch, submodule, shape):
 
 
 def _tokens_to_map(x, *, order, grid):
+  """Convert tokens [B, N, C] or [B, C, N] to a map [B, H, W, C]."""
   return tapping.to_grid(x if order == "NC" else x.transpose(1, 2), grid)
 
 
 def _export(torch, module, forward, names, reading) -> programs.Exportable:
-  """Trace a module for any size of the batch.
+  """Trace a module with a variable batch size.
 
   Args:
     torch: the library.
-    module: what `forward` runs.
+    module: the module that `forward` runs.
     forward: normalised images [B, 3, S, S] -> (logits, *maps).
-    names: of the maps; where there is another number of them, they are counted.
-    reading: of the images.
+    names: names of the maps; generic ones are used if the number is different.
+    reading: image size and normalisation.
   """
+  # Imported late, because this modifies torch.
   import torchax
   from torchax import export
 
-  torchax.default_env()  # Registers what operations of torch are in JAX.
+  torchax.default_env()  # Registers the JAX versions of torch's operations.
 
   class WithFeatures(torch.nn.Module):
     def __init__(self):
@@ -426,11 +439,11 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
   batch = torch.export.Dim("batch", min=1)
   whole = WithFeatures().eval().float()
   try:
-    # torch prints the whole graph that it failed at.
+    # On failure torch prints the whole graph to stderr.
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
       traced = torch.export.export(
         whole, (torch.zeros(shape),), dynamic_shapes=({0: batch},), strict=False
-      ).run_decompositions()  # This orders the inputs of the graph anew.
+      ).run_decompositions()  # Reorders the inputs of the graph.
       names_of_states, states, call = export.exported_program_to_jax(
         traced, export_raw=True
       )
@@ -442,7 +455,7 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
         strict=True,
       )
     )
-  except Exception as error:  # torch raises anything for what it cannot trace.
+  except Exception as error:  # torch raises many types of tracing errors.
     raise errors.InputError(
       f"torch.export cannot trace the network: {errors.first_line(error)};"
       f" {programs.HOW_TO_BE_TRACED}"
@@ -453,7 +466,7 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
   # In the order of the graph; torchax returns constants last.
   inputs = [x for x in signature.input_specs if x.target is not None]
   arrays = [by_name[x.target].detach().cpu().numpy() for x in inputs]
-  # Tables of positions and the like become constants of the program.
+  # Constants, such as tables of positions, become part of the program.
   constant = torch.export.graph_signature.InputKind.CONSTANT_TENSOR
   params = {
     index: x.target.removeprefix("module.")
@@ -484,9 +497,9 @@ def _export(torch, module, forward, names, reading) -> programs.Exportable:
 
 
 def _tap_names(names: Sequence[str]) -> tuple[str, ...]:
-  """Name taps as in JAX: "stages.1.conv" becomes "stages_1/conv".
+  """Convert names to those of Flax: "stages.1.conv" becomes "stages_1/conv".
 
-  Further ones of the same name become "name#1" and so on.
+  Repetitions of a name become "name#1" and so on.
   """
   taps: list[str] = []
   for index, name in enumerate(names):
@@ -498,4 +511,5 @@ def _tap_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _versions(*libraries):
+  """Return the versions of libraries as JSON."""
   return json.dumps({one.__name__: one.__version__ for one in libraries})

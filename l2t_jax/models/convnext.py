@@ -1,8 +1,8 @@
 """ConvNeXt for small images.
 
 Liu et al., "A ConvNet for the 2020s", CVPR 2022 (arXiv 2201.03545), with the
-depths and widths of timm's convnext_atto and a stem of 2x2 pixels: maps of 16,
-8, 4 and 2 pixels at 32x32.
+depths and widths of timm's convnext_atto and a stem with 2x2 patches: on 32x32
+images, the stages have maps of 16x16, 8x8, 4x4 and 2x2.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from l2t_jax.models import layers
 
 _EPSILON = 1e-6
 _KERNEL = (7, 7)
-_LAYER_SCALE = 1e-6
+_LAYER_SCALE = 1e-6  # Initial value.
 _init = nn.initializers.truncated_normal(0.02)
 
 
 class Block(nn.Module):
-  """A depthwise convolution and a perceptron at each position."""
+  """A depthwise convolution and an MLP at each position, with a shortcut."""
 
   dtype: Any = None
 
@@ -43,6 +43,7 @@ class Block(nn.Module):
     dense = lambda size, name: nn.Dense(
       size, dtype=self.dtype, kernel_init=_init, name=name
     )
+    # The exact GELU, as in PyTorch; Flax approximates it by default.
     y = dense(width, "fc2")(nn.gelu(dense(4 * width, "fc1")(y), False))
     start = nn.initializers.constant(_LAYER_SCALE)
     scale = self.param("layer_scale", start, (width,))
@@ -50,7 +51,10 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-  """Taps are the last maps of the stages, "stage1" being the first."""
+  """ConvNeXt for small images.
+
+  Its taps are the outputs of the stages: "stage1", "stage2" and so on.
+  """
 
   num_classes: int
   depths: Sequence[int] = (2, 2, 6, 2)
@@ -85,7 +89,7 @@ class ConvNeXt(nn.Module):
         kernel_init=_init,
         name=f"down{stage}",
       )
-      # The norm comes after the stem, but before the other convolutions.
+      # The norm follows the stem, but precedes the other downsampling layers.
       name = f"norm{stage}"
       x = norm(name)(down(x)) if stage == 1 else down(norm(name)(x))
       for block in range(1, depth + 1):

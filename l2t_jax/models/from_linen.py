@@ -25,7 +25,7 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
     keys = {"params": key, "dropout": key}
     # Unboxed: `nn.with_partitioning` wraps arrays in boxes with axis names.
     variables = dict(nn.unbox(module.init(keys, images, **mode(False))))
-    variables.pop("intermediates", None)
+    variables.pop("intermediates", None)  # Sown outputs, not state.
 
     def after_training(rngs):
       return jax.eval_shape(
@@ -34,18 +34,20 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
         )
       )[1]
 
+    # A trace without PRNG keys tells whether training draws random numbers.
     try:
       after, draws = after_training({}), False
     except flax.errors.InvalidRngError:
       after, draws = after_training(keys), True
     shape_of = lambda tree: jax.tree.map(jnp.shape, tree)
-    # A sown collection grows with every call: it is an output, not a state.
+    # A sown collection grows with every call: it is an output, not state.
     variables = {
       name: values
       for name, values in variables.items()
       if name == "params" or shape_of(after[name]) == shape_of(values)
     }
     if draws:
+      # `module.init` has consumed the key itself.
       key = jax.random.fold_in(key, 1)
       variables["rng"] = {"key": jax.random.key_data(key)}
     return variables.pop("params", {}), variables
@@ -58,9 +60,11 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
       # Flax derives streams of other names from "params".
       rngs = {"dropout": keys[0], "params": keys[1]}
       rng = {"key": jax.random.key_data(keys[2])}
+    # Capture only the tapped submodules; "#1" marks one of their calls.
     is_tap = lambda path: (
       taps is None or any(tap.partition("#")[0] == path for tap in taps)
     )
+    # In eval mode, state is immutable: a network that changes it raises here.
     try:
       output, changed = module.apply(
         {"params": params, **state},

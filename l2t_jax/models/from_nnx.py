@@ -31,6 +31,7 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
         " module itself, or write it in NNX"
       )
   mode = functools.partial(pure_functions.mode_arguments, abstract.__call__)
+  # The mode is part of the static graph: keep one graph per mode.
   graphs = {}
   for train in (False, True):
     abstract.train() if train else abstract.eval()
@@ -68,7 +69,7 @@ def _split(module):
 
 
 def _make(make, key):
-  """Make a module, also while `make` is traced."""
+  """Make a module from a PRNG key; `make` may be traced."""
   module = make(nnx.Rngs(key))
   for _, node in nnx.iter_graph(module):
     if isinstance(node, nnx.Pytree):
@@ -80,7 +81,7 @@ def _make(make, key):
 
 
 def _make_abstract(make):
-  """Make a module whose arrays are shapes."""
+  """Make a module with abstract arrays, which have only shapes and dtypes."""
   try:
     module = nnx.eval_shape(lambda: _make(make, 0))
   except TypeError as error:
@@ -96,6 +97,7 @@ def _make_abstract(make):
 
 def _to_dict(state: nnx.State) -> types.PyTree:
   """Convert an NNX state to a nested dict of plain arrays with string keys."""
+  # Weight files cannot hold typed PRNG keys, but can hold their data.
   plain = lambda x: jax.random.key_data(x) if pure_functions.is_key(x) else x
   return traverse_util.unflatten_dict(
     {

@@ -28,10 +28,10 @@ def torch_linear_bias(fan_in: int):
 
 
 def check_multiples(images: jax.Array, divisor: int) -> None:
-  """Refuse images [B, H, W, C] whose sides are no multiples of a number.
+  """Check that the sides of images [B, H, W, C] are multiples of `divisor`.
 
   Raises:
-    errors.InputError: naming the sides.
+    errors.InputError: they are not.
   """
   height, width = images.shape[1:3]
   if height % divisor or width % divisor or not height * width:
@@ -50,7 +50,10 @@ def conv(
   dtype: Any = None,
   name: str,
 ) -> nn.Conv:
-  """Make a convolution padded by kernel_size // 2 on every side."""
+  """Make a convolution padded by kernel_size // 2 on every side.
+
+  With strides, "SAME" would pad the two sides differently than PyTorch does.
+  """
   return nn.Conv(
     features,
     (kernel_size, kernel_size),
@@ -85,11 +88,13 @@ class BatchNorm(nn.Module):
     average = lambda name, init: self.variable("batch_stats", name, init, shape)
     mean, var = average("mean", jnp.zeros), average("var", jnp.ones)
     dtype = self.dtype or jnp.result_type(x, scale)
+    # Statistics need float32 even if the activations are bfloat16.
     x = x.astype(jnp.promote_types(dtype, jnp.float32))
     if not self.train:
       y = (x - mean.value) * (scale * jax.lax.rsqrt(var.value + self.epsilon))
       return (y + bias).astype(dtype)
     y, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon)
+    # Initialisation must not update the running statistics.
     if not self.is_initializing():
       count = x.size // x.shape[-1]
       unbiased = batch_var * count / max(count - 1, 1)
@@ -125,7 +130,7 @@ def normalize(
   """
   mean = _mean(x)
   var = _mean(jnp.square(x)) - jnp.square(mean)
-  var = jnp.where(var > 0, var, 0)  # Rounding can make it negative.
+  var = jnp.where(var > 0, var, 0)  # Rounding errors can make it negative.
   factor = scale * jax.lax.rsqrt(var + epsilon)
   return (x - mean) * factor + bias, mean, var
 
@@ -144,6 +149,7 @@ def _normalize_jvp(epsilon, primals, tangents):
     + (bias_dot - factor * mean_dot)
     + normal * (scale_dot - factor * product_dot)
   )
+  # The derivative of σ² is 2 mean((x - μ) ẋ), where x - μ = x̂ / ρ.
   var_dot = 2 * product_dot / inverse
   return (y, mean, var), (y_dot, mean_dot, var_dot)
 
@@ -187,7 +193,7 @@ def _first_maximum(a, b):
 
 
 def _window_entries(x, axis, window, stride):
-  """Return the first entry of every window along an axis, the second, etc."""
+  """Return a list: the i-th entry of every window along an axis, for each i."""
   count = (x.shape[axis] - window) // stride + 1
   if stride != window:
     return [
@@ -236,5 +242,6 @@ def classify(
   logits = x[:, 0, 0]
   if num_classes:
     logits = nn.Dense(num_classes, **dense_options)(logits)
+  # Losses are computed in float32 even if the activations are bfloat16.
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   return logits, features | {"penultimate": x}

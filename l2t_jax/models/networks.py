@@ -10,16 +10,16 @@ It maps images to logits, or to (logits, features), where features is a dict
 tap -> [B, H, W, C]. If it returns no such dict, the output of every submodule
 is a tap, named by the submodule's path, such as "stages_1/blocks_0"; outputs of
 further calls of the same submodule are "stages_1/blocks_0#1" and so on. The
-layers of a `jax.lax.scan`, by whatever library, are "stages_1/scan/0" and so
-on. Of nested dicts the keys are joined, of a tuple the first is taken. Taps are
-maps [B, H, W, C] or tokens [B, N, C], which are reshaped to maps. What
-stands in front of the patches (class, register and distilled tokens) is cut
-off: the patches are as many as one of the network's maps has positions, or
-else N or N - 1 is a square number.
+layers of a `jax.lax.scan` are "stages_1/scan/0" and so on, whichever library
+calls it. The keys of nested dicts are joined with "/"; of a tuple, the first
+element is used. Taps are maps [B, H, W, C] or tokens [B, N, C], which are
+reshaped to maps. Prefix tokens (class, register and distillation tokens) are
+dropped: the number of patches is the number of positions of one of the
+network's maps, or else N or N - 1 must be a square number.
 
-A module that behaves differently in training has an argument `train`,
+A module that behaves differently in training must take an argument `train`,
 `training`, `is_train`, `is_training`, `inference`, `deterministic` or
-`use_running_average`, or, in NNX, follows `.train()` and `.eval()`. The PRNG
+`use_running_average`, or, in NNX, follow `.train()` and `.eval()`. The PRNG
 key of dropout is part of the model state.
 """
 
@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from l2t_jax import errors, types
 from l2t_jax.models import from_linen, from_nnx, pure_functions, scans, tapping
 
-# How many images a network is traced with; which axis is theirs must show.
+# Batch size for tracing; above 1, to tell the batch axis from others.
 _BATCH = 2
 
 
@@ -64,6 +64,8 @@ def as_apply_fn(
     chosen = {
       name: x for name, x in outputs.items() if taps is None or name in taps
     }
+    # The grid of tokens depends on all maps of the network, not just the chosen
+    # ones: compute their shapes, without running it.
     maps: tuple[tuple[int, int], ...] = ()
     if any(x.ndim == 3 for x in chosen.values()):
       everything = jax.eval_shape(
@@ -85,7 +87,7 @@ def init(
 ) -> tuple[types.PyTree, types.PyTree]:
   """Initialise a network; return (params, model_state).
 
-  An NNX module keeps the values that it has, whatever the key.
+  An NNX module that exists already keeps its values and ignores the key.
 
   Args:
     network: see the module's docstring.
@@ -163,10 +165,10 @@ def trace(
 def training_notes(
   network: pure_functions.Network, layout: tapping.Layout, batch_size: int
 ) -> tuple[str, ...]:
-  """Return warnings about a network that is to be trained, one line each.
+  """Return warnings about training a network, one line each.
 
   If training does not change the batch statistics, they are either frozen on
-  purpose, or nothing tells the network that it trains.
+  purpose, or the network is not told that it is in train mode.
 
   Args:
     network: see the module's docstring.
@@ -174,7 +176,7 @@ def training_notes(
     batch_size: number of images in a training batch.
   """
   if isinstance(network, pure_functions.Functions):
-    return ()  # Which part of their state is batch statistics is unknown.
+    return ()  # It is unknown which part of their state is batch statistics.
   pure = _to_pure(network)
   model_state = dict(layout.variables)
   params = model_state.pop("params")
@@ -186,6 +188,7 @@ def training_notes(
   shape = (batch_size, *layout.image_shape)
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
   jaxpr = jax.make_jaxpr(statistics)(params, model_state, images).jaxpr
+  # Statistics that do not change are inputs that the jaxpr returns as outputs.
   if not jaxpr.outvars or not all(x in jaxpr.invars for x in jaxpr.outvars):
     return ()
   return (
@@ -195,7 +198,7 @@ def training_notes(
 
 
 def _with_features(pure, train, taps=None):
-  """Return a pure network's function, with names for what it computes.
+  """Return a function that runs a pure network and names its outputs.
 
   It maps (params, model_state, images) to (logits, name -> array, model_state).
   """
@@ -216,7 +219,7 @@ def _with_features(pure, train, taps=None):
 
 @contextlib.contextmanager
 def _report_axis_names():
-  """Turn JAX's error about a named axis into an `errors.InputError`."""
+  """Convert JAX's error about a named axis to an `errors.InputError`."""
   try:
     yield
   except NameError as error:
@@ -229,6 +232,7 @@ def _report_axis_names():
 
 
 def _to_pure(network) -> pure_functions.PureNetwork:
+  """Convert a network of any library to pure functions."""
   if isinstance(network, nn.Module):
     return from_linen.from_linen(network)
   if isinstance(network, pure_functions.Functions):

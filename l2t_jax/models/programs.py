@@ -1,10 +1,10 @@
-"""Networks of other libraries as exported programs, which JAX runs alone.
+"""Networks of other libraries as exported programs that need only JAX to run.
 
-A program computes logits and features from weights and from images [B, S, S, 3]
-of one size S, RGB on a scale from 0 to 1. Whatever the network expects in their
-place (normalisation, another order of channels, another scale) is part of the
-program. It computes as in evaluation. `convert` makes programs; to run one,
-neither the library that the network comes from nor its code is needed.
+A program computes logits and features from weights and RGB images [B, S, S, 3],
+which have a fixed size S and values from 0 to 1. The preprocessing that the
+network expects (normalisation, another order of channels, another scale) is
+part of the program, which always runs in eval mode. `l2t_jax.pretrained` makes
+programs; to run one, neither the original library nor its code is needed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ import numpy as np
 from l2t_jax import errors, types
 from l2t_jax.models import pure_functions
 
-# Where networks come from: LIBRARY:NAME.
+# Libraries of networks, which are given as LIBRARY:NAME.
 LIBRARIES = ("timm", "keras", "torch")
-# What a network's code must be like.
+# Requirements on the code of a network, for error messages.
 HOW_TO_BE_TRACED = (
   "its forward pass must not branch on values of tensors (no .item()), nor fix"
   " the number of images"
 )
 # The platforms that a program is lowered for.
 _PLATFORMS = ("cpu", "cuda", "tpu")
-# What a program may call besides operations of StableHLO: functions of XLA and
-# annotations, which run no code of the file.
+# Custom calls that a program may contain: XLA's own functions and annotations,
+# which run no code from the file.
 _ALLOWED_CALLS = {"shape_assertion", "Sharding", "mhlo.erf", "mhlo.topk"}
 
 
 class Reading(NamedTuple):
-  """How a network wants its images; 0 and () for what is not known."""
+  """Image size and normalisation of a network; 0 and () if unknown."""
 
   image_size: int = 0  # Height and width in pixels.
   mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
   def or_else(
     self, image_size: int, mean: Sequence[float], std: Sequence[float]
   ) -> Reading:
-    """Return the same with values for what is not known."""
+    """Return a copy in which these values replace unknown ones."""
     return Reading(
       self.image_size or image_size,
       self.mean or tuple(mean),
@@ -55,12 +55,12 @@ class Reading(NamedTuple):
     )
 
 
-# Mean and std of torchvision's networks.
+# Mean and standard deviation of ImageNet, as in torchvision's networks.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Exportable(NamedTuple):
-  """A network of another library as a pure function, with what is known."""
+  """A network of another library as a pure function, with its metadata."""
 
   # (params, images [B, S, S, 3]) -> (logits [B, K], *features [B, H, W, C]).
   apply: Callable[..., tuple[Any, ...]]
@@ -71,22 +71,22 @@ class Exportable(NamedTuple):
   taps: tuple[str, ...] = ()  # Names of the features, in computed order.
   default_taps: tuple[str, ...] = ()  # As in `Functions`.
   metadata: Mapping[str, str] = {}  # For the weight file.
-  # What is to be said: what was chosen, what was left over.
+  # Notes for the user: choices that were made, tensors that were left over.
   notes: tuple[str, ...] = ()
 
 
 def export(
   network: Exportable, *, dtype: Any = None, precision: str = "highest"
 ) -> bytes:
-  """Trace a network for any size of the batch, and lower it.
+  """Trace and lower a network with a variable batch size.
 
   Args:
     network: what to export.
     dtype: dtype of the activations; None for that of the parameters.
-    precision: of products, as for `jax.default_matmul_precision`.
+    precision: of matrix products, as in `jax.default_matmul_precision`.
 
   Returns:
-    The program, with its derivative.
+    The serialized program with its first-order VJP.
   """
 
   def run(params, images):
@@ -114,7 +114,7 @@ def to_functions(
 ) -> pure_functions.Functions:
   """Turn a program into a network.
 
-  Several calls under `jax.vmap` become one call with a larger batch.
+  Under `jax.vmap`, calls are merged into a single call with a larger batch.
 
   Args:
     program: from `export`.
@@ -129,7 +129,7 @@ def to_functions(
   try:
     exported = jax.export.deserialize(bytearray(program))
     backward = exported.vjp()
-  except Exception as error:  # JAX raises anything for a file that is damaged.
+  except Exception as error:  # A damaged file raises many types of errors.
     raise errors.InputError(
       f"jax {jax.__version__} cannot read the program:"
       f" {errors.in_one_line(error)}"
@@ -149,15 +149,18 @@ def to_functions(
         " only its images can"
       )
     del axis_size
+    # Merge the mapped axis with the batch axis, and split the outputs again.
     outputs = exported.call(params, images.reshape(-1, *images.shape[2:]))
     split = lambda x: x.reshape(*images.shape[:2], *x.shape[1:])
     return jax.tree.map(split, outputs), jax.tree.map(lambda _: True, outputs)
 
+  # Not merged: a single call would sum the gradients w.r.t. the weights over
+  # the mapped axis.
   @jax.custom_batching.sequential_vmap
   def differentiate(params, images, cotangents):
     return jax.vjp(exported.call, params, images)[1](cotangents)
 
-  # A function with `custom_vmap` alone has no derivative in reverse mode.
+  # `custom_vmap` alone does not support reverse-mode differentiation.
   call = jax.custom_vjp(forward)
   call.defvjp(
     lambda *primals: (forward(*primals), primals),
@@ -184,7 +187,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _check_calls(exported):
-  """Refuse a program that calls code by name, before anything of it runs."""
+  """Raise if a program contains other custom calls, before it is run."""
   text = exported.mlir_module()
   called = re.findall(
     r"custom_call\"?(?: @|.*?call_target_name = \")([\w.$-]+)", text

@@ -1,4 +1,4 @@
-"""The form in which networks of all libraries are used: pure functions."""
+"""The common interface of networks of all libraries: pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 from l2t_jax import errors, types
 
-# Argument that tells a module whether it trains -> its value in training.
+# Argument that sets the mode of a module -> its value in train mode.
 _MODES = {
   "train": True,
   "training": True,
@@ -42,7 +42,7 @@ class Functions(NamedTuple):
   apply: types.ApplyFn
   # Taps to use where none are named; () to let `models.select_taps` choose.
   default_taps: tuple[str, ...] = ()
-  # Of an exported program, whose Python code says nothing about what it does.
+  # Hash of an exported program, which its Python code does not identify.
   digest: str = ""
 
 
@@ -63,6 +63,7 @@ class PureNetwork(NamedTuple):
 
 def from_functions(functions: Functions) -> PureNetwork:
   """Convert `Functions`."""
+  # A network without state may return None; the model state must be a dict.
   or_empty = lambda tree: tree if jax.tree.leaves(tree) else {}
 
   def init(key, images):
@@ -81,8 +82,9 @@ def from_functions(functions: Functions) -> PureNetwork:
 
 
 def check_variables(name: str, tree: types.PyTree) -> None:
-  """Raise `errors.InputError` if a file cannot name or hold every array."""
+  """Raise `errors.InputError` if a variable cannot be saved to a file."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    # Weight files join the keys with "/".
     keys = [getattr(entry, "key", None) for entry in path]  # None in a tuple.
     is_named = keys and all(isinstance(k, str) and "/" not in k for k in keys)
     is_number = isinstance(leaf, int | float)
@@ -97,14 +99,14 @@ def check_variables(name: str, tree: types.PyTree) -> None:
 
 
 def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
-  """Return the keyword arguments that tell a module whether it trains.
+  """Return the keyword arguments that put a module in train or eval mode.
 
   Args:
     call: `__call__` of a module, without self.
-    train: whether it trains.
+    train: whether to use train mode.
 
   Raises:
-    errors.InputError: it needs another argument, besides the images.
+    errors.InputError: `call` requires a further argument besides the images.
   """
   names = inspect.signature(call).parameters
   needed = [
@@ -140,8 +142,8 @@ def name_outputs(outputs: dict[tuple[Any, ...], Any]) -> dict[str, Any]:
 
   Returns:
     "module/submodule" -> output of its first call of `__call__`, and
-    "module/submodule#1" and so on -> outputs of further calls. Of a tuple, it
-    is the first.
+    "module/submodule#1" and so on -> outputs of further calls. Tuples are
+    replaced by their first element.
   """
   first = lambda x: x[0] if isinstance(x, tuple) and x else x
   return {

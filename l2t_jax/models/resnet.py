@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-  """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 one strides."""
+  """1x1, strided 3x3 and 1x1 convolutions, and a shortcut."""
 
   features: int
   strides: int = 1
@@ -86,6 +86,7 @@ class CifarResNet(nn.Module):
     x = conv(self.widths[0], use_bias=True, name="conv1")(images)
     x = nn.relu(norm(name="bn1")(x))
 
+    # The authors' names: block1, blocks2.0, ..., then block3, blocks4.0, ...
     def block_name(stage, block):
       if block == 0:
         return f"block{2 * stage + 1}"
@@ -157,7 +158,7 @@ def _run_stages(x, train, make_block, stages, block_name):
 
 
 def _shortcut(x, y, strides, conv, norm):
-  """Return x, or a strided 1x1 convolution of it where the shape changes."""
+  """Return x, projected by a strided 1x1 convolution if the shape changes."""
   if x.shape == y.shape:
     return x
   x = conv(y.shape[-1], 1, strides=strides, name="downsample_0")(x)

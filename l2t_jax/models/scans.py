@@ -1,9 +1,9 @@
-"""The layers of `jax.lax.scan`, one by one.
+"""Access to the layers inside a `jax.lax.scan`, one by one.
 
-Libraries scan over layers of the same kind, to compile one of them only. What a
-layer inside such a loop returns cannot leave it; but it is the loop's carry,
-which the loop can return for each step. That needs no help of the library: the
-jaxpr of the network shows its loops.
+Libraries scan over identical layers, so that only one of them is compiled. The
+output of a layer inside the loop is not visible from outside, but it is the
+loop's carry, which the loop can return after every step. This works with any
+library, because the loops are found in the network's jaxpr.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-# Longer loops go over positions, not layers.
+# Longer loops are assumed to run over positions, not layers.
 _MAX_LAYERS = 128
-# Primitives that call a jaxpr once: of `jax.jit` and of `jax.checkpoint`.
+# Primitives that call a jaxpr once: those of `jax.jit` and `jax.checkpoint`.
 _JIT, _CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat", "remat2")
 
 
@@ -28,10 +28,10 @@ def is_layer(name: str) -> bool:
 
 
 def with_layers(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Transform a function to return also the layers of its loops.
+  """Transform a function to also return the layers of its loops.
 
   Args:
-    function: of PyTrees of arrays.
+    function: a function of PyTrees of arrays.
 
   Returns:
     A function that returns (result, {"module/scan/0": layer [B, ...], ...}).
@@ -53,7 +53,7 @@ def _evaluate(closed, args, module, layers):
 
   Args:
     closed: the jaxpr, with its constants.
-    args: what to evaluate it on.
+    args: the inputs of the jaxpr.
     module: path of the module that calls it, with the network's name in front.
     layers: name -> layer.
   """
@@ -78,6 +78,7 @@ def _evaluate(closed, args, module, layers):
       outputs, found = _evaluate_checkpoint(params, inputs, path, layers)
       layers |= found
     else:
+      # As in `jax.core.eval_jaxpr`.
       with equation.ctx.manager:
         outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
       outputs = outputs if primitive.multiple_results else [outputs]
@@ -89,6 +90,8 @@ def _evaluate_checkpoint(params, inputs, module, layers):
   """Evaluate a jaxpr in `jax.checkpoint`; return (outputs, its layers)."""
   closed = jax.extend.core.ClosedJaxpr(params["jaxpr"], ())
 
+  # Layers must be outputs: a tracer may not leave `evaluate` otherwise. Names
+  # of earlier layers are passed in, because `_name` counts them.
   def evaluate(*inputs):
     known = dict.fromkeys(layers)
     outputs = _evaluate(closed, inputs, module, known)
@@ -100,7 +103,8 @@ def _evaluate_checkpoint(params, inputs, module, layers):
 
 
 def _has_scan(jaxpr):
-  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # It may be closed.
+  """Return whether a jaxpr contains a scan, at any depth of its calls."""
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # Unwrap a `ClosedJaxpr`.
   return any(
     e.primitive.name == "scan"
     or (
@@ -111,7 +115,7 @@ def _has_scan(jaxpr):
 
 
 def _scan(params, inputs):
-  """Run a loop; return its outputs, and a carry after each step (or ())."""
+  """Run a scan; return its outputs, and the layers: a carry after each step."""
   num_consts, num_carry = params["num_consts"], params["num_carry"]
   consts = inputs[:num_consts]
   first = inputs[num_consts : num_consts + num_carry]
@@ -135,13 +139,14 @@ def _scan(params, inputs):
   in_order = slice(None, None, -1 if params["reverse"] else 1)
   layers = [layer for stacked in steps for layer in stacked[in_order]]
   if layers:
-    # One array for both, so that a module that returns it comes after it.
+    # Return the last layer itself as the carry: `networks.trace` recognises a
+    # module that returns it by the same variable, and lists the layer first.
     carry[kept[0]] = layers[-1]
   return [*carry, *ys], layers
 
 
 def _name(steps, path, layers):
-  """Return name -> layer of a loop in a module."""
+  """Return name -> layer for the layers of a loop in a module."""
   name = "/".join([*path.split("/")[1:], "scan"])
   count = sum(re.sub(r"#\d+", "", other) == f"{name}/0" for other in layers)
   name += f"#{count}" if count else ""

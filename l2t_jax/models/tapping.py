@@ -13,7 +13,7 @@ from l2t_jax import errors, types
 from l2t_jax.models import blocks
 
 Shape = blocks.Shape
-# More tokens than that in front of a grid are no prefix.
+# Largest number of prefix tokens (class, register) in front of a grid.
 _MAX_PREFIX = 16
 
 
@@ -23,7 +23,7 @@ class Layout(NamedTuple):
   image_shape: Shape
   # Shapes of {"params": ..., and the collections of the model state}.
   variables: types.PyTree
-  output_shape: tuple[int, ...]  # The shape of the output for one image.
+  output_shape: tuple[int, ...]  # Shape of the output per image.
   taps: dict[str, Shape]  # Tap -> (H, W, C), in the order of computation.
   untappable: dict[str, str]  # Output that cannot be tapped -> the reason.
   default_taps: tuple[str, ...]  # The network's own choice; () for none.
@@ -42,7 +42,7 @@ def select_taps(
   Args:
     layout: the network's layout, from `trace`.
     patterns: names, or globs such as "stages_*/blocks_2", in which * matches
-      any part of one name and ** also several names. If empty, the network's
+      any part of one name and ** also several names. () for the network's
       `default_taps` or, if it has none, those of `blocks.propose_taps`.
 
   Returns:
@@ -69,7 +69,7 @@ def select_taps(
 def explain_untappable(
   name: str, shape: tuple[int, ...], batch_size: int
 ) -> str:
-  """Say why an output of some shape cannot be tapped."""
+  """Return the reason why an output of some shape cannot be tapped."""
   if not shape or shape[0] != batch_size:
     return (
       f"{name!r} is no tap: its shape is {list(shape)} for {batch_size} images;"
@@ -98,9 +98,9 @@ def split(
   """Return (logits, features) from the outputs of a network and its submodules.
 
   Args:
-    output: what the network returned.
-    outputs: name -> output of a submodule; the features of a network that
-      returns none itself.
+    output: the output of the network.
+    outputs: name -> output of a submodule; these are the features if the
+      network itself returns none.
 
   Returns:
     The logits, and name -> array. Keys of nested dicts are joined with "/".
@@ -131,10 +131,10 @@ def map_sizes(features: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 def as_map(
   x: Any, batch_size: int, maps: Sequence[tuple[int, int]] = ()
 ) -> Any:
-  """Return a map [B, H, W, C], from tokens [B, N, C] if need be, or None.
+  """Convert a feature to a map [B, H, W, C]; return None if it cannot be one.
 
   Args:
-    x: a feature.
+    x: a map or tokens [B, N, C].
     batch_size: B.
     maps: see `find_grid`.
   """
@@ -149,7 +149,7 @@ def as_map(
     return None
   is_of_a_map = (grid.height, grid.width) in maps
   if not is_of_a_map and x.shape[2] in map(math.prod, maps):
-    return None  # [B, C, N], as inside of an MLP-Mixer.
+    return None  # Transposed tokens [B, C, N], as inside an MLP-Mixer.
   return to_grid(x, grid)
 
 
@@ -168,10 +168,10 @@ def find_grid(
 
   Args:
     num_tokens: N.
-    maps: (H, W) of the network's maps. The largest one with room for all of its
-      positions is the map of patches, if few tokens remain. Otherwise N must be
-      a square number, or one more than that with a class token, and not above
-      the positions of the largest map.
+    maps: (H, W) of the network's maps. The grid is the largest map whose number
+      of positions is N minus a short prefix. If there is none, N or (with a
+      class token) N - 1 must be a square number, and N at most the number of
+      positions of the largest map.
   """
   for height, width in sorted(maps, key=math.prod, reverse=True):
     num_prefix = num_tokens - height * width
@@ -188,19 +188,21 @@ def find_grid(
 
 
 def to_grid(x: Any, grid: Grid) -> Any:
-  """Cut prefix tokens off [B, N, C] and lay the others out, [B, H, W, C]."""
+  """Drop the prefix of tokens [B, N, C]; reshape the rest to [B, H, W, C]."""
   _, height, width = grid
   return x[:, grid.num_prefix :].reshape(x.shape[0], height, width, x.shape[2])
 
 
 def _propose(layout):
-  last_tap(layout.taps)  # There must be one.
+  last_tap(layout.taps)  # Raises if there is none.
   return blocks.propose_taps(layout.taps, layout.untappable, layout.image_shape)
 
 
 def _matches(name, pattern):
+  """Return whether a glob matches a name; only ** matches across "/"."""
   if "**" in pattern:
     return fnmatch.fnmatchcase(name, pattern)
+  # Part by part, because the * of `fnmatch` also matches "/".
   parts, patterns = name.split("/"), pattern.split("/")
   return len(parts) == len(patterns) and all(
     map(fnmatch.fnmatchcase, parts, patterns)

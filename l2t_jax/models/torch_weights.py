@@ -1,4 +1,4 @@
-"""PyTorch weights of bundled networks: names and layouts."""
+"""Convert PyTorch weights of bundled networks: names and layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Conversion(NamedTuple):
 
   mapped: dict[str, str]  # PyTorch name -> name in the weight file.
   left_over: tuple[str, ...]  # PyTorch tensors that the network does not have.
-  notes: tuple[str, ...] = ()  # What was chosen, one line each.
+  notes: tuple[str, ...] = ()  # Choices that were made, one line each.
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -101,13 +101,15 @@ def convert(
       )
     converted[path] = from_torch_layout(np.asarray(tensors[name]))
     mapped[name] = "/".join(path)
+  # num_batches_tracked is PyTorch's counter, which Flax does not have.
   left_over = tuple(
     name
     for name in tensors
     if name not in mapped and not name.endswith("num_batches_tracked")
   )
-  # A tensor of a missing layer differs from a mapped one only in its numbers. A
-  # second classifier is no such layer.
+  # A left-over tensor whose name differs from a mapped one's only in numbers
+  # belongs to a layer that the network lacks. Linear layers are exempt: a
+  # second classifier is harmless.
   without_numbers = lambda name: re.sub(r"\d+", "", name)
   is_linear = lambda name: name.rpartition(".")[0] in linear
   kinds = {without_numbers(name) for name in mapped if not is_linear(name)}
@@ -130,21 +132,23 @@ def convert_file(
 ) -> Conversion:
   """Convert a checkpoint of a bundled network to a weight file.
 
-  The number of classes is that of the checkpoint's classifier, 0 without one.
+  The number of classes is that of the checkpoint's classifier, or 0 without it.
 
   Args:
     path: the checkpoint.
     output: the weight file to write.
     model: a key of `models.MODELS`.
     key: see `checkpoints.read`.
-    reading: of the images that the network was trained on. For torchvision's
-      networks the normalisation is ImageNet's unless it says otherwise.
+    reading: size and normalisation of the images that the network was trained
+      on; for torchvision's networks, ImageNet's normalisation by default.
 
   Raises:
     errors.InputError: the checkpoint cannot be read or does not fit the
       network, or the output cannot be written.
   """
   checkpoint = checkpoints.read(path, key)
+  # Created to learn the names of the tensors; the checkpoint then tells the
+  # numbers of classes and channels.
   module = bundled.create(model, num_classes=1)
   size = bundled.image_size(module)
   variables_of = lambda module, channels: (

@@ -46,6 +46,8 @@ class VGG(nn.Module):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify images [B, H, W, C]; return (logits [B, K], features)."""
     conv, norm = layers.conv_and_norm(train, self.dtype)
+    # In PyTorch's `Sequential` a convolution takes three places (with its norm
+    # and ReLU), and a pool one.
     x, index = images, 0
     features: dict[str, jax.Array] = {}
     for entry in self.plan:
@@ -57,7 +59,8 @@ class VGG(nn.Module):
       x = nn.relu(norm(name=f"features_{index + 1}")(x))
       index += 3
       features[f"conv{len(features) + 1}"] = x
-    # A 32x32 image has one position left; larger images are averaged.
+    # A 32x32 image has a single position left; larger images are averaged. The
+    # initialisation is the authors'.
     return layers.classify(
       x,
       features,

@@ -21,7 +21,7 @@ _init = nn.initializers.truncated_normal(0.02)
 
 
 class Block(nn.Module):
-  """Attention and a perceptron, each after a layer normalisation."""
+  """Self-attention and an MLP, each with pre-norm and a shortcut."""
 
   num_heads: int
   dtype: Any = None
@@ -38,12 +38,16 @@ class Block(nn.Module):
       self.num_heads, dtype=self.dtype, kernel_init=_init, name="attention"
     )
     x = x + attention(norm("norm1")(x))
+    # The exact GELU, as in PyTorch; Flax approximates it by default.
     hidden = nn.gelu(dense(4 * width, "fc1")(norm("norm2")(x)), False)
     return x + dense(width, "fc2")(hidden)
 
 
 class ViT(nn.Module):
-  """Taps are the patches after each block, "block1" being the first."""
+  """Vision transformer for small images.
+
+  Its taps are the patches after each block: "block1", "block2" and so on.
+  """
 
   num_classes: int
   patch_size: int = 4
@@ -57,7 +61,7 @@ class ViT(nn.Module):
 
   @property
   def default_taps(self) -> tuple[str, ...]:
-    """Blocks evenly spread over the depth, the last one among them."""
+    """Blocks evenly spread over the depth, including the last."""
     number = min(_NUM_TAPS, self.depth)
     return tuple(
       f"block{self.depth * (i + 1) // number}" for i in range(number)
@@ -89,7 +93,7 @@ class ViT(nn.Module):
     for number in range(1, self.depth + 1):
       name = f"block{number}"
       x = Block(self.num_heads, self.dtype, name=name)(x)
-      features[name] = x[:, 1:].reshape(maps.shape)
+      features[name] = x[:, 1:].reshape(maps.shape)  # Without the class token.
     x = nn.LayerNorm(_EPSILON, self.dtype, name="norm")(x[:, 0])
     features["penultimate"] = x[:, None, None]
     logits = nn.Dense(

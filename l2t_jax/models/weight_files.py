@@ -16,7 +16,8 @@ import safetensors.numpy
 from l2t_jax import errors, files, models, types
 from l2t_jax.models import bundled, programs
 
-# In place of the name of a model: what linear_probe and finetune_source train.
+# Takes the place of the model's name for the networks that linear_probe and
+# finetune_source train.
 SOURCE_AND_CLASSIFIER = "source with a new linear classifier"
 
 
@@ -35,12 +36,13 @@ def save(
   """
   flat = traverse_util.flatten_dict(variables, sep="/")
   arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
-  # `save_file` of the library does not report a full disk as an OSError.
+  # safetensors' own `save_file` does not report a full disk as an OSError.
   files.write(path, safetensors.numpy.save(arrays, dict(metadata)))
 
 
 def check_exists(path: pathlib.Path) -> None:
   """Raise `errors.InputError` if there is no such weight file."""
+  # LIBRARY:NAME is what `l2t_jax.pretrained` takes, not a file.
   library, _, name = str(path).partition(":")
   if library in programs.LIBRARIES and name:
     raise errors.InputError(
@@ -121,7 +123,7 @@ def save_program(
   program: bytes,
   metadata: Mapping[str, str],
 ) -> None:
-  """Write a network of another library and its program; see `save`."""
+  """Write the weights and the program of a converted network; see `save`."""
   save(
     path,
     {"params": network.params, "program": np.frombuffer(program, np.uint8)},
@@ -129,6 +131,7 @@ def save_program(
       **metadata,
       **network.metadata,
       "image_size": str(network.image_size),
+      # Programs take images on a scale from 0 to 1 and normalise them.
       "channels": "3",
       "mean": "[0.0]",
       "std": "[1.0]",
@@ -141,7 +144,7 @@ def save_program(
 def check_shapes(
   layout: models.Layout, variables: types.PyTree, name: str
 ) -> None:
-  """Check that variables have the names and shapes of a network's.
+  """Check that variables have the names and shapes of a network's variables.
 
   Args:
     layout: the network's layout, from `models.trace`.
@@ -170,8 +173,8 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
   """Read the metadata of a weight file.
 
   Returns:
-    "model" and "num_classes", and what else the writer told `save`: "channels",
-    "mean", "std" and others, as JSON.
+    "model", "num_classes" and all other metadata passed to `save`, such as
+    "channels", "mean" and "std", as JSON.
 
   Raises:
     errors.InputError: the file is missing, damaged, or was not written by
@@ -192,22 +195,22 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
 
 
 class Copied(NamedTuple):
-  """Variables, some of which were replaced by those of another network."""
+  """Variables, some of which were copied from another network."""
 
   variables: types.PyTree
-  copied: tuple[str, ...]  # Names of the arrays that were replaced.
+  copied: tuple[str, ...]  # Names of the arrays that were copied.
   kept: tuple[str, ...]  # Names of the arrays without a counterpart.
 
 
 def copy_matching(
   variables: types.PyTree, source_variables: types.PyTree
 ) -> Copied:
-  """Replace every array that the source has by the same name and shape.
+  """Copy the arrays that the source has under the same name and shape.
 
   Args:
     variables: {"params": ..., and the collections of the model state} of the
       network to be trained.
-    source_variables: those of the network to copy from.
+    source_variables: the variables of the network to copy from.
   """
   flat = traverse_util.flatten_dict(variables)
   source = traverse_util.flatten_dict(source_variables)
@@ -252,7 +255,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _report_damage(path):
-  """Turn the library's error about a damaged file into an InputError."""
+  """Convert the library's error about a damaged file to an InputError."""
   try:
     yield
   except safetensors.SafetensorError as error:

@@ -30,9 +30,9 @@ def make_page(
 
   Args:
     runs: from `run_reader.find_runs`.
-    default_config: the default fields; those of a run that differ are bold.
-    saliency: name of a run -> what the page shows of its saliency, a
-      `run.saliency_images.Saliency`, or text that says why there is none.
+    default_config: the default fields; where a run differs, its field is bold.
+    saliency: name of a run -> its `run.saliency_images.Saliency`, or the reason
+      why there is none.
     reference: see `tables.run_rows`.
 
   Returns:
@@ -46,6 +46,7 @@ def make_page(
     ),
   }
   defaults = run_reader.flatten(default_config)
+  # The run whose section is open when the page is loaded.
   shown = next((run for run in runs if run.learned_pairs), runs[0])
   sections = []
   for i, run in enumerate(runs):
@@ -57,7 +58,8 @@ def make_page(
         "run": run,
         "plots": {name: f"{name}-{i}" for name in plots},
         "saliency": saliency.get(run.name),
-        # Field -> its value, and whether it differs from the default.
+        # Field -> (its value, whether it differs from the default). `...` is
+        # different from any value, for fields without a default.
         "fields": {
           name: (json.dumps(value), defaults.get(name, ...) != value)
           for name, value in run_reader.flatten(run.config).items()
@@ -87,6 +89,7 @@ def make_page(
     reference=reference,
     sections=sections,
     figures={name: _to_script(figure) for name, figure in figures.items()},
+    # Both templates: the page follows the reader's light or dark mode.
     templates=_in_script(json.dumps(templates)),
     plotly=offline.get_plotlyjs(),
   )
@@ -118,6 +121,7 @@ def _why_no_map(run: run_reader.Run) -> str:
 def _to_script(figure: graph_objects.Figure) -> str:
   """Return a figure as JavaScript; the page chooses its template."""
   layout = figure.layout
+  # The background of the page shows through, light or dark.
   layout.paper_bgcolor = layout.plot_bgcolor = layout.modebar.bgcolor = _CLEAR
   layout.template = None
   layout.margin = {**_MARGIN, **layout.margin.to_plotly_json()}
@@ -131,7 +135,7 @@ def _in_script(text: str) -> str:
 
 
 def _command(run: run_reader.Run) -> str:
-  """Return the command that repeats a run; "" if no command can."""
+  """Return the command that repeats a run; "" if it was made from arrays."""
   if run.config["data"]["source"] == "arrays":
     return ""
   path = run.workdir / "config.json"

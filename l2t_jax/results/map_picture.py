@@ -19,20 +19,20 @@ import numpy as np
 from l2t_jax import files
 from l2t_jax.results import style, transfer_map
 
-_COLORS = style.COLORS[:4]  # Of the strongest pairs; the others are grey.
-# Where each of them is labelled, as a share of the way from source to target:
-# far enough apart that labels do not overlap, whatever their heights.
+_COLORS = style.COLORS[:4]  # For the strongest pairs; the others are grey.
+# Horizontal positions of their labels, from 0 (source) to 1 (target): far
+# enough apart that labels do not overlap, whatever their heights.
 _LABEL_AT = (0.4, 0.6, 0.2, 0.8)
 _LAYERS = 5.5  # Width of the panel of layers, in inches.
 _BOX = 1.5  # Width of a layer's box, in inches.
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
 _MOVED = 0.05  # Smaller changes over training are not reported as a result.
-_EVEN = 0.95  # Above this share of C effective channels, none stands out.
+_EVEN = 0.95  # If more than this share of channels matter, none stands out.
 _CHANNELS_TEXT = (
   "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
   "dashed line."
 )
-# (side, tap) -> the middle and the height of its box, in inches.
+# (side, tap) -> (centre, height) of its box, in inches.
 _Boxes = dict[tuple[str, str], tuple[float, float]]
 
 
@@ -56,7 +56,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   rows, columns = len(content["source_taps"]), len(content["target_taps"])
   shares = content.get("source_shares", {})
   tall = max(2.2, 0.25 + 0.65 * rows + _HEAD * len(shares), 0.74 * columns)
-  # Where the title of each row of panels stands, in inches from the top.
+  # Positions of the titles of the three rows of panels, in inches from the top.
   first = 1.4
   second = first + tall + 0.65
   third = second + (3.1 if learned_pairs else 0.75)
@@ -107,7 +107,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
 
 
 def _scale_text(content: Mapping[str, Any]) -> str:
-  """Explain pair weights, and where learned ones end."""
+  """Explain the scale of pair weights, and the upper bound of learned ones."""
   text = "Pair weight 0 = ignored"
   if transfer_map.learned(content)[0] and content["maximum"]:
     text += f", {content['maximum']:.3g} = maximum"
@@ -120,7 +120,7 @@ def _scale_text(content: Mapping[str, Any]) -> str:
 def _history_text(
   ranked: Sequence[transfer_map.Pair], names: Sequence[str]
 ) -> str:
-  """Say what moved; weights may be large because they started so."""
+  """Name the pair that moved most: large weights may have started large."""
   text = "means over each epoch"
   if len(ranked) > len(_COLORS):
     text += "; grey: the weaker pairs"
@@ -136,7 +136,7 @@ def _moved(pair: transfer_map.Pair) -> float:
 
 
 def _course(pair: transfer_map.Pair) -> str:
-  """Return a pair weight, after that of the first epoch."""
+  """Format a pair weight as "first epoch → last epoch"."""
   first = f"{pair['history'][0]:.2f} → " if len(pair["history"]) > 1 else ""
   return f"{first}{pair['pair_weight']:.2f}"
 
@@ -151,8 +151,8 @@ def _tap_names(
 ) -> dict[str, dict[str, str]]:
   """Return source -> tap -> its name within the source.
 
-  The source is "" if there is only one, and for taps of the target. Where names
-  are long, the modules that all taps of a source lie in are left out.
+  The source is "" if there is only one, and for taps of the target. If names
+  are long, the enclosing modules that all taps of a source share are left out.
   """
   groups = {}
   sources = content.get("source_shares", ()) if side == "source" else ()
@@ -214,14 +214,14 @@ def _summary(
 
 
 def _scale(content: Mapping[str, Any]) -> float:
-  """Return the pair weight drawn at full strength: the largest, or 2."""
+  """Return the pair weight that is drawn at full strength: at least 2."""
   return max(2.0, *(p["pair_weight"] for p in content["pairs"]))
 
 
 def _draw_boxes(
   ax: axes.Axes, content: Mapping[str, Any], height: float
 ) -> _Boxes:
-  """Draw a box per layer, below the names and shares of several sources."""
+  """Draw a box per layer; with several sources, also their names and shares."""
   boxes = {}
   for side, left in (("source", 0.0), ("target", _LAYERS - _BOX)):
     groups = _tap_names(content, side)
@@ -263,7 +263,7 @@ def _draw_bands(
   boxes: _Boxes,
 ) -> None:
   """Draw a band per pair, as thick as its weight; label the strongest."""
-  # Nothing sets one pair apart where all count the same.
+  # One colour for all pairs if all have the same fixed weights.
   alike = content["fixed"] and content["channels_fixed"]
   colors = (_COLORS[0],) * len(ranked) if alike else _COLORS
   labelled = 0 if alike and len(ranked) > len(_COLORS) else len(_COLORS)
@@ -271,6 +271,7 @@ def _draw_bands(
   x = _BOX + (_LAYERS - 2 * _BOX) * t
   for i, pair in enumerate(ranked):
     start, end = _ends(pair, ranked, boxes)
+    # A smoothstep, which is horizontal where it meets the boxes.
     y = start + (end - start) * t * t * (3 - 2 * t)
     (line,) = ax.plot(x, y, color=style.GREY, linewidth=0.8)
     if pair["pair_weight"] < transfer_map.IGNORED:
@@ -305,7 +306,7 @@ def _ends(
 def _draw_table(
   ax: axes.Axes, content: Mapping[str, Any], size: tuple[float, float]
 ) -> None:
-  """Draw the pair weights, source by target, in `size` inches, as a table."""
+  """Draw the pair weights as a table, source by target; `size` is in inches."""
   groups = _tap_names(content, "source")
   (targets,) = _tap_names(content, "target").values()
   rows = [tap for group in groups.values() for tap in group]
@@ -318,7 +319,7 @@ def _draw_table(
   ax.pcolormesh(table, cmap="Blues", vmin=0, vmax=1.15 * scale, **edges)
   ax.invert_yaxis()
   digits = 2 if len(targets) <= 8 else 1
-  # In points: a column's width over that of the digits.
+  # Font size in points, such that the digits fit into a column.
   points = min(8.0, 176 / len(targets) / (0.64 * (digits + 2)))
   for (row, column), value in np.ndenumerate(table):
     text = "–" if np.isnan(value) else f"{value:.{digits}f}"
@@ -337,13 +338,13 @@ def _draw_table(
   ax.spines[:].set_visible(False)
   if len(groups) == 1:
     return
-  # Write each source's name beside its rows, and separate them by a line.
+  # Write each source's name next to its rows; lines separate the sources.
   fewest = min(len(names) for names in groups.values() if names)
   room = size[1] / len(rows) * fewest
   heads = style.shorten(list(groups), max(5, int(room / 0.09)))
   start = 0
   for names, head in zip(groups.values(), heads, strict=True):
-    if not names:  # No pair of this source.
+    if not names:  # This source has no pairs.
       continue
     font = {"size": 8.5, "weight": "bold", "color": style.SOFT, "rotation": 90}
     font |= {"transform": ax.get_yaxis_transform(), **style.CENTRE}
@@ -362,12 +363,14 @@ def _draw_history(
   """Draw pair weights over epochs; a legend names the strongest."""
   epochs = content["epochs"]
   last = epochs[-1]
+  # The axis must have a length, even with a single epoch.
   begin = min(epochs[0], last - 1)
   margin = 0.02 * (last - begin)
   peak = 1.08 * max(1.6, *(max(p["history"]) for p in ranked))
   ax.set(xlim=(begin - margin, last + margin), ylim=(0, peak))
   marker = "o" if len(epochs) < 12 else ""
   strongest = []
+  # The strongest pairs are drawn last, on top of the others.
   for i, pair in reversed(list(enumerate(ranked))):
     (line,) = ax.plot(epochs, pair["history"], marker=marker, clip_on=False)
     if i < len(_COLORS):

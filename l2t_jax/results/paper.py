@@ -1,4 +1,4 @@
-"""The accuracies that the paper reports, and the settings they stand for.
+"""The accuracies that the paper reports, and the settings behind them.
 
 Jang et al., "Learning What and Where to Transfer", ICML 2019, Table 1. The
 numbers are recalled, not measured with this code.
@@ -43,8 +43,8 @@ def _images(num_labelled: int, num_test: int) -> dict[str, Any]:
   return {_LABELLED: num_labelled, _TEST: num_test}
 
 
-# What the reported accuracies were measured with, beside the default config.
-# The configs of these names say the same, but the user may have edited them.
+# Settings of the reported accuracies that are not in the default config. The
+# configs of these names have the same values, but users may edit them.
 _AT_32 = {_SOURCE: "resnet32 of 200 classes"}
 _AT_224 = {
   _SOURCE: "resnet34 of 1000 classes",
@@ -64,8 +64,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
   "stanford40": _AT_224 | {"meta.learning_rate": 1e-3} | _images(4_000, 5_532),
   "dogs": _AT_224 | _DOGS | _images(12_000, 8_580),
 }
-# Fields that name places, or change how something is computed or drawn at
-# random.
+# Fields in which a run may differ: the method, paths, splits and seeds, and how
+# something is computed.
 _FREE = {
   *("method", "seed", "precision", "bilevel.mode", "bilevel.loop"),
   *("data.source", "data.path", "data.split_file", "data.split_prefix"),
@@ -90,18 +90,19 @@ def departures(
     defaults: those of the default config.
     free_fields: names of more fields that do not affect results.
     source: "MODEL of N classes"; "" if no source is read.
-    num_images: to train and validate, and to test; None if not known yet.
+    num_images: (for training and validation, for testing); None if not known
+      yet.
 
   Returns:
-    Phrases such as "epochs is 5, not 200"; empty if the paper's numbers may
-    stand beside the run's.
+    Phrases such as "epochs is 5, not 200"; empty if the run is comparable with
+    the paper's numbers.
   """
   expected = {**defaults, **_SETTINGS[name]}
   actual = dict(fields)
   actual |= {_SOURCE: source} if source else {}
   actual |= _images(*num_images) if num_images else {}
   free = _FREE | set(free_fields) | ({_SOURCE, _LABELLED, _TEST} - set(actual))
-  # Elsewhere the name of a data set says nothing about its images.
+  # With other sources, the name of a data set does not identify its images.
   if fields["data.source"] not in ("tfds", "bundled"):
     free |= {"data.name"}
   return tuple(

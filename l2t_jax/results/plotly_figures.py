@@ -22,13 +22,13 @@ def draw_curves(
 ) -> graph_objects.Figure:
   """Draw a metric over the epochs: one line per run, one colour per method.
 
-  Runs of the same method on other data have another colour.
+  Runs of one method on different data have different colours.
 
   Args:
     runs: from `run_reader.find_runs`.
     metric: its name in metrics.jsonl.
-    title: of the y axis.
-    factor: what values are multiplied by.
+    title: title of the y axis.
+    factor: factor by which values are multiplied.
 
   Returns:
     The figure; its legend shows and hides all runs of a colour.
@@ -44,6 +44,7 @@ def draw_curves(
       mode=_mode(run.epochs),
       name=name,
       legendgroup=name,
+      # One entry in the legend for all runs of a colour.
       showlegend=name not in names[:i],
       hovertemplate=f"{html.escape(run.name)}<br>epoch %{{x}}: %{{y:.4g}}"
       "<extra></extra>",
@@ -55,7 +56,7 @@ def draw_curves(
 
 
 def _legend_names(runs):
-  """Name each run by its method, and by its data if they are not all equal."""
+  """Name each run by its method, and by its data if these differ."""
   methods = [run.config["method"] for run in runs]
   fields = [run.config["data"] for run in runs]
   data = [one["name"] or pathlib.Path(one["path"]).name for one in fields]
@@ -74,6 +75,7 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
   Args:
     content: of a transfer_map.json.
   """
+  # Fixed weights are the same in all epochs and need no slider.
   epochs = content["epochs"][-1:] if content["fixed"] else content["epochs"]
   figure = graph_objects.Figure(
     graph_objects.Heatmap(
@@ -85,6 +87,7 @@ def draw_map(content: Mapping[str, Any]) -> graph_objects.Figure:
       "<extra></extra>",
       colorscale="Blues",
       showscale=False,
+      # One colour scale for all epochs.
       zmin=0,
       zmax=max(2.0, *(max(pair["history"]) for pair in content["pairs"])),
       xgap=2,
@@ -132,7 +135,7 @@ def _add_slider(figure, content, epochs):
 
 
 def _map_cells(content: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-  """Return the pair weights of an epoch, and what a cell says when hovered."""
+  """Return the pair weights of an epoch, and the hover text of each cell."""
   sources = [tap["name"] for tap in content["source_taps"]]
   targets = [tap["name"] for tap in content["target_taps"]]
   index = content["epochs"].index(epoch)
@@ -175,7 +178,7 @@ def draw_history(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def draw_channels(content: Mapping[str, Any]) -> graph_objects.Figure:
-  """Draw the channel weights, by size, of the pair chosen from a menu.
+  """Draw the sorted channel weights of a pair; a menu selects the pair.
 
   Args:
     content: of a transfer_map.json.

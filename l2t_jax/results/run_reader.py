@@ -1,4 +1,4 @@
-"""Read what runs left in their folders, and state their accuracies."""
+"""Read the files in the folders of runs, and format their accuracies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from l2t_jax import errors
 from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
-TRIALS = "tuning_trials"  # Folder of the runs by which a cell is tuned.
-UNKNOWN = "–"  # Stands for a number that is not known.
-# Beside those of the optimizer, in `recipe`.
+TRIALS = "tuning_trials"  # Folder of the runs that tune a table's cell.
+UNKNOWN = "–"  # Printed in place of an unknown number.
+# Fields of `recipe` in addition to those of the optimizer.
 _RECIPE_FIELDS = (
   *("target.label_smoothing", "data.augment", "data.rand_augment"),
   *("data.rand_augment_magnitude", "data.color_jitter", "data.random_erasing"),
@@ -55,7 +55,7 @@ class Accuracies(NamedTuple):
     return statistics.stdev(self.values) if len(self.values) > 1 else None
 
   def text(self, *, std: bool = True, unit: bool = False) -> str:
-    """Format as "mean ± std", followed by " %" if asked for and in %."""
+    """Format as "mean ± std"; `unit` appends " %" to percentages."""
     if self.mean is None:
       return UNKNOWN
     # Accuracies that are not in % can have any scale.
@@ -69,7 +69,7 @@ class Accuracies(NamedTuple):
 def accuracies(
   summaries: Sequence[Mapping[str, Any]], name: str, in_percent: bool
 ) -> Accuracies:
-  """Collect an accuracy, such as "test_accuracy", of those that have it."""
+  """Collect an accuracy, such as "test_accuracy", if a summary has it."""
   factor = 100 if in_percent else 1
   return Accuracies(
     tuple(
@@ -82,12 +82,12 @@ def accuracies(
 
 
 class Run(NamedTuple):
-  """What a run left in its folder."""
+  """The content of a run's folder."""
 
   workdir: pathlib.Path
-  name: str  # Its path below the folder that all runs have in common.
+  name: str  # Its path, relative to the common parent folder of all runs.
   config: dict[str, Any]
-  experiment: str  # Equal for runs that differ in their seed alone.
+  experiment: str  # Equal for runs that differ only in their seeds.
   summary: dict[str, Any] | None  # None if the run is not finished.
   epochs: list[dict[str, Any]]  # Records of kind "epoch" in metrics.jsonl.
   map: dict[str, Any] | None  # transfer_map.json, if there is one.
@@ -121,10 +121,10 @@ def find_runs(
   """Read all runs in some folders.
 
   Args:
-    folders: folders of runs, or folders that are searched for runs. The runs
-      of a table's tuning are passed over.
-    free_fields: dotted names of the fields of a config that may differ between
-      two runs of one experiment, beside the seed.
+    folders: folders of runs, or folders that are searched for runs. A table's
+      tuning runs are skipped.
+    free_fields: dotted names of the config fields, in addition to the seed, in
+      which runs of one experiment may differ.
 
   Returns:
     The runs, sorted by path within each folder.
@@ -134,6 +134,7 @@ def find_runs(
       is damaged.
   """
   configs: dict[pathlib.Path, dict[str, Any]] = {}
+  # Keyed by resolved paths: a run that is found twice counts once.
   for folder in folders:
     found = {}
     for path in sorted(folder.rglob("config.json")):
@@ -191,7 +192,7 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_experiment(runs: Sequence[Run]) -> list[list[Run]]:
-  """Group runs that differ in their seed alone."""
+  """Group runs that differ only in their seeds."""
   groups: dict[str, list[Run]] = {}
   for run in runs:
     groups.setdefault(run.experiment, []).append(run)

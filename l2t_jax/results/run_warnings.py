@@ -12,7 +12,7 @@ _SATURATED = 5.9  # A pair weight above this is at relu6's ceiling.
 
 
 def find_warnings(runs: Sequence[run_reader.Run]) -> list[str]:
-  """List what a reader of results should not overlook.
+  """List the warnings about runs, for readers of their results.
 
   Args:
     runs: from `run_reader.find_runs`.
@@ -47,6 +47,7 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
     elif dead:
       limit = transfer_map.IGNORED
       yield f"{dead} of {len(weights)} pairs are dead (weight below {limit})"
+    # Without a look-ahead, pair weights are a softmax and have another maximum.
     saturated = sum(weight > _SATURATED for weight in weights)
     is_relu6 = run.config["transfer"]["pair_activation"] == "relu6"
     method = objectives.get_method(run.config["method"])
@@ -90,7 +91,7 @@ def _validation_text(group):
 
 
 def _task_of(run):
-  """Return all settings that scratch reads, as text to compare."""
+  """Return all settings that the method scratch reads, as comparable text."""
   free = ("target.taps", "data.unlabeled", "data.num_workers")
   names = ("target", "epochs", "batch_size", "optimizer", "data")
   fields = run_reader.flatten({name: run.config[name] for name in names})

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import axes, figure, lines
 import numpy as np
 
-# Okabe and Ito's colours for the colour-blind, darkened enough to carry text.
+# Okabe and Ito's palette for colour-blind readers, darkened for use as text.
 COLORS = ("#0072B2", "#C44E00", "#00805C", "#A8478F", "#222222", "#8A6D00")
 GREY, INK, SOFT = "#B4B4B4", "#222222", "#666666"
 WIDTH = 10.0  # Inches. A README shows it at about 90 pixels per inch.
@@ -64,13 +64,14 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
   cut = lambda name: f"{name[:half]}…{name[half + 1 - width :]}"
   short = [name if len(name) <= width else cut(name) for name in names]
   if len(set(short)) < len(set(names)):
+    # The shortened names are ambiguous: end each with its number.
     cut = lambda name: f"{name[: width - 4]}…{names.index(name) + 1}"
     short = [name if len(name) <= width else cut(name) for name in names]
   return [name.replace("$", r"\$") for name in short]
 
 
 def name_lines(ax: axes.Axes, named: Sequence[lines.Line2D]) -> None:
-  """List labelled lines at the right of `ax`, by falling last value."""
+  """Add a legend to the right of `ax`, sorted by decreasing last value."""
   last = lambda line: line.get_ydata()[-1:].tolist() or [-np.inf]
   ax.legend(
     handles=sorted(named, key=last, reverse=True),

@@ -1,4 +1,4 @@
-"""The content of transfer_map.json: what a run copied, and from where."""
+"""The content of transfer_map.json: what a run transferred, and from where."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Pair = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-  """What a transfer map records about a run, beside its weights."""
+  """What a transfer map records about a run, in addition to the weights."""
 
   method: str
   source_taps: Sequence[Tap]  # Input side first.
@@ -33,14 +33,15 @@ class Setting(NamedTuple):
   sources: Sequence[str] = ()
   frozen: bool = False  # Whether all weights were taken from another map.
   maximum: float = 6.0  # Upper bound of learned pair weights, or inf.
-  # Source tap -> what its features were divided by; {} for nothing.
+  # Source tap -> divisor of its features; {} if they were not scaled.
   scales: Mapping[str, float] = {}
 
 
 def strongest_first(content: Mapping[str, Any]) -> list[Pair]:
-  """Sort a map's pairs by falling pair weight.
+  """Sort a map's pairs by decreasing pair weight.
 
-  Among equals, those in which the smallest share of channels matters go first.
+  Pairs of equal weight are sorted by the share of channels that matter,
+  smallest first.
   """
   share = lambda pair: pair["channel_concentration"] / pair["num_channels"]
   rank = lambda pair: (-pair["pair_weight"], share(pair))
@@ -48,7 +49,7 @@ def strongest_first(content: Mapping[str, Any]) -> list[Pair]:
 
 
 def scales_of(content: Mapping[str, Any]) -> dict[str, float]:
-  """Return source tap -> what its features were divided by; {} for nothing."""
+  """Return source tap -> divisor of its features; {} if not scaled."""
   taps = content["source_taps"]
   return {tap["name"]: tap["scale"] for tap in taps if "scale" in tap}
 
@@ -151,7 +152,7 @@ def collect(
 
 
 def _pair_fields(key, records) -> dict[str, Any]:
-  """Return a pair's weight in each epoch, and its share of the last sum."""
+  """Return a pair's weight in each epoch, and its share of the total."""
   history = [float(r["pair_weights"].get(key, np.nan)) for r in records]
   _check_finite(key, history)
   total = sum(records[-1]["pair_weights"].values())
@@ -164,7 +165,7 @@ def _pair_fields(key, records) -> dict[str, Any]:
 
 
 def _channel_fields(key, weights) -> dict[str, Any]:
-  """Return a pair's channel weights, and which of them are the largest."""
+  """Return a pair's channel weights, and the channels with the largest."""
   weights = np.asarray(weights, np.float64)
   num_channels = len(weights)
   _check_finite(key, weights)
@@ -196,18 +197,18 @@ def _check_finite(key, weights) -> None:
 def read_weights(
   path: pathlib.Path | str,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-  """Read the weights of a `transfer_map.json`, to use them as fixed ones.
+  """Read the weights of a `transfer_map.json`, to use them as fixed weights.
 
   Args:
     path: the file.
 
   Returns:
-    (channel, pair): "source->target" -> channel weights [C_m], which sum to 1,
-    and -> pair weight; both in the file's order.
+    (channel, pair), both in the file's order: "source->target" -> channel
+    weights [C_m], which sum to 1; and "source->target" -> pair weight.
 
   Raises:
-    InputError: the file is missing, is no transfer map, or holds weights that
-      no run can have.
+    InputError: the file is missing, is not a transfer map, or holds weights
+      that no run can have.
   """
   path = pathlib.Path(path)
   try:
@@ -235,6 +236,7 @@ def read_weights(
         " a source, a target, a pair_weight of 0 or more, and num_channels"
         " channel_weights of 0 or more that sum to 1."
       ) from error
+  # A pair that is listed twice has overwritten its first entry.
   if len(channel) < len(pairs):
     raise errors.InputError(f"{path} holds a pair twice; delete one of them.")
   if not any(weight.values()):
@@ -245,7 +247,7 @@ def read_weights(
 
 
 def read_scales(path: pathlib.Path | str) -> dict[str, float]:
-  """Return what a map's source taps were divided by; see `scales_of`.
+  """Return the divisors of a map's source features; see `scales_of`.
 
   Args:
     path: a file that `read_weights` accepts.
@@ -255,7 +257,10 @@ def read_scales(path: pathlib.Path | str) -> dict[str, float]:
 
 
 def _read_pair(pair: Pair) -> tuple[np.ndarray, float]:
-  """Return (channel weights, pair weight) of an entry that a user may edit."""
+  """Return (channel weights, pair weight) of an entry, or raise.
+
+  Users may edit the file: the errors become part of a message to them.
+  """
   weights = np.asarray(pair["channel_weights"], np.float64)
   weight = np.asarray(pair["pair_weight"], np.float64)
   if weight.shape or weights.shape != (pair["num_channels"],):
@@ -263,7 +268,7 @@ def _read_pair(pair: Pair) -> tuple[np.ndarray, float]:
       f"shapes are {weight.shape} and {weights.shape}, not () and"
       f" ({pair['num_channels']},)"
     )
-  # Comparisons with NaN are false.
+  # Not `weight < 0 or ...`: comparisons with NaN are false.
   if not (0 <= weight < np.inf and (weights >= 0).all()):
     raise ValueError("a weight is negative or not finite")
   if not abs(weights.sum() - 1) <= 1e-3:

@@ -1,8 +1,8 @@
 """An experiment: what is trained, as objects and numbers.
 
 `from_config.resolve` makes one from a config, `fit.fit` from objects, and
-`train.train` trains it. Networks, images and losses are there as objects, never
-as names that have to be looked up.
+`train.train` trains it. It holds networks, images and losses as objects, not as
+names that have to be looked up.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ class Source(NamedTuple):
   """A trained network whose features are transferred."""
 
   network: models.Network
-  # None if the network is an NNX module, which holds them.
+  # None if the network is an NNX module, which holds its own parameters.
   params: types.PyTree | None = None
-  # Its other collections, such as {"batch_stats": ...}.
+  # The other variable collections, such as {"batch_stats": ...}.
   model_state: types.PyTree | None = None
   # Names or globs of layers; () for the last block of each resolution.
   taps: str | tuple[str, ...] = ()
-  # The images that it was trained on; 0 and () mean those of the target.
+  # Format of the images that it was trained on; 0 and () for the target's.
   image_size: int = 0  # Height and width in pixels.
   channels: int = 0
   mean: tuple[float, ...] = ()  # On a scale from 0 to 1.
   std: tuple[float, ...] = ()
-  # Channels of the target's images that it sees, in its order; () for all.
+  # Indices of the target's image channels that it gets as input, in the order
+  # that it expects; () for all.
   bands: tuple[int, ...] = ()
   class_names: tuple[str, ...] = ()  # () if unknown.
-  has_classifier: bool = True  # False if its outputs are no logits.
+  has_classifier: bool = True  # False if its outputs are not logits.
   origin: str = ""  # The file that it was read from, for messages.
 
 
@@ -56,7 +57,7 @@ class Transfer(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-  """Of the real update and the look-ahead; config.optimizer."""
+  """The optimizer of real update and look-ahead; config.optimizer."""
 
   name: str
   learning_rate: float
@@ -72,7 +73,7 @@ class Optimizer(NamedTuple):
 
 
 class Meta(NamedTuple):
-  """Adam of the meta update; config.meta."""
+  """Adam for the meta update; config.meta."""
 
   learning_rate: float
   weight_decay: float
@@ -92,8 +93,8 @@ class Bilevel(NamedTuple):
 class Settings(NamedTuple):
   """The numbers of an experiment: fields of a config, by the same names.
 
-  l2t_jax/config.py holds their meanings, rules and defaults: what the paper
-  fixes stands in the configs, not here.
+  l2t_jax/config.py documents them and has their rules and defaults. The paper's
+  values are in the configs, not here.
   """
 
   method: str
@@ -133,10 +134,10 @@ class Experiment(NamedTuple):
   description: Mapping[str, Any] | None = None
   # Fields of the description in which a resumed run may differ.
   free_fields: tuple[str, ...] = ()
-  # Field of the description that is a path -> digest of what is there. Runs
-  # may differ in the path if the digests agree.
+  # Field of the description that is a path -> digest of the files there. A
+  # resumed run may have another path if the digests agree.
   contents: Mapping[str, str] = {}
-  label_smoothing: float = 0.0  # Of classes, in training.
+  label_smoothing: float = 0.0  # In training only.
 
   @property
   def method(self) -> objectives.Method:
@@ -145,7 +146,7 @@ class Experiment(NamedTuple):
 
   @property
   def pair_activation(self) -> str:
-    """What turns g's outputs into λ; pairs compete without a look-ahead."""
+    """Activation of g's outputs; without a look-ahead, a softmax over pairs."""
     if self.method.looks_ahead:
       return self.settings.transfer.pair_activation
     return "softmax"
@@ -153,7 +154,7 @@ class Experiment(NamedTuple):
   def largest_pair_weight(self, num_pairs: int) -> float:
     """Return the upper bound of pair weights, or inf."""
     if "afd" in self.method.losses:
-      return 1.0
+      return 1.0  # A softmax over the pairs of a source tap.
     return transfer.largest_pair_weight(self.pair_activation, num_pairs)
 
 
@@ -164,6 +165,8 @@ def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     description: of an experiment, or the content of a run's config.json.
   """
   fields = traverse_util.flatten_dict(dict(description), sep=".")
+  # Different values of eval_resize can mean the same: 0 stands for a default,
+  # and images in memory do not use it.
   size, resize = "data.image_size", "data.eval_resize"
   if size in fields and resize in fields:
     fields[resize] = data.resized_for_evaluation(fields[size], fields[resize])
@@ -171,10 +174,10 @@ def comparable(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:
-  """Describe an experiment of objects as the config of a file would.
+  """Describe an experiment made of objects in the form of a config.
 
-  Arrays, weights and networks become names with digests, so that a folder with
-  a run of other ones is recognised.
+  Arrays, weights and networks become names with digests, so that a folder that
+  holds a run with different ones is recognised.
   """
   sources = {
     name: {
@@ -197,7 +200,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   if experiment.task is not objectives.CLASSIFICATION:
     task = " ".join(map(_name_of_function, experiment.task))
   target, variables = experiment.target, None
-  if isinstance(target, nnx.Module):  # It starts from the values that it has.
+  if isinstance(target, nnx.Module):  # Trained from its current values.
     variables = variables_of(Source(target))
   settings = _as_dict(experiment.settings)
   losses = settings.pop("losses")
@@ -220,7 +223,8 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   if experiment.frozen and not experiment.settings.transfer.map:
     digest = fingerprints.fingerprint(experiment.frozen)
     described["transfer"]["map"] = f"map {digest}"
-  return json.loads(json.dumps(described))  # With lists, as read from a file.
+  # Tuples become lists, as if read from a config.json.
+  return json.loads(json.dumps(described))
 
 
 def _describe_images(images, reading):
@@ -229,14 +233,14 @@ def _describe_images(images, reading):
   del fields["in_memory"]  # Not a field of a config.
   parts = (images.train, images.test or images.train)
   if reading.source and any(part.pixels is None for part in parts):
-    return fields  # Files that source, name and path identify.
+    return fields  # Files, which source, name and path identify.
   arrays = [(part.pixels, part.labels, part.targets) for part in parts]
   told = (arrays, images.num_official_val, images.class_names)
   return fields | {"source": "arrays", "name": fingerprints.fingerprint(told)}
 
 
 def as_patterns(taps: str | tuple[str, ...]) -> tuple[str, ...]:
-  """Return a single name or glob as a tuple, several as they are."""
+  """Return taps as a tuple: a string is a single name or glob."""
   return (taps,) if isinstance(taps, str) else tuple(taps)
 
 
@@ -270,7 +274,7 @@ def _name(network):
 def _describe(network, variables):
   """Name a network so that different ones have different names."""
   what = getattr(network, "digest", "")
-  # The representation of a function changes from process to process.
+  # Not for functions, whose repr differs between processes.
   if isinstance(network, nn.Module):
     what = _without_addresses(repr(network))
   digest = fingerprints.fingerprint((what, variables))
@@ -280,7 +284,7 @@ def _describe(network, variables):
 def _name_of_function(function):
   if hasattr(function, "__qualname__"):
     return f"{function.__module__}.{function.__qualname__}"
-  return _without_addresses(repr(function))  # A partial, say.
+  return _without_addresses(repr(function))  # For example of a partial.
 
 
 def _without_addresses(text):

@@ -1,6 +1,6 @@
-"""The scale of each source tap, for losses that do not depend on it.
+"""Measure the scale of each source tap, to make β comparable across sources.
 
-Magnitudes of features differ by orders between networks and layers. With
+Features of different networks and layers differ by orders of magnitude. With
 config.transfer.feature_scale="std" the features of each tap are divided by one
 number, so that a weight of the matching loss means the same for all sources.
 """
@@ -20,10 +20,10 @@ from l2t_jax.run import setup as setups
 from l2t_jax.run.sources import FEATURE_SCALE
 from l2t_jax.runtime import compilation, phases, sharding
 
-# Images that a scale is measured on, in whole batches.
+# Images on which scales are measured, rounded up to whole batches.
 _NUM_IMAGES = 2048
-# Smallest scale, as a share of the root mean square: what hardly varies is not
-# blown up.
+# Smallest scale, as a share of the root mean square, so that features that are
+# almost constant are not blown up.
 _FLOOR = 1e-3
 
 
@@ -32,19 +32,19 @@ _FLOOR = 1e-3
 def measure(setup: setups.Setup) -> dict[str, float]:
   """Measure the standard deviation of each source tap.
 
-  It is taken over training images, augmented as for training but not mixed, all
-  positions and all channels. All processes must call this.
+  It is taken over all positions and channels of training images, augmented as
+  in training but not mixed. All processes must call this.
 
   Args:
-    setup: of the experiment.
+    setup: setup of the experiment.
 
   Returns:
-    Tap, named as in pairs -> its scale.
+    Source tap, by its name in pairs -> its scale.
 
   Raises:
     errors.InputError: a feature is NaN or infinite.
   """
-  # Not the order of the experiment's seed: seeds that train together share it.
+  # Seed 0 for all: seeds that train together share the scales.
   batches = setup.dataset.with_seed(0).train_batches(0)
   batch_size = len(setup.blank_batch.images) * jax.process_count()
   num_batches = -(-_NUM_IMAGES // batch_size)
@@ -63,6 +63,7 @@ def measure(setup: setups.Setup) -> dict[str, float]:
   ]
   scales = {}
   for tap in setup.source_taps:
+    # In float64, because the variance below is a difference of large numbers.
     mean, mean_square = np.mean(
       [np.float64(jax.device_get(one[tap])) for one in found], axis=0
     )
@@ -73,6 +74,7 @@ def measure(setup: setups.Setup) -> dict[str, float]:
       )
     floor = _FLOOR * np.sqrt(mean_square)
     std = np.sqrt(max(mean_square - mean**2, 0.0))
+    # 1 if all features of the tap are 0.
     scales[tap] = float(max(std, floor)) or 1.0
   return scales
 
@@ -83,7 +85,7 @@ def set_scales(
   """Replace the scales among the variables of sources.
 
   Args:
-    sources: `Setup.sources`; their scales are 1.
+    sources: `Setup.sources`, whose scales are 1.
     scales: from `measure`.
   """
 

@@ -14,7 +14,7 @@
     result.figure()
     logits = result.predict(new_images)
 
-It is what `train.py` does, with objects in the place of files.
+It does what `train.py` does, with objects in place of files.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ SourceLike = experiments.Source | str | os.PathLike[str]
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Return the fields of l2t_jax/config.py, to be changed for `fit`.
+  """Return the fields of l2t_jax/config.py, with defaults suited to `fit`.
 
-  data.mean and data.std are (): those of the training images. Source features
-  are divided by their standard deviation (transfer.feature_scale), so that one
-  beta suits networks of different kinds.
+  data.mean and data.std are (): they are computed from the training images.
+  transfer.feature_scale is "std": source features are divided by their standard
+  deviation, so that one β suits networks of different kinds.
   """
   config = l2t_jax.config.get_config()
   config.data.mean = config.data.std = ()
@@ -60,25 +60,25 @@ class Result(NamedTuple):
 
   predictor: predictors.Predictor  # Holds network, params and model_state.
   summary: dict[str, Any]  # Content of summary.json.
-  transfer_map: dict[str, Any] | None  # Of transfer_map.json.
-  workdir: pathlib.Path  # Everything else that `train.py` leaves.
+  transfer_map: dict[str, Any] | None  # Content of transfer_map.json.
+  workdir: pathlib.Path  # Holds all other files that `train.py` writes.
 
   def predict(self, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
     """Compute the target's outputs in eval mode.
 
     Args:
       images: [N, H, W] or [N, H, W, C], of the same type as in training.
-      batch_size: images at a time.
+      batch_size: images per forward pass.
 
     Returns:
-      Logits, or what else the network returns, [N, ...].
+      The outputs of the network, such as logits, [N, ...].
     """
     if self.predictor.image_format.channels == 1:
       images = _with_channels(images)
     return self.predictor.outputs(images, min(batch_size, len(images) or 1))
 
   def as_source(self, taps: str | tuple[str, ...] = ()) -> experiments.Source:
-    """Return the trained target as a source of other targets.
+    """Return the trained target as a source for other targets.
 
     Args:
       taps: names or globs of its layers; () for the default ones.
@@ -97,7 +97,7 @@ class Result(NamedTuple):
     )
 
   def figure(self) -> figure.Figure:
-    """Draw what was transferred where."""
+    """Draw the transfer map."""
     if self.transfer_map is None:
       raise errors.InputError(
         f"method {self.summary['method']!r} has no transfer map: only fm_* and"
@@ -115,27 +115,27 @@ def fit(
   task: types.Task | None = None,
   workdir: str | os.PathLike[str] | None = None,
 ) -> Result:
-  """Train a target with what its sources know.
+  """Train a target network, with transfer from its sources.
 
   Args:
     target: a Linen module; or an NNX module, or a function that makes one; or
-      `models.Functions`. An NNX module that exists starts from its values.
+      `models.Functions`. An NNX module is trained from its current values.
     arrays: "x_train", images [N, H, W] or [N, H, W, C] of uint8, uint16 or
-      float32, and "y_train", their classes [N], or "t_train", [N, ...], what
-      else `task` reads; the same with "_val" and "_test". What is missing of
-      these is split off.
-    source: what is transferred from, or the path of its weight file, for which
-      config.source has further fields; several with a name each; None for
-      methods that need none.
-    config: the fields of l2t_jax/config.py, from `default_config`. What the
-      objects say (data.source, image_size, channels, source, target.model and
-      task) is filled in.
+      float32, and "y_train", their classes [N], or "t_train", [N, ...], the
+      targets that `task` reads; the same with "_val" and "_test". A missing
+      validation or test set is split off the training images.
+    source: a `Source`, or the path of a weight file, whose options are in
+      config.source; or, for several sources, a dict of name -> either; None for
+      methods without a source.
+    config: the fields of l2t_jax/config.py, from `default_config`. The fields
+      that the objects determine (data.source, image_size, channels, source,
+      target.model and task) are filled in.
     task: what is learned; None for classification.
-    workdir: folder of the run, where it resumes if it was cut off; None for a
-      new one among the system's temporary files, where it stays.
+    workdir: folder of the run; an interrupted run resumes there. None for a new
+      folder in the system's temporary directory, which is not deleted.
 
   Returns:
-    The target and what is known of the run.
+    The trained target and the records of the run.
 
   Raises:
     errors.InputError: for arrays, networks and values that cannot work
@@ -166,7 +166,7 @@ def make_experiment(
   config: ml_collections.ConfigDict | None,
   task: types.Task | None,
 ) -> experiments.Experiment:
-  """Put together what `fit` trains; the arguments are its own."""
+  """Make the experiment that `fit` trains, from the arguments of `fit`."""
   compilation.use_cache()
   cpu_lowering.install()
   config = ml_collections.ConfigDict(
@@ -195,7 +195,7 @@ def make_experiment(
 
 
 def _as_sources(source, config):
-  """Return name -> source of what `fit` was given."""
+  """Return name -> source, from the argument `source` of `fit`."""
   nothing = l2t_jax.config.source()
   given = source if isinstance(source, Mapping) else {"": source}
   found = {}
@@ -219,7 +219,7 @@ def _as_sources(source, config):
 
 
 def _check_unset(fields, nothing):
-  """Refuse fields that only a source from a file has."""
+  """Reject fields that are only read for a source from a file."""
   for field, value in fields.items():
     if field != "weights" and value != nothing[field]:
       raise errors.InputError(
@@ -229,7 +229,7 @@ def _check_unset(fields, nothing):
 
 
 def _fit_to_images(config, arrays):
-  """Set the fields that say what the images are."""
+  """Set the fields that describe the images."""
   images = _with_channels(arrays["x_train"])
   height, width, channels = images.shape[1:]
   if height != width:
@@ -237,7 +237,8 @@ def _fit_to_images(config, arrays):
       f"images are {height}x{width}; they must be square: crop or resize them"
     )
   config.data.image_size, config.data.channels = height, channels
-  config.data.eval_resize = height  # Large ones are evaluated as they are.
+  # Evaluate images without resizing them, however large they are.
+  config.data.eval_resize = height
 
 
 def _with_channels(images):

@@ -1,7 +1,7 @@
 """Turn a config into an experiment, and train it.
 
 The other modules of this folder take objects and numbers. Besides this one,
-only `cells` (a table) and `fit` (for the numbers) read configs.
+only `cells` (for a table) and `fit` (for its numbers) read configs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def train_and_evaluate(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]],
 ) -> list[dict[str, Any]]:
-  """Train what a config says, resuming where an earlier call was cut off.
+  """Train the experiment of a config, resuming interrupted runs.
 
   Args:
     config: the fields of l2t_jax/config.py; `seed` is not read.
@@ -54,7 +54,7 @@ def check(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]] | None = None,
 ) -> None:
-  """Refuse a config that cannot run, before anything is loaded or written.
+  """Reject a config that cannot run, before anything is loaded or written.
 
   Args:
     config: the fields of l2t_jax/config.py, except `seed`.
@@ -75,6 +75,7 @@ def check(
       l2t_jax.config.FREE_FIELDS,
       contents(config),
     )
+    # Nothing is left to train: no need for weights or trackers.
     if all(train.is_complete(w, config.epochs) for w in workdirs.values()):
       return
   begun = [train.has_begun(w) for w in (workdirs or {}).values()]
@@ -152,10 +153,10 @@ def load_source(
 
 
 def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Return field -> digest of the files that it names; "" where none are.
+  """Return field -> digest of the files that it names; "" if there are none.
 
-  A folder's is that of the relative names and sizes of its images, a file's
-  that of its bytes, and a run's that of its target.
+  The digest of a folder covers the relative names and sizes of its images, that
+  of a file its bytes, and that of a run the file of its target.
   """
   paths = {
     name: l2t_jax.config.get(config, name) for name in l2t_jax.config.PATHS
@@ -167,22 +168,22 @@ def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
       field = f"sources.{name}.weights" if name else "source.weights"
       paths[field] = fields.weights
   digests = {name: data.digest(path) for name, path in paths.items() if path}
-  if config.data.source == "tfds":  # A cache; the name says what is read.
+  if config.data.source == "tfds":  # A cache; data.name identifies the images.
     digests["data.path"] = ""
   return digests
 
 
 def data_fields(config: ml_collections.ConfigDict) -> data.DataFields:
-  """Take the fields of the images out of a config."""
+  """Extract the fields about images from a config."""
   fields = config.data.to_dict()
   if not objectives.get_method(config.method).losses:
-    # No loss of this method reads images without labels.
+    # No loss of this method reads unlabelled images.
     fields |= {"unlabeled": False, "unlabeled_path": ""}
   return data.DataFields(**fields)
 
 
 def settings(config: ml_collections.ConfigDict) -> experiments.Settings:
-  """Take the numbers out of a config."""
+  """Extract the settings from a config."""
   fields = config.to_dict()
   fields["losses"] = {name: fields[name] for name in l2t_jax.config.LOSS_GROUPS}
   return experiments.Settings(
@@ -194,7 +195,7 @@ def settings(config: ml_collections.ConfigDict) -> experiments.Settings:
 
 
 def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:
-  """Read the weights that config.transfer.map names; None for no such file."""
+  """Read the map that config.transfer.map names; None if it names none."""
   path = config.transfer.map
   if not path:
     return None
@@ -209,10 +210,10 @@ def load_map(config: ml_collections.ConfigDict) -> transfer.TransferMap | None:
 
 
 def _check_num_outputs(target, images, reading, num_classes):
-  """Require config.target.num_outputs where an image has several targets.
+  """Require config.target.num_outputs if images have several targets.
 
-  A single output would be compared with all of them, by broadcasting. Which
-  number is right only the user knows: a target may be one class among many.
+  By broadcasting, a single output would silently be compared with all of them.
+  Only the user knows the right number: a target may be one class among many.
   """
   targets = images.train.targets
   if targets is None or targets.ndim != 2:

@@ -1,6 +1,6 @@
 """The training loop: iterations, evaluations, records and checkpoints.
 
-Seeds may train together; `Seed` holds what belongs to one of them.
+Several seeds may train together; a `Seed` holds what belongs to one of them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from l2t_jax.runtime import (
   signals,
 )
 
-# The user is told when waiting for images takes more than this share of an
-# epoch and this many seconds.
+# The user gets a hint if waiting for images takes more than this share of an
+# epoch and more than this many seconds.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
-_MAX_SKIPS = 20  # Consecutive iterations; after these the run ends.
+_MAX_SKIPS = 20  # The run ends after this many consecutive skipped iterations.
 
 
 @dataclasses.dataclass
@@ -112,6 +112,7 @@ class Seed:
     first = step - len(iterations) + 1
     kept = []
     for number, values in enumerate(iterations, start=first):
+      # Without bad_numbers=skip the metrics have no entry "skipped".
       self.skips = self.skips + 1 if values.get("skipped") else 0
       if "skipped" not in values:
         self.check_finite(values, number, pairs)
@@ -194,18 +195,18 @@ class Loop:
     display: logs.Progress,
     requests: signals.StopRequests,
   ):
-    """Put together what the loop needs.
+    """Prepare the loop.
 
     Args:
       setup: what is trained.
       trainer: owner of the state.
-      seeds: those that train together, in the trainer's order.
+      seeds: the seeds that train together, in the trainer's order.
       display: progress shown to the user.
       requests: signals that ask the run to stop.
     """
     self._setup, self._trainer, self._seeds = setup, trainer, seeds
     self._display, self._requests = display, requests
-    # The settings of the seeds differ in nothing but the seed.
+    # The settings of all seeds are the same, except for the seed.
     self._settings = seeds[0].experiment.settings
     self._steps_per_epoch = setup.dataset.steps_per_epoch
     self._since = time.time()
@@ -231,6 +232,8 @@ class Loop:
     settings, seeds = self._settings, self._seeds
     epoch, start = divmod(step, self._steps_per_epoch)
     last_step = step - start + self._steps_per_epoch
+    # Metrics that are still on the device: fetching those of each iteration
+    # would make the host wait for it.
     pending = []
     streams = [seed.dataset.train_batches(epoch, start) for seed in seeds]
     begin = since = time.time()
@@ -245,6 +248,7 @@ class Loop:
       every = settings.checkpoint_steps
       saves = leaves or (every and step % every == 0 and not is_last)
       ends_interval = is_last or step % settings.log_every == 0
+      # Checkpoints contain the averages of the iterations so far.
       if ends_interval or saves:
         self._average(pending, step)
         pending = []
@@ -271,8 +275,9 @@ class Loop:
   def _advise(self, waited, trained):
     """Tell the user if training waited for images.
 
-    Those in memory are made on the device, behind the iterations before: one
-    who waits for them waits for iterations.
+    This is only measured for streamed images. Batches of images in memory are
+    computed on the device, after the iterations that are queued there: waiting
+    for such a batch is waiting for those iterations.
     """
     if not self._seeds[0].experiment.reading.is_streamed:
       return
@@ -296,6 +301,7 @@ class Loop:
       seed.check_finite(named, step)
       is_best.append(result["accuracy"] > seed.progress["val_accuracy"])
     test: Sequence[Mapping[str, float]] = [{}] * len(self._seeds)
+    # One program evaluates all seeds: run it if any of them is at its best.
     if any(is_best) and settings.evaluate_test:
       test = self._trainer.evaluate("test")
     for index, seed in enumerate(self._seeds):
@@ -323,6 +329,7 @@ class Loop:
   def _save(self, step):
     """Save a checkpoint of each seed, with the seconds spent on it so far."""
     now = time.time()
+    # Seeds that train together share the time equally.
     for index, seed in enumerate(self._seeds):
       seed.progress["seconds"] += (now - self._since) / len(self._seeds)
       seed.save(step, self._trainer.state_of(index))
@@ -377,6 +384,7 @@ def _save_target(setup, seed, target, epoch):
   model = description["target"]["model"]
   if seed.experiment.method.trains != "target":
     model = weight_files.SOURCE_AND_CLASSIFIER
+  # All processes take part in the collective, but only process 0 writes.
   variables = sharding.gather({"params": target.params, **target.model_state})
   if not distributed.is_first():
     return

@@ -1,4 +1,4 @@
-"""What a run will need, before it is started: train.py --plan."""
+"""Estimate the memory and time of a run before it starts: train.py --plan."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NUM_TIMED = 3
 
 
 class Plan(NamedTuple):
-  """Sizes, and what each way to compute the hypergradient costs."""
+  """Sizes, and the cost of each mode of the hypergradient."""
 
-  num_parameters: dict[str, int]  # By part: target, regressors, f and g.
-  programs: dict[str, compilation.Program]  # By mode; "" without meta update.
+  num_parameters: dict[str, int]  # Per part: target, regressors, f and g.
+  programs: dict[str, compilation.Program]  # Per mode; "" without meta update.
   chosen: str  # The mode that training would use.
   seconds: float  # Per iteration in that mode.
   steps_per_epoch: int
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def make(experiment: experiments.Experiment) -> Plan:
-  """Compile an iteration in the modes that training may use; time the chosen.
+  """Compile an iteration in each mode that training may use, and time one.
 
   Args:
     experiment: what would be trained.
@@ -41,6 +41,7 @@ def make(experiment: experiments.Experiment) -> Plan:
   with jax.default_matmul_precision(precision):
     setup = setups.build(experiment)
     batch = sharding.shard(setup.blank_batch, setup.mesh)
+    # Without a meta update, the program is the same in all modes.
     compiling = {
       mode: compilation.compile_ahead(
         setups.jit_step(setup, setup.state_shapes, mode=mode),
@@ -100,7 +101,7 @@ def _time(program, state, sources, batch):
     start = time.perf_counter()
     state, _ = jax.block_until_ready(program.call(state, sources, batch))
     times.append(time.perf_counter() - start)
-  return float(np.median(times[1:]))
+  return float(np.median(times[1:]))  # The first call warms up.
 
 
 def _duration(seconds):

@@ -1,4 +1,4 @@
-"""Pictures of what a source looks at, by uniform and learned weights."""
+"""Saliency pictures of a source, for uniform and for learned weights."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from l2t_jax.run import feature_scales, from_config, train
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import checkpoint
 
-_PICTURE_SIZE = 208  # Pixels at most; twice of what is shown.
-_NUM_PAIRS_SHOWN = 3  # Those whose saliency is shown, the strongest.
+_PICTURE_SIZE = 208  # Largest side in pixels; twice the size on the page.
+_NUM_PAIRS_SHOWN = 3  # Number of pairs with pictures, the strongest first.
 
 
 class Pictures(NamedTuple):
   """Saliency of some images for one pair."""
 
   pair: str
-  uniform: tuple[str, ...]  # Data URLs, image by image.
+  uniform: tuple[str, ...]  # One data URL per image.
   learned: tuple[str, ...]
 
 
 class Saliency(NamedTuple):
-  """What the source looks at, with uniform and with learned weights."""
+  """Saliency of the source, with uniform and with learned weights."""
 
   images: tuple[str, ...]  # Data URLs.
   pairs: tuple[Pictures, ...]
 
 
 def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
-  """Build a run again and look at validation images through its source.
+  """Rebuild a run and compute its source's saliency on validation images.
 
   Args:
-    run: one that learned channel weights.
-    num_images: how many images, evenly spaced in the validation split.
+    run: a run that learned channel weights.
+    num_images: number of images, evenly spaced in the validation split.
 
   Returns:
     Pictures of the run's strongest pairs.
 
   Raises:
-    errors.InputError: data, weights or checkpoints are no longer there, or the
-      run was made from objects in a notebook.
+    errors.InputError: data, weights or checkpoints no longer exist, or the run
+      was made from arrays in a notebook.
   """
   assert run.map is not None  # The run has learned channel weights.
   if run.config["data"]["source"] == "arrays":
@@ -96,6 +96,7 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
   pixels = np.asarray(images) * np.array(std) + np.array(mean)
   lowest, highest = setup.dataset.values
   pixels = (pixels - lowest) / (highest - lowest or 1)
+  # Images with other numbers of channels are shown in grey.
   if pixels.shape[-1] not in (1, 3):
     pixels = pixels.mean(axis=-1, keepdims=True)
   return Saliency(tuple(_picture(image) for image in pixels), tuple(pairs))
@@ -116,7 +117,7 @@ def _restore(run, state):
 
 
 def _spread_images(dataset, count):
-  """Validation images are often sorted by class: take some of all of them."""
+  """Return evenly spaced validation images, which may be sorted by class."""
   wanted = np.unique(np.linspace(0, dataset.num_val - 1, count).round())
   found, start = [], 0
   for batch in dataset.eval_batches("val"):
@@ -127,14 +128,14 @@ def _spread_images(dataset, count):
 
 
 def _heat(values):
-  """A map of values as a picture, its largest the brightest."""
-  # One pixel that stands out would leave the others black.
+  """Render a map of values as a picture, the largest values brightest."""
+  # With the maximum as scale, a single outlier would leave the rest black.
   scale = np.quantile(values, 0.99) or values.max() or 1.0
   return _picture(colormaps["inferno"](np.clip(values / scale, 0, 1))[..., :3])
 
 
 def _picture(values):
-  """[H, W, 1 or 3] from 0 to 1 -> a data URL."""
+  """Encode an image [H, W, 1 or 3], from 0 to 1, as a data URL."""
   pixels = np.clip(np.round(values * 255), 0, 255).astype(np.uint8)
   image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
   image.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))

@@ -39,7 +39,7 @@ from l2t_jax.runtime import (
 )
 
 CHECKPOINTS = "checkpoints"
-_CONTENTS = "contents.json"  # Field that is a path -> digest of its files.
+_CONTENTS = "contents.json"  # Maps fields that are paths to digests.
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Below any finite accuracy; that of a task may be a negated error.
 _WORST = -sys.float_info.max
@@ -48,14 +48,14 @@ _WORST = -sys.float_info.max
 def train(
   experiment: experiments.Experiment, workdir: str | os.PathLike[str]
 ) -> dict[str, Any]:
-  """Train an experiment, resuming where an earlier call was cut off.
+  """Train an experiment, or resume it if an earlier call was interrupted.
 
   Args:
     experiment: what is trained.
     workdir: folder of the run. Gets config.json, metrics.jsonl, tensorboard/,
       checkpoints/, target.safetensors (the target at its best validation
-      epoch), summary.json, and where features were matched transfer_map.json
-      and transfer_map.png.
+      epoch), summary.json and, if features were matched, transfer_map.json and
+      transfer_map.png.
 
   Returns:
     The content of summary.json.
@@ -75,12 +75,12 @@ def train(
 class Training:
   """Trains runs that differ only in their seeds.
 
-  Images, networks and compiled programs serve all of them: they are made in the
-  first call of `run` that needs them.
+  Images, networks and compiled programs are shared by all of them. They are
+  made in the first call of `run` that needs them.
   """
 
   def __init__(self, experiment: experiments.Experiment):
-    """Take what is trained.
+    """Store the experiment; nothing is loaded or compiled yet.
 
     Args:
       experiment: its `settings.seed` is not read.
@@ -109,8 +109,8 @@ class Training:
   ) -> list[dict[str, Any]]:
     """Train several seeds side by side, under `jax.vmap`.
 
-    Each seed computes what it computes alone, up to rounding. Runs that were
-    cut off resume, those that had come equally far together.
+    Each seed computes the same as on its own, up to rounding. Interrupted runs
+    resume; those that can resume at the same iteration do so together.
 
     Args:
       workdirs: seed -> folder of its run; see `train`.
@@ -157,7 +157,8 @@ class Training:
   def _run_group(self, group, requests):
     setup = self.build()
     if self._trainer is None or self._trainer.num_seeds != len(group):
-      self._trainer = None  # Its programs, before the next one has its own.
+      # Free the old trainer's programs before the new one compiles its own.
+      self._trainer = None
       self._trainer = trainers.Trainer(
         setup,
         len(group),
@@ -172,9 +173,10 @@ class Training:
 def completed(
   workdirs: Mapping[int, str | os.PathLike[str]], epochs: int
 ) -> dict[int, dict[str, Any]]:
-  """Return seed -> summary of the runs that have all epochs, and say so."""
+  """Return seed -> summary of the complete runs, and print which they are."""
   summaries = {}
   for seed, workdir in workdirs.items():
+    # Process 0 decides: the others may not see its latest files yet.
     if distributed.from_first(is_complete(workdir, epochs)):
       if distributed.is_first():
         print(f"{workdir} holds a complete run; nothing to do")
@@ -203,9 +205,9 @@ def check_folders(
 
   Args:
     description: of the experiment; its seed is not read.
-    workdirs: seed -> folder of its run, which need not be there.
-    free_fields: dotted names of those that may differ.
-    contents: dotted name of a field that is a path -> digest of what is there.
+    workdirs: seed -> folder of its run, which need not exist.
+    free_fields: dotted names of the fields that may differ.
+    contents: dotted name of a field that is a path -> digest of its files.
 
   Raises:
     errors.InputError: naming the fields that differ.
@@ -236,13 +238,15 @@ def check_folders(
     differences += [
       f"{field} {new[field]!r} holds other files than before"
       for field, digest in contents.items()
-      if digest  # What is missing is named when it is needed.
+      if digest  # Missing files are reported when they are needed.
+      # A run that has begun does not read init_from any more.
       and not (field == "init_from" and has_begun(workdir))
       and digest != before.get(field, digest)
       and old.get(field) == new.get(field)
     ]
     if differences:
       advice = "use another --workdir"
+      # More epochs are the only difference, but the schedule depends on them.
       if len(differences) == 1 and old.get("epochs", 0) < new["epochs"]:
         advice += (
           f", where --config.init_from={workdir} starts from what this run has"
@@ -255,7 +259,10 @@ def check_folders(
 
 
 def _only_goes_on(old, new):
-  """Return whether a run of more epochs goes on as if it had them before."""
+  """Return whether the new fields only add epochs, at a constant rate.
+
+  The other schedules depend on the number of epochs.
+  """
   schedules = {fields.get("optimizer.schedule") for fields in (old, new)}
   return schedules == {"constant"} and old["epochs"] <= new["epochs"]
 
@@ -271,19 +278,19 @@ def _first_group(workdirs):
   """Choose the runs that resume from the same iteration as the first."""
   steps = {w: checkpoint.steps_in(w / CHECKPOINTS) for w in workdirs}
   if set.intersection(*steps.values()):
-    return list(steps)  # Those that are ahead go back to it.
+    return list(steps)  # All go back to their newest common iteration.
   newest = [max(one, default=0) for one in steps.values()]
   return [w for w, step in zip(steps, newest, strict=True) if step == newest[0]]
 
 
 def _train(setup, trainer, group, requests):
-  """Train some seeds from where they are; return seed -> summary."""
+  """Train seeds together, from the start or a checkpoint; return summaries."""
   first, *_ = group.values()
   settings = first.settings
-  # While the training step compiles.
+  # Meanwhile the training step compiles in the background.
   states = [setup.create_state(run.settings.seed) for run in group.values()]
   tracking.import_trackers(settings.trackers)
-  # It may raise `DoesNotFit`, so before the folders change.
+  # Before any folder changes, because it may raise `DoesNotFit`.
   trainer.compile()
   display = logs.Progress(
     settings.epochs * setup.dataset.steps_per_epoch,
@@ -308,11 +315,11 @@ def _train(setup, trainer, group, requests):
       states = [
         _start_from(settings.init_from, state, setup.recipe) for state in states
       ]
-    # Only now: a run that cannot begin leaves no trace.
+    # Not earlier, so that a run that cannot start leaves no trace.
     for workdir, experiment in group.items():
       run_folder.write_json(workdir / "config.json", experiment.description)
       contents = run_folder.read_json(workdir / _CONTENTS) or {}
-      # Where files are gone, it stays known what they were.
+      # Keep the digests of files that no longer exist.
       contents |= {
         k: digest for k, digest in experiment.contents.items() if digest
       }
@@ -323,7 +330,7 @@ def _train(setup, trainer, group, requests):
       display.say(f"resuming after iteration {step}")
     display.begin(step)
     trainer.start(states, _scale_sources(setup, runs, display))
-    del states  # The copies would stay in the accelerator's memory.
+    del states  # Otherwise these arrays would stay in device memory.
     loop.Loop(setup, trainer, runs, display, requests).train(step)
   return _summarise(setup, trainer, runs)
 
@@ -344,12 +351,13 @@ def check_can_start_from(workdir: str) -> set[int]:
 
 
 def _start_from(workdir, state, recipe):
-  """Return a first state with what another run has learned."""
+  """Initialise a state with what another run has learned."""
   step = max(check_can_start_from(workdir))
   folder = pathlib.Path(workdir) / CHECKPOINTS
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:
-      # The other run may have had other optimizers.
+      # The other run may have used other optimizers: restore their states in
+      # the shapes of the checkpoint, and discard them.
       theirs = checkpoints.shapes(step, state.step.sharding)
       learned, _ = checkpoints.restore(
         step,
@@ -375,7 +383,7 @@ def _start_from(workdir, state, recipe):
 
 
 def _scale_sources(setup, runs, display):
-  """Return the sources with the scales that the runs began with."""
+  """Return the sources with feature scales, which a run measures only once."""
   settings = runs[0].experiment.settings
   if settings.transfer.feature_scale != "std" or not setup.source_taps:
     return setup.sources
@@ -390,7 +398,7 @@ def _scale_sources(setup, runs, display):
 
 
 def _open_logs(runs, step, stack):
-  """Open the logs of each seed after a step, in the process that writes."""
+  """Open the logs of each seed at a step, in the process that writes them."""
   if distributed.is_first():
     for run in runs:
       log = logs.MetricsLog(
@@ -409,7 +417,8 @@ def _restore(runs, states, display):
     (iterations done, states).
 
   Raises:
-    errors.StorageError: the only one is damaged, or the seeds share none.
+    errors.StorageError: the only checkpoint is damaged, or the seeds have no
+      checkpoint in common.
   """
   while True:
     shared = set.intersection(*(set(run.checkpoints.steps()) for run in runs))
@@ -530,7 +539,7 @@ def _summary(setup, trainer, run, num_seeds, seconds):
 
 
 def _headline(setup, experiment):
-  """Return lines on the network, the images and what the user should know."""
+  """Return lines about the network and the images, and notes for the user."""
   dataset = setup.dataset
   params = setup.state_shapes.inner.params["target"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -16,15 +16,15 @@ from l2t_jax.runtime import compilation, metrics, phases, sharding
 
 
 class DoesNotFit(Exception):
-  """Seeds that should train together need more memory than there is."""
+  """The seeds of a group need more memory together than the device has."""
 
 
 class Trainer:
   """Owns the state of a training and the programs that change it.
 
   Several seeds may train together, vectorised by `jax.vmap`. Their arrays then
-  share a leading axis, of which nothing outside this class knows: it takes and
-  returns one value per seed, in the order of the seeds.
+  have a leading axis of seeds, which is private to this class: its methods take
+  and return one value per seed, in the order of the seeds.
   """
 
   def __init__(
@@ -34,7 +34,7 @@ class Trainer:
 
     Args:
       setup: what is trained.
-      num_seeds: how many seeds train together.
+      num_seeds: number of seeds that train together.
       update_every: iterations per meta update.
     """
     self._setup, self.num_seeds = setup, num_seeds
@@ -77,7 +77,7 @@ class Trainer:
         break
     else:
       self._check_memory(program, mode)
-    # How the hypergradient is computed.
+    # The mode of the hypergradient; None without a meta update.
     self.mode = mode if self._setup.learns else None
     self.program = program
     self._without_meta = program
@@ -93,7 +93,7 @@ class Trainer:
     states: Sequence[types.TrainState],
     sources: Mapping[str, training.Variables],
   ) -> None:
-    """Take over what to train from.
+    """Set the states to train from, and the sources.
 
     Args:
       states: one per seed; they are donated.
@@ -108,7 +108,7 @@ class Trainer:
       )
 
   def drop_state(self) -> None:
-    """Free the memory of the state; `start` takes over the next one."""
+    """Free the memory of the state, until `start` sets the next one."""
     self._state = None
 
   def step(self, number: int, batches: Sequence[types.Batch]) -> metrics.Packed:
@@ -116,7 +116,7 @@ class Trainer:
 
     Args:
       number: iterations done before it.
-      batches: one per seed, this process's rows.
+      batches: one per seed, with the rows of this process.
 
     Returns:
       Metrics, for `fetch`.
@@ -148,6 +148,7 @@ class Trainer:
     assert self._state is not None
     eval_step = compilation.wait(self._compiling_eval).call
     variables = training.evaluated(self._state)
+    # All batches are dispatched before the host waits for the first result.
     totals = jax.device_get(
       [
         eval_step(variables, sharding.shard(batch, self._setup.mesh))
@@ -172,6 +173,7 @@ class Trainer:
       raise DoesNotFit(
         f"{self.num_seeds} seeds together need {program.memory_bytes} bytes"
       )
+    # `compilation.fits` keeps a reserve, which a single seed may use.
     if program.memory_bytes > compilation.memory_limit():
       mib = lambda size: f"{size / 2**20:,.0f} MiB"
       slimmer = ""
@@ -195,6 +197,7 @@ class Trainer:
   def _jit_eval_step(self):
     eval_step = self._setup.eval_step
     if self.num_seeds > 1:
+      # All seeds are evaluated on the same images.
       eval_step = jax.vmap(eval_step, in_axes=(0, None))
     return jax.jit(
       eval_step, out_shardings=sharding.replicated(self._setup.mesh)
@@ -202,6 +205,7 @@ class Trainer:
 
   def _shard(self, batches):
     """Stack the batches of all seeds and split their rows over the devices."""
+    # With several seeds, axis 0 is that of the seeds.
     return sharding.shard(
       self._stack(batches), self._setup.mesh, axis=int(self.num_seeds > 1)
     )

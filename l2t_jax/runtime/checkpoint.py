@@ -30,9 +30,9 @@ class DamagedError(Exception):
 
 
 class Checkpoints:
-  """The checkpoints of one run, the newest two of them.
+  """The checkpoints of one run; the newest two are kept.
 
-  A context manager that waits for unfinished writes at its end.
+  A context manager, which waits for unfinished writes when it exits.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -134,6 +134,7 @@ class Checkpoints:
           " mend that, and the same command resumes from it"
         ) from error
       reason = _reason(error)
+    # All processes must raise, or the others would wait in a collective.
     if not distributed.is_true_for_all(not reason):
       raise DamagedError(reason or "another process cannot read it")
     state = restored["state"]
@@ -142,21 +143,21 @@ class Checkpoints:
     return state, progress
 
   def shapes(self, step: int, sharding: jax.sharding.Sharding) -> Any:
-    """Return the shapes of what a checkpoint holds, for `like` of `restore`.
+    """Return the shapes of a checkpoint's arrays, for `like` of `restore`.
 
     Args:
       step: one of `steps`.
-      sharding: of each restored array.
+      sharding: the sharding of every restored array.
 
     Returns:
-      Nested dicts and lists: those of a `types.TrainState` by its names.
+      Nested dicts and lists, keyed by the field names of `types.TrainState`.
 
     Raises:
       DamagedError: the checkpoint cannot be read.
     """
     try:
       stored = self._manager.item_metadata(step)["state"].tree
-    except Exception as error:  # Orbax raises many.
+    except Exception as error:  # Orbax raises errors of many types.
       raise DamagedError(_reason(error)) from error
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -179,7 +180,7 @@ class Checkpoints:
     return place
 
   def drop_after(self, step: int) -> None:
-    """Delete the checkpoints of later iterations; training repeats these."""
+    """Delete the checkpoints of later iterations, which are trained again."""
     self._manager.wait_until_finished()
     for later in self.steps():
       if later > step:
@@ -254,7 +255,7 @@ def _checksum(state, progress):
 
 @jax.jit
 def _sums_of_bits(tree):
-  # By name, because `restore` may return dicts in place of named tuples.
+  # Ordered by name, because `restore` may return dicts for named tuples.
   leaves = ocp.tree.to_flat_dict(tree)
   return [_sum_of_bits(leaves[path]) for path in sorted(leaves)]
 
@@ -265,6 +266,7 @@ def _sum_of_bits(leaf):
     leaf = jnp.stack([leaf.real, leaf.imag])
   if leaf.dtype == bool:
     leaf = leaf.astype(jnp.uint8)
+  # An element of 64 bits becomes two words of 32 bits.
   unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
   words = jax.lax.bitcast_convert_type(leaf, unsigned)
   return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
@@ -278,7 +280,7 @@ def _is_storage_error(error):
 
 
 def _error_number(error):
-  """Return the system's error number, also from TensorStore's text."""
+  """Return the system's error number; TensorStore has it in its message."""
   if isinstance(error, OSError):
     return error.errno
   code = re.search(r"os_error_code='(\d+)'", str(error))

@@ -59,9 +59,10 @@ class Program(NamedTuple):
 
   call: Any  # Takes arguments of the shapes that it was compiled for.
   seconds: float  # Time of tracing and compiling.
-  loaded: bool  # From the cache on disk, not compiled.
-  # FLOPs per call. None if unknown; if the program has a loop, whose body XLA
-  # counts only once; and on GPUs, where it counts no convolution of cuDNN's.
+  loaded: bool  # True if it came from the cache on disk.
+  # FLOPs per call; None if unknown. They are unknown for a program with a loop,
+  # whose body XLA counts only once, and on GPUs, where XLA does not count the
+  # convolutions of cuDNN.
   flops: float | None
   # Arguments, results and temporaries; None if unknown.
   memory_bytes: int | None
@@ -128,7 +129,7 @@ def options() -> dict[str, str | bool]:
 
 
 def jit_random(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Return `jax.jit` of a function that draws many random numbers, once.
+  """Jit a function that draws many random numbers and is called rarely.
 
   On CPU, LLVM takes four times as long to compile JAX's generator at level 3,
   XLA's default, as at level 2, which gives the same bits (VGG-9: 10.9 and 3.0 s
@@ -142,7 +143,8 @@ def jit_random(function: Callable[..., Any]) -> Callable[..., Any]:
   )
   quick = {"xla_backend_optimization_level": "2"} if is_slow else None
   outermost = jax.jit(function, compiler_options=quick)
-  nested = jax.jit(function)  # JAX takes options of the outermost jit alone.
+  # JAX accepts compiler options for the outermost jit only.
+  nested = jax.jit(function)
 
   def call(*args):
     is_traced = any(
@@ -154,7 +156,7 @@ def jit_random(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wait(compiling: futures.Future[Program]) -> Program:
-  """Return what `compile_ahead` compiles, and count the time that it takes."""
+  """Wait for a program of `compile_ahead`; counts as compiling or loading."""
   start = time.perf_counter()
   program = compiling.result()
   waited = time.perf_counter() - start
@@ -212,6 +214,7 @@ def control_group_limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
     place, name = root / "sys/fs/cgroup", "memory.max"
     if "memory" in controllers.split(","):  # Version 1.
       place, name = place / "memory", "memory.limit_in_bytes"
+    # The limits of all parent groups apply, too.
     folder = place / group.lstrip("/")
     for file in (parent / name for parent in (folder, *folder.parents)):
       with contextlib.suppress(OSError, ValueError):  # No file, or "max".
@@ -229,6 +232,7 @@ def _memory(compiled):
   analysis = compiled.memory_analysis()
   if analysis is None:
     return None
+  # Donated arguments share their memory with outputs (aliases): count it once.
   return (
     analysis.argument_size_in_bytes
     + analysis.output_size_in_bytes

@@ -4,14 +4,14 @@
 positions, in this process and for the CPU platform only. Values and derivatives
 of every order stay the same up to rounding.
 
-What XLA:CPU does badly, and what it gets in place of that:
+What XLA:CPU does badly, and what these rules do instead:
 
   * Sums over positions run at a tenth of the memory bandwidth. A matrix product
-    with a row of ones runs at all of it.
+    with a row of ones reaches all of it.
   * Convolutions inside a loop (`lax.scan`) run about 100 times slower unless
-    channels are last. JAX's derivatives of convolutions order dimensions in
-    other ways, which XLA changes outside of loops only. They are transposed
-    here.
+    channels are last. The derivatives that JAX generates for convolutions have
+    other dimension orders, which XLA normalises outside of loops only. Here
+    they are transposed.
   * A 3x3 convolution on 2x2 maps runs about 60 times slower (1.5 against 110
     GFLOP/s) than the matrix product of its patches and the kernel. From 4x4
     maps on the convolution is as fast, except with few channels.
@@ -35,8 +35,9 @@ import jax.numpy as jnp
 _FORWARD = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _BY_INPUT = ((0, 3, 1, 2), (2, 3, 0, 1), (0, 3, 1, 2))
 _BY_KERNEL = ((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
-# A sum becomes a product from _MIN_ENTRIES entries and _MIN_CHANNELS channels
-# on. A product over more than _MAX_DEPTH positions is split.
+# A sum becomes a product if it has at least _MIN_ENTRIES entries and
+# _MIN_CHANNELS channels. A product over more than _MAX_DEPTH positions is
+# split.
 _MIN_ENTRIES, _MIN_CHANNELS, _MAX_DEPTH = 512, 8, 4096
 # A convolution with a kernel of at most _SMALL_KERNEL becomes a product of
 # patches in two cases: its maps are at most _TINY_MAP wide and high; or it has
@@ -71,7 +72,9 @@ def _lower_for_cpu(
   for_cpu = getattr(mlir, "_platform_specific_lowerings", {}).get("cpu", {})
   entry = for_cpu.get(primitive) or for_all.get(primitive)
   if entry is None:
-    return  # This JAX stores its rules elsewhere: results are right, but slow.
+    # This version of JAX stores its rules elsewhere. Without the faster ones,
+    # programs are slow, but correct.
+    return
 
   def lower(ctx, *operands, **params):
     avals = (*ctx.avals_in, *ctx.avals_out)
@@ -90,11 +93,11 @@ def _lower_for_cpu(
 
 
 def _faster_sum(x, *, axes, out_sharding=None):
-  """Return a matrix product for a sum over the axes just before the last."""
+  """Return a function that sums over the axes before the last by a product."""
   if x.ndim < 3 or axes != tuple(range(min(axes, default=0), x.ndim - 1)):
     return None
-  # One product is slow, and so is one over many positions: then the first axis
-  # is summed after the product.
+  # A product without batch dimensions is slow, and so is one over many
+  # positions: in both cases the first axis is summed after the product.
   depth = math.prod(x.shape[axis] for axis in axes)
   is_split = len(axes) > 1 and (axes[0] == 0 or depth > _MAX_DEPTH)
   start = axes[0] + is_split
@@ -112,6 +115,7 @@ def _faster_sum(x, *, axes, out_sharding=None):
       jnp.ones((rows.shape[0], 1, rows.shape[1]), x.dtype),
       rows,
       (((2,), (1,)), ((0,), (0,))),
+      # A sum must not depend on `jax.default_matmul_precision`.
       precision=jax.lax.Precision.HIGHEST,
     ).reshape(*x.shape[:start], x.shape[-1])
     return jnp.sum(sums, axis=axes[0]) if is_split else sums
@@ -161,6 +165,7 @@ def _suits_plain_product(lhs_shape, rhs_shape, orders, params):
   if _is_tiny(maps, window, params):
     return True
   sizes = _output_sizes(maps, window, params["padding"])
+  # In the derivatives, operands and result swap roles.
   channels, kernel, positions = {
     _FORWARD: (rhs_shape[2], window, sizes),
     _BY_INPUT: (rhs_shape[2], window, maps),
@@ -222,10 +227,12 @@ def _plain_product(
       patches.reshape(depth, -1), rhs.reshape(depth, -1), ((0,), (0,))
     )
     return out.reshape(*sizes, lhs.shape[-1], rhs.shape[-1])
-  # By the input: the transpose of the forward case, which adds up patches.
+  # Derivative by the input: the transpose of the forward pass, a sum of
+  # patches. It is accumulated in float32 or more.
   dtype = preferred_element_type or lhs.dtype
   if jnp.issubdtype(dtype, jnp.floating):
     preferred_element_type = jnp.promote_types(dtype, jnp.float32)
+  # JAX reverses the kernel to state this derivative as a convolution: undo it.
   kernel = jax.lax.rev(rhs, (0, 1))
   depth = lhs.shape[-1]
   products = multiply(

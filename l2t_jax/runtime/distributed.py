@@ -1,6 +1,6 @@
 """Runs of several processes: start, agreement, and the loss of a process.
 
-In a run of a single process these functions have nothing to do.
+With a single process, agreement is trivial and nothing waits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from l2t_jax import errors
 
 # Seconds without a heartbeat after which a process counts as lost.
 _HEARTBEAT_TIMEOUT = 30
-# Seconds that the processes have to connect.
+# Seconds that the processes have to find one another.
 _START_TIMEOUT = 300
 # Seconds that process 0 waits before it exits with an error, so that the others
 # can report theirs.
 _GRACE = 3
-# Words in errors of JAX that are caused by the loss of another process.
+# Matches errors of JAX that are caused by the loss of another process.
 _PROCESS_LOSS = re.compile(
   r"gloo|nccl|collective|coordination|barrier|heartbeat|UNAVAILABLE"
   r"|DEADLINE_EXCEEDED|Connection (reset|closed|refused)|Socket closed",
@@ -69,6 +69,7 @@ def start(
       coordinator,
       num_processes,
       process_id,
+      # With explicit arguments JAX must not ask a scheduler.
       cluster_detection_method="deactivate" if is_explicit else None,
       initialization_timeout=_START_TIMEOUT,
       heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,

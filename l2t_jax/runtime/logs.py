@@ -27,11 +27,11 @@ _SHOWN = {
 class MetricsLog:
   """Append records to metrics.jsonl and pass scalars to trackers.
 
-  A context manager that closes the file and the trackers, and tells trackers
-  how the run ended.
+  A context manager, which closes the file and the trackers when it exits, and
+  tells trackers how the run ended.
 
-  Records after the iteration that a run resumes from are dropped, so that the
-  file has every iteration once.
+  Records of iterations after the one that a run resumes from are dropped, so
+  that the file has every iteration once.
   """
 
   def __init__(
@@ -54,6 +54,7 @@ class MetricsLog:
       errors.InputError: a tracker is not installed.
     """
     path = workdir / run_folder.METRICS
+    # A line that a crash cut short counts as later than any iteration.
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= from_step]
     files.write(path, b"".join(kept))
@@ -68,7 +69,8 @@ class MetricsLog:
     Args:
       kind: "train" (one logging interval) or "epoch".
       step: iterations done.
-      values: serializable as JSON. Numbers go to the trackers, nested ones too.
+      values: serializable as JSON. All numbers, also nested ones, go to the
+        trackers.
     """
     record = {"kind": kind, "step": step, **values}
     self._file.write(json.dumps(record) + "\n")
@@ -89,7 +91,7 @@ class MetricsLog:
 
 
 class Progress:
-  """Context manager: a live bar on a terminal, else a line every 30 seconds."""
+  """Context manager: a progress bar; without a terminal, a line every 30 s."""
 
   def __init__(self, total_steps: int, batch_size: int, *, quiet: bool = False):
     self.console = console.Console(quiet=quiet)

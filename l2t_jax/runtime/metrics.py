@@ -13,6 +13,7 @@ from l2t_jax import types
 
 # Metrics in "transfer" with one value per pair, causes of NaN values first.
 _PER_PAIR = ("distances", "pair_weights", "regressor_grad_norms")
+# Metrics of a meta update; they are dropped if only that update is skipped.
 _META_UPDATE = {
   "outer_loss",
   "meta_grad_norm",

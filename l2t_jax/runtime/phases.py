@@ -1,9 +1,9 @@
 """Where the time of a run goes, phase by phase.
 
-Phases are stretches of the main thread's wall time. They nest: while one runs,
-the one around it stands still, so that all of them add up to the time that
-passed within the outermost ones. What JAX compiles, or loads from its cache, in
-the middle of a phase is taken out of it.
+A phase is a span of the main thread's wall time. Phases nest: while an inner
+phase runs, the clock of the outer one stops, so that all phases add up to the
+time spent in the outermost ones. The time in which JAX compiles programs, or
+loads them from its cache, is subtracted from the phase in which this happens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 
 import jax
 
-OTHER = "other"  # What no phase of its own is given to.
+OTHER = "other"  # Time that belongs to no other phase.
 _ORDER = (
   "imports",
   "data",
@@ -34,21 +34,22 @@ _ORDER = (
   "pictures",
   OTHER,
 )
-# Events of JAX. It reports the first within the second, whose time includes it.
+# Events that JAX reports. On a cache hit, the first is reported during the
+# second, whose duration includes it.
 _RETRIEVED = "/jax/compilation_cache/cache_retrieval_time_sec"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 _seconds: dict[str, float] = collections.defaultdict(float)
 _running: list[str] = []
 _since = 0.0
-_last = threading.local()  # What this thread's last compilation was.
+_last = threading.local()  # Whether this thread's last program was loaded.
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-  """Context manager and decorator: count time as that of a phase.
+  """Context manager and decorator: attribute time to a phase.
 
-  Other threads than the main one are not counted.
+  It has no effect in threads other than the main one.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -64,20 +65,20 @@ def phase(name: str) -> Iterator[None]:
 
 
 def move(name: str, seconds: float) -> None:
-  """Count time of the phase that runs now as that of another one."""
+  """Move time from the current phase to another one."""
   if _running and threading.current_thread() is threading.main_thread():
     _seconds[_running[-1]] -= seconds
     _seconds[name] += seconds
 
 
 def begin() -> None:
-  """Count the time since this process started as that of its imports."""
+  """Start counting; the time since the process started counts as imports."""
   take()
   _seconds["imports"] = _process_seconds()
 
 
 def take() -> dict[str, float]:
-  """Return phase -> seconds since the last call, and begin anew."""
+  """Return phase -> seconds since the last call, and reset the counts."""
   _tick()
   taken = {name: _seconds[name] for name in _ORDER if _seconds[name] > 0}
   _seconds.clear()
@@ -85,7 +86,7 @@ def take() -> dict[str, float]:
 
 
 def line(seconds: dict[str, float]) -> str:
-  """Return the phases of `take` as one line, without those under 0.05 s."""
+  """Format the result of `take` as one line, without phases under 0.05 s."""
   named = [f"{name} {s:.1f}" for name, s in seconds.items() if s >= 0.05]
   return f"{sum(seconds.values()):.1f} s: {', '.join(named)}"
 
@@ -99,7 +100,8 @@ def _process_seconds():
   """Return the wall time of this process; where unknown, its CPU time."""
   try:
     text = pathlib.Path("/proc/self/stat").read_text()
-    # The fields after the command's name, from the third on; the 22nd.
+    # Field 22 of the line. The split begins with field 3: the name in field 2
+    # can contain spaces and parentheses.
     started = int(text.rpartition(")")[2].split()[19])
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     return now - started / os.sysconf("SC_CLK_TCK")
@@ -117,7 +119,7 @@ def _tick():
 
 @functools.cache
 def _listen():
-  """Have JAX report compilations, once in a process."""
+  """Subscribe to JAX's compilation events, once per process."""
   jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its JSON files, and errors of its disk."""
+"""The folder of a run: its lock, its JSON files, and errors of the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l2t_jax.runtime import distributed
 
 METRICS = "metrics.jsonl"
 TARGET = "target.safetensors"
-# Error numbers of the operating system when a folder cannot be written.
+# What the operating system reports when a folder cannot be written.
 _STORAGE_ERRORS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -56,7 +56,7 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
         raise ValueError("it is not an object")
     except ValueError as error:
       if number == len(lines):
-        break
+        break  # A crash can cut the last line short.
       raise errors.InputError(
         f"{path}, line {number}: not a JSON object ({error}); mend or delete"
         " that line"

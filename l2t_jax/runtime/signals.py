@@ -36,6 +36,7 @@ class StopRequests:
     self._previous: dict[signal.Signals, Any] = {}  # Signal -> its old handler.
 
   def __enter__(self) -> StopRequests:
+    # Python allows only the main thread to set handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and not distributed.are_several():
       around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
@@ -51,6 +52,7 @@ class StopRequests:
     outermost._num_saving -= not self._for_command
     if outermost._for_command:
       is_exiting = outermost._received and not outermost._num_saving
+      # A further signal must not interrupt a command that is exiting.
       if is_exiting or self._for_command:
         _ignore_signals()
     elif outermost is self:
@@ -77,6 +79,7 @@ class StopRequests:
 
   def _install_handlers(self) -> None:
     for number in _SIGNALS:
+      # None is a handler that was not installed from Python.
       handler = signal.getsignal(number) or signal.SIG_DFL
       if number == signal.SIGTERM or handler is not signal.SIG_IGN:
         self._previous[number] = handler

@@ -14,7 +14,7 @@ from flax import traverse_util
 from l2t_jax import errors, imports
 from l2t_jax.runtime import phases
 
-FLUSH_SECONDS = 30  # Longest time without output.
+FLUSH_SECONDS = 30  # Output is flushed at least this often.
 _PROJECT = "l2t_jax"  # Name of the project or experiment in trackers.
 
 
@@ -78,6 +78,7 @@ class _Wandb:
       dir=str(workdir),
       config=config,
       resume="allow",
+      # Seeds that train together have one run each in the same process.
       reinit="create_new",
     )
 
@@ -94,8 +95,8 @@ class _MLflow:
   def __init__(self, workdir, from_step, config):
     del from_step
     self._mlflow = mlflow = _tracker_module("mlflow")
-    # The client, because the fluent API allows only one active run, and seeds
-    # that train together have one each.
+    # The client API, because the fluent API allows only one active run, and
+    # seeds that train together have one each.
     self._client = client = mlflow.MlflowClient()
     known = client.get_experiment_by_name(_PROJECT)
     group = known.experiment_id if known else client.create_experiment(_PROJECT)
@@ -156,7 +157,8 @@ def _mlflow_name(name):
 
 
 def _tracker_module(name):
-  # tensorboardX imports torch, where there is one, for a type alone.
+  # tensorboardX imports torch, if it is installed, only for a type check. Hide
+  # torch, because importing it is slow.
   hides = name == "tensorboard"
   with imports.hidden("torch") if hides else contextlib.nullcontext():
     return imports.require(
