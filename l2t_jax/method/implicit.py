@@ -51,9 +51,10 @@ def at_stationary_point(
       the loss.
     loss_fn: the inner loss, evaluated on the batch of the look-ahead.
     solver: one of `SOLVERS`.
-    tolerance: largest norm of H u - v, relative to the norm of v. If the solver
-      does not reach it, the derivative is NaN: raise `max_iterations`,
-      `tolerance` or `damping`.
+    tolerance: largest norm of H u - v, relative to the norm of v, at which the
+      solver stops. If it ends at more than twice that, since rounding lets the
+      true residual differ from the solver's, the derivative is NaN: raise
+      `max_iterations`, `tolerance` or `damping`.
     max_iterations: largest number of iterations of the solver.
     damping: added to the eigenvalues of H; above 0 the derivative is biased.
     scale: α of the Neumann series, at most 1 over the largest eigenvalue of H.

@@ -27,6 +27,7 @@ _ORDER = (
   "compiling",
   "loading programs",
   "first state",
+  "feature scales",
   "iterations",
   "evaluations",
   "saving",
@@ -51,6 +52,7 @@ def phase(name: str) -> Iterator[None]:
 
   It has no effect in threads other than the main one.
   """
+  assert name in _ORDER, name  # `take` would drop its time.
   if threading.current_thread() is not threading.main_thread():
     yield
     return
