@@ -29,7 +29,8 @@ def test_the_methods_of_the_paper_and_others():
   assert set(objectives.METHODS) == {
     "scratch", "lwf", "at", "lwf_at", "fm_single", "fm_one_to_one",
     "fm_all_to_all", "l2t_w_single", "l2t_w_one_to_one", "l2t_ww",
-    "finetune", "kd", "aft", "afd", "l2t_ww_joint",
+    "finetune", "linear_probe", "finetune_source", "kd", "aft", "afd",
+    "fm_search", "l2t_ww_joint",
   }  # fmt: skip
 
 
