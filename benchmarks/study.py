@@ -2,15 +2,20 @@ r"""Which transfer pays with few labels? The study of benchmarks/RESULTS.md.
 
     python -m benchmarks.study FILE.jsonl --workdir=local/study --hours=2
 
-trains what is not in the file yet and adds a line for each run. The file alone
-says what is done, so that any machine goes on with it, from the commit that the
-file's lines name. SIGTERM and Ctrl-C end it; a run that was cut off resumes if
-its folder is still there.
+trains the runs that are not in the file yet and appends a line for each. The
+file alone records what is done, so that any machine can continue, from the
+commit that the lines name. SIGTERM and Ctrl-C stop the study; an interrupted
+run resumes if its folder still exists.
 
-The screening, with a target of a quarter of VGG-9's width, tunes every method
-by itself on validation images and then trains five seeds. The finalists, which
-are named here before they train, have VGG-9's full width, the values that the
-screening chose, and 20 seeds.
+The screening uses a target with a quarter of VGG-9's width. It tunes every
+method on validation images, and then trains five seeds. The finalists use the
+full width, the values that the screening chose, and 20 seeds. They are named
+after the screening and before they train, with
+
+    --finalists=scratch,fm_one_to_one,lwf,l2t_ww,aft
+
+(no transfer, the best fixed pairs, distillation, the paper's method and the
+best cheap learned one); the file records them, too.
 """
 
 from __future__ import annotations
@@ -86,8 +91,7 @@ STAGES = (
       "lwf.weight=0.3,1",
     ),
   ),
-  # No transfer, the best fixed map, distillation, L2T-ww and the best cheap
-  # learned method. To be named after the screening, before they train.
+  # Its methods are the finalists that the file names.
   Stage("finalists", "full", (), num_seeds=20, tuned_in="screening"),
 )
 
@@ -95,7 +99,7 @@ STAGES = (
 def make_cells(
   stage: Stage, workdir: pathlib.Path, overrides: Sequence[str]
 ) -> list[table_cells.Cell]:
-  """Return the cells of a stage, tuned as far as another stage decides it."""
+  """Return the cells of a stage, with the values that another stage chose."""
   config = cli.load_config(f"{_CONFIG}:{stage.width}", overrides)
   cells = table_cells.make_cells(
     {stage.name: config}, stage.methods, stage.num_seeds, workdir
@@ -129,13 +133,13 @@ def jobs(
 
 
 class Record:
-  """The file with a line per finished run."""
+  """The file: a line per finished run, and one that names the finalists."""
 
   def __init__(self, path: pathlib.Path, workdir: pathlib.Path):
-    """Read the file and restore what its runs left, where it is missing.
+    """Read the file, and restore the results of its runs in `workdir`.
 
     Raises:
-      errors.InputError: a line is of another commit.
+      errors.InputError: a line was written by another commit.
     """
     self._path, self._workdir = path, workdir
     self._keys = {
@@ -143,16 +147,22 @@ class Record:
       "cpu": f"{measuring.device()} of {_cpu()}",
     }
     lines = path.read_text().splitlines() if path.exists() else []
-    self.lines = [json.loads(line) for line in lines]
-    for line in self.lines:
+    read = [json.loads(line) for line in lines]
+    self.finalists: tuple[str, ...] = ()
+    for line in read:
+      self.finalists = tuple(line.get("finalists", self.finalists))
+    self.lines = [line for line in read if "run" in line]
+    for line in read:
       if line["commit"] != self._keys["commit"]:
         raise errors.InputError(
           f"{path} holds runs of commit {line['commit']}, but this is"
           f" {self._keys['commit']}: git worktree add local/pinned"
           f" {line['commit']}, and run the study there"
         )
-      self._restore(line)
-    # A run that ended as the study was killed has no line: it trains again.
+      if "run" in line:
+        self._restore(line)
+    # A run that finished just before the study was killed has no line yet.
+    # Train it again.
     for summary in workdir.rglob("summary.json"):
       if not self.has(summary.parent):
         shutil.rmtree(summary.parent)
@@ -169,14 +179,28 @@ class Record:
       if not (folder / transfer_map.FILE).exists():
         run_folder.write_json(folder / transfer_map.FILE, content)
 
+  def name_finalists(self, methods: Sequence[str]) -> None:
+    """Record the finalists.
+
+    Raises:
+      errors.InputError: the file names others.
+    """
+    if self.finalists and self.finalists != tuple(methods):
+      raise errors.InputError(
+        f"{self._path} names other finalists: {', '.join(self.finalists)}"
+      )
+    if not self.finalists:
+      self.finalists = tuple(methods)
+      self._append({"finalists": list(methods), **self._keys})
+
   def has(self, folder: pathlib.Path) -> bool:
-    """Return whether a run is done, or known to fail."""
+    """Return True if a run is done, or known to fail."""
     return self._name(folder) in {line["run"] for line in self.lines}
 
   def add(
     self, folder: pathlib.Path, method: str, fields: Mapping[str, Any]
   ) -> None:
-    """Write the line of a run, and delete what is large in its folder."""
+    """Append the line of a run, and delete the large files in its folder."""
     error, summary = folder / "error.txt", folder / "summary.json"
     content = run_folder.read_json(folder / transfer_map.FILE)
     line = {
@@ -188,11 +212,14 @@ class Record:
       "pairs": _moved(content) if content else [],
       **self._keys,
     }
-    with self._path.open("a") as file:
-      file.write(json.dumps(line) + "\n")
+    self._append(line)
     self.lines.append(line)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / run_folder.TARGET).unlink(missing_ok=True)
+
+  def _append(self, line):
+    with self._path.open("a") as file:
+      file.write(json.dumps(line) + "\n")
 
   def _name(self, folder):
     return str(folder.relative_to(self._workdir))
@@ -215,7 +242,7 @@ def _cpu():
 
 
 def _short(summary):
-  """Leave out of a summary what no table reads."""
+  """Drop the fields of a summary that no table reads."""
   left_out = ("recipe", "phases", "skipped_images", "split_hash")
   return {k: value for k, value in summary.items() if k not in left_out}
 
@@ -223,8 +250,8 @@ def _short(summary):
 def _moved(content):
   """Return how far λ and w of each pair moved, from a transfer map.
 
-  The first value of λ is the mean over the first epoch. Effective channels are
-  as many as w has if it is uniform.
+  The pair weights are means over the first and the last epoch. The number of
+  effective channels equals the number of channels if w is uniform.
   """
   return [
     {
@@ -239,7 +266,7 @@ def _moved(content):
 
 
 def evaluate_test(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  """Put the test accuracy of a run's best epoch into its summary."""
+  """Evaluate a run's best epoch on the test images, for its summary."""
   path = folder / "summary.json"
   summary = run_folder.read_json(path)
   logits = predictor.load(folder).outputs(arrays["x_test"], 250)
@@ -253,7 +280,7 @@ def train(
   arrays: Mapping[str, Any],
   until: float,
 ) -> bool:
-  """Train jobs until a time; return whether all are done."""
+  """Train jobs until a time; return True if all are done."""
   runner = table_cells.Runner()
   with signals.StopRequests() as requests:
     for job in todo:
@@ -290,16 +317,23 @@ def make_parser() -> errors.Parser:
   parser.add_argument("file", type=pathlib.Path)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--hours", type=float, default=1e6)
+  parser.add_argument(
+    "--finalists", type=lambda text: text.split(","), default=[]
+  )
   return parser
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
-  """Go on with the study; print the table of each stage."""
+  """Continue the study; print the table of each stage."""
   record = Record(args.file, args.workdir)
+  if args.finalists:
+    record.name_finalists(args.finalists)
   until = time.time() + 3600 * args.hours
   for stage in STAGES:
+    if stage.name == "finalists":
+      stage = stage._replace(methods=record.finalists)
     if not stage.methods:
-      print(f"{stage.name}: no method is named yet")
+      print("name the finalists: --finalists=METHOD,...")
       break
     cells = make_cells(stage, args.workdir, overrides)
     arrays = np.load(cells[0].config.data.path)

@@ -3,19 +3,19 @@ r"""Train every cell of a table of methods, and print it.
     python -m l2t_jax.table --config=configs/stl10.py \
       --methods=scratch,fm_one_to_one,l2t_ww --seeds=3 --workdir=runs/table
 
-A cell is a method with a config; each of its seeds has a folder of its own,
-WORKDIR/COLUMN/METHOD/seedN, as `train.py` makes it. The same command again
-skips what is done, resumes what was cut off and repeats what failed. Several
-configs are several columns (--config=configs/stl10.py,configs/cifar10.py), and
-so are several values of a field (--sweep=data.per_class=5,10,50). A field of
-all cells is set as --config.field=value.
+A cell is a method with a config. Each of its seeds is a run as `train.py` makes
+it, in the folder WORKDIR/COLUMN/METHOD/seedN. The same command again skips
+finished runs, resumes interrupted ones and repeats failed ones. Several configs
+make several columns (--config=configs/stl10.py,configs/cifar10.py), and so do
+several values of a field (--sweep=data.per_class=5,10,50). --config.field=value
+sets a field of all cells.
 
     --tune=transfer.beta=0.5,2 --tune=optimizer.learning_rate=0.02,0.1
 
-chooses among these values for each cell by itself, by the validation accuracy
-of runs with seeds of their own, before the table's seeds train. What a method
-does not read is not tuned for it. The row fm_search has fixed pairs that are
-searched for in the same way, one pair after the other.
+chooses among these values for each cell independently, by the validation
+accuracy of extra runs, before the seeds of the table train. Fields that a
+method does not read are not tuned for it. The row fm_search has fixed pairs,
+which are found in the same way, one pair after the other.
 """
 
 from __future__ import annotations
@@ -124,11 +124,10 @@ def parse_shard(shard: str) -> slice:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
-  """Train what is not done yet.
+  """Train the runs that are not done yet.
 
   Returns:
-    The exit code: 0, or 1 where something failed, 75 where SIGTERM and 130
-    where Ctrl-C interrupted it.
+    The exit code: 0, 1 if a run failed, 75 after SIGTERM, 130 after Ctrl-C.
   """
   if not args.workdir:
     raise errors.InputError("--workdir must name a folder")

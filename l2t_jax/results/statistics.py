@@ -33,13 +33,13 @@ def paired_difference(
 ) -> Difference | None:
   """Compare two methods seed by seed.
 
-  The interval is that of Student's t for the mean of the n differences, with
-  n - 1 degrees of freedom. It takes the differences as normally distributed,
-  and says nothing of seeds, splits and settings that were not run.
+  The interval is the one of the paired t-test: Student's t with n - 1 degrees
+  of freedom, for n differences that are assumed to be normally distributed. It
+  covers the variation between seeds alone, not that between splits or settings.
 
   Args:
-    values: seed, or what else identifies a pair -> value of one method.
-    reference: the same of the other one.
+    values: seed, or another key of a pair -> value of one method.
+    reference: the same for the other method.
 
   Returns:
     values - reference, with the interval of confidence `CONFIDENCE`; None if no

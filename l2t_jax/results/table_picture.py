@@ -33,7 +33,7 @@ _PAPER_MARKER: Any = {
 
 
 class _Shown(NamedTuple):
-  """What the picture shows of a cell: its accuracy, or how it differs."""
+  """A cell in the picture: its accuracy, or its difference to a reference."""
 
   values: tuple[float, ...]  # One per seed.
   mean: float
@@ -81,8 +81,8 @@ def draw(cells: Sequence[tables.Cell], reference: str = "") -> figure.Figure:
 
   Args:
     cells: as in `write`.
-    reference: a method, to draw by how much the others differ from it, with
-      confidence intervals; "" for accuracies, with standard deviations.
+    reference: a method, to draw the differences of the others to it, with
+      confidence intervals; "" to draw accuracies, with standard deviations.
 
   Returns:
     The figure, 10 inches wide.
@@ -138,7 +138,7 @@ def _draw_panels(grid: tables.Grid) -> figure.Figure:
   """Draw a panel per column: methods as rows, accuracy from left to right."""
   in_percent = all(grid.in_percent.values())
   beside = _VALUE if in_percent else _LONG_VALUE
-  if grid.reference:  # The interval needs more room.
+  if grid.reference:  # The text of an interval is longer.
     beside += 0.45
   at_most = 3 if beside == _VALUE else 2
   num_rows = math.ceil(len(grid.columns) / at_most)

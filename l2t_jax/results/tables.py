@@ -1,4 +1,4 @@
-"""The table of results: as CSV, Markdown, text and rows of the report."""
+"""The table of results, as CSV, Markdown, text and rows of the report."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PLAIN = "scratch"  # The method whose iterations are plain steps.
 
 
 class Tuning(NamedTuple):
-  """What a cell was tuned to; the content of its tuning.json."""
+  """How a cell was tuned; the content of its tuning.json."""
 
   chosen: Mapping[str, str] | None  # Field -> value; None if all trials failed.
-  # Each has the fields, the validation accuracies of its seeds, the seconds and
-  # iterations of all of them, and errors.
+  # Each has "fields", "val_accuracy" of its seeds, "seconds" and "iterations"
+  # summed over them, and "errors".
   trials: Sequence[Mapping[str, Any]]
 
   @property
@@ -42,7 +42,7 @@ class Tuning(NamedTuple):
 
   @property
   def num_failed(self) -> int:
-    """Number of trials of which a seed failed."""
+    """Number of trials with a failed seed."""
     return sum(bool(trial["errors"]) for trial in self.trials)
 
   @property
@@ -51,7 +51,7 @@ class Tuning(NamedTuple):
 
   @property
   def text(self) -> str:
-    """What was chosen."""
+    """The chosen values, for the table."""
     if self.chosen is None:
       return "nothing: all trials failed"
     return fields_text(self.chosen) or "the config's own"
@@ -60,7 +60,7 @@ class Tuning(NamedTuple):
   def edges(self) -> list[str]:
     """Fields whose chosen value is the largest or smallest of three or more.
 
-    Values with which no run ended do not count.
+    Values whose trials all failed are not counted.
     """
     found = []
     for field, value in (self.chosen or {}).items():
@@ -154,7 +154,7 @@ class Grid(NamedTuple):
   reference: str = ""  # The method that the others are compared with.
 
   def difference(self, cell: Cell) -> statistics.Difference | None:
-    """Return a cell's test accuracy minus that of the reference, by seeds."""
+    """Return a cell's test accuracy minus the reference's, paired by seed."""
     other = self.cells.get((self.reference, cell.column))
     if other is None or cell.method == self.reference:
       return None
@@ -180,7 +180,7 @@ class _Table(NamedTuple):
 def difference(cell: Cell, other: Cell) -> statistics.Difference | None:
   """Compare the test accuracies of two cells, in % for classifiers.
 
-  Runs are paired that have the same seed and the same split of the images.
+  Runs are paired if they have the same seed and the same split of the images.
   """
   by_seed = lambda one: {
     (summary["seed"], summary.get("split_hash")): (100 if one.in_percent else 1)
@@ -194,8 +194,8 @@ def difference(cell: Cell, other: Cell) -> statistics.Difference | None:
 def make_grid(cells: Sequence[Cell], reference: str = "") -> Grid:
   """Arrange cells by method and column.
 
-  Where one cell of a column departs from the paper's setting, the whole column
-  loses the paper's numbers: half a column would mislead.
+  If one cell of a column departs from the paper's setting, the paper's numbers
+  are left out of the whole column: half a column would mislead.
   """
   methods = tuple(dict.fromkeys(cell.method for cell in cells))
   columns = tuple(dict.fromkeys(cell.column for cell in cells))
@@ -228,7 +228,7 @@ def print_table(cells: Sequence[Cell], reference: str = "") -> None:
     rows = table.Table(
       box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
-    # As Text, no method or field name is read as markup.
+    # As Text, so that rich does not read names as markup.
     for i, header in enumerate(content.header):
       justify: Any = "right" if i and content.right else "left"
       rows.add_column(text.Text(header), justify=justify, overflow="fold")
@@ -307,7 +307,7 @@ def run_rows(
   groups = run_reader.by_experiment(runs)
   for group in groups:
     for run in group:
-      known = run.summary or run.best  # Before the end, the best epoch so far.
+      known = run.summary or run.best  # The best epoch of an unfinished run.
       cell = _cell_of(run, run.name, (known,) if known else ())
       row = _accuracy_row(cell, str(run.config["seed"]), reference)
       row["best epoch"] = str(run.best.get("epoch", run_reader.UNKNOWN))
@@ -490,7 +490,7 @@ def _memory(cell: Cell) -> str:
 
 
 def _notes(grid: Grid) -> list[str]:
-  """Explain what is missing, what the signs mean, and the hardware."""
+  """Return notes on missing results, the signs, and the hardware."""
   notes = []
   cells = grid.cells.values()
   is_single = len(grid.columns) == 1

@@ -1,4 +1,4 @@
-"""Cells of a table: methods with a config, each with runs of several seeds."""
+"""The cells of a table: a method and a config, trained with several seeds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from l2t_jax.run import experiments, from_config, train
 from l2t_jax.runtime import phases, run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
-_ERROR = "error.txt"  # What a run that failed leaves.
-TUNING = "tuning.json"  # What a cell was tuned to, and the trials.
+_ERROR = "error.txt"  # Why a run failed.
+TUNING = "tuning.json"  # The chosen values of a cell, and its trials.
 # The method whose pairs are searched for; see `tuning`.
 SEARCH = "fm_search"
 
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
   method: str
   config: ml_collections.ConfigDict
   workdirs: dict[int, pathlib.Path]  # Seed -> folder of its run.
-  folder: pathlib.Path  # With the folders of all of its runs.
+  folder: pathlib.Path  # Contains the folders of its runs.
   trial: str = ""  # Label of the trial that these runs are part of.
 
   @property
@@ -54,11 +54,11 @@ def load_columns(
   Args:
     paths: config files.
     sweep: "FIELD=VALUE,VALUE,...", or "" for none.
-    overrides: such as "--config.epochs=5"; for all columns.
+    overrides: such as "--config.epochs=5"; they apply to all columns.
 
   Returns:
-    Column -> config. A column's name is that of the config file, that of a
-    swept value ("per_class=5"), or both.
+    Column -> config. A column is named after the config file, the swept value
+    ("per_class=5"), or both.
 
   Raises:
     errors.InputError: a file, a field or a value is wrong, or two columns have
@@ -102,13 +102,13 @@ def make_cells(
   num_seeds: int,
   workdir: pathlib.Path,
 ) -> list[Cell]:
-  """Lay the table out, column by column.
+  """Make the cells of a table, column by column.
 
   Args:
     columns: name -> config.
     methods: names for `objectives.get_method`.
-    num_seeds: seeds count from the config's own.
-    workdir: of the table.
+    num_seeds: number of seeds, counted from the config's seed.
+    workdir: folder of the table.
 
   Raises:
     errors.InputError: a method is unknown or named twice, or a column's config
@@ -130,10 +130,10 @@ def make_cells(
 
 
 def interleave(cells: Sequence[Cell]) -> list[Cell]:
-  """Order cells so that shares, every N-th of them, have different methods.
+  """Order cells so that the shares of a table contain different methods.
 
-  Column by column, one share of a table would have the most expensive method of
-  every column.
+  A share takes every N-th cell. In column order, one share could get the most
+  expensive method of every column.
   """
   columns = list(dict.fromkeys(cell.column for cell in cells))
   methods = list(dict.fromkeys(cell.method for cell in cells))
@@ -146,17 +146,17 @@ def interleave(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def folder_name(name: str) -> str:
-  """Make one folder of a name, even where it holds a path."""
+  """Turn a name that may contain a path into the name of one folder."""
   return name.replace("/", "_")
 
 
 def check_rows_differ(
   methods: Sequence[str], fields: ml_collections.ConfigDict
 ) -> None:
-  """Refuse methods that the pairs or the map of a config make the same.
+  """Reject methods that the pairs or the map of a config make equal.
 
   Args:
-    methods: the rows.
+    methods: rows of the table.
     fields: config.transfer.
 
   Raises:
@@ -188,15 +188,17 @@ def check_rows_differ(
 
 
 def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
-  """Divide the runs that are not done into those that train at once.
+  """Group the runs that are not done into jobs: seeds that train together.
 
-  The division does not depend on what is done, so that the shares of several
-  processes never overlap; a job without anything left to do stays in the list.
+  The grouping does not depend on which runs are done, so that the shares of
+  several processes never overlap. A job with nothing left to do stays in the
+  list.
 
   Args:
-    cells: of the table.
-    together: how many train at once; 0 for one on a CPU, where the convolutions
-      that `jax.vmap` makes grouped are slow, and for all of a cell elsewhere.
+    cells: cells of the table.
+    together: number of seeds per job. 0 for one on a CPU, where `jax.vmap`
+      turns convolutions into slow grouped ones, and for all seeds of a cell on
+      other devices.
   """
   if not together:
     on_cpu = jax.default_backend() == "cpu"
@@ -216,17 +218,17 @@ def make_jobs(cells: Sequence[Cell], together: int) -> list[Cell]:
 
 
 class Runner:
-  """Trains jobs; those of a cell share images, networks and programs."""
+  """Trains jobs. The jobs of a cell share images, networks and programs."""
 
   def __init__(self):
-    """Begin with nothing to share."""
+    """Start without anything to share."""
     self._cell: tuple[str, str, str] | None = None
     self._training: train.Training | None = None
 
   def run(self, job: Cell) -> None:
-    """Train the seeds of a job together and record failures.
+    """Train the seeds of a job together, and record failures.
 
-    Where training them together fails, each is trained alone.
+    If training them together fails, each is trained alone.
     """
     start = time.time()
     trial = job.trial and f"  {job.trial}"
@@ -259,10 +261,11 @@ class Runner:
   def _train_logged(
     self, job: Cell, title: str, folder: pathlib.Path
   ) -> tuple[list[dict[str, Any]], str]:
-    """Train with the output in train.log; return (summaries, what failed).
+    """Train with the output redirected to train.log.
 
-    The failure is text, since an exception would keep alive the arrays of the
-    frames that it passed.
+    Returns:
+      (summaries, "" or the error as text). As text, because an exception keeps
+      the frames of its traceback alive, and with them their arrays.
     """
     try:
       with (
@@ -272,29 +275,29 @@ class Runner:
       ):
         return self._train(job), ""
     except (errors.Interrupted, errors.StorageError):
-      raise  # It ends the whole table.
+      raise  # These end the whole table.
     except Exception as error:
       self._cell = self._training = None
-      phases.take()  # Its time is not that of the next run.
+      phases.take()  # Do not count its time for the next run.
       return [], f"{errors.in_one_line(error)}\n\n{traceback.format_exc()}"
 
   def _train(self, job):
     from_config.check(job.config, job.workdirs)
     cell = (job.column, job.method, job.trial)
     if self._training is None or self._cell != cell:
-      self._training = None  # Its arrays, before the next one has its own.
+      self._training = None  # Free its arrays before the next one allocates.
       self._training = train.Training(from_config.resolve(job.config))
       self._cell = cell
     return self._training.run(job.workdirs)
 
 
 def results(cells: Sequence[Cell]) -> list[tables.Cell]:
-  """Read the results that the runs of all cells have left so far."""
+  """Read the results of all cells so far."""
   return [_result(cell) for cell in cells]
 
 
 def read_runs(cell: Cell) -> tuple[list[dict[str, Any]], list[str]]:
-  """Return (summaries of the runs that are done, what failed in others)."""
+  """Return (summaries of the finished runs, errors of the failed ones)."""
   summaries, failures = [], []
   for seed, workdir in cell.workdirs.items():
     error_file = workdir / _ERROR
@@ -335,7 +338,7 @@ def _says_something(tuning):
 def _departures(cell, summaries):
   """List how a cell departs from the paper's setting; see `paper.departures`.
 
-  `from_config.check` has made sure that the runs are of this config.
+  The config stands for the runs: `from_config.check` has compared them.
   """
   config, source, num_images = cell.config, "", None
   if objectives.get_method(cell.method).needs_source and config.source.weights:
@@ -356,6 +359,6 @@ def _departures(cell, summaries):
 def _describe_source(path):
   try:
     metadata = weight_files.read_metadata(path)
-  except errors.InputError:  # It made the runs fail, too.
+  except errors.InputError:  # The runs have failed and reported it.
     return "unknown"
   return f"{metadata['model']} of {metadata['num_classes']} classes"

@@ -33,7 +33,7 @@ _COLUMN = "comparison"
 
 
 class Comparison(NamedTuple):
-  """What several methods reached with the same seeds."""
+  """The results of several methods with the same seeds."""
 
   cells: tuple[tables.Cell, ...]  # One per method, with its summaries.
   reference: str  # The method that the others are compared with.
@@ -101,7 +101,7 @@ def compare(
 
   Raises:
     errors.InputError: as `fit`, before anything is trained.
-    errors.Stop: what ends a run, as in `train`; the runs that are done stay.
+    errors.Stop: as `train`; finished runs are kept.
   """
   config = ml_collections.ConfigDict((config or fit.default_config()).to_dict())
   methods = (methods,) if isinstance(methods, str) else tuple(methods)
@@ -133,7 +133,7 @@ def compare(
   print(f"runs are in {folder}")
   cells = []
   for method in methods:
-    training = trainings.pop(method)  # Its programs go with it.
+    training = trainings.pop(method)  # So that its programs are freed.
     # One by one: on a CPU, convolutions of several seeds at once are slow.
     summaries = [
       summary

@@ -28,13 +28,13 @@ _BATCH_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-  """A trained network with all that it takes to run it on new images."""
+  """A trained network, and everything needed to run it on new images."""
 
   network: models.Network
   params: types.PyTree
   model_state: types.PyTree
   image_format: image_formats.ImageFormat
-  dtype: np.dtype  # Of the pixels: uint8, or as in the training arrays.
+  dtype: np.dtype  # Of the pixels: uint8, or that of the training arrays.
   bit_depth: int  # Of images with more than 8 bits.
   class_names: tuple[str, ...]
   task: str  # As in config.target.task.
@@ -42,11 +42,11 @@ class Predictor:
   resize: Callable[[Image.Image], Image.Image]
 
   def read(self, path: pathlib.Path) -> np.ndarray:
-    """Read an image as the network wants it, uint8 [H, W, C].
+    """Read an image file in the network's format, uint8 [H, W, C].
 
     Raises:
-      errors.InputError: it cannot be read, or images of files are none that
-        the network sees.
+      errors.InputError: it cannot be read, or the network does not take images
+        of files.
     """
     self._check_reads_files()
     image = image_files.decode(path, name=str(path))
@@ -111,8 +111,8 @@ class Predictor:
       (path, name of the likeliest class, its probability).
 
     Raises:
-      errors.InputError: the network is no classifier of image files; or, after
-        all others, images that cannot be read.
+      errors.InputError: the network does not classify image files; or, after
+        all other images, some cannot be read.
     """
     if self.task != "classification":
       raise errors.InputError(
@@ -148,7 +148,7 @@ class Predictor:
     apply_fn = models.as_apply_fn(self.network, ())
 
     @jax.jit
-    @jax.default_matmul_precision("highest")  # As evaluation has it.
+    @jax.default_matmul_precision("highest")  # As in evaluation.
     def outputs(params, model_state, images):
       images = augmentation.normalise(
         images,

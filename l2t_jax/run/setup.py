@@ -1,7 +1,7 @@
 """Turn an experiment into batches, losses, first states and programs.
 
-Everything that training needs is put together here, once, from plain objects;
-`trainer` and `loop` only use it.
+`build` assembles everything that training needs, once, from plain objects;
+`trainer` and `loop` only use the result.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from l2t_jax.run import experiments
 from l2t_jax.run import sources as source_networks
 from l2t_jax.runtime import compilation, phases, sharding
 
-# The fastest mode, and the one that keeps least between the passes.
+# The fastest mode, then the one that keeps least between forward and backward
+# pass, which is used if the fastest does not fit into memory.
 _AUTO_MODES = ("linearized", "mixed")
-# Folded into the seed's key for initialisation; the data fold in epochs.
+# Folded into the seed's PRNG key for initialisation, where data loading folds
+# in the epoch: the two never share a key.
 _INIT = 2**32 - 1
 
 
 class Setup(NamedTuple):
-  """All that the training of an experiment needs."""
+  """Everything that training an experiment needs."""
 
   dataset: data.Dataset
   image_format: image_formats.ImageFormat  # What the target sees.
@@ -44,10 +46,10 @@ class Setup(NamedTuple):
   problem: training.Problem
   recipe: training.Recipe  # Its mode is the first of `modes`.
   modes: tuple[str, ...]  # How to differentiate; the first that fits is used.
-  # Those that the losses read, placed on the mesh.
+  # The sources that the losses read, placed on the mesh.
   sources: dict[str, training.Variables]
-  source_taps: pair_sets.TapShapes  # Those that are in pairs.
-  learns: bool  # Whether there is a meta update.
+  source_taps: pair_sets.TapShapes  # The source taps that pairs use.
+  learns: bool  # True if there is a meta update.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
   # Zeros in the shapes of this process's rows.
@@ -60,7 +62,7 @@ class Setup(NamedTuple):
 
 
 class _Target(NamedTuple):
-  """The network that is trained, traced."""
+  """The network to be trained, with what tracing found."""
 
   network: models.Network
   layout: models.Layout
@@ -204,7 +206,7 @@ def jit_step(
 
 
 def _check_task(experiment):
-  """Refuse what is for classes alone."""
+  """Reject options that only classification has."""
   if experiment.task is objectives.CLASSIFICATION:
     return
   for field, value in (
@@ -315,13 +317,14 @@ def _check_classification(dataset, outputs):
 
 
 def _plan_transfer(experiment, sources, target_layout):
-  """Choose the pairs, and what of their weights is learned."""
+  """Choose the pairs, and which of their weights are learned."""
   method, fields = experiment.method, experiment.settings.transfer
   frozen = experiment.frozen
   wanted = fields.pairs or method.pair_set
   if frozen:
     wanted = list(frozen.pair)
-  if isinstance(wanted, list) or "->" in wanted:  # Listed, from among all taps.
+  # Listed pairs may use any tap, not only the selected ones.
+  if isinstance(wanted, list) or "->" in wanted:
     target_taps = target_layout.taps
     source_taps = _merged(s.named(s.layout.taps) for s in sources)
     pairs = pair_sets.make_pairs(
@@ -363,7 +366,10 @@ def _plan_transfer(experiment, sources, target_layout):
 
 
 def _attention_pairs(method, pairs, source_taps, target_taps):
-  """Return the pairs of attention transfer: equal ones in a combination."""
+  """Return the pairs of attention transfer.
+
+  In a combination, these are the method's pairs of equal resolution.
+  """
   if "attention" not in method.added:
     return pairs
   equal = pair_sets.of_equal_size(pairs, source_taps, target_taps)
@@ -392,7 +398,7 @@ def _check_frozen(file, frozen, pairs, source_taps):
 
 
 def _make_weights_fn(experiment, pairs):
-  """Return (meta_params, pooled features) -> w and λ, if a loss reads them."""
+  """Return the function (meta_params, pooled features) -> (w, λ), or None."""
   if "matching" not in experiment.method.losses:
     return None
   if experiment.frozen:
@@ -504,7 +510,7 @@ def _make_target(experiment, sources, image_format):
 
 
 def _source_to_start_from(layout, sources, image_format):
-  """Return (the source's variables, notes) of a fine-tuning."""
+  """Return (the source's variables, notes) for fine-tuning."""
   source = source_networks.only_source(sources)
   if source.bands and source.bands != tuple(range(image_format.channels)):
     raise errors.InputError(
@@ -589,7 +595,7 @@ def _shardings(settings, mesh):
 def _place_states(settings, first_state, mesh):
   """Return (seed -> first state on the mesh, its shapes with shardings)."""
   shardings = _shardings(settings, mesh)
-  # A state that is split over the devices need not fit on one of them.
+  # The whole state may not fit on one device, so it is made in host memory.
   making = sharding.on_host if settings.shard_params else contextlib.nullcontext
 
   @phases.phase("first state")

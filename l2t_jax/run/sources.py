@@ -1,4 +1,4 @@
-"""Sources: read from weight files, and traced for the images of a target."""
+"""Sources: read from weight files, and traced for the target's images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from l2t_jax.runtime import compilation
 
 # Collection of a source's model state: tap -> what its features are divided by.
 FEATURE_SCALE = "feature_scale"
-# Of the statistics by which a linear probe standardises features.
+# Decay rate and floor of the statistics that standardise a probe's features.
 _MOMENTUM, _EPSILON = 0.9, 1e-5
 
 
@@ -41,13 +41,13 @@ def load_source(
     path: the target.safetensors of a run, or what `python -m
       l2t_jax.pretrained` wrote.
     taps: names or globs of layers; () for the default ones.
-    image_size: height and width of its images in pixels; 0 for what the file
-      says.
-    mean: of the red, green and blue of its images, on a scale from 0 to 1; ()
-      for what the file says.
-    std: the same for the standard deviation.
-    bands: which channels of the target's images it sees; () for all.
-    class_names: one per logit; () for what the file says.
+    image_size: height and width of its images in pixels; 0 for those that the
+      file states.
+    mean: mean of each channel of its images, on a scale from 0 to 1; () for
+      those that the file states.
+    std: standard deviation of each channel; () for those that the file states.
+    bands: channels of the target's images that it sees; () for all.
+    class_names: one per logit; () for those that the file states.
     precision: config.precision of the run.
 
   Raises:
@@ -91,14 +91,14 @@ class TracedSource(NamedTuple):
   variables: training.Variables
   image_format: image_formats.ImageFormat  # What the network sees.
   bands: tuple[int, ...]  # Channels of the target's images; () for all.
-  num_classes: int  # 0 without a classifier.
-  class_names: tuple[str, ...]  # () where they are not known.
+  num_classes: int  # 0 for a network without a classifier.
+  class_names: tuple[str, ...]  # () if unknown.
   patterns: tuple[str, ...]  # Names or globs of its taps.
   class_order: tuple[int, ...] = ()  # Of its logits; () for their own order.
 
   @property
   def label(self) -> str:
-    """Its name in a sentence."""
+    """How messages call the source."""
     return f"source{self.name and ' '}{self.name}"
 
   def named(self, taps: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,9 +108,9 @@ class TracedSource(NamedTuple):
   def make_apply_fn(
     self, taps: Collection[str], images_from: image_formats.ImageFormat
   ) -> types.ApplyFn:
-    """Make the function that computes some taps, named as in pairs.
+    """Return a pure function that computes some taps, by their names in pairs.
 
-    Its images are in the format of the target's.
+    It takes images in the target's format and converts them to the source's.
     """
     name = lambda tap: pair_sets.tap_name(self.name, tap)
     apply_fn = models.as_apply_fn(
@@ -136,7 +136,7 @@ class TracedSource(NamedTuple):
     return on_target_images
 
   def with_scales(self, taps: Collection[str]) -> training.Variables:
-    """Return its variables with a scale of 1 for each of some taps."""
+    """Return its variables, with a feature scale of 1 for the given taps."""
     names = self.named({tap: tap for tap in self.layout.taps})
     scales = {
       tap: np.float32(1.0) for name, tap in names.items() if name in taps
@@ -152,10 +152,11 @@ def trace(
 
   Args:
     experiment: what is trained.
-    image_format: of the target's images, for what a source does not say.
+    image_format: of the target's images; it fills in what a source leaves open.
 
   Raises:
-    errors.InputError: there is no source, or it does not fit its weights.
+    errors.InputError: there is no source, or its weights do not fit its
+      network.
   """
   if not experiment.method.needs_source:
     return []
@@ -173,11 +174,11 @@ def trace(
 def check_values(
   experiment: experiments.Experiment, values: tuple[float, float]
 ) -> None:
-  """Refuse sources that were trained on values of another scale.
+  """Reject sources that were trained on pixel values of another scale.
 
   Args:
-    experiment: its sources say how they normalise.
-    values: the smallest and the largest of the images.
+    experiment: its sources state their normalisation.
+    values: smallest and largest pixel value of the images.
 
   Raises:
     errors.InputError: naming the source.
@@ -187,7 +188,7 @@ def check_values(
   for name, source in experiment.sources.items():
     mean, std = source.mean, source.std
     if _is_program(source.network):
-      # Whatever its own are, they are for values from 0 to 1.
+      # It normalises the images itself, and expects values from 0 to 1.
       mean = std = (0.5,)
     if mean and std and not image_formats.fits(mean, std, values):
       lowest, highest = values
@@ -202,11 +203,11 @@ def check_values(
 def in_class_order(
   source: TracedSource, class_names: Sequence[str]
 ) -> TracedSource:
-  """Order the logits of a source as the classes of the data, by name.
+  """Reorder the logits of a source to match the classes of the data, by name.
 
   Args:
-    source: whose logits are distilled.
-    class_names: of the data; further logits have no name.
+    source: the source whose logits are distilled.
+    class_names: those of the data; further logits of the target have no name.
 
   Raises:
     errors.InputError: the source has other classes, or does not name them.
@@ -246,20 +247,19 @@ def as_target(
   *,
   trains: str,
 ) -> models.Functions:
-  """Make the source with a new linear classifier the network to be trained.
+  """Return the source with a new linear classifier, as a network to train.
 
-  The classifier reads the means over positions of the source's last tap, which
-  is the input of the source's own classifier where the source makes that a tap,
-  as the bundled networks do. Those of a frozen source are standardised, with
-  running statistics, since their scale differs by orders between networks.
+  The classifier reads the source's last tap, averaged over positions. For the
+  bundled networks that is the input of their own classifier. The features of a
+  frozen source are standardised with running statistics, because their scale
+  differs by orders of magnitude between networks.
 
   Args:
     source: the source.
     num_outputs: K, the number of logits.
-    images_from: the format of the images that the network will be given.
-    trains: "classifier", so that the source computes as in evaluation and its
-      variables are part of the model state; or "source", so that all is
-      trained.
+    images_from: format of the images that the network will be given.
+    trains: "classifier" to train that alone: the source is in eval mode, and
+      its variables are part of the model state. "source" to train everything.
   """
   tap = models.last_tap(source.layout.taps)
   num_features = source.layout.taps[tap][-1]
@@ -319,7 +319,7 @@ def _standardise(features, statistics, *, train):
 
 
 def only_source(sources: Sequence[TracedSource]) -> TracedSource:
-  """Return the source that fine-tuning starts from.
+  """Return the only source.
 
   Raises:
     errors.InputError: there are several.
@@ -337,7 +337,7 @@ def notes(
   sources: Sequence[TracedSource],
   pairs: Sequence[pair_sets.Pair],
 ) -> Iterator[str]:
-  """Yield a line per source: what it sees, and what is taken from it."""
+  """Yield one line per source: its images, its classes, its pairs."""
   for source in sources:
     given = experiment.sources[source.name]
     size, channels, mean, std = source.image_format
@@ -357,7 +357,7 @@ def notes(
 
 
 def _is_program(network):
-  """Return whether a network is a converted one, which normalises itself."""
+  """Return True for a converted network, which normalises its images itself."""
   return bool(getattr(network, "digest", ""))
 
 
@@ -368,7 +368,7 @@ def _check_program(
   normalisation: Sequence[float],
   precision: str,
 ) -> None:
-  """Require the images and the precision that a converted network has."""
+  """Reject an image size or precision that a converted network lacks."""
   size = int(metadata["image_size"])
   again = f"convert it again, with {{}}: {metadata['command']}"
   if image_size not in (0, size):
@@ -395,12 +395,13 @@ def trace_one(
   source: experiments.Source,
   image_format: image_formats.ImageFormat,
 ) -> TracedSource:
-  """Trace a source network on images of its own format.
+  """Trace a source network for images in its own format.
 
   Args:
     name: of the source; "" for a single one.
     source: the source.
-    image_format: of the target's images, for what the source does not say.
+    image_format: of the target's images; it fills in what the source leaves
+      open.
 
   Raises:
     errors.InputError: the source does not fit its weights or the images.

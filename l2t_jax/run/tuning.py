@@ -1,13 +1,13 @@
 """Choose hyper-parameters for the cells of a table, on validation images.
 
-Each cell, a method in a column, is tuned by itself. A trial is a combination of
-values of the fields that its method reads. Trials train with seeds of their own
-and never look at the test images. The seeds of the table then train with the
-trial that has the highest mean validation accuracy.
+Each cell, a method in a column, is tuned independently. A trial is a
+combination of values of the fields that the method reads. Trials use seeds that
+the table does not use, and never evaluate the test images. The seeds of the
+table then train with the trial of the highest mean validation accuracy.
 
-The method `fm_search` also searches for fixed pairs: starting from none, it
-adds one pair after the other, each time the one that helps most, as long as one
-helps. It tries at most `MAX_PAIR_SETS` sets, and all pairs together.
+The method `fm_search` also searches for a set of fixed pairs, greedily: it adds
+the pair that improves validation accuracy most, until none does. It tries at
+most `MAX_PAIR_SETS` sets, and all pairs together.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from l2t_jax.run import cells as table_cells
 from l2t_jax.run import from_config
 from l2t_jax.runtime import run_folder
 
-MAX_PAIR_SETS = 30  # That a search tries.
-# Seeds of trials count from here, those of the table from the config's.
+MAX_PAIR_SETS = 30  # Per search.
+# The first seed of trials; those of the table start at the config's seed.
 _FIRST_SEED = 10_000
 # Fields that cannot be tuned: they say what is compared, or on which images.
 _FIXED = (
@@ -37,18 +37,18 @@ _FIXED = (
   *("data.split_file", "data.split_prefix", "data.split_seed"),
   *("data.val_fraction", "data.test_fraction"),
 )
-_LONGEST_NAME = 150  # Of a trial's folder; file systems allow 255.
+_LONGEST_NAME = 150  # Of a trial's folder; most file systems allow 255 bytes.
 
 
 class Tuning(NamedTuple):
-  """What is tried for each cell."""
+  """The values to try for each cell."""
 
   values: Mapping[str, tuple[str, ...]] = {}  # Field -> texts of its values.
   num_seeds: int = 1  # Per trial.
 
 
 class _Outcome(NamedTuple):
-  """What came of a trial."""
+  """The result of a trial."""
 
   fields: dict[str, str]
   score: float  # Mean validation accuracy; -inf if a seed failed.
@@ -60,8 +60,8 @@ def parse(texts: Sequence[str], num_seeds: int) -> Tuning:
   """Read "FIELD=VALUE,VALUE,..." of the command line.
 
   Raises:
-    errors.InputError: a text has another form, or names a field that cannot be
-      tuned, or one twice.
+    errors.InputError: a text has another form, or names a field twice or one
+      that cannot be tuned.
   """
   values: dict[str, tuple[str, ...]] = {}
   for text in texts:
@@ -85,7 +85,7 @@ def check(
   cells: Sequence[table_cells.Cell],
   set_elsewhere: Sequence[str] = (),
 ) -> None:
-  """Refuse what no run of a table can have, before anything is trained.
+  """Reject values that cannot be trained, before anything is trained.
 
   Args:
     tuning: what is tried.
@@ -119,7 +119,7 @@ def check(
 
 
 def _check_pairs(tuning, cells):
-  """Refuse pairs and maps that make two rows the same."""
+  """Reject pairs and maps that make two rows equal."""
   methods = list(dict.fromkeys(cell.method for cell in cells))
   for field in ("transfer.pairs", "transfer.map"):
     for text in tuning.values.get(field, ()):
@@ -138,18 +138,18 @@ def jobs(
 ) -> Iterator[table_cells.Cell]:
   """Yield the runs that are left, cell by cell; tune each before it trains.
 
-  What a cell is tuned to depends on what the runs that were yielded have left,
-  so they must have been trained before the next one is asked for. It is written
-  to tuning.json in the cell's folder.
+  Which runs come next depends on the results of earlier ones: train each job
+  before asking for the next. The trials and the choice of a cell are written to
+  tuning.json in its folder.
 
   Args:
-    cells: of the table.
-    tuning: what is tried.
+    cells: cells of the table.
+    tuning: the values to try.
     together: see `cells.make_jobs`.
 
   Raises:
-    errors.InputError: the folder of a run holds another one, such as a seed
-      that was trained before something else was chosen.
+    errors.InputError: a folder holds a run of another config, such as a seed
+      that was trained with an earlier choice.
   """
   for cell in cells:
     chosen = yield from _tune(cell, tuning, together)
@@ -160,7 +160,7 @@ def jobs(
 def _tune(
   cell: table_cells.Cell, tuning: Tuning, together: int
 ) -> Generator[table_cells.Cell, None, table_cells.Cell | None]:
-  """Yield the runs of a cell's trials; return what its seeds train with."""
+  """Yield the runs of a cell's trials; return the cell with what was chosen."""
   outcomes: list[_Outcome] = []
 
   def attempt(fields, label):
@@ -200,7 +200,7 @@ def _tune(
 
 
 def _check_seeds(cell, chosen):
-  """Refuse seeds that were trained with something else than what is chosen."""
+  """Reject seeds that were trained with other values than those chosen."""
   try:
     from_config.check(cli.with_fields(cell.config, chosen), cell.workdirs)
   except errors.InputError as error:
@@ -211,7 +211,7 @@ def _check_seeds(cell, chosen):
 
 
 def _search_pairs(all_pairs, attempt):
-  """Add pairs one by one; return the best outcome, also that of all pairs."""
+  """Add pairs greedily; return the best outcome, that of all pairs included."""
   first = next(iter(all_pairs.cell.workdirs.values()))
   content = json.loads((first / transfer_map.FILE).read_text())
   names = [f"{pair['source']}->{pair['target']}" for pair in content["pairs"]]
