@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+import functools
 import pathlib
 
-from l2t_jax import cli, errors
+from l2t_jax import cli, data, errors
 from l2t_jax.results import paper, table_picture, tables
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import from_config, tuning
@@ -151,13 +152,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     say(f"{len(mine)} of {len(cells)} cells here; {trials} trials{more}")
     jobs = tuning.jobs(mine, tried, args.together)
   else:
+    digest = functools.cache(data.digest)
     for cell in cells:  # Before anything is trained.
       if (cell.folder / table_cells.TUNING).exists():
         raise errors.InputError(
           f"{cell.folder} was tuned: give --tune as before, or use another"
           " --workdir"
         )
-      from_config.check(cell.config, cell.workdirs)
+      from_config.check(cell.config, cell.workdirs, digest)
     jobs = table_cells.make_jobs(cells, args.together)[args.shard]
     runs = sum(len(job.workdirs) for job in jobs)
     say(f"{len(cells)} cells; {runs} runs to do here")

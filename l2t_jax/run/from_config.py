@@ -6,7 +6,7 @@ only `cells` (for a table) and `fit` (for its numbers) read configs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import copy
 import json
 import os
@@ -53,12 +53,15 @@ def train_and_evaluate(
 def check(
   config: ml_collections.ConfigDict,
   workdirs: Mapping[int, str | os.PathLike[str]] | None = None,
+  digest: Callable[[str], str] = data.digest,
 ) -> None:
   """Reject a config that cannot run, before anything is loaded or written.
 
   Args:
     config: the fields of l2t_jax/config.py, except `seed`.
     workdirs: seed -> folder of its run; None for a single run without a folder.
+    digest: see `contents`. A cache saves time if many configs are checked that
+      name the same files.
 
   Raises:
     errors.InputError: a value is wrong, source weights are missing, or a folder
@@ -73,7 +76,7 @@ def check(
       describe(config),
       workdirs,
       l2t_jax.config.FREE_FIELDS,
-      contents(config),
+      contents(config, digest),
     )
     # Nothing is left to train: no need for weights or trackers.
     if all(train.is_complete(w, config.epochs) for w in workdirs.values()):
@@ -152,7 +155,10 @@ def load_source(
   )
 
 
-def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
+def contents(
+  config: ml_collections.ConfigDict,
+  digest: Callable[[str], str] = data.digest,
+) -> dict[str, str]:
   """Return field -> digest of the files that it names; "" if there are none.
 
   The digest of a folder covers the relative names and sizes of its images, that
@@ -167,7 +173,7 @@ def contents(config: ml_collections.ConfigDict) -> dict[str, str]:
     for name, fields in l2t_jax.config.source_configs(config).items():
       field = f"sources.{name}.weights" if name else "source.weights"
       paths[field] = fields.weights
-  digests = {name: data.digest(path) for name, path in paths.items() if path}
+  digests = {name: digest(path) for name, path in paths.items() if path}
   if config.data.source == "tfds":  # A cache; data.name identifies the images.
     digests["data.path"] = ""
   return digests

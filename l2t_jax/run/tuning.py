@@ -13,6 +13,7 @@ most `MAX_PAIR_SETS` sets, and all pairs together.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+import functools
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import math
 import statistics
 from typing import Any, NamedTuple
 
-from l2t_jax import cli, errors
+from l2t_jax import cli, data, errors
 import l2t_jax.config
 from l2t_jax.results import run_reader, tables, transfer_map
 from l2t_jax.run import cells as table_cells
@@ -107,15 +108,16 @@ def check(
         f"--tune={field}: no method of the table reads it"
       )
   _check_pairs(tuning, cells)
+  digest = functools.cache(data.digest)
   for cell in cells:
     combinations = _combinations(cell, tuning)
     if not num_trials(cell, tuning):
       chosen = cli.with_fields(cell.config, combinations[0])
-      from_config.check(chosen, cell.workdirs)
+      from_config.check(chosen, cell.workdirs, digest)
       continue
     for fields in combinations:
       trial = _trial(cell, fields, tables.fields_text(fields), tuning.num_seeds)
-      from_config.check(trial.config, trial.workdirs)
+      from_config.check(trial.config, trial.workdirs, digest)
 
 
 def _check_pairs(tuning, cells):
@@ -238,12 +240,11 @@ def _search_pairs(all_pairs, attempt):
     if best and tried[winner].score <= best.score:
       break
     best, chosen = tried[winner], (*chosen, winner)
-  else:
-    if num_tried == MAX_PAIR_SETS:
-      table_cells.CONSOLE.print(
-        f"fm_search: ended at its limit of {MAX_PAIR_SETS} sets; more pairs may"
-        " help"
-      )
+  if num_tried == MAX_PAIR_SETS:
+    table_cells.CONSOLE.print(
+      f"fm_search: ended at its limit of {MAX_PAIR_SETS} sets; more pairs may"
+      " help"
+    )
   outcomes = [all_pairs] if best is None else [best, all_pairs]
   return max(outcomes, key=lambda outcome: outcome.score)
 
