@@ -548,6 +548,24 @@ def test_seeds_train_together_as_alone(source, tmp_path, monkeypatch):
     assert (workdirs[seed] / "target.safetensors").exists()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["linear_probe", "finetune_source"])
+def test_seeds_of_the_source_train_together_as_alone(source, tmp_path, method):
+  config = small_runs.small_config(source, epochs=1)
+  config.method, config.transfer.pairs, config.log_every = method, "", 1
+  for seed in (0, 1):
+    config.seed = seed
+    small_runs.train(config, tmp_path / f"alone{seed}")
+  workdirs = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+  from_config.train_and_evaluate(config, workdirs)
+  for seed, workdir in workdirs.items():
+    ours, alone = (
+      [record["loss"] for record in small_runs.records(folder, "train")]
+      for folder in (workdir, tmp_path / f"alone{seed}")
+    )
+    np.testing.assert_allclose(ours, alone, rtol=1e-3)
+
+
 def test_runs_in_turn_share_programs_and_nothing_else(
   source, tmp_path, monkeypatch
 ):
