@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train one run in several processes of this machine, with a GPU for each:
+# Train one run in several processes on this machine, with one GPU per process:
 #   launch/local.sh NUM_PROCESSES --config=configs/X.py --workdir=DIR ...
-# SIGTERM and Ctrl-C reach all. Ends with the code of the process that failed by
-# itself, if one did, and not with those of processes that lost it (5).
+# SIGTERM and Ctrl-C are passed on to all processes. If a process fails, its
+# exit code is returned, and not the 5 of the processes that lost it.
 set -uo pipefail
 count=${1:?usage: launch/local.sh NUM_PROCESSES --config=... --workdir=...}
 shift
@@ -25,7 +25,7 @@ status=0
 for process in "${processes[@]}"; do
   wait "$process"
   code=$?
-  # A signal ends a wait, not the process.
+  # A signal interrupts `wait`, but does not end the process.
   while ((code > 128)) && kill -0 "$process" 2>/dev/null; do
     wait "$process"
     code=$?

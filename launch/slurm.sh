@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train one run on several nodes, with a process for each GPU:
+# Train one run on several nodes, with one process per GPU:
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/X.py --workdir=DIR ...
 # Submit from the root of the project; DIR must be on a file system that all
 # nodes share. Options of sbatch override the lines below, for example
 # --gpus-per-node=4 --ntasks-per-node=4, or --gpus-per-node=0 without GPUs.
-# Before the time is up, or when the job is preempted, the run saves and the job
-# is queued again. It is also queued again when a process or a node is lost.
+# Before the time limit, or when the job is preempted, the run saves and the job
+# is requeued. It is also requeued when a process or a node is lost.
 #SBATCH --job-name=l2t
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -16,10 +16,11 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# Where processes are tracked with cgroups, Slurm's SIGTERM reaches only the
-# shell of each task, which must pass it on; it ends a wait, not the process.
-# srun returns the highest exit code, which may be that of a process that lost
-# another. Process 0, which alone writes, knows best: the others return 0.
+# If Slurm tracks processes with cgroups, its SIGTERM reaches only the shell of
+# each task. The shell passes it on; it also interrupts `wait`, hence the loop.
+# srun returns the highest exit code, which could come from a process that lost
+# another one. Only the exit code of process 0, which writes all files, is
+# meaningful, so the others return 0.
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
   "$@" & process=$!
   trap "kill -TERM $process 2>/dev/null" TERM

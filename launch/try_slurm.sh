@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Try launch/slurm.sh, and a table as a job array, on a Slurm of this machine:
+# Test launch/slurm.sh, and a table as a job array, with Slurm on this machine:
 #   launch/try_slurm.sh
 # Needs root on Debian, where it installs slurm-wlm and munge if they are
-# missing; the settings of a Slurm that is there stay as they are. Logs and runs
-# are left in runs/slurm. The daemons are stopped at the end. Exits with 1 and
-# says why if something is not as docs/guides/clusters.md says. It takes about
-# 15 minutes on two busy cores.
+# missing; it does not change the settings of an installed Slurm. Logs and runs
+# are left in runs/slurm. The daemons are stopped at the end. If something
+# differs from docs/guides/clusters.md, it says what and exits with 1. It takes
+# about 15 minutes on two busy cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$PWD/runs/slurm
@@ -32,7 +32,7 @@ start_slurm() {
     { apt-get update -qq && apt-get install -qq -y slurm-wlm munge; }
   mkdir -p "$folder"/{state,spool}
   (umask 077 && head -c 128 /dev/urandom > "$folder/munge.key")
-  # Four CPUs, of however many there are. A job of `urgent` preempts others.
+  # Four CPUs, whatever the machine has. Jobs of `urgent` preempt others.
   cat > "$SLURM_CONF" << END
 ClusterName=try
 SlurmctldHost=$host
@@ -85,7 +85,7 @@ stop_slurm() {
   done
 }
 
-# Whether a daemon of ours is running; its number may be another's by now.
+# True if our daemon is running. Its PID may have been reused, hence the name.
 runs() { pgrep --exact --pidfile "$folder/$1.pid" "$1" &> /dev/null; }
 
 # Submit a run of two processes: submit NAME [SBATCH_OPTION ...] [-- FLAG ...]
@@ -116,10 +116,10 @@ process_of() {
   done
 }
 
-# What happens to the run `disturbed`, job $1.
+# Faults that disturb the run `disturbed`; $1 is its job.
 kill_process_0() { kill -KILL "$(process_of disturbed 0)"; }
 kill_process_1() { kill -KILL "$(process_of disturbed 1)"; }
-# With cgroups Slurm signals these shells alone.
+# With cgroups, Slurm signals only these shells.
 terminate_shells() {
   kill -TERM "$(ps -o ppid= "$(process_of disturbed 0)")" \
     "$(ps -o ppid= "$(process_of disturbed 1)")"
@@ -127,7 +127,7 @@ terminate_shells() {
 preempt() {
   sbatch --partition=urgent --ntasks=4 --output=/dev/null --wrap="sleep 1"
 }
-# Leave it less than the two minutes before which Slurm sends SIGTERM.
+# Set a time limit less than two minutes ahead: Slurm sends SIGTERM at once.
 reach_time_limit() {
   local start
   start=$(date -d "$(squeue --noheader --jobs="$1" --format=%S)" +%s)
@@ -161,8 +161,9 @@ for fault in kill_process_0 kill_process_1 terminate_shells reach_time_limit \
   echo "after $(num_records disturbed) records: $fault"
   "$fault" "$job" > /dev/null
   wait_until has_state "$job" PENDING
-  # Slurm would wait for two minutes. It needs some seconds: a credential of
-  # the same second as the last start's end is refused.
+  # Slurm would wait for two minutes before the next start. A few seconds are
+  # needed, because it rejects a credential from the second in which the
+  # previous start ended.
   scontrol update "jobid=$job" starttime=now+5seconds timelimit=60
 done
 wait_until has_state "$undisturbed" COMPLETED
