@@ -1,6 +1,6 @@
 """MIT-67, indoor scenes, at 224x224: ImageNet ResNet-34 -> ResNet-18.
 
-    python -m l2t_jax.data.layout mit67 DOWNLOADS data/mit67
+    python -m l2t_jax.data.archives mit67 DOWNLOADS data/mit67
     python -m l2t_jax.pretrained resnet34-b627a593.pth \
       weights/imagenet_resnet34.safetensors --model=resnet34
     python train.py --config=configs/mit67.py --workdir=runs/mit67

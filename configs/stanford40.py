@@ -1,6 +1,6 @@
 """Stanford-40, actions, at 224x224: ImageNet ResNet-34 -> ResNet-18.
 
-    python -m l2t_jax.data.layout stanford40 DOWNLOADS data/stanford40
+    python -m l2t_jax.data.archives stanford40 DOWNLOADS data/stanford40
     python -m l2t_jax.pretrained resnet34-b627a593.pth \
       weights/imagenet_resnet34.safetensors --model=resnet34
     python train.py --config=configs/stanford40.py --workdir=runs/stanford40

@@ -1,6 +1,6 @@
 """TinyImageNet at 32x32: a ResNet-32 from scratch, the source of the others.
 
-    python -m l2t_jax.data.layout tinyimagenet DOWNLOADS data/tinyimagenet
+    python -m l2t_jax.data.archives tinyimagenet DOWNLOADS data/tinyimagenet
     python train.py --config=configs/tinyimagenet.py --workdir=runs/tinyimagenet
     python train.py --config=configs/stl10.py --workdir=runs/stl10 \
       --config.source.weights=runs/tinyimagenet/target.safetensors

@@ -14,7 +14,7 @@ import jax
 from l2t_jax import errors, types
 
 # Argument that sets the mode of a module -> its value in train mode.
-_MODES = {
+_TRAIN_ARGUMENTS = {
   "train": True,
   "training": True,
   "is_train": True,
@@ -24,8 +24,9 @@ _MODES = {
   "use_running_average": False,
 }
 HOW_TO_TELL = (
-  f"let its __call__ have one of the arguments {', '.join(_MODES)}; a module of"
-  " NNX may follow .train() and .eval() instead"
+  "let its __call__ have one of the arguments"
+  f" {', '.join(_TRAIN_ARGUMENTS)}; a module of NNX may follow .train() and"
+  " .eval() instead"
 )
 
 
@@ -116,15 +117,15 @@ def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
     and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
   ]
   for name in needed[1:]:
-    if name not in _MODES:
+    if name not in _TRAIN_ARGUMENTS:
       raise errors.InputError(
         f"the network's __call__ needs the argument {name!r}, besides images;"
         " give it a default, or, if it says whether the network trains, one of"
-        f" the names {', '.join(_MODES)}"
+        f" the names {', '.join(_TRAIN_ARGUMENTS)}"
       )
   return {
     name: train == when_training
-    for name, when_training in _MODES.items()
+    for name, when_training in _TRAIN_ARGUMENTS.items()
     if name in names
   }
 

@@ -72,7 +72,7 @@ class _Target(NamedTuple):
   notes: tuple[str, ...]  # What the user should know about its training.
 
 
-class _Plan(NamedTuple):
+class _Matching(NamedTuple):
   """Which features are compared, and which of their weights are learned."""
 
   pairs: tuple[pair_sets.Pair, ...] = ()
@@ -114,9 +114,9 @@ def build(experiment: experiments.Experiment) -> Setup:
       source_networks.in_class_order(source, dataset.class_names)
       for source in sources
     ]
-  plan = _Plan()
+  plan = _Matching()
   if method.pair_set:
-    plan = _plan_transfer(experiment, sources, target.layout)
+    plan = _plan_matching(experiment, sources, target.layout)
   read = sources if method.losses else []
   mode = settings.bilevel.mode
   modes = _AUTO_MODES if mode == "auto" else (mode,)
@@ -316,7 +316,7 @@ def _check_classification(dataset, outputs):
     )
 
 
-def _plan_transfer(experiment, sources, target_layout):
+def _plan_matching(experiment, sources, target_layout):
   """Choose the pairs, and which of their weights are learned."""
   method, fields = experiment.method, experiment.settings.transfer
   frozen = experiment.frozen
@@ -355,7 +355,7 @@ def _plan_transfer(experiment, sources, target_layout):
     _check_frozen(fields.map, frozen, pairs, source_taps)
   used = lambda taps, names: {n: taps[n] for n in taps if n in names}
   learned = lambda value: value == "learned" and not frozen
-  return _Plan(
+  return _Matching(
     pairs,
     _attention_pairs(method, pairs, source_taps, target_taps),
     used(source_taps, {pair.source for pair in pairs}),

@@ -13,7 +13,8 @@ from PIL import Image
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.data import from_folders, layout
+from l2t_jax.data import archives as official
+from l2t_jax.data import from_folders
 
 # Of the small archives below: (training, test) images.
 COUNTS = {"tinyimagenet": (4, 2), "mit67": (4, 2), "stanford40": (4, 3)}
@@ -123,7 +124,9 @@ def archives(tmp_path):
 def small(name):
   """Return a data set with the counts of these archives."""
   num_train, num_test = COUNTS[name]
-  return layout.DATA_SETS[name]._replace(num_train=num_train, num_test=num_test)
+  return official.DATA_SETS[name]._replace(
+    num_train=num_train, num_test=num_test
+  )
 
 
 def files(folder):
@@ -139,7 +142,7 @@ def check_fails(name, archives, out, match):
   """Expect one line that says why, and nothing in the place of the result."""
   before = out.exists()
   with pytest.raises(errors.InputError, match=match) as error:
-    layout.make_layout(small(name), archives, out)
+    official.unpack(small(name), archives, out)
   assert len(str(error.value).splitlines()) == 1
   assert out.exists() == before
 
@@ -176,18 +179,18 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", layout.DATA_SETS)
+@pytest.mark.parametrize("name", official.DATA_SETS)
 def test_every_listed_image_is_in_its_place_unchanged(name, archives, tmp_path):
   out = tmp_path / "new" / "out"
-  layout.make_layout(small(name), archives, out)
+  official.unpack(small(name), archives, out)
   assert files(out) == {
     path: jpeg(member) for path, member in EXPECTED[name].items()
   }
 
 
-@pytest.mark.parametrize("name", layout.DATA_SETS)
+@pytest.mark.parametrize("name", official.DATA_SETS)
 def test_folder_source_reads_the_layout(name, archives, tmp_path):
-  layout.make_layout(small(name), archives, tmp_path / "out")
+  official.unpack(small(name), archives, tmp_path / "out")
   source = from_folders.open_folder(str(tmp_path / "out"))
   assert source.num_official_val == 0
   assert len(source.class_names) == 2
@@ -201,12 +204,12 @@ def test_folder_source_reads_the_layout(name, archives, tmp_path):
 def test_other_ways_to_make_a_tar(mode, prefix, archives, tmp_path):
   members = {f"{prefix}{key}": file for key, file in mit67_members().items()}
   save_tar(archives / "indoorCVPR_09.tar", members, mode=mode)
-  layout.make_layout(small("mit67"), archives, tmp_path / "out")
+  official.unpack(small("mit67"), archives, tmp_path / "out")
   assert files(tmp_path / "out").keys() == EXPECTED["mit67"].keys()
 
 
 def test_official_counts():
-  counts = {name: found[2:4] for name, found in layout.DATA_SETS.items()}
+  counts = {name: found[2:4] for name, found in official.DATA_SETS.items()}
   assert counts == {
     "tinyimagenet": (100_000, 10_000),
     "mit67": (5_360, 1_340),
@@ -216,7 +219,7 @@ def test_official_counts():
 
 @pytest.mark.parametrize(
   "name, file",
-  [(name, file) for name in COUNTS for file in layout.DATA_SETS[name].files],
+  [(name, file) for name in COUNTS for file in official.DATA_SETS[name].files],
 )
 def test_missing_archive(name, file, archives, tmp_path):
   (archives / file).unlink()
@@ -273,7 +276,7 @@ def test_no_validation_labels(archives, tmp_path):
 
 def test_an_image_in_both_lists_is_in_test_alone(archives, tmp_path):
   (archives / "TrainImages.txt").write_text(MIT67_TRAIN + "\nmall/b.jpg\n")
-  layout.make_layout(small("mit67"), archives, tmp_path / "out")
+  official.unpack(small("mit67"), archives, tmp_path / "out")
   assert files(tmp_path / "out").keys() == EXPECTED["mit67"].keys()
 
 
@@ -287,22 +290,22 @@ def test_existing_out_is_kept(archives, tmp_path):
 
 def test_interrupted_run_can_be_repeated(archives, tmp_path, monkeypatch):
   out = tmp_path / "out"
-  read_members = layout._read_members
+  read_members = official._read_members
 
   def stop_midway(path, wanted):
     yield next(read_members(path, wanted))
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(layout, "_read_members", stop_midway)
+  monkeypatch.setattr(official, "_read_members", stop_midway)
   with pytest.raises(KeyboardInterrupt):
-    layout.make_layout(small("mit67"), archives, out)
+    official.unpack(small("mit67"), archives, out)
   assert not out.exists()
   monkeypatch.undo()
   # Of an older list: the second run must not take it over.
   leftover = tmp_path / "out.partial" / "train" / "gym" / "leftover.jpg"
   leftover.parent.mkdir(parents=True, exist_ok=True)
   leftover.write_bytes(b"")
-  layout.make_layout(small("mit67"), archives, out)
+  official.unpack(small("mit67"), archives, out)
   assert files(out).keys() == EXPECTED["mit67"].keys()
   assert not (tmp_path / "out.partial").exists()
 
@@ -336,7 +339,7 @@ def test_links_are_not_followed(archives, tmp_path):
 @pytest.mark.parametrize("share", [0, 0.01, 0.4])
 @pytest.mark.parametrize(
   "name, file",
-  [(name, data.files[0]) for name, data in layout.DATA_SETS.items()],
+  [(name, data.files[0]) for name, data in official.DATA_SETS.items()],
 )
 def test_damaged_archive(name, file, share, archives, tmp_path):
   content = (archives / file).read_bytes()
@@ -357,12 +360,12 @@ def test_out_that_can_not_be_written(archives, tmp_path):
 
 
 def run(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["layout", *map(str, arguments)])
-  errors.run_command(layout.make_parser(), layout.main)
+  monkeypatch.setattr(sys, "argv", ["archives", *map(str, arguments)])
+  errors.run_command(official.make_parser(), official.main)
 
 
 def test_command(archives, tmp_path, monkeypatch, capsys):
-  monkeypatch.setitem(layout.DATA_SETS, "mit67", small("mit67"))
+  monkeypatch.setitem(official.DATA_SETS, "mit67", small("mit67"))
   run(monkeypatch, "mit67", archives, tmp_path / "out")
   wrote = f"wrote 4 training and 2 test images to {tmp_path / 'out'}\n"
   assert capsys.readouterr().out == wrote

@@ -1,6 +1,6 @@
 """Sort the official archives of the paper's data sets into folders of images.
 
-    python -m l2t_jax.data.layout NAME ARCHIVES OUT
+    python -m l2t_jax.data.archives NAME ARCHIVES OUT
 
 NAME is tinyimagenet, mit67 or stanford40. ARCHIVES is the folder of the
 downloads, still packed; `DATA_SETS` lists their names and where to get them.
@@ -46,7 +46,7 @@ class Published(NamedTuple):
   list_images: Callable[[pathlib.Path], Iterable[tuple[str, Destination]]]
 
 
-def make_layout(
+def unpack(
   published: Published, archives: pathlib.Path, out: pathlib.Path
 ) -> None:
   """Extract all images of a published data set into folders, atomically.
@@ -261,7 +261,7 @@ def make_parser() -> errors.Parser:
 def main(args: argparse.Namespace) -> None:
   """Extract a data set into folders."""
   published = DATA_SETS[args.name]
-  make_layout(published, args.archives, args.out)
+  unpack(published, args.archives, args.out)
   print(
     f"wrote {published.num_train} training and {published.num_test} test images"
     f" to {args.out}"
