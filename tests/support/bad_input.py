@@ -306,12 +306,12 @@ _NETWORK = _write(
 )
 
 _INTRODUCTION = """\
-# What goes wrong, and what is said
+# Error messages
 
-Commands answer bad input with one line on stderr, `error: ` and what stands
-below, before anything is compiled or overwritten. The tests run every line of
-these tables, and this page is made of them; what stands in a folder called
-`run`, `images` or the like there is your own here.
+Commands answer bad input with one line on stderr, `error: ` and one of the
+messages below, before anything is compiled or overwritten. This page is
+generated from the cases that the tests run; folders called `run`, `images` and
+the like stand for your own.
 
 | Exit code | Meaning | The same command again |
 |---|---|---|
@@ -361,21 +361,21 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "config.trackers has 'tensorbord'; there are tensorboard, wandb, mlflow",
     ),
     Case(
-      "Smoothed labels of what is no classification",
+      "Label smoothing for a task other than classification",
       f"{_SCRATCH} --config.target.task=examples.tasks:ANGLE "
       "--config.target.label_smoothing=0.1",
       "config.target.label_smoothing is 0.1, but the task is no "
       "classification; set it to 0",
     ),
     Case(
-      "Mixed images where there are no classes to mix",
+      "Mixup for a task other than classification",
       f"{_SCRATCH} --config.target.task=examples.tasks:ANGLE "
       "--config.data.mixup=0.8",
       "config.data.mixup is 0.8, but the task is no classification; set it to "
       "0",
     ),
     Case(
-      "A stronger RandAugment than there is",
+      "A magnitude of RandAugment out of range",
       "--config.data.rand_augment_magnitude=31",
       "config.data.rand_augment_magnitude is 31; it must be from 0 to 30",
     ),
@@ -387,13 +387,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "optax transformation",
     ),
     Case(
-      "An optimizer without a derivative",
+      "An optimizer that cannot be differentiated",
       "--config.optimizer.name=optax:adam",
       "the inner optimizer's updates have no finite derivative at a zero "
       "gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)",
     ),
     Case(
-      "An optimizer that keeps its learning rate",
+      "An optimizer that keeps its learning rate in its state",
       "--config.optimizer.name=mine:kept",
       "the optimizer's updates do not change with the learning rate, which it "
       "ignores or keeps in its state, as optax.inject_hyperparams does; return "
@@ -412,7 +412,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "required keyword-only arguments: 'value', 'grad', and 'value_fn'",
     ),
     Case(
-      "Images that a transformer cannot cut into patches",
+      "An image size that is no multiple of the patch size",
       "--config.target.model=vit_tiny --config.data.image_size=18",
       "images are 18x18; for this network their sides must be multiples of 4",
     ),
@@ -423,7 +423,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "4; lower config.optimizer.warmup_steps or warmup_epochs",
     ),
     Case(
-      "A target that is no bundled network",
+      "An unknown target network",
       "--config.target.model=vgg",
       "unknown model 'vgg'; it must be one of resnet_tiny, resnet20, "
       "resnet32, resnet18, resnet34, resnet50, vgg9, vgg_tiny, vit_tiny, "
@@ -437,14 +437,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "No module named 'no_such'",
     ),
     Case(
-      "A function that makes no network of classes",
+      "A function that does not take num_classes",
       "--config.target.model=mine:Net",
       "the model 'mine:Net' cannot be called with num_classes: got an "
       "unexpected keyword argument 'num_classes'",
       _write("mine.py", "def Net(): pass"),
     ),
     Case(
-      "A task of one's own that is none",
+      "A custom task of the wrong type",
       "--config.target.task=mine:TASK",
       "the task 'mine:TASK' is a int; it must be a l2t_jax.types.Task",
       _write("mine.py", "TASK = 3"),
@@ -456,7 +456,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "needs a logit for each",
     ),
     Case(
-      "Several targets an image, and no number of outputs",
+      "Several targets per image, but no number of outputs",
       f"{_SCRATCH} --config.target.task=examples.tasks:PRESENCE",
       "the data have 10 targets for each image, but the target's outputs are "
       "['B', 1]; set config.target.num_outputs: 10 is one for each target, 1 "
@@ -470,7 +470,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "-m l2t_jax.pretrained, or target.safetensors of another run",
     ),
     Case(
-      "A source that the config file has not",
+      "A source that is not in the config file",
       "--config.sources.big.weights=x",
       "--config.sources.big.weights=x: small.py has no such source; sources"
       " are added in a config file, config.sources.NAME = default.source()",
@@ -557,14 +557,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "transfer_map.json of a finished run.",
     ),
     Case(
-      "A map that is no JSON",
+      "A map that is not JSON",
       "--config.transfer.map=map.json",
       "map.json is not JSON (Expecting property name enclosed in double "
       "quotes: line 1 column 2 (char 1)).",
       _write("map.json", "{"),
     ),
     Case(
-      "A map of other widths",
+      "A map for other numbers of channels",
       "--config.transfer.map=map.json",
       "map.json: pair stage1_block1->conv1 has 1 channel weights, but the "
       "source tap has 16 channels",
@@ -584,7 +584,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "there is no file 'nope.npz'; an .npz file is needed",
     ),
     Case(
-      "A file that is no npz",
+      "A file that is not an npz file",
       "",
       "'data.npz' is no npz file of plain arrays",
       _write("data.npz", "no arrays"),
@@ -603,14 +603,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _data(x_train=_with_nan(_X)),
     ),
     Case(
-      "Channels that the images do not have",
+      "A wrong number of channels",
       "",
       "channels is 1, but the images are uint8 with 5 channels, which are not "
       "converted; set it to that, or choose channels of the arrays",
       _data(x_train=np.stack([_X] * 5, axis=-1)),
     ),
     Case(
-      "More channels than the source has seen",
+      "More channels than the source takes",
       "--config.data.channels=5",
       "the source source.safetensors sees 1-channel images, but the "
       "target's have 5 channels; set its field bands to the 1 that it shall "
@@ -618,7 +618,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _data(x_train=np.stack([_X] * 5, axis=-1)),
     ),
     Case(
-      "Floats of another scale than the mean's",
+      "Float images on another scale than mean and std",
       "",
       "mean (0.5,) and std (0.5,) are not for images whose values go from 0 to "
       "255; set both to those of the images, or to () to compute them, or "
@@ -626,7 +626,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _data(x_train=_X.astype(np.float32)),
     ),
     Case(
-      "A label for every image but one",
+      "One label too few",
       "",
       "'data.npz': y_train is int64 [63], but must be integer or names [64], "
       "or one-hot [64, K]: one label per image of x_train",
@@ -653,7 +653,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _data(y_train=np.where(np.arange(64) == 5, 40, _Y)),
     ),
     Case(
-      "Identifiers in place of labels",
+      "Identifiers instead of labels",
       "",
       "'data.npz': y_train has label 1000000007, but there are only 64 training"
       " images; labels are numbers from 0 without gaps: class_names ="
@@ -669,7 +669,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _data(x_test=_X[:20], y_test=_Y[:20]),
     ),
     Case(
-      "A split that overlaps",
+      "A split whose parts overlap",
       _SPLIT,
       "'split.npz' lists index 50 more than once; each image belongs in only "
       "one of a_train, a_val, a_test",
@@ -683,7 +683,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _split(a_val=np.array([40, 41, 40])),
     ),
     Case(
-      "A split with an index beyond the images",
+      "A split with an index out of range",
       _SPLIT,
       "'split.npz': a_test goes from 63 to 64, but the data set has the "
       "indices 0 to 63",
@@ -697,13 +697,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _split(a_val=np.arange(0)),
     ),
     Case(
-      "No share for validation",
+      "No validation images",
       "--config.data.val_fraction=0",
       "there are no validation images to choose the best epoch by; set "
       "config.data.val_fraction above 0",
     ),
     Case(
-      "Shares that leave nothing to train on",
+      "Shares that leave no training images",
       "--config.data.val_fraction=0.5 --config.data.test_fraction=0.5",
       "val_fraction 0.5 and test_fraction 0.5 must not be negative, and "
       "their sum must be below 1",
@@ -714,18 +714,18 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "batch_size is 64, but there are only 32 training images",
     ),
     Case(
-      "More images of a class than there are",
+      "More images per class than there are",
       "--config.data.per_class=40",
       "per_class is 40, but class '0' has only 16 training images",
     ),
     Case(
-      "Images without labels, but none are left over",
+      "Unlabelled images, but none are left over",
       "--config.data.unlabeled=True",
       "unlabeled is True, but per_class=0 keeps all images; let per_class "
       "leave some over, or give an unlabeled_path",
     ),
     Case(
-      "A class that the data have not",
+      "A class that is not in the data",
       "--config.data.classes=(0,7)",
       "classes has 7, but the classes are 0: 0, 1: 1",
     ),
@@ -742,12 +742,12 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "none, crop, crop_flip",
     ),
     Case(
-      "A deviation of 0",
+      "A standard deviation of 0",
       "--config.data.std=(0.0,)",
       "config.data.std is (0.0,); it must hold finite numbers above 0 only",
     ),
     Case(
-      "An unknown kind of data",
+      "An unknown source of data",
       "--config.data.source=zip",
       "source 'zip' is unknown; possible: bundled, npz, folder, tfds, "
       "huggingface",
@@ -765,7 +765,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _pictures(lambda images: (images / "cow").mkdir()),
     ),
     Case(
-      "A class that only validation has",
+      "A class that only the validation images have",
       _FOLDER,
       "folder 'images/val' must have the same classes as train; only one of"
       " the two has cow, dog",
@@ -806,7 +806,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
-      "An image with pixels that are floats",
+      "An image file with float pixels",
       _FOLDER,
       "1 of 33 images cannot be used: image images/dog/3.tif has pixels that "
       "are floats, whose values for black and white are unknown; replace or "
@@ -847,7 +847,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
-      "A network's name where its file belongs",
+      "The name of a network instead of its weight file",
       "--config.source.weights=timm:resnet50",
       "config.source.weights is 'timm:resnet50'; convert it once: python -m "
       "l2t_jax.pretrained timm:resnet50 OUT.safetensors, and give that file",
@@ -862,7 +862,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       write_program(),
     ),
     Case(
-      "A normalisation for a network that has its own",
+      "A normalisation for a converted network, which has its own",
       "--config.source.mean=(0.5,)",
       "the source source.safetensors normalises its images itself; leave out "
       "its fields mean and std",
@@ -893,26 +893,26 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
-      "A tensor has another shape",
+      "A tensor of the wrong shape",
       "",
       "source.safetensors on images of 8x8x1 does not fit its weights: "
       "params/fc/bias is [7], expected [5]",
       _source({"params/fc/bias": np.zeros(7, np.float32)}),
     ),
     Case(
-      "A tensor has NaN",
+      "A tensor with NaN",
       "",
       "source.safetensors: 1 of 5 values of params/fc/bias are NaN or "
       "infinite; take weights of a run that did not diverge",
       _source({"params/fc/bias": _with_nan(np.zeros(5))}),
     ),
     Case(
-      "A source deviation of infinity",
+      "An infinite standard deviation of a source",
       "--config.source.std=(1e999,)",
       "config.source.std is (inf,); it must hold finite numbers above 0 only",
     ),
     Case(
-      "Two source means for one channel",
+      "Two means for a source of one channel",
       "--config.source.mean=(0.1,0.2)",
       "mean of the source source.safetensors is (0.1, 0.2), but it sees "
       "images of 1 channels; set its field mean to 1 values",
@@ -925,7 +925,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "source; use a transfer method",
     ),
     Case(
-      "Distillation from a source of as many other classes",
+      "Distillation from a source with other classes",
       f"--config.method=kd {_FOLDER}",
       "method 'kd' needs the source's classes to be the target's: the source"
       " and the data do not both have bird, gnu; use 'lwf', or name the"
@@ -937,7 +937,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       ),
     ),
     Case(
-      "Distillation from a source whose classes have no names",
+      "Distillation from a source without class names",
       f"--config.method=kd {_FOLDER}",
       "method 'kd' needs the source's classes to be the target's: the source"
       " does not name its 5 classes; list them in the order of its logits in"
@@ -945,7 +945,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _pictures(names=("cat", "dog", "eel", "fox", "gnu")),
     ),
     Case(
-      "A converted file where a run belongs",
+      "A converted file instead of a run",
       "source.safetensors data.npz",
       "source.safetensors holds converted weights, not a run of l2t_jax: it"
       " does not say which images and classes it is for",
@@ -1002,7 +1002,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       command=CONVERT,
     ),
     Case(
-      "A network of torch without its images",
+      "A network of torch without its image size",
       "torch:mine:make out.safetensors --image_size=64",
       "torch:mine:make: give --mean and --std of the images that it was trained"
       " on (--mean=0 --std=1 if it normalises them itself)",
@@ -1029,7 +1029,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
   ),
   "Workdir": (
     Case(
-      "A file in its place",
+      "A file in place of the folder",
       "",
       "cannot use --workdir=run: File exists; give a folder that can be "
       "written",
@@ -1043,7 +1043,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       _run_of(epochs=3),
     ),
     Case(
-      "A config.json that a disk damaged",
+      "A damaged config.json",
       "",
       "run/config.json is damaged (Expecting value: line 1 column 12 (char "
       "11)); mend or delete it, or use another --workdir",
@@ -1079,7 +1079,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
   ),
   "Accepted": (
     Case(
-      "Grey images for a network of RGB",
+      "Grey images for a network for RGB images",
       _RGB,
       "converted: three equal channels",
       _pictures(mode="L"),
@@ -1093,14 +1093,14 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       code=0,
     ),
     Case(
-      "Images of 16 bits",
+      "16-bit images",
       _RGB,
       "converted: the upper 8 bits",
       _pictures(mode="I;16"),
       code=0,
     ),
     Case(
-      "Colour images for a network of grey ones",
+      "Colour images for a network for grey images",
       f"{_FOLDER} {_SCRATCH}",
       "converted to luminance",
       _pictures(),
