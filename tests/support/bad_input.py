@@ -1,4 +1,4 @@
-"""What goes wrong, and what is said: bad inputs as data.
+"""Bad inputs and the messages that answer them, as data.
 
     python -m tests.support.bad_input > docs/guides/bad_input.md
 
@@ -88,8 +88,8 @@ def page() -> str:
     accepted = not any(case.code for case in cases)
     lines += [
       f"\n## {group}\n",
-      f"| {'What is given' if accepted else 'What is wrong'} |"
-      f" {'What happens' if accepted else 'What is said'} | Exit code |",
+      f"| {'Input' if accepted else 'Cause'} |"
+      f" {'What happens' if accepted else 'Message'} | Exit code |",
       "|---|---|---|",
     ]
     for case in cases:
