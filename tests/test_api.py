@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.resources
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -114,6 +115,8 @@ def test_the_wheel_works_without_the_clone(tmp_path):
     subprocess.run(
       [tmp_path / "venv/bin/python", *arguments],
       cwd=tmp_path,
+      # A clone that PYTHONPATH names would hide the wheel.
+      env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
       check=True,
       text=True,
       stdout=subprocess.PIPE,
