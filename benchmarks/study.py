@@ -243,7 +243,7 @@ def _cpu():
 
 def _short(summary):
   """Drop the fields of a summary that no table reads."""
-  left_out = ("recipe", "phases", "skipped_images", "split_hash")
+  left_out = ("recipe", "phases", "skipped_images")
   return {k: value for k, value in summary.items() if k not in left_out}
 
 
