@@ -452,6 +452,11 @@ def check(
     _check_sources(config, method)
   if config.transfer.map:
     _check_map(config, method)
+  elif method.searches_pairs and not config.transfer.pairs:
+    raise errors.InputError(
+      f"method {config.method!r} needs config.transfer.pairs;"
+      " python -m l2t_jax.table searches for them"
+    )
 
 
 def _holds(rule, value):
@@ -497,7 +502,7 @@ def _check_sources(config, method):
 
 def _check_map(config, method):
   """Reject a map that the method ignores, and fields that the map overrides."""
-  if method.pair_set and "matching" not in method.losses:
+  if method.pair_set is not None and "matching" not in method.losses:
     raise errors.InputError(
       f"config.transfer.map is {config.transfer.map!r}, but method"
       f" {config.method!r} has no pair weights; use l2t_ww"

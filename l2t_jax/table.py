@@ -142,7 +142,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     )
   say = table_cells.CONSOLE.print
   jobs: Iterable[table_cells.Cell]
-  if args.tune or table_cells.SEARCH in args.methods:
+  if args.tune or any(cell.is_search for cell in cells):
     tried = tuning.parse(args.tune, args.tune_seeds)
     tuning.check(tried, cells, _fields_set(args.sweep, overrides))
     mine = table_cells.interleave(cells)[args.shard]

@@ -31,7 +31,8 @@ class Method(NamedTuple):
   """What a value of `config.method` stands for."""
 
   losses: tuple[str, ...] = ()  # Names in `make_auxiliary_losses`.
-  pair_set: str | None = None  # Default pairs; None if no pairs are compared.
+  # Default pairs; "" if they have to be given; None if none are compared.
+  pair_set: str | None = None
   learn_channels: bool = False  # Whether f is learned.
   learn_pairs: bool = False  # Whether g is learned.
   starts_from_source: bool = False  # Whether the source's weights are copied.
@@ -49,6 +50,11 @@ class Method(NamedTuple):
   def weighs_pairs(self) -> bool:
     """True if runs of this method have a transfer map."""
     return bool({"matching", "afd"} & {*self.losses})
+
+  @property
+  def searches_pairs(self) -> bool:
+    """True if there are no default pairs: a table searches for them."""
+    return self.pair_set == ""
 
   @property
   def needs_source(self) -> bool:
@@ -82,7 +88,7 @@ METHODS = {
   "fm_all_to_all": Method(("matching",), "all_to_all"),
   # The same with pairs that `l2t_jax.table` searches for, or that
   # config.transfer.pairs lists.
-  "fm_search": Method(("matching",), "all_to_all"),
+  "fm_search": Method(("matching",), ""),
   # What to transfer: only channel weights are learned.
   "l2t_w_single": Method(("matching",), "single", learn_channels=True),
   "l2t_w_one_to_one": Method(("matching",), "one_to_one", learn_channels=True),

@@ -26,8 +26,6 @@ from l2t_jax.runtime import phases, run_folder
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 _ERROR = "error.txt"  # Why a run failed.
 TUNING = "tuning.json"  # The chosen values of a cell, and its trials.
-# The method whose pairs are searched for; see `tuning`.
-SEARCH = "fm_search"
 
 
 class Cell(NamedTuple):
@@ -42,8 +40,8 @@ class Cell(NamedTuple):
 
   @property
   def is_search(self) -> bool:
-    """True if its pairs are searched for."""
-    return self.method == SEARCH
+    """True if its pairs are searched for; see `tuning`."""
+    return objectives.get_method(self.method).searches_pairs
 
 
 def load_columns(
@@ -162,25 +160,24 @@ def check_rows_differ(
   Raises:
     errors.InputError: naming two such rows.
   """
+  field = "map" if fields.map else "pairs"
+  is_set = bool(fields.map or fields.pairs)
   rows: dict[objectives.Method, str] = {}
-  if SEARCH in methods and (fields.pairs or fields.map):
-    raise errors.InputError(
-      f"config.transfer.{'map' if fields.map else 'pairs'} is set, but"
-      f" {SEARCH} searches for pairs; leave one of the two out"
-    )
   for name in methods:
-    if name == SEARCH:
-      continue
     method = objectives.get_method(name)
-    if method.pair_set and (fields.pairs or fields.map):
-      method = method._replace(pair_set="")
-    if method.pair_set == "" and fields.map:
+    if method.searches_pairs and is_set:
+      raise errors.InputError(
+        f"config.transfer.{field} is set, but {name} searches for pairs; leave"
+        " one of the two out"
+      )
+    if method.pair_set is not None and is_set:
+      method = method._replace(pair_set=f"as in {field}")
+    if method.pair_set is not None and fields.map:
       method = method._replace(
         learn_channels=False, learn_pairs=False, looks_ahead=True
       )
     same = rows.setdefault(method, name)
     if same != name:
-      field = "map" if fields.map else "pairs"
       raise errors.InputError(
         f"config.transfer.{field} is set, which makes {same} and {name} the"
         " same; leave one of them out of --methods"

@@ -115,7 +115,7 @@ def build(experiment: experiments.Experiment) -> Setup:
       for source in sources
     ]
   plan = _Matching()
-  if method.pair_set:
+  if method.pair_set is not None:
     plan = _plan_matching(experiment, sources, target.layout)
   read = sources if method.losses else []
   mode = settings.bilevel.mode
@@ -466,6 +466,7 @@ def _make_recipe(settings, steps_per_epoch, mode):
 def _make_target(experiment, sources, image_format):
   network, method = experiment.target, experiment.method
   layout = models.trace(network, image_format.shape)
+  notes: tuple[str, ...] = ()
   if method.trains != "target":
     if len(layout.output_shape) != 1:
       raise errors.InputError(
@@ -478,13 +479,11 @@ def _make_target(experiment, sources, image_format):
     )
     layout = models.trace(network, image_format.shape)
     read = models.last_tap(source.layout.taps)
+    notes = (f"the classifier reads the source's tap {read!r}",)
   fresh = compilation.jit_random(
     lambda key: models.init(network, key, image_format.shape)
   )
   others: types.PyTree = {}
-  notes: tuple[str, ...] = ()
-  if method.trains != "target":
-    notes = (f"the classifier reads the source's tap {read!r}",)
   if method.starts_from_source:
     others, notes = _source_to_start_from(layout, sources, image_format)
 

@@ -5,9 +5,9 @@ combination of values of the fields that the method reads. Trials use seeds that
 the table does not use, and never evaluate the test images. The seeds of the
 table then train with the trial of the highest mean validation accuracy.
 
-The method `fm_search` also searches for a set of fixed pairs, greedily: it adds
-the pair that improves validation accuracy most, until none does. It tries at
-most `MAX_PAIR_SETS` sets, and all pairs together.
+For `fm_search` and its combinations, a greedy search also finds a set of fixed
+pairs: it adds the pair that improves validation accuracy most, until none does.
+It tries at most `MAX_PAIR_SETS` sets, and all pairs together.
 """
 
 from __future__ import annotations
@@ -219,9 +219,9 @@ def _search_pairs(all_pairs, attempt):
   names = [f"{pair['source']}->{pair['target']}" for pair in content["pairs"]]
   if len(names) > MAX_PAIR_SETS:
     raise errors.InputError(
-      f"fm_search has {len(names)} pairs to choose from, but tries at most"
-      f" {MAX_PAIR_SETS} sets; name fewer layers in config.source.taps and"
-      " config.target.taps"
+      f"{all_pairs.cell.method} has {len(names)} pairs to choose from, but"
+      f" tries at most {MAX_PAIR_SETS} sets; name fewer layers in"
+      " config.source.taps and config.target.taps"
     )
   best, num_tried = None, 0
   chosen: tuple[str, ...] = ()
@@ -242,8 +242,8 @@ def _search_pairs(all_pairs, attempt):
     best, chosen = tried[winner], (*chosen, winner)
   if num_tried == MAX_PAIR_SETS:
     table_cells.CONSOLE.print(
-      f"fm_search: ended at its limit of {MAX_PAIR_SETS} sets; more pairs may"
-      " help"
+      f"{all_pairs.cell.method}: ended at its limit of {MAX_PAIR_SETS} sets;"
+      " more pairs may help"
     )
   outcomes = [all_pairs] if best is None else [best, all_pairs]
   return max(outcomes, key=lambda outcome: outcome.score)
@@ -256,6 +256,8 @@ def _combinations(cell, tuning):
     for field, texts in tuning.values.items()
     if l2t_jax.config.reads(cell.config, field)
   }
+  if cell.is_search:
+    values["transfer.pairs"] = ("all_to_all",)
   return [
     dict(zip(values, combination, strict=True))
     for combination in itertools.product(*values.values())

@@ -178,7 +178,7 @@ def test_fixed_pairs_are_searched(
 ):
   def accuracy(config):
     pairs = config.transfer.pairs
-    if not pairs:  # All of them.
+    if pairs == "all_to_all":
       return 0.65
     chosen = {int(name) for name in re.findall(r"s(\d+)->t", pairs)}
     return 0.6 + 0.1 * len(chosen & useful) - 0.01 * len(chosen - useful)
@@ -186,7 +186,7 @@ def test_fixed_pairs_are_searched(
   ran = pretend(accuracy, num_pairs)
   arguments = ("--methods=fm_search", "--seeds=1")
   assert run_table(tmp_path, *arguments, "--tune=transfer.beta=1,2") == 0
-  sets = [job for job in ran if job.trial and job.config.transfer.pairs]
+  sets = [job for job in ran if job.trial and "->" in job.config.transfer.pairs]
   assert len(sets) == num_sets <= tuning.MAX_PAIR_SETS
   assert {job.config.transfer.beta for job in sets} == {1}
   final = ran[-1]
@@ -246,9 +246,12 @@ def test_a_tuned_folder_is_not_used_without_tuning(pretend, tmp_path):
 
 
 def test_all_pairs_may_be_the_best(pretend, tmp_path):
-  ran = pretend(lambda config: 0.9 if not config.transfer.pairs else 0.5)
-  assert run_table(tmp_path, "--methods=fm_search", "--seeds=1") == 0
-  assert ran[-1].config.transfer.pairs == ""
+  ran = pretend(
+    lambda config: 0.9 if config.transfer.pairs == "all_to_all" else 0.5
+  )
+  assert run_table(tmp_path, "--methods=kd+fm_search", "--seeds=1") == 0
+  assert len([job for job in ran if job.trial]) == 1 + 4 + 3
+  assert ran[-1].config.transfer.pairs == "all_to_all"
 
 
 def test_shares_tune_whole_cells(pretend, tmp_path):

@@ -470,6 +470,12 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "-m l2t_jax.pretrained, or target.safetensors of another run",
     ),
     Case(
+      "A search for pairs outside a table",
+      "--config.method=fm_search",
+      "method 'fm_search' needs config.transfer.pairs; python -m "
+      "l2t_jax.table searches for them",
+    ),
+    Case(
       "A source that is not in the config file",
       "--config.sources.big.weights=x",
       "--config.sources.big.weights=x: small.py has no such source; sources"

@@ -36,7 +36,7 @@ def create(method="l2t_ww", seed=0, pair_set=None, target=TARGET):
   source_taps = models.select_taps(models.trace(SOURCE, SHAPE))
   target_taps = models.select_taps(layout)
   pairs = ()
-  if method.pair_set:
+  if method.pair_set is not None:
     pairs = pair_sets.make_pairs(
       pair_set or method.pair_set, source_taps, target_taps
     )
