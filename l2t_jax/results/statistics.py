@@ -7,7 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 CONFIDENCE = 0.95
 
@@ -52,7 +52,7 @@ def paired_difference(
   count = len(seeds)
   half_width = None
   if count > 1:
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    quantile = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)
     half_width = float(quantile * differences.std(ddof=1) / math.sqrt(count))
   return Difference(
     float(differences.mean()), half_width, tuple(differences.tolist())
