@@ -289,7 +289,7 @@ def as_target(
       source_params, state, images, train=train and not frozen
     )
     (last,) = features.values()
-    pooled = jnp.mean(last, axis=(1, 2))
+    pooled = transfer.mean_over_positions(last)
     model_state = model_state if frozen else {"source": state}
     if frozen:
       pooled, statistics = _standardise(

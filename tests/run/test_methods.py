@@ -13,10 +13,18 @@ import pytest
 from configs import default
 from l2t_jax import errors, models, types
 import l2t_jax.config
+from l2t_jax.data import image_formats
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.results import run_reader, tables
-from l2t_jax.run import experiments, from_config, predictor, train, trainer
+from l2t_jax.run import (
+  experiments,
+  from_config,
+  predictor,
+  sources,
+  train,
+  trainer,
+)
 from l2t_jax.run import setup as setups
 from l2t_jax.runtime import sharding
 from tests.support import small_runs
@@ -229,6 +237,29 @@ def test_test_images_can_be_left_alone(source, tmp_path, monkeypatch):
   (row,) = tables.run_rows([run])
   assert row["test"] == run_reader.UNKNOWN
   assert row["validation"] != run_reader.UNKNOWN
+
+
+def test_a_probe_averages_features_in_float32(source):
+  image_format = image_formats.ImageFormat(8, 1, (0.5,), (0.5,))
+  traced = sources.trace_one(
+    "", sources.load_source(source, precision="bf16"), image_format
+  )
+  network = sources.as_target(traced, 3, image_format, trains="classifier")
+  images = jax.random.normal(jax.random.key(0), (32, *image_format.shape))
+  params, state = network.init(jax.random.key(1))
+  logits, _, after = network.apply(params, state, images, train=True)
+  assert logits.dtype == jnp.float32
+  tap = models.last_tap(traced.layout.taps)
+  apply_source = traced.make_apply_fn({tap: tap}, image_format)
+  variables = dict(state["source"])
+  _, features, _ = apply_source(
+    variables.pop("params"), variables, images, train=False
+  )
+  assert features[tap].dtype == jnp.bfloat16
+  mean = np.asarray(features[tap], np.float64).mean((0, 1, 2))
+  np.testing.assert_allclose(
+    after["classifier_stats"]["mean"], 0.1 * mean, rtol=1e-4, atol=1e-6
+  )
 
 
 def test_a_linear_probe_needs_one_source(source):
