@@ -265,20 +265,18 @@ def _moved(content):
   ]
 
 
-def evaluate_test(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+def evaluate_test(folder: pathlib.Path, images: str) -> None:
   """Evaluate a run's best epoch on the test images, for its summary."""
   path = folder / "summary.json"
   summary = run_folder.read_json(path)
-  logits = predictor.load(folder).outputs(arrays["x_test"], 250)
-  right = np.argmax(logits, axis=-1) == arrays["y_test"]
+  with np.load(images) as arrays:
+    logits = predictor.load(folder).outputs(arrays["x_test"], 250)
+    right = np.argmax(logits, axis=-1) == arrays["y_test"]
   run_folder.write_json(path, summary | {"test_accuracy": float(right.mean())})
 
 
 def train(
-  record: Record,
-  todo: Iterable[table_cells.Cell],
-  arrays: Mapping[str, Any],
-  until: float,
+  record: Record, todo: Iterable[table_cells.Cell], until: float
 ) -> bool:
   """Train jobs until a time; return True if all are done."""
   runner = table_cells.Runner()
@@ -297,7 +295,7 @@ def train(
       fields = _changed(job)
       for folder in left.values():
         if not job.trial and not (folder / "error.txt").exists():
-          evaluate_test(folder, arrays)
+          evaluate_test(folder, job.config.data.path)
         record.add(folder, job.method, fields)
   return True
 
@@ -336,9 +334,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
       print("name the finalists: --finalists=METHOD,...")
       break
     cells = make_cells(stage, args.workdir, overrides)
-    arrays = np.load(cells[0].config.data.path)
-    arrays = {name: arrays[name] for name in ("x_test", "y_test")}
-    is_done = train(record, jobs(stage, cells), arrays, until)
+    is_done = train(record, jobs(stage, cells), until)
     results = table_cells.results(cells)
     table_picture.write(args.workdir / stage.name, results, _REFERENCE)
     tables.print_table(results, _REFERENCE)

@@ -140,7 +140,7 @@ def _draw_panels(grid: tables.Grid) -> figure.Figure:
   beside = _VALUE if in_percent else _LONG_VALUE
   if grid.reference:  # The text of an interval is longer.
     beside += 0.45
-  at_most = 3 if beside == _VALUE else 2
+  at_most = 3 if in_percent and not grid.reference else 2
   num_rows = math.ceil(len(grid.columns) / at_most)
   num_across = math.ceil(len(grid.columns) / num_rows)
   names = style.shorten(grid.methods, 24)

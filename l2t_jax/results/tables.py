@@ -306,6 +306,8 @@ def run_rows(
   rows = []
   groups = run_reader.by_experiment(runs)
   for group in groups:
+    done = tuple(run.summary for run in group if run.summary)
+    compared: dict[str, str] = {}
     for run in group:
       known = run.summary or run.best  # The best epoch of an unfinished run.
       cell = _cell_of(run, run.name, (known,) if known else ())
@@ -314,22 +316,21 @@ def run_rows(
       row["epochs"] = f"{len(run.epochs)} of {run.config['epochs']}"
       row |= {"seconds": _seconds(cell), "memory": _memory(cell)}
       rows.append(row)
-    done = tuple(run.summary for run in group if run.summary)
+      if run.summary:
+        compared = row
     if len(done) > 1:
       name = f"{run_reader.common_name(group)}: mean ± std"
       cell = _cell_of(group[0], name, done)
-      rows.append(_accuracy_row(cell, f"{len(done)} seeds", reference))
+      compared = _accuracy_row(cell, f"{len(done)} seeds", reference)
+      rows.append(compared)
     if reference and done:
-      index = len(rows) - 1
-      if len(done) == 1:
-        index -= next(i for i, run in enumerate(group[::-1]) if run.summary)
       others = [
         other
         for other in groups
         if other[0].config["method"] == reference
         and _splits(other) == _splits(group)
       ]
-      rows[index][f"minus {reference}"] = _compare_groups(group, others)
+      compared[f"minus {reference}"] = _compare_groups(group, others)
   return rows
 
 

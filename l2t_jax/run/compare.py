@@ -113,9 +113,9 @@ def compare(
     )
   for method in methods:
     objectives.get_method(method)
-  if isinstance(seeds, Sequence):
-    seeds = list(seeds)
-  else:  # Also an integer of NumPy.
+  if np.iterable(seeds):  # Also an array, or an integer of NumPy.
+    seeds = [operator.index(seed) for seed in seeds]
+  else:
     seeds = list(range(config.seed, config.seed + operator.index(seeds)))
   if not seeds or len(set(seeds)) < len(seeds):
     raise errors.InputError(f"seeds are {seeds}; give at least one, each once")

@@ -378,12 +378,17 @@ def _transfer_record(pairs, means):
   return record
 
 
+def trained_model(experiment: experiments.Experiment) -> str:
+  """Return the name of the network that is trained."""
+  if experiment.method.trains != "target":
+    return weight_files.SOURCE_AND_CLASSIFIER
+  description = experiment.description or experiments.describe(experiment)
+  return description["target"]["model"]
+
+
 @phases.phase("saving")
 def _save_target(setup, seed, target, epoch):
   description, image_format = seed.experiment.description, setup.image_format
-  model = description["target"]["model"]
-  if seed.experiment.method.trains != "target":
-    model = weight_files.SOURCE_AND_CLASSIFIER
   # All processes take part in the collective, but only process 0 writes.
   variables = sharding.gather({"params": target.params, **target.model_state})
   if not distributed.is_first():
@@ -392,7 +397,7 @@ def _save_target(setup, seed, target, epoch):
     seed.workdir / run_folder.TARGET,
     variables,
     {
-      "model": model,
+      "model": trained_model(seed.experiment),
       "num_classes": str(setup.num_outputs),
       "class_names": json.dumps(list(setup.dataset.class_names)),
       "channels": str(image_format.channels),

@@ -22,7 +22,6 @@ import optax
 
 from l2t_jax import errors
 from l2t_jax.method import training
-from l2t_jax.models import weight_files
 from l2t_jax.results import map_picture, run_reader, transfer_map
 from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
@@ -543,13 +542,10 @@ def _headline(setup, experiment):
   dataset = setup.dataset
   params = setup.state_shapes.inner.params["target"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  model = experiment.description["target"]["model"]
-  if experiment.method.trains != "target":
-    model = weight_files.SOURCE_AND_CLASSIFIER
   text = (
-    f"{experiment.settings.method}: {model}, {count:,} parameters, on"
-    f" {dataset.num_train} training, {dataset.num_val} validation and"
-    f" {dataset.num_test} test images of {dataset.num_classes} classes"
-    f" (split {dataset.split_hash})"
+    f"{experiment.settings.method}: {loop.trained_model(experiment)},"
+    f" {count:,} parameters, on {dataset.num_train} training,"
+    f" {dataset.num_val} validation and {dataset.num_test} test images of"
+    f" {dataset.num_classes} classes (split {dataset.split_hash})"
   )
   return "\n".join((text, *setup.notes))

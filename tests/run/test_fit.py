@@ -64,7 +64,7 @@ def test_methods_are_compared_seed_by_seed(arrays, tmp_path, monkeypatch):
     config=small_config("l2t_ww", 2),
     workdir=tmp_path,
   )
-  comparison = again(seeds=(3, 5))
+  comparison = again(seeds=np.array([3, 5]))
   (difference,) = comparison.differences.values()
   tests = {
     (cell.method, summary["seed"]): summary["test_accuracy"]
