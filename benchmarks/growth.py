@@ -199,7 +199,7 @@ def _draw(results, folder):
       amounts = [int(label) for label in results[axis]]
       panel.plot(amounts, values, "o-", color="tab:blue", clip_on=False)
       panel.set_xticks(amounts)
-      unit = {"flops": "GFLOP in all", "seconds": "s an iteration"}
+      unit = {"flops": "GFLOP in total", "seconds": "s per iteration"}
       panel.set_ylabel(unit.get(name, name.split("_")[0] + ", MiB"))
       panel.set(xlim=(0, None), ylim=(0, None))
       panel.spines[["top", "right"]].set_visible(False)

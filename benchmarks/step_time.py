@@ -701,7 +701,7 @@ def _draw(measured, sweeps, folder):
         label=who,
       )
     axis.set_xlabel(field.replace("_", " "))
-    axis.set_ylabel("ms an iteration")
+    axis.set_ylabel("ms per iteration")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
   for axis in axes[0]:
