@@ -163,7 +163,7 @@ class Record:
         self._restore(line)
     # A run that finished just before the study was killed has no line yet.
     # Train it again.
-    for summary in workdir.rglob("summary.json"):
+    for summary in list(workdir.rglob("summary.json")):
       if not self.has(summary.parent):
         shutil.rmtree(summary.parent)
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import inner_loop_problem, inner_loops, soak
+from benchmarks import inner_loop_problem, inner_loops, soak, study
+from l2t_jax import errors
 from tests import test_parity
 from tests.support import golden_setup, small_runs
 
@@ -86,6 +87,48 @@ def test_slopes_of_a_soak():
   assert found["seconds_first_half"] == pytest.approx(100)
   assert found["processor_seconds_first_half"] == pytest.approx(200)
   assert found["processor_seconds_last_half"] == pytest.approx(300)
+
+
+def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
+  """On another machine, whose folder is empty."""
+  monkeypatch.setattr(study, "_commit", lambda: "1234abc")
+  file, folder = tmp_path / "study.jsonl", tmp_path / "one"
+  good, bad = folder / "a/scratch/seed0", folder / "a/l2t_ww/seed0"
+  pair = {"source": "s", "target": "t", "num_channels": 64}
+  learned = {"history": [1.0, 1.2, 1.5], "channel_concentration": 63.0}
+  summary = {"seed": 0, "val_accuracy": 0.5}
+
+  def write(run, name, text):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text(text)
+
+  write(good, "summary.json", json.dumps(summary | {"phases": {}}))
+  record = study.Record(file, folder)
+  assert not good.exists()  # It has no line yet, so it is trained again.
+  write(good, "summary.json", json.dumps(summary | {"phases": {}}))
+  write(good, "transfer_map.json", json.dumps({"pairs": [pair | learned]}))
+  write(bad, "error.txt", "iteration 3: not finite: loss\n\nTraceback")
+  record.add(good, "scratch", {"epochs": 20})
+  record.add(bad, "l2t_ww", {"epochs": 20})
+  record.name_finalists(["scratch", "l2t_ww"])
+
+  elsewhere = tmp_path / "two"
+  again = study.Record(file, elsewhere)
+  assert again.finalists == ("scratch", "l2t_ww")
+  for run in ("a/scratch/seed0", "a/l2t_ww/seed0"):
+    assert again.has(elsewhere / run)
+  assert not again.has(elsewhere / "a/scratch/seed1")
+  text = (elsewhere / "a/scratch/seed0/summary.json").read_text()
+  assert json.loads(text) == summary
+  text = (elsewhere / "a/l2t_ww/seed0/error.txt").read_text()
+  assert text == "iteration 3: not finite: loss"
+  (moved,) = again.lines[0]["pairs"]
+  assert moved["pair_weight"] == [1.0, 1.5]
+  with pytest.raises(errors.InputError, match="names other finalists"):
+    again.name_finalists(["scratch", "aft"])
+  monkeypatch.setattr(study, "_commit", lambda: "5678def")
+  with pytest.raises(errors.InputError, match="holds runs of commit 1234abc"):
+    study.Record(file, tmp_path / "three")
 
 
 @pytest.mark.long
