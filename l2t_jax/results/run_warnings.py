@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import json
 
 from l2t_jax.method import objectives
-from l2t_jax.results import run_reader, transfer_map
+from l2t_jax.results import run_reader, statistics, tables, transfer_map
 
 _SATURATED = 5.9  # A pair weight above this is at relu6's ceiling.
 
@@ -59,7 +59,10 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
 
 
 def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
-  """Compare each experiment with scratch on the same labelled images."""
+  """Compare each experiment with scratch on the same labelled images.
+
+  With several seeds, only a difference that the seeds agree on is reported.
+  """
   finished = [run for run in runs if run.summary]
   groups = run_reader.by_experiment(finished)
   baselines = {
@@ -69,25 +72,31 @@ def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
   }
   found = []
   for group in groups:
-    scratch = baselines.get(_task_of(group[0]))
-    if scratch and _validation(group).mean < _validation(scratch).mean:
+    scratch = baselines.get(_task_of(group[0]), [])
+    compared = statistics.paired_difference(
+      _validation(group), _validation(scratch)
+    )
+    if compared is None:
+      continue
+    if (compared.mean if compared.high is None else compared.high) < 0:
+      is_single = compared.high is None
+      over = "one seed" if is_single else "with its 95 % interval over seeds"
       found.append(
-        f"negative transfer: {run_reader.common_name(group)} reaches"
-        f" {_validation_text(group)}, {run_reader.common_name(scratch)}"
-        f" {_validation_text(scratch)}"
+        f"negative transfer: {run_reader.common_name(group)} minus"
+        f" {run_reader.common_name(scratch)} is"
+        f" {tables.difference_text(compared, group[0].in_percent)} in"
+        f" validation accuracy ({over})"
       )
   return found
 
 
 def _validation(group):
-  """Return the validation accuracies of finished runs."""
-  summaries = [run.summary for run in group]
-  return run_reader.accuracies(summaries, "val_accuracy", group[0].in_percent)
-
-
-def _validation_text(group):
-  mean = _validation(group).text(std=False, unit=True)
-  return f"{mean} on validation (mean of {len(group)})"
+  """Return seed -> validation accuracy of finished runs."""
+  return {
+    run.config["seed"]: run.summary["val_accuracy"]
+    * (100 if run.in_percent else 1)
+    for run in group
+  }
 
 
 def _task_of(run):

@@ -129,8 +129,8 @@ def test_the_recipe_of_a_run(folder):
 def test_warnings(folder, tmp_path):
   found = run_warnings.find_warnings(report.find_runs([folder]))
   assert len(found) == 3
-  assert found[0].startswith("negative transfer: l2t_ww reaches")
-  assert found[0].endswith("scratch/seed0 99.0 % on validation (mean of 1)")
+  assert found[0].startswith("negative transfer: l2t_ww minus scratch/seed0")
+  assert found[0].endswith("in validation accuracy (one seed)")
   assert "seed1: 1 of 2 pairs are dead" in found[1]
   assert "seed1: 1 of 2 pair weights are at relu6's ceiling" in found[2]
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "cut_off")
@@ -144,6 +144,36 @@ def test_warnings(folder, tmp_path):
     "cut_off: not finished, 1 of 3 epochs"
   ]
   assert "drawn when the run is finished" in report.make_page([run], 0)
+
+
+@pytest.mark.parametrize(
+  ("transfer", "warns"),
+  [((0.5, 0.7, 0.8), False), ((0.71, 0.66, 0.78), True)],
+)
+def test_negative_transfer_is_more_than_the_noise_of_seeds(
+  folder, transfer, warns
+):
+  """Of the mean of the first, 2 points below scratch, seeds disagree."""
+  run, _, plain = report.find_runs([folder])
+
+  def seeds(run, accuracies):
+    return [
+      run._replace(
+        config=run.config | {"seed": seed},
+        summary=run.summary | {"val_accuracy": accuracy},
+      )
+      for seed, accuracy in enumerate(accuracies)
+    ]
+
+  runs = seeds(run, transfer) + seeds(plain, (0.74, 0.7, 0.8))
+  found = [
+    text
+    for text in run_warnings.find_warnings(runs)
+    if text.startswith("negative transfer")
+  ]
+  assert len(found) == warns
+  if warns:
+    assert "is -3.0 [" in found[0]
 
 
 def test_folders_without_runs_and_damaged_ones(folder, tmp_path):
