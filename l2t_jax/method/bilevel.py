@@ -23,6 +23,7 @@ only its arguments:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import itertools
 import operator
 
 import chex
@@ -67,7 +68,7 @@ def make_inner_step(
   Args:
     loss_fn: the inner loss, `types.InnerLossFn`.
     optimizer: a differentiable optax transformation. Adam needs
-      `eps_root > 0`.
+      `eps_root > 0`, such as 1e-24.
     mode: how a derivative of the step is computed, one of `MODES`.
 
   Returns:
@@ -109,10 +110,11 @@ def _checked(loss_fn, *, keeps_model_state=False):
   def checked(params, meta_params, model_state, batch):
     result = loss_fn(params, meta_params, model_state, batch)
     if not (isinstance(result, tuple) and len(result) == 2):
-      found = f"{len(result)} values" if isinstance(result, tuple) else "one"
+      many = isinstance(result, tuple)
+      found = f"{len(result)} values" if many else "1 value"
       raise errors.InputError(
         f"{name} returned {found}; it must return (loss, model_state), the"
-        " second as it was given if nothing changes it"
+        " model_state unchanged if nothing updates it"
       )
     loss, new_state = result
     if getattr(loss, "shape", () if isinstance(loss, float) else None) != ():
@@ -124,7 +126,7 @@ def _checked(loss_fn, *, keeps_model_state=False):
     if keeps_model_state and len(set(structures)) > 1:
       raise errors.InputError(
         f"{name} returned a model_state of another structure than it was given;"
-        " return it as it was given if nothing changes it"
+        " return it unchanged if nothing updates it"
       )
     return result
 
@@ -208,13 +210,19 @@ def unroll(
 
   Raises:
     errors.InputError: `num_steps`, `segment_length` or `differentiated_steps`
-      is not a positive integer, the arrays of `batches` have no common leading
-      axis, or `differentiated_steps` is given for a step of `only_while`.
+      is not a positive integer, the lengths do not decrease, the arrays of
+      `batches` have no common leading axis, or `differentiated_steps` is given
+      for a step of `only_while`.
   """
   lengths = segment_length
   if not isinstance(lengths, Sequence):
     lengths = (lengths,)
   _check_counts("segment_length", *lengths)
+  if any(long <= short for long, short in itertools.pairwise(lengths)):
+    raise errors.InputError(
+      f"segment_length is {segment_length}; give different lengths, the longest"
+      " first"
+    )
   if num_steps is not None:
     _check_counts("num_steps", num_steps)
   if differentiated_steps is not None:
@@ -394,8 +402,9 @@ def hypergradient(
 
   Raises:
     errors.InputError: `forward` with steps of another mode; `meta_params` are
-      not floating-point numbers; or a loss uses traced values that are not
-      among its arguments.
+      not floating-point numbers; or, in the modes "linearized" and "mixed", a
+      loss uses traced values that are not among its arguments. In the other
+      modes, such values are constants.
   """
   _check_meta_params(meta_params)
   outer = loss_after(look_ahead, outer_loss_fn, state, batch)
@@ -426,7 +435,7 @@ def hypergradient(
       raise
     raise errors.InputError(
       "forward=True cannot go through this look-ahead; make its steps with"
-      " mode='reverse', and without at_stationary_point"
+      " mode='reverse' or 'remat', and do not wrap it in at_stationary_point"
     ) from error
   return loss, unravel(slopes)
 
@@ -572,7 +581,7 @@ def check_differentiable(
   if not all(np.isfinite(slope).all() for slope in slopes):
     raise errors.InputError(
       "the inner optimizer's updates have no finite derivative at a zero"
-      " gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)"
+      " gradient; choose a differentiable one (for optax.adam: eps_root=1e-24)"
     )
   if any(map(np.any, updates)) and not any(map(np.any, slopes)):
     raise errors.InputError(

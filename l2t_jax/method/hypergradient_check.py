@@ -18,15 +18,21 @@ class Comparison(NamedTuple):
   leaves: tuple[str, ...]  # Path of the array that a direction varies, [n].
   derivatives: np.ndarray  # Hypergradient times direction, [n].
   differences: np.ndarray  # (L(φ + ε d) - L(φ - ε d)) / 2ε, [n].
+  rounding: np.ndarray  # Rounding errors of the differences, [n].
   dtype: str  # Precision of both.
   reason: str = ""  # Why float64 was not possible; "" if it was.
 
   @property
   def errors(self) -> np.ndarray:
-    """Relative errors [n]; infinite where a value is not finite."""
+    """Relative errors [n]; infinite where a value is not finite.
+
+    They do not include the rounding errors of the differences, which would
+    hide that a derivative close to 0 is right.
+    """
     size = np.maximum(abs(self.derivatives), abs(self.differences))
     distance = abs(self.derivatives - self.differences)
-    relative = distance / np.where(size > 0, size, 1)
+    excess = np.maximum(distance - self.rounding, 0)
+    relative = excess / np.where(size > 0, size, 1)
     return np.where(np.isfinite(distance), relative, np.inf)
 
   @property
@@ -125,7 +131,9 @@ def _compare(value, grads, meta_params, num_directions, epsilon, rng):
   """Compare gradients with differences of a function of the meta-parameters."""
   paths, treedef = jax.tree.flatten_with_path(meta_params)
   slopes = jax.tree.leaves(grads)
-  names, derivatives, differences = [], [], []
+  dtype = jnp.result_type(*(leaf for _, leaf in paths))
+  precision = float(jnp.finfo(dtype).eps)
+  names, derivatives, differences, rounding = [], [], [], []
   for index, (path, leaf) in enumerate(paths):
     size = max(1.0, float(jnp.sqrt(jnp.mean(jnp.square(leaf)))))
     for _ in range(num_directions if leaf.size > 1 else 1):
@@ -139,12 +147,16 @@ def _compare(value, grads, meta_params, num_directions, epsilon, rng):
         return float(value(jax.tree.unflatten(treedef, leaves)))
 
       length = epsilon * size
-      difference = (moved(length) - moved(-length)) / (2 * length)
+      ahead, behind = moved(length), moved(-length)
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       names.append(name or "meta_params")
       derivatives.append(float(np.sum(slopes[index] * direction)))
-      differences.append(difference)
-  dtype = jnp.result_type(*(leaf for _, leaf in paths))
+      differences.append((ahead - behind) / (2 * length))
+      rounding.append(precision * max(abs(ahead), abs(behind)) / length)
   return Comparison(
-    tuple(names), np.array(derivatives), np.array(differences), str(dtype)
+    tuple(names),
+    np.array(derivatives),
+    np.array(differences),
+    np.array(rounding),
+    str(dtype),
   )

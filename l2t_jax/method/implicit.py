@@ -38,9 +38,10 @@ def at_stationary_point(
 
   Only the final parameters have a derivative, only with respect to the
   meta-parameters, and only in reverse mode. At a stationary point of the loss
-  it is exact up to the tolerance; if the loop stops earlier, its error is about
-  the size of the remaining gradient. Terms that the optimizer adds, such as
-  weight decay, have to be part of the loss.
+  it is exact up to the tolerance. If the loop stops earlier, its error is
+  proportional to the remaining gradient and, where the loss is flat, many times
+  as large. Terms that the optimizer adds, such as weight decay, have to be part
+  of the loss.
 
   The backward pass costs about two gradients of the loss per iteration of the
   solver. It needs the memory of one gradient, however many steps the look-ahead
@@ -51,10 +52,10 @@ def at_stationary_point(
       the loss.
     loss_fn: the inner loss, evaluated on the batch of the look-ahead.
     solver: one of `SOLVERS`.
-    tolerance: largest norm of H u - v, relative to the norm of v, at which the
-      solver stops. If it ends at more than twice that, since rounding lets the
-      true residual differ from the solver's, the derivative is NaN: raise
-      `max_iterations`, `tolerance` or `damping`.
+    tolerance: the solver of H u = v, v = ∂L_outer/∂θ, stops when the residual
+      is this small relative to the norm of v. If the residual ends at more than
+      twice that, the derivative is NaN: raise `max_iterations`, `tolerance` or
+      `damping`.
     max_iterations: largest number of iterations of the solver.
     damping: added to the eigenvalues of H; above 0 the derivative is biased.
     scale: α of the Neumann series, at most 1 over the largest eigenvalue of H.
@@ -87,7 +88,8 @@ def at_stationary_point(
       product, v, tol=tolerance, maxiter=max_iterations
     )[0]
 
-  implicit = jax.custom_vjp(look_ahead)
+  # `jax.custom_vjp` would also bind default arguments of the look-ahead.
+  implicit = jax.custom_vjp(lambda *start: look_ahead(*start))
 
   def forward(state, meta_params, batch):
     end = look_ahead(state, meta_params, batch)

@@ -210,7 +210,7 @@ _WITHOUT_STATE = lambda params, *_: jnp.sum(params["w"])
 @pytest.mark.parametrize(
   ("loss_fn", "change", "message"),
   [
-    (_WITHOUT_STATE, {}, r"returned one; it must return \(loss, model_state"),
+    (_WITHOUT_STATE, {}, r"returned 1 value.* must return \(loss, model_s"),
     (lambda *args: (1.0, None, 2), {}, "returned 3 values"),
     (lambda *args: (None, 1.0), {}, "a loss that is no scalar"),
     (lambda *args: (jnp.ones(1), None), {}, "a loss that is no scalar"),

@@ -98,6 +98,10 @@ def test_losses_and_batches_of_cut_loops(x64):
     ({"num_steps": 0}, "num_steps is 0; it must be"),
     ({"num_steps": jnp.array(3)}, "num_steps is 3; it must be .* known before"),
     ({"segment_length": (4, -1)}, "segment_length is -1"),
+    (
+      {"segment_length": (2, 4)},
+      r"segment_length is \(2, 4\); give .* longest",
+    ),
     ({"differentiated_steps": 0}, "differentiated_steps is 0"),
     ({"mode": "mixed", "forward": True}, "with mode='reverse'"),
   ],
@@ -318,6 +322,38 @@ def test_the_check_names_what_is_wrong():
   )
   assert (wrong.errors[:3] > 1e-3).all() and (wrong.errors[3:] < 1e-7).all()
   assert str(wrong).splitlines()[1].startswith("  log_decay: ")
+
+
+def test_the_check_knows_a_derivative_of_zero():
+  """A softmax does not change with a shift, but both sides are rounded."""
+  rng = np.random.default_rng(0)
+
+  def loss_fn(params, shift, model_state, batch):
+    losses = jax.nn.log_softmax(batch @ params + 0.3 * shift)[:, 0]
+    return -jnp.mean(losses), model_state
+
+  step = bilevel.make_inner_step(loss_fn, optax.sgd(0.1))
+  params = jnp.asarray(rng.normal(size=(5, 3)))
+  comparison = hypergradient_check.check_hypergradient(
+    lambda *start: bilevel.unroll(step, *start, num_steps=2)[0],
+    loss_fn,
+    types.InnerState(params, optax.sgd(0.1).init(params), None),
+    jnp.array(0.7),
+    jnp.asarray(rng.normal(size=(8, 5))),
+  )
+  assert comparison.derivatives[0] != comparison.differences[0]
+  assert comparison.error == 0
+
+
+def test_a_look_ahead_with_a_default_argument():
+  (inner_loss, outer_loss), *start = _ridge()
+  solve = lambda state, meta_params, batch, unused=3: _solve(
+    state, meta_params, batch
+  )
+  of = lambda look_ahead: bilevel.hypergradient(
+    implicit.at_stationary_point(look_ahead, inner_loss), outer_loss, *start
+  )
+  jax.tree.map(np.testing.assert_array_equal, of(solve), of(_solve))
 
 
 @pytest.mark.parametrize("options", [{"num_directions": 0}, {"epsilon": 0.0}])

@@ -390,7 +390,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "An optimizer that cannot be differentiated",
       "--config.optimizer.name=optax:adam",
       "the inner optimizer's updates have no finite derivative at a zero "
-      "gradient; choose a differentiable one (for optax.adam: eps_root=1e-8)",
+      "gradient; choose a differentiable one (for optax.adam: eps_root=1e-24)",
     ),
     Case(
       "An optimizer that keeps its learning rate in its state",
