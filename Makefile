@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
-# make test: lint, types, arrows, spelling, documentation and tests (10 to 30
+# make test: lint, types, arrows, spelling, documentation and tests (10 to 40
 # minutes).
 
 PYTHON ?= python3
@@ -12,7 +12,8 @@ demo: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/digits_source.py \
 	  --workdir=runs/demo/source
 	$(BIN)/python -m l2t_jax.table --config=configs/digits.py \
-	  --methods=scratch,fm_one_to_one,l2t_ww --seeds=3 --workdir=runs/demo
+	  --methods=scratch,fm_one_to_one,l2t_ww --seeds=3 --reference=scratch \
+	  --workdir=runs/demo
 
 test: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -53,7 +54,8 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	@touch $@
 
 # A source distribution and a wheel, in dist/.
-dist: $(VENV)/.dev
+dist: $(VENV)/.run
+	$(BIN)/pip install --quiet -c requirements-dev.txt build
 	$(BIN)/python -m build --outdir=dist
 
 # Everything that is made here but the runs.

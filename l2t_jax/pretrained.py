@@ -72,13 +72,13 @@ def make_parser() -> errors.Parser:
     "--image_size", type=_positive, default=0, help="side in pixels"
   )
   parser.add_argument(
-    "--mean", type=_numbers, default=(), help="mean of R,G,B, from 0 to 1"
+    "--mean", type=_from_0_to_1, default=(), help="mean of R,G,B, from 0 to 1"
   )
   parser.add_argument(
     "--std",
     type=_positive_numbers,
     default=(),
-    help="standard deviation of R,G,B",
+    help="standard deviation of R,G,B on the same scale",
   )
   parser.add_argument(
     "--precision",
@@ -91,7 +91,7 @@ def make_parser() -> errors.Parser:
 
 def _positive(text):
   if not text.isdigit() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
   return int(text)
 
 
@@ -107,8 +107,18 @@ def _numbers(text):
   return values
 
 
-def _positive_numbers(text):
+def _from_0_to_1(text):
   values = _numbers(text)
+  if not all(0 <= value <= 1 for value in values):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be on a scale from 0 to 1: divide values for pixels from"
+      " 0 to 255 by 255"
+    )
+  return values
+
+
+def _positive_numbers(text):
+  values = _from_0_to_1(text)
   if min(values) <= 0:
     raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
   return values
@@ -197,7 +207,9 @@ def _check_result(network, functions, precision):
     )
   scale = float(np.abs(expected).max())
   difference = float(np.abs(logits - expected).max()) / (scale or 1.0)
-  print(f"largest difference to the library's logits: {difference:.1e} of them")
+  print(
+    f"largest relative difference to the library's logits: {difference:.1e}"
+  )
   if not difference <= _TOLERANCES[precision]:
     raise errors.InputError(
       f"the program's logits differ by {difference:.1e} from the library's,"
@@ -210,7 +222,7 @@ def _convert_checkpoint(args):
   """Map the tensors of a bundled network's checkpoint, and list them."""
   if not args.model:
     raise errors.InputError(
-      f"{args.network} is no timm:NAME, keras:NAME or torch:package.module:"
+      f"{args.network} is not timm:NAME, keras:NAME or torch:package.module:"
       "function; for the checkpoint of a bundled network give --model"
     )
   if args.checkpoint or args.precision != "f32":

@@ -79,8 +79,10 @@ def _show(found: dict[str, Any]) -> None:
   if found["bit_depth"]:
     white = 2 ** found["bit_depth"] - 1
     out.print(f"images with more than 8 bits: {white} is white")
+  for note in found["notes"]:
+    out.print(note)
   if found["passed_over"]:
-    out.print(f"passed over: {records.counted(found['passed_over'])}")
+    out.print(f"ignored files: {records.counted(found['passed_over'])}")
   _list(
     out,
     "images with the same pixels",

@@ -61,7 +61,7 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
       return dict(arrays)
   except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
     raise errors.InputError(
-      f"{path!r} is no npz file of plain arrays"
+      f"{path!r} is not an npz file of plain arrays"
     ) from error
 
 

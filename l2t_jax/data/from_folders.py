@@ -61,6 +61,16 @@ def open_folder(path: str) -> records.ImageSet:
     part: _list_classes(folder, class_names, passed_over, root)
     for part, folder in parts.items()
   }
+  notes: tuple[str, ...] = ()
+  if all(
+    path.parent.parent != parts[part]
+    for part, each in files.items()
+    for path, _ in each
+  ):
+    notes = (
+      "all images are in subfolders of the folders"
+      f" {records.listed(class_names)}, which are taken for the classes",
+    )
   val = files.get("val", [])
   test = file_records(files["test"]) if "test" in files else None
   return records.ImageSet(
@@ -69,6 +79,7 @@ def open_folder(path: str) -> records.ImageSet:
     test,
     class_names,
     passed_over,
+    notes,
   )
 
 

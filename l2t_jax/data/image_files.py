@@ -78,7 +78,7 @@ def decode(
   """
   if isinstance(file, pathlib.Path) and file.exists() and not file.is_file():
     raise errors.InputError(  # Reading from a pipe would block forever.
-      f"image {name} is no regular file; remove it"
+      f"image {name} is not a regular file; remove it"
     )
   try:
     # Opened here, because Pillow memory-maps a file that it opens itself and

@@ -166,8 +166,9 @@ def _with_pixels(subset, fields):
 
 def _notes(images, inspected):
   """Yield notes about the images for the user, one line each."""
+  yield from images.notes
   if images.passed_over:
-    yield f"passed over: {records.counted(images.passed_over)}"
+    yield f"ignored files: {records.counted(images.passed_over)}"
   if inspected.bit_depth:
     why = "no training image has more than 8 bits"
     if inspected.maximum:

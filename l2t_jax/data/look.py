@@ -45,8 +45,8 @@ def look(images: records.ImageSet) -> dict[str, Any]:
     each part the number of images in total and per class, size, mode and
     format; "bit_depth" of the training images with more than 8 bits, or 0;
     "unreadable", the unreadable files with the reason; "equal", groups of
-    images with the same pixels that span two parts or two classes; and
-    "passed_over", the numbers of other files.
+    images with the same pixels that span two parts or two classes;
+    "passed_over", the numbers of other files; and "notes", a list of lines.
   """
   parts, unreadable = {}, []
   same: dict[int, list[_Place]] = collections.defaultdict(list)
@@ -84,6 +84,7 @@ def look(images: records.ImageSet) -> dict[str, Any]:
       for group in _equal_groups(places)
     ],
     "passed_over": dict(images.passed_over),
+    "notes": list(images.notes),
   }
 
 

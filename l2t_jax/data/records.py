@@ -69,6 +69,7 @@ class ImageSet(NamedTuple):
   class_names: tuple[str, ...]
   # Other files that were found: suffix or folder -> number of files.
   passed_over: Mapping[str, int] = {}
+  notes: tuple[str, ...] = ()  # What the user should know, one line each.
 
 
 def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
@@ -94,7 +95,7 @@ def keep_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
     if label not in range(num_classes):
       named = listed(f"{i}: {n}" for i, n in enumerate(images.class_names))
       raise errors.InputError(
-        f"classes has {label}, but the classes are {named}"
+        f"classes takes indices, and has {label!r}; the classes are {named}"
       )
   if len(set(classes)) < len(classes):
     raise errors.InputError(f"classes {tuple(classes)} has duplicates")

@@ -119,7 +119,7 @@ def _checked(loss_fn, *, keeps_model_state=False):
     loss, new_state = result
     if getattr(loss, "shape", () if isinstance(loss, float) else None) != ():
       raise errors.InputError(
-        f"{name} returned a loss that is no scalar; it must return (loss [],"
+        f"{name} returned a loss that is not a scalar; it must return (loss [],"
         " model_state)"
       )
     structures = map(jax.tree.structure, (model_state, new_state))

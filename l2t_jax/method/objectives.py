@@ -222,9 +222,9 @@ def get_method(name: str) -> Method:
     or (set(others).difference(ADDABLE))
   ):
     raise errors.InputError(
-      f"method {name!r} is no combination of one method that matches features"
-      f" (fm_* or l2t_*) with some of {', '.join(ADDABLE)}, each once, such as"
-      " kd+l2t_ww"
+      f"method {name!r} is not a combination of one method that matches"
+      f" features (fm_* or l2t_*) with some of {', '.join(ADDABLE)}, each once,"
+      " such as kd+l2t_ww"
     )
   method = METHODS[matching[0]]
   added = tuple(loss for one in others for loss in METHODS[one].losses)
@@ -269,7 +269,7 @@ def get_task(name: str) -> types.Task:
   task = imports.by_name(name, "task")
   if not isinstance(task, types.Task):
     raise errors.InputError(
-      f"the task {name!r} is a {type(task).__name__}; it must be a"
+      f"the task {name!r} is of type {type(task).__name__}; it must be a"
       " l2t_jax.types.Task"
     )
   return task

@@ -58,8 +58,8 @@ def make(
   """
   if not isinstance(name, str):  # `fit` accepts configs with any types.
     raise errors.InputError(
-      f"config.optimizer.name is a {type(name).__name__}; it must be a string,"
-      f" one of {', '.join(NAMES)} or 'package.module:function'"
+      f"config.optimizer.name is of type {type(name).__name__}; it must be a"
+      f" string, one of {', '.join(NAMES)} or 'package.module:function'"
     )
   mask = are_kernels if decayed == "kernels" else None
   if name == "sgd":

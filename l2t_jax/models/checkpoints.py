@@ -154,7 +154,7 @@ def _read_pickle(path):
     reason = (
       f"it asks to run {code[1]}, and its code is never run"
       if code
-      else "it is no checkpoint of PyTorch, or not a whole one"
+      else "it is not a PyTorch checkpoint, or is cut off"
     )
     raise errors.InputError(
       f"{path} cannot be read safely (weights_only): {reason}; save a"

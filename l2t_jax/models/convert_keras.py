@@ -187,7 +187,7 @@ def _load(maker, checkpoint, options):
       file.visititems(note)
   except OSError as error:
     raise errors.InputError(
-      f"{checkpoint} is no whole HDF5 file; give one of Keras's save_weights"
+      f"{checkpoint} is not a whole HDF5 file; give one of Keras's save_weights"
     ) from error
   model = maker(weights=None, **options)
   # With another number of classes, the bias of the classifier is the only

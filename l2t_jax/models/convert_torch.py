@@ -162,7 +162,8 @@ def from_module(
   if checkpoint:
     module, notes, found = _load(make, checkpoint, key)
   else:
-    module, notes, found = make(), (), {}
+    module, found = make(), {}
+    notes = (f"weights: those that {name} returned; no --checkpoint was given",)
   module.float()
   forward, maps = _with_hooks(torch, module, reading.image_size)
   default = _default_taps(module, maps, reading)

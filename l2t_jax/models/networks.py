@@ -240,6 +240,6 @@ def _to_pure(network) -> pure_functions.PureNetwork:
   if isinstance(network, nnx.Module) or callable(network):
     return from_nnx.from_nnx(network)
   raise errors.InputError(
-    f"{network!r} is no network; give a Linen module, an NNX module, a function"
-    " that makes one from rngs, or l2t_jax.models.Functions"
+    f"{network!r} is not a network; give a Linen module, an NNX module, a"
+    " function that makes one from rngs, or l2t_jax.models.Functions"
   )

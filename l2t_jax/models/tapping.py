@@ -72,12 +72,13 @@ def explain_untappable(
   """Return the reason why an output of some shape cannot be tapped."""
   if not shape or shape[0] != batch_size:
     return (
-      f"{name!r} is no tap: its shape is {list(shape)} for {batch_size} images;"
-      " the first axis must be that of the images"
+      f"{name!r} cannot be tapped: its shape is {list(shape)} for {batch_size}"
+      " images; the first axis must be that of the images"
     )
   return (
-    f"{name!r} is no tap: its shape is {['B', *shape[1:]]}, neither that of a"
-    " map [B, H, W, C] nor of tokens [B, N, C] on the grid of a map or a square"
+    f"{name!r} cannot be tapped: its shape is {['B', *shape[1:]]}, neither that"
+    " of a map [B, H, W, C] nor of tokens [B, N, C] on the grid of a map or a"
+    " square"
   )
 
 

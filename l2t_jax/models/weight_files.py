@@ -259,6 +259,9 @@ def _report_damage(path):
   try:
     yield
   except safetensors.SafetensorError as error:
+    hint = f": {error}"
+    if pathlib.Path(path).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
+      hint = "; convert it with python -m l2t_jax.pretrained"
     raise errors.InputError(
-      f"{path} is not a whole safetensors file: {error}"
+      f"{path} is not a whole safetensors file{hint}"
     ) from error

@@ -27,7 +27,6 @@ _LAYERS = 5.5  # Width of the panel of layers, in inches.
 _BOX = 1.5  # Width of a layer's box, in inches.
 _HEAD = 0.5  # Height of a source's name above its boxes, in inches.
 _MOVED = 0.05  # Smaller changes over training are not reported as a result.
-_EVEN = 0.95  # If more than this share of channels matter, none stands out.
 _CHANNELS_TEXT = (
   "Bars: a channel's weight as a multiple of the even share 1/C, which is the "
   "dashed line."
@@ -62,8 +61,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   third = second + (3.1 if learned_pairs else 0.75)
   page = style.Page(third + (2.75 if bars else 0.8))
 
-  verb = "learned" if learned_pairs or learned_channels else "was told"
-  page.write(0.35, 0.25, f"What the target {verb} to copy, and from where", 17)
+  page.write(0.35, 0.25, "What the target copied, and from where", 17)
   page.write(0.35, 0.66, _summary(content, ranked, names[0]), 10)
   page.write(0.35, 0.94, _scale_text(content), 8.5)
 
@@ -204,8 +202,8 @@ def _summary(
     return f"{start}. {best} has pair weight {ranked[0]['pair_weight']:.2f}."
   if len(content["epochs"]) > 1 and max(map(_moved, ranked)) < _MOVED:
     return (
-      f"{start}. No pair weight moved by {_MOVED} since the first epoch: the"
-      " order is still that of chance."
+      f"{start}. No pair weight changed by {_MOVED} since the first epoch: the"
+      " order is that of the random initial values."
     )
   text = f"{start}. Strongest: {best}, {ranked[0]['share']:.0%} of the total"
   still = len(content["epochs"]) > 1 and _moved(ranked[0]) < _MOVED
@@ -410,6 +408,4 @@ def _draw_channels(
 def _channels_text(pair: transfer_map.Pair) -> str:
   """Say how many of a pair's channels matter."""
   count, total = pair["channel_concentration"], pair["num_channels"]
-  if count > _EVEN * total:
-    return f"all {total} channels count about the same"
-  return f"about {count:.0f} of {total} channels matter"
+  return f"about {count:.3g} of {total} channels matter"

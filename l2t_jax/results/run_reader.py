@@ -146,7 +146,7 @@ def find_runs(
         found[path.parent.resolve()] = config
     if not found:
       raise errors.InputError(
-        f"there is no run in {folder}: no config.json of one; name the"
+        f"there is no run in {folder}: no config.json of a run; name the"
         " --workdir of train.py or of a table"
       )
     configs |= found

@@ -509,8 +509,10 @@ def _notes(grid: Grid) -> list[str]:
     notes.append(
       f"minus {grid.reference}: mean difference in test accuracy over the"
       f" seeds that both have ({_distinct(counts)}), with its 95 % confidence"
-      " interval (paired t; none for one seed). It takes tuned values as given."
+      " interval (paired t; none for one seed)."
     )
+    if any(cell.tuning for cell in cells):
+      notes[-1] += " The interval takes the tuned values as given."
   for cell in cells:
     name = cell.method if is_single else f"{cell.method}, {cell.column}"
     if cell.tuning and cell.tuning.num_failed:

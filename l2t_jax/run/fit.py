@@ -63,6 +63,9 @@ class Result(NamedTuple):
   transfer_map: dict[str, Any] | None  # Content of transfer_map.json.
   workdir: pathlib.Path  # Holds all other files that `train.py` writes.
 
+  def __repr__(self) -> str:
+    return f"Result: {self.predictor!r}, run in {self.workdir}"
+
   def predict(self, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
     """Compute the target's outputs in eval mode.
 
@@ -211,8 +214,9 @@ def _as_sources(source, config):
       _check_unset(fields, nothing)
     if not isinstance(one, experiments.Source | None):
       raise errors.InputError(
-        f"source is a {type(one).__name__}; it must be a Source, the path of a"
-        " weight file, or a dict of these"
+        f"source is of type {type(one).__name__}; it must be a Source, the path"
+        " of a weight file (python -m l2t_jax.pretrained writes one for torch,"
+        " timm and Keras), or a dict of these"
       )
     found[name] = one
   return {name: one for name, one in found.items() if one is not None}

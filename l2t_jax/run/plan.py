@@ -74,14 +74,14 @@ def show(plan: Plan) -> None:
   for name, count in plan.num_parameters.items():
     if count:
       print(f"{name}: {count:,} parameters")
-  rows = table.Table("hypergradient", "memory", "GFLOP", "to compile", "")
+  rows = table.Table("hypergradient", "memory", "GFLOP", "compile time", "")
   for mode, program in plan.programs.items():
     memory, flops = program.memory_bytes, program.flops
     notes = ["does not fit"] if not compilation.fits(program) else []
     rows.add_row(
       mode or "none",
       f"{memory / 2**20:,.0f} MiB" if memory else "unknown",
-      f"{flops / 1e9:,.0f}" if flops else "unknown",
+      f"{flops / 1e9:,.3g}" if flops else "unknown",
       f"{program.seconds:.0f} s",
       ", ".join((*notes, *(["chosen"] if mode == plan.chosen else []))),
     )

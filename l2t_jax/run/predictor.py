@@ -41,7 +41,13 @@ class Predictor:
   # An image of any size -> one of the network's size, as in evaluation.
   resize: Callable[[Image.Image], Image.Image]
 
-  def read(self, path: pathlib.Path) -> np.ndarray:
+  def __repr__(self) -> str:
+    return (
+      f"Predictor: {len(self.class_names)} classes, {self.dtype} images"
+      f" {list(self.image_format.shape)}"
+    )
+
+  def read(self, path: str | os.PathLike[str]) -> np.ndarray:
     """Read an image file in the network's format, uint8 [H, W, C].
 
     Raises:
@@ -49,7 +55,7 @@ class Predictor:
         of files.
     """
     self._check_reads_files()
-    image = image_files.decode(path, name=str(path))
+    image = image_files.decode(pathlib.Path(path), name=str(path))
     if pillow.is_transparent(image):
       warnings.warn(
         "some images have transparent pixels; transparency is dropped, as in"
@@ -103,9 +109,9 @@ class Predictor:
     return np.concatenate(parts)
 
   def classify(
-    self, paths: Iterable[pathlib.Path]
+    self, paths: Iterable[str | os.PathLike[str]]
   ) -> Iterator[tuple[pathlib.Path, str, float]]:
-    """Classify image files.
+    """Classify image files, batch by batch.
 
     Yields:
       (path, name of the likeliest class, its probability).
@@ -120,7 +126,11 @@ class Predictor:
         " are those of the program that l2t_jax.export writes to OUT.stablehlo"
       )
     self._check_reads_files()
-    paths, unreadable = iter(paths), []
+    if isinstance(paths, str | os.PathLike):
+      raise errors.InputError(
+        f"paths is {paths!r}; it must be a list of image files"
+      )
+    paths, unreadable = map(pathlib.Path, paths), []
 
     def read_all():
       for path in paths:
@@ -140,7 +150,8 @@ class Predictor:
         yield path, self.class_names[best], float(row[best])
     if unreadable:
       raise errors.InputError(
-        f"{len(unreadable)} images were left out: {'; '.join(unreadable[:20])}"
+        f"{len(unreadable)} of the images cannot be read:"
+        f" {'; '.join(unreadable[:20])}"
       )
 
   @functools.cached_property
@@ -246,8 +257,8 @@ def _find_source(source, config, metadata):
     return source
   if source is not None and not isinstance(source, str | os.PathLike):
     raise errors.InputError(
-      f"source is a {type(source).__name__}; it must be a Source, or the path"
-      " of a weight file"
+      f"source is of type {type(source).__name__}; it must be a Source, or the"
+      " path of a weight file"
     )
   path = os.path.expanduser(source or weights)
   if not os.path.isfile(path):

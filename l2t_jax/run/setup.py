@@ -216,7 +216,7 @@ def _check_task(experiment):
   ):
     if value:
       raise errors.InputError(
-        f"config.{field} is {value}, but the task is no classification; set it"
+        f"config.{field} is {value}, but the task is not classification; set it"
         " to 0"
       )
 
@@ -597,7 +597,7 @@ def _place_states(settings, first_state, mesh):
   # The whole state may not fit on one device, so it is made in host memory.
   making = sharding.on_host if settings.shard_params else contextlib.nullcontext
 
-  @phases.phase("first state")
+  @phases.phase("initialisation")
   @compilation.garbage_collection_paused()
   def create_state(seed):
     with making():

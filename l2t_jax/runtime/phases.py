@@ -26,7 +26,7 @@ _ORDER = (
   "tracing",
   "compiling",
   "loading programs",
-  "first state",
+  "initialisation",
   "feature scales",
   "iterations",
   "evaluations",

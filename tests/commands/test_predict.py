@@ -84,10 +84,13 @@ def test_one_damaged_image_leaves_the_others(source, pictures, tmp_path):
   good = sorted((pictures / "0").iterdir())[:2]
   bad = tmp_path / "broken.png"
   bad.write_bytes(b"no image")
-  rows = predictor.classify([good[0], bad, good[1]])
+  rows = predictor.classify([str(good[0]), bad, good[1]])
   assert [next(rows)[0] for _ in range(2)] == good
-  with pytest.raises(errors.InputError, match="1 images were left out: image"):
+  with pytest.raises(errors.InputError, match="1 of the images cannot be read"):
     next(rows)
+  with pytest.raises(errors.InputError, match="must be a list of image files"):
+    next(predictor.classify(str(pictures)))
+  assert repr(predictor) == "Predictor: 10 classes, uint8 images [8, 8, 1]"
 
 
 @pytest.mark.xdist_group("experiment")

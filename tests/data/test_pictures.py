@@ -283,9 +283,22 @@ def test_what_is_no_image_is_counted(tmp_path):
   }
   note, *_ = data_sets.load("folder", path=str(root)).notes
   assert note == (
-    "passed over: 2 .png outside the classes, 2 .txt, 1 images in extra, 1 no"
+    "ignored files: 2 .png outside the classes, 2 .txt, 1 images in extra, 1 no"
     " suffix"
   )
+
+
+def test_a_folder_above_the_classes_is_pointed_out(tmp_path):
+  for path in ("one/cat/a.png", "one/dog/a.png", "two/cat/b.png"):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4)).save(tmp_path / path)
+  (note,) = from_folders.open_folder(str(tmp_path)).notes
+  assert note == (
+    "all images are in subfolders of the folders one, two, which are taken for"
+    " the classes"
+  )
+  Image.new("L", (4, 4)).save(tmp_path / "two" / "b.png")
+  assert not from_folders.open_folder(str(tmp_path)).notes
 
 
 @pytest.mark.parametrize(
@@ -448,7 +461,7 @@ def test_pipes_and_broken_links_are_named(tmp_path):
   (root / "test" / "dog" / "link.png").symlink_to(tmp_path / "gone.png")
   with pytest.raises(errors.InputError, match="2 of 42 images") as caught:
     data_sets.load("folder", path=str(root))
-  assert "pipe.png is no regular file" in str(caught.value)
+  assert "pipe.png is not a regular file" in str(caught.value)
   assert "link.png cannot be read (FileNotFoundError)" in str(caught.value)
   assert from_folders.digest(str(root))
 

@@ -212,8 +212,8 @@ _WITHOUT_STATE = lambda params, *_: jnp.sum(params["w"])
   [
     (_WITHOUT_STATE, {}, r"returned 1 value.* must return \(loss, model_s"),
     (lambda *args: (1.0, None, 2), {}, "returned 3 values"),
-    (lambda *args: (None, 1.0), {}, "a loss that is no scalar"),
-    (lambda *args: (jnp.ones(1), None), {}, "a loss that is no scalar"),
+    (lambda *args: (None, 1.0), {}, "a loss that is not a scalar"),
+    (lambda *args: (jnp.ones(1), None), {}, "a loss that is not a scalar"),
     (lambda *args: (1.0, 2.0), {}, "a model_state of another structure"),
     (
       None,

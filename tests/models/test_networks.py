@@ -511,7 +511,7 @@ def test_loops_may_be_nested_reversed_and_repeated():
     *("scan#3/0", "out"),
   ]
   assert (
-    "'scan#2/0' is no tap: its shape is [1, 2, 2] for 2"
+    "'scan#2/0' cannot be tapped: its shape is [1, 2, 2] for 2"
     in (layout.untappable["scan#2/0"])
   )
   images = jax.random.normal(jax.random.key(1), (2, *IMAGES))
@@ -584,9 +584,9 @@ def test_taps_by_glob_and_by_default(network, patterns, expected):
     (
       examples.ConvNeXt(5),
       "head",
-      r"'head' is no tap: its shape is \['B', 5\], neither",
+      r"'head' cannot be tapped: its shape is \['B', 5\], neither",
     ),
-    (BY_HAND, "mean", r"'mean' is no tap: its shape is \['B', 4\]"),
+    (BY_HAND, "mean", r"'mean' cannot be tapped: its shape is \['B', 4\]"),
   ],
 )
 def test_taps_that_cannot_be(network, pattern, message):
@@ -608,7 +608,7 @@ def test_models_of_ones_own_that_cannot_be(name, dtype, message):
 
 
 def test_what_is_no_network():
-  with pytest.raises(errors.InputError, match="is no network"):
+  with pytest.raises(errors.InputError, match="is not a network"):
     models.trace("resnet32", IMAGES)
   with pytest.raises(errors.InputError, match="returns a dict; it must return"):
     models.trace(nn.Sequential([lambda x: {"x": x}]), IMAGES)

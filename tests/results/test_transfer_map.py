@@ -232,14 +232,13 @@ def test_a_source_without_pairs_has_a_share_of_none():
 @pytest.mark.parametrize(
   "weights, text",
   [
-    (np.full(32, 1 / 32), "all 32 channels count about the same"),
-    ([0.3, 0.25, 0.25, 0.2], "all 4 channels count about the same"),
-    # exp of the entropy: 3.36 of 4.
-    ([0.5, 0.2, 0.2, 0.1], "about 3 of 4 channels matter"),
+    (np.full(32, 1 / 32), "about 32 of 32 channels matter"),
+    # exp of the entropy.
+    ([0.5, 0.2, 0.2, 0.1], "about 3.39 of 4 channels matter"),
     (np.eye(7)[3], "about 1 of 7 channels matter"),
   ],
 )
-def test_near_uniform_channels_are_called_so(weights, text):
+def test_how_many_channels_matter(weights, text):
   count = transfer_map.effective_channels(np.array(weights))
   pair = {"channel_concentration": count, "num_channels": len(weights)}
   assert map_picture._channels_text(pair) == text
@@ -392,7 +391,6 @@ def test_fixed_matching_says_so():
   )
   assert texts("fixed").count("fixed, not learned") == 1
   assert texts("fixed").count("Fixed at 1 for every pair, not learned") == 1
-  assert "was told" in texts("fixed")
   assert "ixed" not in texts("sixteen")
 
 
@@ -411,7 +409,6 @@ def test_the_picture_says_what_was_learned(case, scale):
   fig = map_picture.draw(content)
   texts = " ".join(t.get_text() for t in fig.texts)
   assert scale in texts
-  assert ("What the target learned" in texts) == learned
   assert ("means over each epoch" in texts) == learned
   assert ("given, not learned" in texts) != learned
   # Frozen channels are shown, if not as learned ones.
@@ -440,7 +437,7 @@ def test_weights_that_have_not_moved_are_no_result():
   for pair in content["pairs"]:
     pair["history"] = [pair["pair_weight"] + 0.01 for _ in pair["history"]]
   text = map_picture.draw(content).texts[1].get_text()
-  assert "No pair weight moved by 0.05 since the first epoch" in text
+  assert "No pair weight changed by 0.05 since the first" in text
 
 
 def test_names_are_cut_but_stay_apart():

@@ -203,7 +203,7 @@ def test_a_probe_finds_its_source_again(source, tmp_path):
     predictor.load(tmp_path / "run")
   again = predictor.load(tmp_path / "run", source=source)
   np.testing.assert_array_equal(again.outputs(images), outputs)
-  with pytest.raises(errors.InputError, match="source is a int"):
+  with pytest.raises(errors.InputError, match="source is of type int"):
     predictor.load(tmp_path / "run", source=3)
   other = models.create("vgg_tiny", 10)
   params, state = models.init(other, jax.random.key(0), (8, 8, 1))

@@ -371,7 +371,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "Mixup for a task other than classification",
       f"{_SCRATCH} --config.target.task=examples.tasks:ANGLE "
       "--config.data.mixup=0.8",
-      "config.data.mixup is 0.8, but the task is no classification; set it to "
+      "config.data.mixup is 0.8, but the task is not classification; set it to "
       "0",
     ),
     Case(
@@ -446,7 +446,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A custom task of the wrong type",
       "--config.target.task=mine:TASK",
-      "the task 'mine:TASK' is a int; it must be a l2t_jax.types.Task",
+      "the task 'mine:TASK' is of type int; it must be a l2t_jax.types.Task",
       _write("mine.py", "TASK = 3"),
     ),
     Case(
@@ -468,6 +468,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "--config.source.weights=",
       "method 'l2t_ww' needs config.source.weights: a file made by python "
       "-m l2t_jax.pretrained, or target.safetensors of another run",
+    ),
+    Case(
+      "A checkpoint of PyTorch as the source",
+      "--config.source.weights=mine.pth",
+      "mine.pth is not a whole safetensors file; convert it with python -m "
+      "l2t_jax.pretrained",
+      _write("mine.pth", "PK"),
     ),
     Case(
       "A search for pairs outside a table",
@@ -533,7 +540,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A tap [B, C] instead of [B, H, W, C]",
       f"{_MINE} --config.target.taps=('hidden',)",
-      "'hidden' is no tap: its shape is ['B', 16], neither that of a map"
+      "'hidden' cannot be tapped: its shape is ['B', 16], neither that of a map"
       " [B, H, W, C] nor of tokens [B, N, C] on the grid of a map or a square",
       _NETWORK,
     ),
@@ -592,7 +599,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A file that is not an npz file",
       "",
-      "'data.npz' is no npz file of plain arrays",
+      "'data.npz' is not an npz file of plain arrays",
       _write("data.npz", "no arrays"),
     ),
     Case(
@@ -733,7 +740,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A class that is not in the data",
       "--config.data.classes=(0,7)",
-      "classes has 7, but the classes are 0: 0, 1: 1",
+      "classes takes indices, and has 7; the classes are 0: 0, 1: 1",
     ),
     Case(
       "Images too small for the network",
@@ -966,7 +973,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "No network named for a checkpoint",
       "in.pth out.safetensors",
-      "in.pth is no timm:NAME, keras:NAME or torch:package.module:function; "
+      "in.pth is not timm:NAME, keras:NAME or torch:package.module:function; "
       "for the checkpoint of a bundled network give --model",
       command=CONVERT,
     ),
@@ -1014,6 +1021,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       " on (--mean=0 --std=1 if it normalises them itself)",
       command=CONVERT,
       needs="torchax",
+    ),
+    Case(
+      "A mean for pixels from 0 to 255",
+      "torch:mine:make out.safetensors --image_size=64 --mean=124,116,104",
+      "argument --mean: '124,116,104' must be on a scale from 0 to 1: divide "
+      "values for pixels from 0 to 255 by 255",
+      command=CONVERT,
     ),
     Case(
       "An unknown network of Keras",
@@ -1078,7 +1092,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A report of a folder without a run",
       "run",
-      "there is no run in run: no config.json of one; name the --workdir of"
+      "there is no run in run: no config.json of a run; name the --workdir of"
       " train.py or of a table",
       command=REPORT,
     ),
