@@ -26,8 +26,8 @@ class Comparison(NamedTuple):
   def errors(self) -> np.ndarray:
     """Relative errors [n]; infinite where a value is not finite.
 
-    They do not include the rounding errors of the differences, which would
-    hide that a derivative close to 0 is right.
+    The rounding errors of the differences are subtracted first: a derivative
+    that is 0 up to rounding is right, although its relative error is 1.
     """
     size = np.maximum(abs(self.derivatives), abs(self.differences))
     distance = abs(self.derivatives - self.differences)

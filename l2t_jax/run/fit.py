@@ -103,8 +103,8 @@ class Result(NamedTuple):
     """Draw the transfer map."""
     if self.transfer_map is None:
       raise errors.InputError(
-        f"method {self.summary['method']!r} has no transfer map: only fm_* and"
-        " l2t_* methods have one"
+        f"method {self.summary['method']!r} has no transfer map: only afd and"
+        " the fm_* and l2t_* methods have one"
       )
     return map_picture.draw(self.transfer_map)
 
@@ -147,7 +147,9 @@ def fit(
   experiment = make_experiment(
     target, arrays, source=source, config=config, task=task
   )
-  workdir = workdir or tempfile.mkdtemp(prefix="l2t_jax_")
+  if not workdir:
+    workdir = tempfile.mkdtemp(prefix="l2t_jax_")
+    print(f"the run is in {workdir}")
   workdir = pathlib.Path(workdir).expanduser()
   summary = train.train(experiment, workdir)
   map_file = workdir / transfer_map.FILE
