@@ -420,8 +420,11 @@ def _epoch_line(record, experiment, is_best):
   )
   line = (
     f"epoch {record['epoch']}/{experiment.settings.epochs}"
-    f"  loss {record['train_loss']:.4f}  val {show('val')}"
+    f"  loss {record['train_loss']:.4f}"
   )
+  if experiment.method.losses:
+    line += f" (target {record['train_target_loss']:.4f})"
+  line += f"  val {show('val')}"
   if is_best:
     test = f"; test {show('test')}" if "test_accuracy" in record else ""
     line += f"  (best so far{test})"
