@@ -90,7 +90,7 @@ def test_one_damaged_image_leaves_the_others(source, pictures, tmp_path):
     next(rows)
   with pytest.raises(errors.InputError, match="must be a list of image files"):
     next(predictor.classify(str(pictures)))
-  assert repr(predictor) == "Predictor: 10 classes, uint8 images [8, 8, 1]"
+  assert repr(predictor) == "Predictor: 10 classes, uint8 images [16, 16, 1]"
 
 
 @pytest.mark.xdist_group("experiment")

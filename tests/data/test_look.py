@@ -39,6 +39,7 @@ def test_a_sound_folder(tmp_path):
     "unreadable": [],
     "equal": [],
     "passed_over": {},
+    "notes": [],
   }
 
 
