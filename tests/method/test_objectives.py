@@ -56,7 +56,7 @@ def test_combinations():
 )
 def test_what_is_no_combination(name):
   with pytest.raises(
-    errors.InputError, match=re.escape(f"{name!r} is no comb")
+    errors.InputError, match=re.escape(f"{name!r} is not a comb")
   ):
     objectives.get_method(name)
 

@@ -364,7 +364,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "Label smoothing for a task other than classification",
       f"{_SCRATCH} --config.target.task=examples.tasks:ANGLE "
       "--config.target.label_smoothing=0.1",
-      "config.target.label_smoothing is 0.1, but the task is no "
+      "config.target.label_smoothing is 0.1, but the task is not "
       "classification; set it to 0",
     ),
     Case(
@@ -1026,7 +1026,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "A mean for pixels from 0 to 255",
       "torch:mine:make out.safetensors --image_size=64 --mean=124,116,104",
       "argument --mean: '124,116,104' must be on a scale from 0 to 1: divide "
-      "values for pixels from 0 to 255 by 255",
+      "values for pixels from 0 to 255 by 255; see --help",
       command=CONVERT,
     ),
     Case(
