@@ -177,7 +177,9 @@ def test_negative_transfer_is_more_than_the_noise_of_seeds(
 
 
 def test_folders_without_runs_and_damaged_ones(folder, tmp_path):
-  with pytest.raises(errors.InputError, match=r"no run in .*of a run; name the"):
+  with pytest.raises(
+    errors.InputError, match=r"no run in .*of a run; name the"
+  ):
     report.find_runs([tmp_path])
   shutil.copytree(folder / "scratch/seed0", tmp_path / "damaged")
   (tmp_path / "damaged/summary.json").write_text('{"method"')
