@@ -141,7 +141,7 @@ def test_an_optimizer_of_ones_own_is_clipped():
     ("optax:nothing", "cannot import the optimizer 'optax:nothing'"),
     (f"{__name__}:without_arguments", "cannot be made of a learning rate"),
     (f"{__name__}:no_optimizer", "returns a float; it must return an optax"),
-    (optax.adamw, "optimizer.name is a function; it must be a string"),
+    (optax.adamw, "optimizer.name is of type function; it must be a"),
   ],
 )
 def test_what_is_no_optimizer(name, message):

@@ -64,7 +64,7 @@ def test_what_does_not_fit(model, tmp_path):
     convert_keras.from_keras("MobileNetV2", path, "", READING)
   damaged = tmp_path / "x.weights.h5"
   damaged.write_bytes(path.read_bytes()[:1000])
-  with pytest.raises(errors.InputError, match="no whole HDF5 file"):
+  with pytest.raises(errors.InputError, match="not a whole HDF5 file"):
     convert_keras.from_keras("MobileNet", damaged, "", READING)
   with pytest.raises(errors.InputError, match=r"no checkpoint at .*nope"):
     convert_keras.from_keras(

@@ -275,7 +275,7 @@ def test_a_source_from_a_weight_file(arrays, tmp_path):
       experiments.Source(networks.ConvNeXt(10)),
       "source ConvNeXt has no params",
     ),
-    ([1], "source is a list; it must be a Source, the path of a weight file"),
+    ([1], "source is of type list; it must be a Source, the path"),
     ({"a/b": "x"}, "the name of a source is 'a/b'"),
     (
       experiments.Source(networks.ConvNeXt(10), {}, mean=(0.5,), std=(-1.0,)),
