@@ -81,7 +81,7 @@ def show(plan: Plan) -> None:
     rows.add_row(
       mode or "none",
       f"{memory / 2**20:,.0f} MiB" if memory else "unknown",
-      f"{flops / 1e9:,.3g}" if flops else "unknown",
+      f"{flops / 1e9:,.2f}" if flops else "unknown",
       f"{program.seconds:.0f} s",
       ", ".join((*notes, *(["chosen"] if mode == plan.chosen else []))),
     )
