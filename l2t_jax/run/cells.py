@@ -171,11 +171,11 @@ def check_rows_differ(
         " one of the two out"
       )
     if method.pair_set is not None and is_set:
-      method = method._replace(pair_set=f"as in {field}")
-    if method.pair_set is not None and fields.map:
-      method = method._replace(
-        learn_channels=False, learn_pairs=False, looks_ahead=True
-      )
+      method = method._replace(pair_set="")
+      if fields.map:
+        method = method._replace(
+          learn_channels=False, learn_pairs=False, looks_ahead=True
+        )
     same = rows.setdefault(method, name)
     if same != name:
       raise errors.InputError(
