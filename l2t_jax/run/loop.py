@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from l2t_jax import data, errors, types
-from l2t_jax.method import pair_sets, training
+from l2t_jax.method import objectives, pair_sets, training
 from l2t_jax.models import weight_files
 from l2t_jax.results import run_reader
 from l2t_jax.run import experiments
@@ -378,11 +378,12 @@ def _transfer_record(pairs, means):
   return record
 
 
-def trained_model(experiment: experiments.Experiment) -> str:
+def trained_model(
+  method: objectives.Method, description: Mapping[str, Any]
+) -> str:
   """Return the name of the network that is trained."""
-  if experiment.method.trains != "target":
+  if method.trains != "target":
     return weight_files.SOURCE_AND_CLASSIFIER
-  description = experiment.description or experiments.describe(experiment)
   return description["target"]["model"]
 
 
@@ -397,7 +398,7 @@ def _save_target(setup, seed, target, epoch):
     seed.workdir / run_folder.TARGET,
     variables,
     {
-      "model": trained_model(seed.experiment),
+      "model": trained_model(seed.experiment.method, description),
       "num_classes": str(setup.num_outputs),
       "class_names": json.dumps(list(setup.dataset.class_names)),
       "channels": str(image_format.channels),

@@ -542,10 +542,11 @@ def _headline(setup, experiment):
   dataset = setup.dataset
   params = setup.state_shapes.inner.params["target"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  model = loop.trained_model(experiment.method, experiment.description)
   text = (
-    f"{experiment.settings.method}: {loop.trained_model(experiment)},"
-    f" {count:,} parameters, on {dataset.num_train} training,"
-    f" {dataset.num_val} validation and {dataset.num_test} test images of"
-    f" {dataset.num_classes} classes (split {dataset.split_hash})"
+    f"{experiment.settings.method}: {model}, {count:,} parameters, on"
+    f" {dataset.num_train} training, {dataset.num_val} validation and"
+    f" {dataset.num_test} test images of {dataset.num_classes} classes"
+    f" (split {dataset.split_hash})"
   )
   return "\n".join((text, *setup.notes))
