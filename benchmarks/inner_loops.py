@@ -145,8 +145,10 @@ def _environment(way, folder):
 
 
 def _run(*command):
+  # JAX's note on filtered tracebacks would follow the error's own line.
+  env = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
   return subprocess.run(
-    command, check=True, capture_output=True, text=True
+    command, check=True, capture_output=True, text=True, env=env
   ).stdout
 
 

@@ -210,7 +210,7 @@ def unroll(
 
   Raises:
     errors.InputError: `num_steps`, `segment_length` or `differentiated_steps`
-      is not a positive integer, the lengths do not decrease, the arrays of
+      is not a positive integer, the lengths increase, the arrays of
       `batches` have no common leading axis, or `differentiated_steps` is given
       for a step of `only_while`.
   """
@@ -218,10 +218,9 @@ def unroll(
   if not isinstance(lengths, Sequence):
     lengths = (lengths,)
   _check_counts("segment_length", *lengths)
-  if any(long <= short for long, short in itertools.pairwise(lengths)):
+  if any(long < short for long, short in itertools.pairwise(lengths)):
     raise errors.InputError(
-      f"segment_length is {segment_length}; give different lengths, the longest"
-      " first"
+      f"segment_length is {segment_length}; give the longest length first"
     )
   if num_steps is not None:
     _check_counts("num_steps", num_steps)
