@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import atexit
+import contextlib
 import functools
 import os
 import signal
@@ -12,7 +13,7 @@ import jax
 import pytest
 
 from l2t_jax.runtime import cpu_lowering
-from tests.support import small_runs
+from tests.support import compiling, small_runs
 
 
 def pytest_configure():
@@ -28,7 +29,7 @@ def pytest_configure():
   # Small programs, too: there are thousands.
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-  jax.config.update("jax_disable_most_optimizations", True)
+  compiling.compile_quickly()
   cpu_lowering.install()
   # The same examples everywhere and every time, and none kept in a folder.
   hypothesis.settings.register_profile(
@@ -39,15 +40,14 @@ def pytest_configure():
 
 @pytest.fixture(autouse=True)
 def optimized_compilation(request):
-  """Let XLA optimise, for tests of what it makes of a program.
+  """Let XLA optimise, for tests of what it makes of their programs.
 
   Elsewhere it compiles quickly, also for the fixtures of a whole session, which
   are made before this one.
   """
   as_usual = request.node.get_closest_marker("optimized")
-  jax.config.update("jax_disable_most_optimizations", not as_usual)
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
+  with compiling.optimized() if as_usual else contextlib.nullcontext():
+    yield
 
 
 @pytest.fixture

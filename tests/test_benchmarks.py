@@ -10,8 +10,6 @@ from l2t_jax import errors
 from tests import test_parity
 from tests.support import golden_setup, small_runs
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.mark.parametrize(
   "scheme",

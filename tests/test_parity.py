@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from l2t_jax.models import torch_weights
-from tests.support import golden_setup
-
-pytestmark = pytest.mark.optimized
+from tests.support import compiling, golden_setup
 
 FOLDER = pathlib.Path(
   os.environ.get("L2T_GOLDEN_DIR") or pathlib.Path(__file__).parent / "golden"
@@ -39,6 +37,8 @@ def test_iterations_equal_the_authors(file, mode, x64):
   setup = golden_setup.Setup(settings)
   state, sources = setup.start()
   train_step = jax.jit(setup.make_train_step(mode))
+  with compiling.optimized():
+    train_step = train_step.lower(state, sources, setup.batch(0)).compile()
   computed = {}
   for it in range(settings["iterations"]):
     start = state

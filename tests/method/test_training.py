@@ -11,7 +11,7 @@ import pytest
 
 from l2t_jax import models, types
 from l2t_jax.method import bilevel, objectives, optimizers, training, transfer
-from tests.support import small_setup
+from tests.support import compiling, small_setup
 
 # Compiled steps are shared by the tests of one process.
 pytestmark = pytest.mark.xdist_group("training")
@@ -33,7 +33,6 @@ def _jitted(method, x64, **step_options):
   )
 
 
-@pytest.mark.optimized
 def test_jitted_equals_unjitted():
   """Catch a compiler that computes wrong numbers, such as jaxlib 0.10.2's."""
   # One pair and T = 1, because a step is slow op by op. Two convolutions, so
@@ -46,7 +45,9 @@ def test_jitted_equals_unjitted():
     "l2t_ww", pairs, target_taps, num_inner_steps=1, target=target
   )
   data = small_setup.batch(3)  # No multiple of 4.
-  after, metrics = jax.jit(train_step)(state, source, data)
+  with compiling.optimized():
+    step = jax.jit(train_step).lower(state, source, data).compile()
+  after, metrics = step(state, source, data)
   with jax.disable_jit():
     expected, expected_metrics = train_step(state, source, data)
   # The optimizers' moments show the gradients.

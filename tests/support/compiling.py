@@ -1,0 +1,46 @@
+"""How tests compile: quickly, but for those of what XLA makes of a program."""
+
+import contextlib
+import functools
+import os
+
+import jax
+from jax._src import compiler
+import pytest
+
+_QUICK = "--xla_cpu_use_fusion_emitters=false"
+
+
+def compile_quickly():
+  """Spare XLA what makes programs fast, here and in processes started here."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  flags = os.environ.get("XLA_FLAGS", "")
+  if _QUICK not in flags:  # pytest's workers inherit it.
+    os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"
+
+
+@contextlib.contextmanager
+def optimized():
+  """Compile as in production."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  with pytest.MonkeyPatch.context() as patch:
+    # XLA_FLAGS are read once per process.
+    with_emitters = functools.partial(
+      _with_fusion_emitters, compiler.get_compile_options
+    )
+    patch.setattr(compiler, "get_compile_options", with_emitters)
+    try:
+      yield
+    finally:
+      jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _with_fusion_emitters(
+  get_compile_options, *args, env_options_overrides=None, **options
+):
+  overrides = {"xla_cpu_use_fusion_emitters": True}
+  return get_compile_options(
+    *args,
+    env_options_overrides=(env_options_overrides or {}) | overrides,
+    **options,
+  )
