@@ -23,6 +23,7 @@ only its arguments:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 import itertools
 import operator
 
@@ -90,9 +91,17 @@ def make_inner_step(
   }.get(mode, _gradient)
   gradient = make_gradient(_checked(loss_fn, keeps_model_state=True))
 
+  @functools.cache  # A loop traces many steps.
+  def check_optimizer(structure, *shapes):
+    check_differentiable(optimizer, jax.tree.unflatten(structure, shapes))
+
   def step(state, meta_params, batch):
     _check_state(optimizer, state)
-    check_differentiable(optimizer, state.params)
+    leaves, structure = jax.tree.flatten(state.params)
+    shapes = (
+      jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves
+    )
+    check_optimizer(structure, *shapes)
     model_state, batch = jax.lax.stop_gradient((state.model_state, batch))
     grads, loss, model_state = gradient(
       state.params, meta_params, model_state, batch
