@@ -113,7 +113,7 @@ def _random_source(setting, key):
 
 def _random_batch(setup, leading):
   rng = np.random.default_rng(0)
-  images, labels, _ = setup.blank_batch
+  images, labels, *_ = setup.blank_batch
   batch = types.Batch(
     rng.standard_normal((*leading, *images.shape)).astype(np.float32),
     rng.integers(0, _NUM_CLASSES, (*leading, *labels.shape), np.int32),

@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import inner_loop_problem, inner_loops, soak, study
+from benchmarks import cases, inner_loop_problem, inner_loops, soak, study
 from l2t_jax import errors
 from tests import test_parity
 from tests.support import golden_setup, small_runs
@@ -63,6 +64,29 @@ def test_the_peer_computes_the_authors_numbers(scheme, x64):
 
 def _norm(tensors):
   return sum(x.square().sum() for x in tensors.values()).sqrt()
+
+
+def test_what_is_timed_trains():
+  setting = cases.Setting(
+    source="resnet_tiny",
+    target="vgg_tiny",
+    pairs="one_to_one",
+    image_size=8,
+    batch_size=4,
+    num_seeds=2,
+  )
+  iteration = cases.create(setting)
+  state = jax.device_get(iteration.state)
+  program = cases.compile_iteration(setting, iteration)
+  after, metrics = program.call(
+    iteration.state, iteration.setup.sources, iteration.batch
+  )
+  assert np.isfinite(metrics["meta_grad_norm"]).all()
+  before, after = state.meta_params, jax.device_get(after.meta_params)
+  changed = lambda x, y: [
+    not np.array_equal(*seed) for seed in zip(x, y, strict=True)
+  ]
+  assert all(jax.tree.leaves(jax.tree.map(changed, before, after)))
 
 
 def test_slopes_of_a_soak():
