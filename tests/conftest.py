@@ -38,6 +38,11 @@ def pytest_configure():
   hypothesis.settings.load_profile("l2t_jax")
 
 
+def pytest_collection_modifyitems(items):
+  """Begin with what takes longest, so that no process is left alone with it."""
+  items.sort(key=lambda item: item.path.name != "test_parity.py")
+
+
 @pytest.fixture(autouse=True)
 def optimized_compilation(request):
   """Let XLA optimise, for tests of what it makes of their programs.

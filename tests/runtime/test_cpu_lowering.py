@@ -11,8 +11,6 @@ import pytest
 
 from l2t_jax.models import layers
 
-pytestmark = pytest.mark.optimized
-
 
 def convolve(x, kernel, *, stride=1, pad=1, dilation=1, groups=1):
   return jax.lax.conv_general_dilated(
@@ -135,6 +133,7 @@ def test_one_and_three_axes(positions, x64):
   )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   ("num_axes", "order"),
   [(1, "b0f_0io->b0f"), (2, "b01f_01io->b01f"), (3, "b012f_012io->b012f")],
@@ -221,6 +220,7 @@ def test_a_pool_of_windows_side_by_side_joins_its_derivative():
   assert text.count("stablehlo.concatenate") == 2
 
 
+@pytest.mark.optimized
 def test_the_slope_of_a_slope_grows_with_the_map():
   """Linearly, although a convolution with a large window is involved."""
 
