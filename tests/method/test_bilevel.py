@@ -223,6 +223,23 @@ def test_adam_is_refused_in_training_too():
     jax.eval_shape(train_step, state, source, small_setup.batch(4))
 
 
+def test_an_optimizer_is_checked_once_for_each_shape(monkeypatch):
+  checked = []
+  monkeypatch.setattr(
+    bilevel,
+    "check_differentiable",
+    lambda optimizer, params: checked.append(params["w"].shape),
+  )
+  loss = lambda params, *rest: (jnp.sum(params["w"] ** 2), rest[1])
+  step = bilevel.make_inner_step(loss, sgd())
+  for size in (2, 3):
+    params = {"w": jnp.ones(size)}
+    state = types.InnerState(params, sgd().init(params), None)
+    for _ in range(3):
+      state, _ = step(state, jnp.ones(()), None)
+  assert checked == [(2,), (3,)]
+
+
 def test_it_needs_no_flax():
   program = "import sys; from l2t_jax.method import bilevel, transfer; "
   program += "sys.exit('flax' in sys.modules)"
