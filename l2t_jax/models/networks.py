@@ -116,28 +116,6 @@ def trace(
       f"images are {list(image_shape)}, [H, W, C]; all of these must be at"
       " least 1"
     )
-  # A run asks several times, and tracing takes long; NNX modules may change.
-  is_constant = isinstance(network, nn.Module | pure_functions.Functions)
-  if not is_constant or not _is_hashable(network):
-    return _trace(network, tuple(image_shape))
-  return _trace_once(network, tuple(image_shape), jnp.result_type(float))
-
-
-def _is_hashable(network):
-  try:
-    hash(network)
-  except TypeError:
-    return False
-  return True
-
-
-@functools.lru_cache(maxsize=8)
-def _trace_once(network, image_shape, dtype):
-  del dtype  # Whether JAX computes in float64 is a part of the key.
-  return _trace(network, image_shape)
-
-
-def _trace(network, image_shape):
   pure = _to_pure(network)
 
   def init_and_run(key, images):

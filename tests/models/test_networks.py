@@ -92,28 +92,6 @@ def test_training_and_evaluation(network):
   assert float(jnp.abs(first - second).max()) > 1e-3
 
 
-def test_what_cannot_change_is_traced_once():
-  runs = []
-
-  def init(key):
-    runs.append(key)
-    return init_by_hand(key)
-
-  network = models.Functions(init, apply_by_hand)
-  layout = models.trace(network, IMAGES)
-  num_runs = len(runs)
-  assert models.trace(network, list(IMAGES)) == layout
-  assert len(runs) == num_runs
-  assert models.trace(network, (4, 4, 3)).taps["early"] == (4, 4, 4)
-  with jax.enable_x64(True):
-    leaves = jax.tree.leaves(models.trace(network, IMAGES).variables)
-    assert {leaf.dtype for leaf in leaves} == {np.dtype("float64")}
-  network = NnxNet(nnx.Rngs(0))
-  assert models.trace(network, IMAGES).taps["stem"] == (8, 8, 4)
-  network.stem = nnx.Conv(3, 4, (3, 3), strides=2, rngs=nnx.Rngs(0))
-  assert models.trace(network, IMAGES).taps["stem"] == (4, 4, 4)
-
-
 class Wrapped(nn.Module):
   """Passes its arguments on without naming them."""
 
