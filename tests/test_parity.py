@@ -11,6 +11,8 @@ import pytest
 from l2t_jax.models import torch_weights
 from tests.support import golden_setup
 
+pytestmark = pytest.mark.optimized
+
 FOLDER = pathlib.Path(
   os.environ.get("L2T_GOLDEN_DIR") or pathlib.Path(__file__).parent / "golden"
 )
@@ -27,10 +29,8 @@ def _case(file, mode, marks=()):
 
 @pytest.mark.parametrize(
   ("file", "mode"),
-  # The default with every file, once with all that XLA does in production;
-  # test_training.py compares all modes.
-  [_case(file, "linearized") for file in FILES[1:]]
-  + [_case(file, "linearized", pytest.mark.optimized) for file in FILES[:1]]
+  # The default with every file; test_training.py compares all modes.
+  [_case(file, "linearized") for file in FILES]
   + [_case(file, "mixed", pytest.mark.long) for file in FILES[-1:]]
   + [_case(file, "reverse", pytest.mark.long) for file in FILES[:1]],
 )
