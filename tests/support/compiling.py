@@ -1,4 +1,4 @@
-"""How tests compile: quickly, but for those of what XLA makes of a program."""
+"""Quick compilation for tests, and that of production where a test needs it."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ _QUICK = "--xla_cpu_use_fusion_emitters=false"
 
 
 def compile_quickly():
-  """Spare XLA what makes programs fast, here and in processes started here."""
+  """Compile without optimisations; child processes inherit the flag of XLA."""
   jax.config.update("jax_disable_most_optimizations", True)
   flags = os.environ.get("XLA_FLAGS", "")
   if _KNOWS_FLAG and _QUICK not in flags:  # pytest's workers inherit it.
