@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l2t_jax import errors, types
-from l2t_jax.runtime import checkpoint
+from l2t_jax.runtime import checkpoint, compilation
 
 _STATE = types.TrainState(
   jnp.zeros((), jnp.int32), jax.random.normal(jax.random.key(0), 30_000), {}, {}
@@ -130,3 +130,15 @@ def test_what_will_be_computed_again_is_dropped(tmp_path):
     checkpoints.save(6, _STATE, {"epoch": 2})
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.restore(6, _STATE)[1] == {"epoch": 2}
+
+
+def test_a_saved_state_is_freed_without_the_garbage_collector(tmp_path):
+  shape = (12_345,)
+  add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+  with compilation.garbage_collection_paused():
+    state = _STATE._replace(inner=jnp.zeros(shape))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+      for step in range(3):
+        checkpoints.save(step, state, {})
+        state = state._replace(inner=add_one(state.inner))
+    assert [x.shape for x in jax.live_arrays()].count(shape) == 1
