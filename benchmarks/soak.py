@@ -5,14 +5,17 @@
 trains the demo's networks by l2t_ww on streamed images, with evaluations,
 checkpoints, records and TensorBoard, and reads every ten seconds what the
 kernel says of the run and of the process that reads its images: memory, open
-files, threads and processor time. Prints the slopes per 1,000 iterations after
-the first tenth; the last line is a JSON object; it and a plot go into --folder,
+files, threads and processor time. The run itself records how much memory it has
+allocated, between two iterations: what the kernel says includes memory that the
+allocator keeps for later. Prints the slopes per 1,000 iterations after the
+first tenth; the last line is a JSON object; it and a plot go into --folder,
 where samples.jsonl has each sample as soon as it is taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import os
@@ -33,6 +36,7 @@ from configs import digits
 from l2t_jax import errors, models
 from l2t_jax.models import weight_files
 from l2t_jax.run import from_config, train
+from l2t_jax.runtime import logs
 
 _INTERVAL = 10.0  # Seconds between samples.
 _WARM = 0.1  # The share of the samples that the slopes leave out.
@@ -45,6 +49,7 @@ class Sample(NamedTuple):
   iteration: int
   seconds: float  # Since the first sample.
   processor_seconds: float  # Of the run's own process.
+  allocated: float  # MiB of its own, from malloc, at the last record.
   memory: float  # MiB of its own, without the pages of files.
   workers_memory: float  # MiB, of the processes that it started.
   files: int  # Open descriptors, of all.
@@ -53,30 +58,31 @@ class Sample(NamedTuple):
 
 def sample(pid: int, metrics: pathlib.Path, start: float) -> Sample | None:
   """Read what a process holds; None before its first record."""
-  iteration = _last_iteration(metrics)
-  if iteration is None:
+  record = _last_record(metrics)
+  if record is None:
     return None
   held = np.array([_holds(one) for one in _family(pid)])
   times = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
   ticks = sum(map(int, times.split()[11:13]))
   return Sample(
-    iteration,
+    record["step"],
     time.monotonic() - start,
     ticks / os.sysconf("SC_CLK_TCK"),
+    record["allocated"],
     float(held[0, 0]),
     float(held[1:, 0].sum()),
     *map(int, held[:, 1:].sum(axis=0)),
   )
 
 
-def _last_iteration(metrics):
-  """Return the iteration of the last whole record of training."""
+def _last_record(metrics):
+  """Return the last whole record of training."""
   if not metrics.exists():
     return None
   with metrics.open("rb") as file:
     file.seek(max(0, metrics.stat().st_size - 100_000))
-    steps = re.findall(rb'"kind": "train", "step": (\d+)', file.read())
-  return int(steps[-1]) if steps else None
+    lines = re.findall(rb'^{"kind": "train".*}$', file.read(), re.M)
+  return json.loads(lines[-1]) if lines else None
 
 
 def _family(pid):
@@ -111,7 +117,7 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
   fitted = {
     name: float(np.polyfit(columns.iteration / 1000, values, 1)[0])
     for name, values in columns._asdict().items()
-    if name in ("memory", "workers_memory", "files", "threads")
+    if name in ("allocated", "memory", "workers_memory", "files", "threads")
   }
   for name in ("seconds", "processor_seconds"):
     for half, part in zip(
@@ -137,8 +143,32 @@ def save_source(folder: pathlib.Path, image_size: int) -> pathlib.Path:
   return source
 
 
+class _Mallinfo(ctypes.Structure):
+  """What glibc's mallinfo2 returns, in bytes."""
+
+  _fields_ = tuple(
+    (name, ctypes.c_size_t)
+    for name in (
+      *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+      *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+    )
+  )
+
+
+def allocated() -> float:
+  """Return the MiB that this process has from malloc and has not freed."""
+  mallinfo2 = ctypes.CDLL(None).mallinfo2
+  mallinfo2.restype = _Mallinfo
+  info = mallinfo2()
+  return (info.uordblks + info.hblkhd) / 2**20
+
+
 def _train(folder):
   """Be the run."""
+  write = logs.MetricsLog.write
+  logs.MetricsLog.write = lambda log, kind, step, values: write(
+    log, kind, step, {**values, "allocated": allocated()}
+  )
   config = digits.get_config()
   config.source.weights = str(save_source(folder, image_size=16))
   config.epochs = _EPOCHS
@@ -206,6 +236,7 @@ def _draw(samples, path):
   thousands = columns.iteration / 1000
   rate = lambda times: 1000 * np.diff(times) / np.diff(columns.iteration)
   panels = {
+    "allocated, MiB": (thousands, columns.allocated),
     "memory, MiB": (thousands, columns.memory),
     "memory of workers, MiB": (thousands, columns.workers_memory),
     "open files": (thousands, columns.files),

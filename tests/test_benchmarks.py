@@ -96,6 +96,7 @@ def test_slopes_of_a_soak():
       iteration=100 * n,
       seconds=10.0 * n,
       processor_seconds=20.0 * n if n < 55 else 20.0 * 55 + 30.0 * (n - 55),
+      allocated=300.0,
       memory=500 + 0.2 * n if n >= 10 else 100,
       workers_memory=50.0,
       files=30,
