@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from PIL import Image
+from scipy import stats
 from sklearn import datasets
 
 from configs import digits
@@ -109,13 +110,15 @@ def _holds(pid):
 def slopes(samples: list[Sample]) -> dict[str, float]:
   """Fit each count by a line; return the slopes per 1,000 iterations.
 
+  They are medians over pairs of samples (Theil-Sen), because a few samples are
+  taken during the background write of a checkpoint.
   "seconds" and "processor_seconds" are the times of 1,000 iterations, as of the
   first and of the last half.
   """
   kept = samples[round(_WARM * len(samples)) :]
   columns = Sample(*map(np.array, zip(*kept, strict=True)))
   fitted = {
-    name: float(np.polyfit(columns.iteration / 1000, values, 1)[0])
+    name: float(stats.theilslopes(values, columns.iteration / 1000)[0])
     for name, values in columns._asdict().items()
     if name in ("allocated", "memory", "workers_memory", "files", "threads")
   }
