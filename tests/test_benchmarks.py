@@ -152,6 +152,8 @@ def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
   monkeypatch.setattr(study, "_commit", lambda: "5678def")
   with pytest.raises(errors.InputError, match="holds runs of commit 1234abc"):
     study.Record(file, tmp_path / "three")
+  monkeypatch.setattr(study, "_EQUAL_COMMITS", ("1234abc",))
+  assert study.Record(file, tmp_path / "three").lines == again.lines
 
 
 @pytest.mark.long
