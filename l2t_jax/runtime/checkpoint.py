@@ -234,13 +234,14 @@ def steps_in(folder: pathlib.Path) -> set[int]:
 def _forget_shards(tree):
   """Break the cycles that Orbax leaves in the arrays that it saves.
 
-  It reads `addressable_shards`, which JAX caches in the array; the shard of an
-  array on one device is the array itself. On CPU, a saved state would keep its
-  memory, even when donated, until Python's garbage collector finds the cycle,
-  a hundred checkpoints later.
+  It reads `addressable_shards`, which JAX (0.10.1) caches in the array; the
+  shard of an array on one device is the array itself. On CPU, a state that is
+  donated during the background write is copied, and would stay allocated until
+  Python's garbage collector finds the cycle.
   """
   for leaf in jax.tree.leaves(tree):
-    leaf.__dict__.pop("addressable_shards", None)
+    if isinstance(leaf, jax.Array):
+      leaf.__dict__.pop("addressable_shards", None)
 
 
 def _check_finite(step, state):
