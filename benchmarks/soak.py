@@ -5,10 +5,11 @@
 trains the demo's networks by l2t_ww on streamed images, with evaluations,
 checkpoints, records and TensorBoard, and reads every ten seconds what the
 kernel says of the run and of the process that reads its images: memory, open
-files, threads and processor time. The run itself records how much memory it has
-allocated, between two iterations: what the kernel says includes memory that the
-allocator keeps for later. Prints the slopes per 1,000 iterations after the
-first tenth; the last line is a JSON object; it and a plot go into --folder,
+files, threads and processor time. The run itself records, between two
+iterations, how much memory it has from malloc: arrays and large objects, not
+small objects of Python. What the kernel says includes memory that malloc keeps
+for later. Prints the slopes per 1,000 iterations after the first tenth, and of
+the second half; the last line is a JSON object; it and a plot go into --folder,
 where samples.jsonl has each sample as soon as it is taken.
 """
 
@@ -108,9 +109,9 @@ def _holds(pid):
 
 
 def slopes(samples: list[Sample]) -> dict[str, float]:
-  """Fit each count by a line; return the slopes per 1,000 iterations.
+  """Return the slope of each count per 1,000 iterations.
 
-  They are medians over pairs of samples (Theil-Sen), because a few samples are
+  It is the median over pairs of samples (Theil-Sen), because a few samples are
   taken during the background write of a checkpoint.
   "seconds" and "processor_seconds" are the times of 1,000 iterations, as of the
   first and of the last half.
@@ -159,7 +160,10 @@ class _Mallinfo(ctypes.Structure):
 
 
 def allocated() -> float:
-  """Return the MiB that this process has from malloc and has not freed."""
+  """Return the MiB that this process has from malloc and has not freed.
+
+  It needs glibc 2.33 or newer.
+  """
   mallinfo2 = ctypes.CDLL(None).mallinfo2
   mallinfo2.restype = _Mallinfo
   info = mallinfo2()
@@ -288,9 +292,15 @@ def main() -> None:
     finally:
       process.kill()
   found = slopes(samples)
+  second_half = slopes(samples[len(samples) // 2 :])
   for name, value in found.items():
-    print(f"{name} per 1,000 iterations: {value:.3f}")
-  measured = json.dumps({"slopes": found, "samples": samples})
+    print(
+      f"{name} per 1,000 iterations: {value:.3f}; in the second half"
+      f" {second_half[name]:.3f}"
+    )
+  measured = json.dumps(
+    {"slopes": found, "second_half": second_half, "samples": samples}
+  )
   (args.folder / "soak.json").write_text(measured)
   _draw(samples, args.folder / "soak.png")
   print(measured)
