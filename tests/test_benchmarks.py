@@ -96,7 +96,7 @@ def test_slopes_of_a_soak():
       iteration=100 * n,
       seconds=10.0 * n,
       processor_seconds=20.0 * n if n < 55 else 20.0 * 55 + 30.0 * (n - 55),
-      allocated=300.0,
+      allocated=300.0 + 0.1 * n + 30 * (n % 10 == 0),  # 30 for a write.
       memory=500 + 0.2 * n if n >= 10 else 100,
       workers_memory=50.0,
       files=30,
@@ -106,10 +106,19 @@ def test_slopes_of_a_soak():
   ]
   found = soak.slopes(samples)
   assert found["memory"] == pytest.approx(2)
+  assert found["allocated"] == pytest.approx(1)
   assert found["files"] == pytest.approx(0, abs=1e-9)
   assert found["seconds_first_half"] == pytest.approx(100)
   assert found["processor_seconds_first_half"] == pytest.approx(200)
   assert found["processor_seconds_last_half"] == pytest.approx(300)
+
+
+def test_a_soak_counts_what_is_allocated():
+  before = soak.allocated()
+  array = np.ones(2**23)  # 64 MiB.
+  assert 60 < soak.allocated() - before < 70
+  del array
+  assert soak.allocated() - before < 5
 
 
 def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
@@ -147,6 +156,8 @@ def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
   assert text == "iteration 3: not finite: loss"
   (moved,) = again.lines[0]["pairs"]
   assert moved["pair_weight"] == [1.0, 1.5]
+  with pytest.raises(errors.InputError, match=r"has lwf\+aft; there are"):
+    again.name_finalists(["scratch", "lwf+aft"])
   with pytest.raises(errors.InputError, match="names other finalists"):
     again.name_finalists(["scratch", "aft"])
   monkeypatch.setattr(study, "_commit", lambda: "5678def")
