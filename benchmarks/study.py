@@ -65,7 +65,7 @@ class Stage(NamedTuple):
   tuned_in: str = ""  # The stage whose values are used; "" for its own.
 
 
-_WITHOUT_LEARNED_PAIRS = (
+_FIRST_ROUND = (
   *("scratch", "linear_probe", "finetune_source"),
   *("lwf", "at", "aft", "afd"),
   *("fm_single", "fm_one_to_one", "fm_all_to_all"),
@@ -74,7 +74,7 @@ STAGES = (
   Stage(
     "screening",
     "quarter",
-    _WITHOUT_LEARNED_PAIRS,
+    _FIRST_ROUND,
     num_seeds=5,
     tune=(
       "optimizer.learning_rate=0.01,0.03",
@@ -90,7 +90,7 @@ STAGES = (
     "screening_2",
     "quarter",
     (
-      *_WITHOUT_LEARNED_PAIRS,
+      *_FIRST_ROUND,
       *("fm_search", "l2t_ww_joint", "l2t_w_one_to_one", "l2t_ww"),
     ),
     num_seeds=5,
