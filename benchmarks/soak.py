@@ -9,7 +9,7 @@ files, threads and processor time. The run itself records, between two
 iterations, how much memory it has from malloc: arrays and large objects, not
 small objects of Python. What the kernel says includes memory that malloc keeps
 for later. Prints the slopes per 1,000 iterations after the first tenth, and of
-the second half; the last line is a JSON object; it and a plot go into --folder,
+the last half; the last line is a JSON object; it and a plot go into --folder,
 where samples.jsonl has each sample as soon as it is taken.
 """
 
@@ -83,7 +83,7 @@ def _last_record(metrics):
     return None
   with metrics.open("rb") as file:
     file.seek(max(0, metrics.stat().st_size - 100_000))
-    lines = re.findall(rb'^{"kind": "train".*}$', file.read(), re.M)
+    lines = re.findall(rb'^({"kind": "train".*)\n', file.read(), re.M)
   return json.loads(lines[-1]) if lines else None
 
 
@@ -109,7 +109,7 @@ def _holds(pid):
 
 
 def slopes(samples: list[Sample]) -> dict[str, float]:
-  """Return the slope of each count per 1,000 iterations.
+  """Return the slope of each count per 1,000 iterations, and of its last half.
 
   It is the median over pairs of samples (Theil-Sen), because a few samples are
   taken during the background write of a checkpoint.
@@ -118,16 +118,17 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
   """
   kept = samples[round(_WARM * len(samples)) :]
   columns = Sample(*map(np.array, zip(*kept, strict=True)))
-  fitted = {
-    name: float(stats.theilslopes(values, columns.iteration / 1000)[0])
-    for name, values in columns._asdict().items()
-    if name in ("allocated", "memory", "workers_memory", "files", "threads")
-  }
+  thousands = columns.iteration / 1000
+  first, last = np.array_split(np.arange(len(kept)), 2)
+  slope = lambda y, x: float(stats.theilslopes(y, x)[0])
+  fitted = {}
+  for name in ("allocated", "memory", "workers_memory", "files", "threads"):
+    values = getattr(columns, name)
+    fitted[name] = slope(values, thousands)
+    fitted[f"{name}_last_half"] = slope(values[last], thousands[last])
   for name in ("seconds", "processor_seconds"):
-    for half, part in zip(
-      ("first", "last"), np.array_split(np.arange(len(kept)), 2), strict=True
-    ):
-      iterations = columns.iteration[part] / 1000
+    for half, part in (("first", first), ("last", last)):
+      iterations = thousands[part]
       times = getattr(columns, name)[part]
       fitted[f"{name}_{half}_half"] = float(np.polyfit(iterations, times, 1)[0])
   return fitted
@@ -292,15 +293,9 @@ def main() -> None:
     finally:
       process.kill()
   found = slopes(samples)
-  second_half = slopes(samples[len(samples) // 2 :])
   for name, value in found.items():
-    print(
-      f"{name} per 1,000 iterations: {value:.3f}; in the second half"
-      f" {second_half[name]:.3f}"
-    )
-  measured = json.dumps(
-    {"slopes": found, "second_half": second_half, "samples": samples}
-  )
+    print(f"{name} per 1,000 iterations: {value:.3f}")
+  measured = json.dumps({"slopes": found, "samples": samples})
   (args.folder / "soak.json").write_text(measured)
   _draw(samples, args.folder / "soak.png")
   print(measured)

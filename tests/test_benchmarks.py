@@ -107,10 +107,20 @@ def test_slopes_of_a_soak():
   found = soak.slopes(samples)
   assert found["memory"] == pytest.approx(2)
   assert found["allocated"] == pytest.approx(1)
+  assert found["allocated_last_half"] == pytest.approx(1)
   assert found["files"] == pytest.approx(0, abs=1e-9)
   assert found["seconds_first_half"] == pytest.approx(100)
   assert found["processor_seconds_first_half"] == pytest.approx(200)
   assert found["processor_seconds_last_half"] == pytest.approx(300)
+
+
+def test_a_soak_reads_whole_records_only(tmp_path):
+  file = tmp_path / "metrics.jsonl"
+  assert soak._last_record(file) is None
+  lines = ['{"kind": "train", "step": 5}', '{"kind": "epoch", "step": 6}']
+  half = '{"kind": "train", "step": 10, "by_pair": {"a": 1}'
+  file.write_text("\n".join([*lines, half]))
+  assert soak._last_record(file) == {"kind": "train", "step": 5}
 
 
 def test_a_soak_counts_what_is_allocated():
