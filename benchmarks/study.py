@@ -11,14 +11,17 @@ The screening uses a target with a quarter of VGG-9's width. It tunes every
 method on validation images, and then trains five seeds. In its first round, 40
 epochs were better than 20 for all ten methods, and most loss weights were best
 at the upper end of their grid; the second round has 40 epochs and larger
-weights. The finalists use the full width, the values that the second round
-chose, and 20 seeds. They are named after the screening and before they train,
+weights. Later stages use the values that it chose: for cheaper settings of
+L2T-ww, for three times the epochs, and for the finalists, with the full width
+and 20 seeds. The finalists are named after the screening and before they train,
 with
 
     --finalists=scratch,fm_one_to_one,lwf,l2t_ww,aft
 
 (no transfer, the best fixed pairs, distillation, the paper's method and the
 best cheap learned one); the file records them, too.
+
+At its end, the command prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -34,23 +37,33 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
 from benchmarks import measuring
 from l2t_jax import cli, errors
 import l2t_jax.config
-from l2t_jax.results import table_picture, tables, transfer_map
+from l2t_jax.results import (
+  run_reader,
+  statistics,
+  table_picture,
+  tables,
+  transfer_map,
+)
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import predictor, tuning
 from l2t_jax.runtime import run_folder, signals
 
 _CONFIG = "benchmarks/few_labels.py"
-_REFERENCE = "scratch"
+# Rows of the tables with which the others are compared.
+_REFERENCES = ("scratch", "fm_one_to_one")
+_POWER = 0.8
 # Earlier commits whose training is this one's: on one machine, scratch, afd,
 # fm_one_to_one and l2t_ww gave targets that are equal to the bit after three
 # epochs. Whoever changes training empties this list.
 _EQUAL_COMMITS = (
   "7ddef76f1458983c11915f540f4a2a3b0d1ec78d",
   "17fa5e9d96f232e9be706c1b1b0d1f82e2e8922c",
+  "f82148406c42292727e2c1be3d18a9a01917ac6d",
 )
 
 
@@ -63,6 +76,7 @@ class Stage(NamedTuple):
   num_seeds: int
   tune: tuple[str, ...] = ()  # As --tune of `l2t_jax.table`.
   tuned_in: str = ""  # The stage whose values are used; "" for its own.
+  fields: tuple[str, ...] = ()  # Set in addition to these values.
 
 
 _FIRST_ROUND = (
@@ -119,6 +133,28 @@ STAGES = (
       "lwf.weight=1,3",
     ),
   ),
+  *(
+    Stage(
+      name,
+      "quarter",
+      ("l2t_ww",),
+      num_seeds=5,
+      tuned_in="screening_2",
+      fields=(field,),
+    )
+    for name, field in (
+      ("meta_update_every_4th", "meta.update_every=4"),
+      ("one_inner_step", "bilevel.num_inner_steps=1"),
+    )
+  ),
+  Stage(
+    "longer",
+    "quarter",
+    ("scratch", "lwf", "afd", "fm_one_to_one", "l2t_ww"),
+    num_seeds=5,
+    tuned_in="screening_2",
+    fields=("epochs=120",),
+  ),
   # Its methods are the finalists that the file names.
   Stage("finalists", "full", (), num_seeds=20, tuned_in="screening_2"),
 )
@@ -143,7 +179,8 @@ def make_cells(
       raise errors.InputError(
         f"{cell.method} is not tuned yet: {stage.tuned_in} comes first"
       )
-    config = cli.with_fields(cell.config, record["chosen"])
+    fields = dict(text.split("=") for text in stage.fields)
+    config = cli.with_fields(cell.config, record["chosen"] | fields)
     tuned.append(cell._replace(config=config))
   return tuned
 
@@ -338,12 +375,109 @@ def train(
 
 
 def _changed(job):
-  """Return the tuned fields of a job."""
-  names = {
-    text.partition("=")[0] for stage in STAGES for text in stage.tune
-  } | {"transfer.pairs"}
+  """Return the fields of a job that the study varies."""
+  varied = (text for stage in STAGES for text in (*stage.tune, *stage.fields))
+  names = {text.partition("=")[0] for text in varied} | {"transfer.pairs"}
   flat = l2t_jax.config.flatten(job.config.to_dict())
   return {name: flat[name] for name in sorted(names)}
+
+
+def to_markdown(
+  report: Sequence[tuple[Stage, Sequence[tables.Cell]]],
+) -> str:
+  """Return a table per stage.
+
+  A row is compared with the references of its stage or, if it has none, with
+  the last ones before it of the same width.
+  """
+  lines, references = [], {}
+  compared = [f"minus {name}" for name in _REFERENCES]
+  header = ("method", "chosen", "trials", "seeds", "test %", *compared)
+  for stage, cells in report:
+    title = " ".join((stage.name, *stage.fields))
+    lines += [f"\n{title} ({stage.width} width)\n", _row(header)]
+    lines.append(_row(["---"] * len(header)))
+    references |= {
+      (stage.width, cell.method): cell
+      for cell in cells
+      if cell.method in _REFERENCES and cell.summaries
+    }
+    for cell in filter(lambda cell: cell.summaries, cells):
+      others = [references.get((stage.width, name)) for name in _REFERENCES]
+      lines.append(
+        _row(
+          (
+            cell.method,
+            cell.tuning.text if cell.tuning else "",
+            str(cell.tuning.num_runs) if cell.tuning else "",
+            cell.seeds,
+            cell.test.text(),
+            *(_compare(cell, other) for other in others),
+          )
+        )
+      )
+  lines.append(
+    "\nA difference is followed by its 95 % interval and by the true difference"
+    f" that this many seeds would detect with a probability of {_POWER:.0%}."
+  )
+  return "\n".join(lines)
+
+
+def _row(entries):
+  return f"| {' | '.join(entries)} |"
+
+
+def _compare(cell, other):
+  if other is None or other is cell:
+    return ""
+  difference = tables.difference(cell, other)
+  if difference is None or difference.half_width is None:
+    return ""
+  text = tables.difference_text(difference, in_percent=True)
+  return f"{text}; {detectable(difference):.1f}"
+
+
+def detectable(difference: statistics.Difference) -> float:
+  """Return the true difference that a paired t-test detects with `_POWER`.
+
+  The test has the level of the interval; this is the usual approximation by
+  quantiles of Student's t in place of its noncentral distribution.
+  """
+  degrees = len(difference.values) - 1
+  level = special.stdtrit(degrees, (1 + statistics.CONFIDENCE) / 2)
+  power = special.stdtrit(degrees, _POWER)
+  return (difference.half_width or 0.0) * (1 + power / level)
+
+
+def moved_weights(lines: Sequence[Mapping[str, Any]]) -> str:
+  """Say for each stage and method how far λ and w moved, over pairs and seeds.
+
+  Trials are left out. λ is compared between the first and the last epoch.
+  """
+  moved: dict[tuple[str, str], list[tuple[float, float]]] = {}
+  for line in lines:
+    stage, _, rest = line["run"].partition("/")
+    if run_reader.TRIALS in rest:
+      continue
+    moved.setdefault((stage, line["method"]), []).extend(
+      (
+        pair["pair_weight"][1] / pair["pair_weight"][0],
+        pair["effective_channels"] / pair["channels"],
+      )
+      for pair in line["pairs"]
+    )
+  texts = []
+  for (stage, method), ratios in moved.items():
+    pair_weights, channels = np.array(ratios).reshape(-1, 2).T
+    if np.allclose(ratios, 1):
+      continue  # Nothing is learned; there may be no pairs.
+    low, middle, high = np.quantile(pair_weights, (0, 0.5, 1))
+    texts.append(
+      f"{stage} {method}: λ changed by factors from {low:.2f} to {high:.2f}"
+      f" (median {middle:.2f}); effective channels are at least"
+      f" {channels.min():.1%} of all"
+    )
+  return "\n".join(texts)
 
 
 def make_parser() -> errors.Parser:
@@ -359,11 +493,12 @@ def make_parser() -> errors.Parser:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
-  """Continue the study; print the table of each stage."""
+  """Continue the study; print its tables."""
   record = Record(args.file, args.workdir)
   if args.finalists:
     record.name_finalists(args.finalists)
   until = time.time() + 3600 * args.hours
+  report = []
   for stage in STAGES:
     if stage.name == "finalists":
       stage = stage._replace(methods=record.finalists)
@@ -373,10 +508,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     cells = make_cells(stage, args.workdir, overrides)
     is_done = train(record, jobs(stage, cells), until)
     results = table_cells.results(cells)
-    table_picture.write(args.workdir / stage.name, results, _REFERENCE)
-    tables.print_table(results, _REFERENCE)
+    table_picture.write(args.workdir / stage.name, results, "scratch")
+    report.append((stage, results))
     if not is_done:
       break
+  print(to_markdown(report))
+  print(moved_weights(record.lines))
   seconds = sum(line["summary"].get("seconds", 0) for line in record.lines)
   print(f"{len(record.lines)} runs, {seconds / 3600:.1f} hours of training")
   return 0

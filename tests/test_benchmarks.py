@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import cases, inner_loop_problem, inner_loops, soak, study
 from l2t_jax import errors
+from l2t_jax.results import statistics, tables
 from tests import test_parity
 from tests.support import golden_setup, small_runs
 
@@ -175,6 +176,68 @@ def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
     study.Record(file, tmp_path / "three")
   monkeypatch.setattr(study, "_EQUAL_COMMITS", ("1234abc",))
   assert study.Record(file, tmp_path / "three").lines == again.lines
+
+
+def test_the_table_of_a_study():
+  first, second = (
+    study.Stage(name, "quarter", ("scratch", "aft"), num_seeds=3)
+    for name in ("screening", "longer")
+  )
+
+  def cell(method, *accuracies):
+    summaries = tuple(
+      {"seed": seed, "test_accuracy": accuracy}
+      for seed, accuracy in enumerate(accuracies)
+    )
+    return tables.Cell(method, "", summaries, num_seeds=3)
+
+  scratch = cell("scratch", 0.4, 0.41, 0.42)
+  text = study.to_markdown(
+    [
+      (first, [scratch, cell("aft", 0.42, 0.42, 0.42)]),
+      (second, [cell("scratch"), cell("aft", 0.5, 0.51, 0.52)]),
+    ]
+  )
+  rows = [line.split(" | ") for line in text.splitlines() if "aft" in line]
+  # The first differences are 2, 1 and 0: t(2) is 4.303 for 95 and 1.061 for
+  # 80 %, and 4.303 / √3 is 2.48.
+  assert rows[0][4:6] == ["42.0 ± 0.0", "+1.0 [-1.5, 3.5]; 3.1"]
+  # The second stage has no runs of scratch: those of the first are taken.
+  assert rows[1][5] == "+10.0 [10.0, 10.0]; 0.0"
+
+
+def test_a_difference_is_detected_as_often_as_the_study_says():
+  rng = np.random.default_rng(0)
+  count = 20
+  values = rng.standard_normal((4000, count))
+  found = study.detectable(
+    statistics.Difference(0.0, 2.093 / np.sqrt(count), (0.0,) * count)
+  )
+  t = (values + found).mean(1) / (values.std(1, ddof=1) / np.sqrt(count))
+  assert 0.77 < np.mean(t > 2.093) < 0.83
+
+
+def test_how_far_weights_moved():
+  def line(run, *pairs):
+    method = run.split("/")[1]
+    moved = [
+      {"pair_weight": [1.0, last], "effective_channels": count, "channels": 64}
+      for last, count in pairs
+    ]
+    return {"run": run, "method": method, "pairs": moved}
+
+  assert study.moved_weights(
+    [
+      line("screening/scratch/seed0"),
+      line("screening/fm_single/seed0", (1.0, 63.99999999999999)),
+      line("screening/l2t_ww/tuning_trials/a/seed10000", (9.0, 64.0)),
+      line("screening/l2t_ww/seed0", (1.5, 64.0), (0.5, 32.0)),
+      line("screening/l2t_ww/seed1", (2.0, 48.0)),
+    ]
+  ) == (
+    "screening l2t_ww: λ changed by factors from 0.50 to 2.00 (median 1.50);"
+    " effective channels are at least 50.0% of all"
+  )
 
 
 @pytest.mark.long
