@@ -36,6 +36,7 @@ class Setting(NamedTuple):
   image_size: int = 32
   num_seeds: int = 1
   rolled: bool = True
+  batch_norm_groups: int = 1
 
 
 class Iteration(NamedTuple):
@@ -70,6 +71,7 @@ def create(setting: Setting) -> Iteration:
         name: _random_source(setting, jax.random.key(i))
         for i, name in enumerate(names, start=1)
       },
+      batch_norm_groups=setting.batch_norm_groups,
     )
   )
   leading = (setting.num_seeds,) if setting.num_seeds > 1 else ()

@@ -251,6 +251,10 @@ TARGET = {
   # Label smoothing: the share of a label's weight that is spread evenly over
   # all outputs. Used in training only.
   "target.label_smoothing": Field(0.0, BELOW_1),
+  # Number of equal parts of each training batch that are normalised separately
+  # (ghost batch normalisation). If it is a multiple of the number of devices,
+  # batch norm needs no communication between them.
+  "target.batch_norm_groups": Field(1, AT_LEAST_1),
   # Taps of the target: names of layers, or globs such as "stages_*/blocks_2".
   # () for the network's default taps or, if it defines none, for the last block
   # of each resolution. `python -m l2t_jax.models MODEL` lists the layers.

@@ -89,6 +89,13 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
       model_state = changed | ({"rng": rng} if rng else {})
     return output, outputs, model_state
 
+  def fold_in(model_state, number):
+    if "rng" not in model_state:
+      return model_state
+    key = jax.random.wrap_key_data(model_state["rng"]["key"])
+    key = jax.random.fold_in(key, number)
+    return {**model_state, "rng": {"key": jax.random.key_data(key)}}
+
   return pure_functions.PureNetwork(
-    init, apply, lambda state: state.get("batch_stats", {})
+    init, apply, lambda state: state.get("batch_stats", {}), fold_in
   )

@@ -60,7 +60,18 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
   def statistics(model_state):
     return _from_dict(abstract_states[1], model_state).filter(nnx.BatchStat)
 
-  return pure_functions.PureNetwork(init, apply, statistics)
+  def fold_in(model_state, number):
+    state = _from_dict(abstract_states[1], model_state)
+    return _to_dict(
+      jax.tree.map(
+        lambda x: (
+          jax.random.fold_in(x, number) if pure_functions.is_key(x) else x
+        ),
+        state,
+      )
+    )
+
+  return pure_functions.PureNetwork(init, apply, statistics, fold_in)
 
 
 def _split(module):

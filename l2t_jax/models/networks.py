@@ -43,13 +43,20 @@ _BATCH = 2
 
 
 def as_apply_fn(
-  network: pure_functions.Network, taps: Collection[str] | None = None
+  network: pure_functions.Network,
+  taps: Collection[str] | None = None,
+  batch_norm_groups: int = 1,
 ) -> types.ApplyFn:
   """Convert a network to a pure function.
 
   Args:
     network: see the module's docstring.
     taps: names of the features to return; None for all.
+    batch_norm_groups: number of equal parts of a training batch that are
+      normalised separately (ghost batch normalisation: Hoffer et al., "Train
+      longer, generalize better", NeurIPS 2017). The running statistics move by
+      the mean over the parts. Each part draws its own random numbers, except in
+      `Functions`.
 
   Returns:
     `apply_fn(params, model_state, images, *, train)`, jitted, which returns
@@ -79,7 +86,28 @@ def as_apply_fn(
     }
     return logits, features, model_state
 
-  return jax.jit(apply_fn, static_argnames="train")
+  def apply_to_groups(params, model_state, images, *, train):
+    if not train:
+      return apply_fn(params, model_state, images, train=False)
+
+    def apply_to_group(index, images):
+      state = pure.fold_in(model_state, index)
+      return apply_fn(params, state, images, train=True)
+
+    # Rows that are neighbours stay in one group and so on one device.
+    groups = images.reshape(batch_norm_groups, -1, *images.shape[1:])
+    *outputs, states = jax.vmap(apply_to_group)(
+      jnp.arange(batch_norm_groups), groups
+    )
+    logits, features = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:]), outputs
+    )
+    return logits, features, jax.tree.map(_state_of_groups, states)
+
+  return jax.jit(
+    apply_fn if batch_norm_groups == 1 else apply_to_groups,
+    static_argnames="train",
+  )
 
 
 def init(
@@ -195,6 +223,13 @@ def training_notes(
     "training does not update the target's batch statistics; if it should,"
     f" {pure_functions.HOW_TO_TELL}",
   )
+
+
+def _state_of_groups(values):
+  """Reduce one array of the model state over its leading axis of groups."""
+  if jnp.issubdtype(values.dtype, jnp.floating):
+    return jnp.mean(values, axis=0)
+  return values[0]  # A counter, or the data of a PRNG key.
 
 
 def _with_features(pure, train, taps=None):

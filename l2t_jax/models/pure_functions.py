@@ -60,6 +60,8 @@ class PureNetwork(NamedTuple):
   apply: Callable[..., tuple[Any, dict[str, Any], types.PyTree]]
   # model_state -> the batch statistics that training updates (no PRNG keys).
   statistics: Callable[[types.PyTree], types.PyTree]
+  # (model_state, integer) -> model_state with other PRNG keys.
+  fold_in: Callable[[types.PyTree, Any], types.PyTree]
 
 
 def from_functions(functions: Functions) -> PureNetwork:
@@ -79,7 +81,10 @@ def from_functions(functions: Functions) -> PureNetwork:
     )
     return (logits, features), {}, or_empty(model_state)
 
-  return PureNetwork(init, apply, lambda model_state: {})
+  # It is unknown which part of their state is a PRNG key.
+  return PureNetwork(
+    init, apply, lambda model_state: {}, lambda model_state, _: model_state
+  )
 
 
 def check_variables(name: str, tree: types.PyTree) -> None:

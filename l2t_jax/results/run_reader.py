@@ -19,9 +19,9 @@ TRIALS = "tuning_trials"  # Folder of the runs that tune a table's cell.
 UNKNOWN = "–"  # Printed in place of an unknown number.
 # Fields of `recipe` in addition to those of the optimizer.
 _RECIPE_FIELDS = (
-  *("target.label_smoothing", "data.augment", "data.rand_augment"),
-  *("data.rand_augment_magnitude", "data.color_jitter", "data.random_erasing"),
-  *("data.mixup", "data.cutmix"),
+  *("target.label_smoothing", "target.batch_norm_groups", "data.augment"),
+  *("data.rand_augment", "data.rand_augment_magnitude", "data.color_jitter"),
+  *("data.random_erasing", "data.mixup", "data.cutmix"),
 )
 _RUN_FIELDS = {"method", "epochs", "data"}  # Every config of a run has them.
 

@@ -138,6 +138,7 @@ class Experiment(NamedTuple):
   # resumed run may have another path if the digests agree.
   contents: Mapping[str, str] = {}
   label_smoothing: float = 0.0  # In training only.
+  batch_norm_groups: int = 1  # See `models.as_apply_fn`.
 
   @property
   def method(self) -> objectives.Method:
@@ -217,6 +218,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "num_outputs": 0,
         "taps": experiment.target_taps,
         "label_smoothing": experiment.label_smoothing,
+        "batch_norm_groups": experiment.batch_norm_groups,
       },
     }
   )

@@ -196,6 +196,7 @@ def make_experiment(
     from_config.load_map(config),
     free_fields=l2t_jax.config.FREE_FIELDS,
     label_smoothing=config.target.label_smoothing,
+    batch_norm_groups=config.target.batch_norm_groups,
   )
 
 

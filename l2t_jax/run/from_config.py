@@ -134,6 +134,7 @@ def resolve(config: ml_collections.ConfigDict) -> experiments.Experiment:
     l2t_jax.config.FREE_FIELDS,
     contents(config),
     config.target.label_smoothing,
+    config.target.batch_norm_groups,
   )
 
 

@@ -121,7 +121,9 @@ def build(experiment: experiments.Experiment) -> Setup:
   mode = settings.bilevel.mode
   modes = _AUTO_MODES if mode == "auto" else (mode,)
   target_fn = models.as_apply_fn(
-    target.network, {*plan.target_taps, target.head_tap} - {""}
+    target.network,
+    {*plan.target_taps, target.head_tap} - {""},
+    experiment.batch_norm_groups,
   )
   recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
   first_state = _make_first_state(
@@ -230,6 +232,11 @@ def _check_devices(experiment, mesh):
       raise errors.InputError(
         f"config.{field} is {value}; it must be a multiple of the number of"
         f" devices, {mesh.size}"
+      )
+    if value % experiment.batch_norm_groups:
+      raise errors.InputError(
+        f"config.{field} is {value}; it must be a multiple of"
+        f" config.target.batch_norm_groups, {experiment.batch_norm_groups}"
       )
 
 

@@ -92,6 +92,50 @@ def test_training_and_evaluation(network):
   assert float(jnp.abs(first - second).max()) > 1e-3
 
 
+@pytest.mark.parametrize("network", [LinenNet(), NnxNet], ids=["linen", "nnx"])
+def test_groups_are_normalised_separately(network):
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  images = jax.random.normal(jax.random.key(1), (6, *IMAGES))
+  grouped = models.as_apply_fn(network, ("norm",), batch_norm_groups=2)
+  alone = models.as_apply_fn(network, ("norm",))
+  logits, features, after = grouped(params, state, images, train=True)
+  halves = [
+    alone(params, state, half, train=True) for half in (images[:3], images[3:])
+  ]
+  expected = jnp.concatenate([half[1]["norm"] for half in halves])
+  np.testing.assert_allclose(features["norm"], expected, rtol=1e-5, atol=1e-5)
+  assert logits.shape == (6, 5)
+  chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+  statistics = lambda tree: {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(tree).items()
+    if leaf.dtype != jnp.uint32
+  }
+  means = jax.tree.map(
+    lambda *both: sum(both) / 2, *(statistics(half[2]) for half in halves)
+  )
+  assert len(means) == 2
+  chex.assert_trees_all_close(statistics(after), means, rtol=1e-5)
+  chex.assert_trees_all_equal(
+    grouped(params, state, images, train=False),
+    alone(params, state, images, train=False),
+  )
+
+
+@pytest.mark.parametrize("network", [LinenNet(), NnxNet], ids=["linen", "nnx"])
+def test_each_group_has_its_own_dropout(network):
+  params, state = models.init(network, jax.random.key(0), IMAGES)
+  half = jax.random.normal(jax.random.key(1), (3, *IMAGES))
+  grouped = models.as_apply_fn(network, (), batch_norm_groups=2)
+  twins = jnp.concatenate([half, half])
+  first, _, after = grouped(params, state, twins, train=True)
+  assert float(jnp.abs(first[:3] - first[3:]).max()) > 1e-3
+  second, *_ = grouped(params, after, twins, train=True)
+  for again in (second[:3], second[3:]):
+    for before in (first[:3], first[3:]):
+      assert float(jnp.abs(again - before).max()) > 1e-3
+
+
 class Wrapped(nn.Module):
   """Passes its arguments on without naming them."""
 

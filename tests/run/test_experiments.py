@@ -10,7 +10,7 @@ import pytest
 from examples import networks
 from l2t_jax import errors, models
 from l2t_jax.method import loss_functions, objectives, training, transfer
-from l2t_jax.run import experiments, train
+from l2t_jax.run import experiments, fit, from_config, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
 from tests.support import object_experiment, small_runs
@@ -94,6 +94,37 @@ def test_labels_are_smoothed_in_training_alone():
     losses.append((float(loss), float(evaluated["loss"])))
   assert losses[0][0] != losses[1][0]
   assert losses[0][1] == losses[1][1]
+
+
+def test_groups_of_batch_norm_reach_the_target(source):
+  by_hand = object_experiment.create()._replace(batch_norm_groups=2)
+  config = small_runs.small_config(source)
+  config.transfer.pairs, config.target.batch_norm_groups = "", 2
+  fitted = fit.make_experiment(
+    by_hand.target,
+    {
+      "x_train": np.random.default_rng(0).random((400, 8, 8, 1), np.float32),
+      "y_train": np.arange(400) % 4,
+    },
+    source=by_hand.sources,
+    config=config,
+    task=None,
+  )
+  for experiment in (by_hand, fitted, from_config.resolve(config)):
+    setup = setups.build(experiment)
+    inner = setup.create_state(0).inner
+    batch = next(setup.dataset.train_batches(0))
+    loss, _ = setup.problem.losses.target(
+      inner.params,
+      None,
+      inner.model_state,
+      objectives.TransferBatch(*batch[:2]),
+    )
+    logits, *_ = models.as_apply_fn(experiment.target, (), 2)(
+      inner.params["target"], inner.model_state, batch.images, train=True
+    )
+    expected = loss_functions.cross_entropy(logits, batch.labels)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_settings_become_a_recipe():

@@ -340,7 +340,7 @@ def test_a_strong_recipe_resumes_to_the_bits(source, tmp_path, monkeypatch):
     ema_decay=0.5,
   )
   config.data.update(rand_augment=1, random_erasing=0.3, mixup=0.8, cutmix=1.0)
-  config.target.label_smoothing = 0.1
+  config.target.update(label_smoothing=0.1, batch_norm_groups=4)
   whole = small_runs.train(config, tmp_path / "whole")
   resumed = lambda: small_runs.train(config, tmp_path / "parts")
   small_runs.kill_in_epoch(2, resumed, monkeypatch)
@@ -349,6 +349,7 @@ def test_a_strong_recipe_resumes_to_the_bits(source, tmp_path, monkeypatch):
   assert whole["recipe"]["optimizer.ema_decay"] == 0.5
   assert whole["recipe"]["data.cutmix"] == 1.0
   assert whole["recipe"]["optimizer.clip_norm"] == 0
+  assert whole["recipe"]["target.batch_norm_groups"] == 4
   assert _learned(tmp_path / "parts") == _learned(tmp_path / "whole")
   records = small_runs.records(tmp_path / "whole", "epoch")
   assert records[1]["train_loss"] < records[0]["train_loss"]

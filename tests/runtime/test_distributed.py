@@ -33,6 +33,8 @@ from tests.support import processes
 for count in (1, 4):
   mesh = sharding.make_mesh(jax.devices()[:count])
   processes.save(f"{sys.argv[1]}/{count}.npz", processes.run(mesh))
+  groups = processes.run(mesh, batch_norm_groups=4)
+  processes.save(f"{sys.argv[1]}/groups_{count}.npz", groups)
 mesh = sharding.make_mesh(jax.devices()[:2])
 processes.save(f"{sys.argv[1]}/split.npz", processes.run(mesh, split=True))
 """
@@ -50,6 +52,39 @@ def on_devices(tmp_path_factory):
 def test_devices_compute_what_one_does(on_devices):
   for name in ("4", "split"):
     _assert_close(on_devices / f"{name}.npz", on_devices / "1.npz")
+
+
+def test_groups_of_batch_norm_do_not_depend_on_the_devices(on_devices):
+  _assert_close(on_devices / "groups_4.npz", on_devices / "groups_1.npz")
+  grouped = np.load(on_devices / "groups_1.npz")
+  whole = np.load(on_devices / "1.npz")
+  name = "[1]['target_loss']"
+  assert grouped[name] != whole[name]
+
+
+_ALL_REDUCES = """
+import jax
+from benchmarks import cases, growth
+for groups in (1, 2):
+  setting = cases.Setting(
+    source="resnet_tiny",
+    target="vgg_tiny",
+    image_size=8,
+    batch_size=16,
+    batch_norm_groups=groups,
+  )
+  program = cases.compile_iteration(setting, cases.create(setting))
+  print(growth.count_collectives(program.call.as_text()))
+"""
+
+
+def test_groups_of_batch_norm_on_one_device_need_no_communication():
+  """What is left are the sums of gradients, of metrics and of statistics."""
+  result = small_runs.run_python(
+    "-c", _ALL_REDUCES, environment={"JAX_NUM_CPU_DEVICES": "2"}
+  )
+  whole, grouped = map(int, result.stdout.split())
+  assert grouped < 12 < 30 < whole, result.stderr
 
 
 _SPLIT = """

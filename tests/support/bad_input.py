@@ -727,6 +727,12 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "batch_size is 64, but there are only 32 training images",
     ),
     Case(
+      "A batch that groups of batch norm do not divide",
+      "--config.target.batch_norm_groups=3",
+      "config.batch_size is 8; it must be a multiple of "
+      "config.target.batch_norm_groups, 3",
+    ),
+    Case(
       "More images per class than there are",
       "--config.data.per_class=40",
       "per_class is 40, but class '0' has only 16 training images",

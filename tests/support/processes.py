@@ -15,10 +15,12 @@ BATCH_SIZE = 8
 NUM_STEPS = 3
 
 
-def run(mesh, *, split=False):
+def run(mesh, *, split=False, batch_norm_groups=1):
   """Return every number of the state and the metrics after some steps."""
   state, sources, pairs, target_taps = small_setup.create()
-  train_step = small_setup.make_train_step("l2t_ww", pairs, target_taps)
+  train_step = small_setup.make_train_step(
+    "l2t_ww", pairs, target_taps, batch_norm_groups=batch_norm_groups
+  )
   replicated = sharding.replicated(mesh)
   shardings = jax.tree.map(lambda _: replicated, state)
   if split:

@@ -93,6 +93,7 @@ def make_problem(
   *,
   target=TARGET,
   task=objectives.CLASSIFICATION,
+  batch_norm_groups=1,
 ):
   method = objectives.get_method(method)
   auxiliary = {
@@ -110,7 +111,7 @@ def make_problem(
   )
   return training.Problem(
     objectives.make_losses(
-      models.as_apply_fn(target),
+      models.as_apply_fn(target, batch_norm_groups=batch_norm_groups),
       {name: auxiliary[name] for name in method.losses},
       task,
       added=method.added,
@@ -135,8 +136,15 @@ def make_train_step(
   look_ahead_loss="auxiliary",
   update_meta=True,
   skip_bad_numbers=False,
+  batch_norm_groups=1,
 ):
-  problem = make_problem(method, pairs, target_taps, target=target)
+  problem = make_problem(
+    method,
+    pairs,
+    target_taps,
+    target=target,
+    batch_norm_groups=batch_norm_groups,
+  )
   recipe = RECIPE._replace(
     optimizer_fn=optimizer_fn,
     num_inner_steps=num_inner_steps,
