@@ -95,6 +95,30 @@ def compile_iteration(
     return compilation.compile_ahead(step, state, setup.sources, batch).result()
 
 
+def compile_for(
+  setting: Setting, iteration: Iteration, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+  """Compile a step for devices that need not be there."""
+  spread = lambda shard: (
+    lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shard), tree
+    )
+  )
+  everywhere = spread(sharding.replicated(mesh))
+  state = everywhere(iteration.state)
+  _, precision = compilation.PRECISIONS[setting.precision]
+  with jax.default_matmul_precision(precision):
+    lowered = setups.jit_step(
+      iteration.setup._replace(mesh=mesh), state, mode=setting.mode
+    ).lower(
+      state,
+      everywhere(iteration.setup.sources),
+      spread(sharding.rows(mesh))(iteration.batch),
+    )
+  is_here = mesh.devices.flat[0].platform == jax.default_backend()
+  return lowered.compile(compilation.options() if is_here else None)
+
+
 def _random_images(setting):
   """Images that stand for a data set; the batches are drawn elsewhere."""
   size = (setting.image_size, setting.image_size, 3)

@@ -1,12 +1,15 @@
 """What an iteration would cost on many devices: on paper, from its program.
 
     python -m benchmarks.scaling
+    python -m benchmarks.scaling --groups=1
+    python -m benchmarks.scaling --topology=v5e:2x2 --precision=bf16
 
-Compiles an iteration of the paper's setting for several fake CPU devices, 128
-images on each, and counts its collectives. How long they and the products take
-on 8, 64 and 512 accelerators follows from a machine's data, which are flags; by
+Compiles an iteration of the paper's setting for fake CPU devices, or for a TPU,
+which needs `pip install libtpu`, but no TPU. Prints what the program of each
+device computes, needs and sends. How long computation and communication take on
+8, 64 and 512 accelerators follows from a machine's data, which are flags; by
 default those of eight-GPU nodes of the H100 class. Nothing is overlapped, so
-that the efficiency is a lower bound. Prints one JSON object last.
+the efficiency is a lower bound. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -14,29 +17,53 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 
 import jax
 
 from benchmarks import cases, growth
+from l2t_jax.runtime import sharding
 
 _COUNTS = (2, 4, 8)  # Fake devices; further ones are extrapolated.
 _TARGETS = (8, 64, 512)
-_IMAGES_EACH = 128
-_GPUS_A_NODE = 8
 
 
-def measure(count: int) -> dict[str, float]:
-  """Compile for fake devices and count what each of them does."""
-  assert jax.device_count() == count
-  setting = cases.Setting(batch_size=_IMAGES_EACH * count)
-  program = cases.compile_iteration(setting, cases.create(setting))
-  hlo = program.call.as_text()
+def measure(args: argparse.Namespace) -> dict[str, float]:
+  """Compile an iteration and return its costs on one device."""
+  if args.topology:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=args.topology
+    ).devices
+  else:
+    devices = jax.devices()
+  setting = cases.Setting(
+    batch_size=args.images * len(devices),
+    precision=args.precision,
+    source=args.source,
+    target=args.target,
+    image_size=args.image_size,
+    batch_norm_groups=args.groups * len(devices) or 1,
+  )
+  iteration = cases.create(setting)
+  start = time.perf_counter()
+  program = cases.compile_for(setting, iteration, sharding.make_mesh(devices))
+  hlo = program.as_text()
+  memory = program.memory_analysis()
   return {
-    "flops": program.flops,
+    "devices": len(devices),
+    # Bodies of loops would be counted once, but there are none here.
+    "flops": program.cost_analysis()["flops"],
+    "temporary_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
     "collectives": growth.count_collectives(hlo),
     "collective_bytes": growth.collective_bytes(hlo),
+    "loops": hlo.count(" while("),
+    "compile_seconds": time.perf_counter() - start,
   }
 
 
@@ -47,7 +74,7 @@ def predict(
   compute = measured["flops"] / (args.teraflops * 1e12)
   # A ring sends everything twice, but for a device's own share.
   sent = 2 * (devices - 1) / devices * measured["collective_bytes"]
-  inside = devices <= _GPUS_A_NODE
+  inside = devices <= args.node_devices
   bandwidth = args.node_gigabytes if inside else args.network_gigabytes
   latency = args.microseconds * 1e-6 * math.log2(devices)
   transfer = sent / (bandwidth * 1e9)
@@ -61,31 +88,48 @@ def predict(
   }
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+  """Return the parser of the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   flag = parser.add_argument
+  flag("--topology", default="", help="of a TPU, such as v5e:2x2 or v5e:4x4")
+  flag("--precision", default="f32", help="f32, tf32 or bf16")
+  flag("--groups", type=int, default=0, help="of batch norm on each device")
+  flag("--images", type=int, default=128, help="on each device")
+  flag("--source", default="resnet32")
+  flag("--target", default="vgg9")
+  flag("--image_size", type=int, default=32)
   flag("--teraflops", type=float, default=100.0, help="a device, a second")
+  flag("--node_devices", type=int, default=8)
   flag("--node_gigabytes", type=float, default=300.0, help="inside, a second")
   flag(
     "--network_gigabytes", type=float, default=320.0, help="a node, a second"
   )
   flag("--microseconds", type=float, default=5.0, help="a doubling of devices")
-  parser.add_argument("--num_devices", type=int, help=argparse.SUPPRESS)
-  args = parser.parse_args()
+  flag("--num_devices", type=int, help=argparse.SUPPRESS)
+  return parser
+
+
+def main() -> None:
+  args = make_parser().parse_args()
   if args.num_devices:
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.num_devices)
-    print(json.dumps(measure(args.num_devices)))
+    print(json.dumps(measure(args)))
     return
-  measured = {count: _measure_apart(count) for count in _COUNTS}
-  print("devices  GFLOP each  collectives  MB each")
-  for count, one in measured.items():
+  counts = (1,) if args.topology else _COUNTS
+  measured = [_measure_apart(count) for count in counts]
+  print("devices  GFLOP each  MiB each  collectives  MB summed  compiled in")
+  for one in measured:
+    memory = (one["temporary_bytes"] + one["argument_bytes"]) / 2**20
     print(
-      f"{count:7}  {one['flops'] / 1e9:10.0f}  {one['collectives']:11.0f}"
-      f"  {one['collective_bytes'] / 1e6:7.0f}"
+      f"{one['devices']:7}  {one['flops'] / 1e9:10.0f}  {memory:8.0f}"
+      f"  {one['collectives']:11.0f}  {one['collective_bytes'] / 1e6:9.0f}"
+      f"  {one['compile_seconds']:9.0f} s"
     )
-  predicted = [predict(measured[_COUNTS[-1]], n, args) for n in _TARGETS]
+  predicted = [predict(measured[-1], n, args) for n in _TARGETS]
   print("devices  compute ms  transfer ms  latency ms  efficiency")
   for one in predicted:
     print(
@@ -99,10 +143,15 @@ def main() -> None:
 def _measure_apart(count):
   """In a process of its own: the number of devices is fixed at its start."""
   result = subprocess.run(
-    [sys.executable, "-m", "benchmarks.scaling", f"--num_devices={count}"],
+    [
+      *(sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]),
+      f"--num_devices={count}",
+    ],
     check=True,
     stdout=subprocess.PIPE,
     text=True,
+    # Otherwise libtpu asks a server of Google Cloud about the TPU.
+    env=os.environ | {"TPU_SKIP_MDS_QUERY": "1"},
   )
   return json.loads(result.stdout.splitlines()[-1])
 

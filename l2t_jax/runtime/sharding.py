@@ -41,6 +41,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def rows(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+  """Return the sharding of an array that is split along one axis."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
+
+
 def replicate(tree: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
   """Choose shardings that replicate all arrays; one sharding per array."""
   return jax.tree.map(lambda _: replicated(mesh), tree)
@@ -82,7 +87,7 @@ def split(
     if array.size < min_size or not any(divisible):
       return replicated(mesh)
     axis = int(np.argmax(divisible))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
+    return rows(mesh, axis)
 
   return jax.tree.map(choose, tree)
 
@@ -138,8 +143,7 @@ def shard(
   Returns:
     Global arrays with the rows of all processes.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
-  return jax.make_array_from_process_local_data(sharding, tree)
+  return jax.make_array_from_process_local_data(rows(mesh, axis), tree)
 
 
 def shapes_of(tree: types.PyTree) -> types.PyTree:
