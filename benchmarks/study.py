@@ -21,7 +21,7 @@ with
 (no transfer, the best fixed pairs, distillation, the paper's method and the
 best cheap learned one); the file records them, too.
 
-At its end, the command prints the tables of RESULTS.md.
+At its end, the command prints the tables of all stages.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -55,7 +56,7 @@ from l2t_jax.runtime import run_folder, signals
 
 _CONFIG = "benchmarks/few_labels.py"
 # Rows of the tables with which the others are compared.
-_REFERENCES = ("scratch", "fm_one_to_one")
+_REFERENCES = ("scratch", "fm_one_to_one", "l2t_ww")
 _POWER = 0.8
 # Earlier commits whose training is this one's: on one machine, scratch, afd,
 # fm_one_to_one and l2t_ww gave targets that are equal to the bit after three
@@ -387,23 +388,30 @@ def to_markdown(
 ) -> str:
   """Return a table per stage.
 
-  A row is compared with the references of its stage or, if it has none, with
-  the last ones before it of the same width.
+  Rows are compared with the references of their stage, and a stage without one
+  of them is compared with that of the last stage of the same width.
   """
-  lines, references = [], {}
-  compared = [f"minus {name}" for name in _REFERENCES]
-  header = ("method", "chosen", "trials", "seeds", "test %", *compared)
+  lines = []
+  latest: dict[tuple[str, str], tuple[str, tables.Cell]] = {}
   for stage, cells in report:
+    own = {cell.method: cell for cell in cells}
+    others = {}
+    for name in _REFERENCES:
+      if name in own:
+        others[f"minus {name}"] = own[name]
+      elif (stage.width, name) in latest:
+        where, other = latest[stage.width, name]
+        others[f"minus {name} of {where}"] = other
+    latest |= {
+      (stage.width, name): (stage.name, cell) for name, cell in own.items()
+    }
     title = " ".join((stage.name, *stage.fields))
+    header = ("method", "chosen", "trials", "seeds", "test %", *others)
     lines += [f"\n{title} ({stage.width} width)\n", _row(header)]
     lines.append(_row(["---"] * len(header)))
-    references |= {
-      (stage.width, cell.method): cell
-      for cell in cells
-      if cell.method in _REFERENCES and cell.summaries
-    }
-    for cell in filter(lambda cell: cell.summaries, cells):
-      others = [references.get((stage.width, name)) for name in _REFERENCES]
+    for cell in cells:
+      if not (cell.summaries or cell.errors):
+        continue
       lines.append(
         _row(
           (
@@ -412,13 +420,17 @@ def to_markdown(
             str(cell.tuning.num_runs) if cell.tuning else "",
             cell.seeds,
             cell.test.text(),
-            *(_compare(cell, other) for other in others),
+            *(_compare(cell, other) for other in others.values()),
           )
         )
       )
+    lines += [f"\n{cell.method}: {e}" for cell in cells for e in cell.errors]
   lines.append(
-    "\nA difference is followed by its 95 % interval and by the true difference"
-    f" that this many seeds would detect with a probability of {_POWER:.0%}."
+    "\nA difference is followed by its 95 % interval (paired t over the seeds"
+    " that both have, for the tuned values as they are) and by the true"
+    f" difference that such a test detects with a probability of {_POWER:.0%}"
+    " if the observed standard deviation is the true one. Nothing is corrected"
+    " for the number of comparisons."
   )
   return "\n".join(lines)
 
@@ -450,9 +462,11 @@ def detectable(difference: statistics.Difference) -> float:
 
 
 def moved_weights(lines: Sequence[Mapping[str, Any]]) -> str:
-  """Say for each stage and method how far λ and w moved, over pairs and seeds.
+  """Say how far λ and w moved over pairs and seeds, by stage and method.
 
-  Trials are left out. λ is compared between the first and the last epoch.
+  Trials are left out. The pair weights λ (for AFD, its attention) are compared
+  between the first and the last epoch; w is uniform if all channels are
+  effective.
   """
   moved: dict[tuple[str, str], list[tuple[float, float]]] = {}
   for line in lines:
@@ -461,10 +475,11 @@ def moved_weights(lines: Sequence[Mapping[str, Any]]) -> str:
       continue
     moved.setdefault((stage, line["method"]), []).extend(
       (
-        pair["pair_weight"][1] / pair["pair_weight"][0],
+        last / first if first else math.inf,
         pair["effective_channels"] / pair["channels"],
       )
       for pair in line["pairs"]
+      for first, last in (pair["pair_weight"],)
     )
   texts = []
   for (stage, method), ratios in moved.items():
@@ -473,9 +488,9 @@ def moved_weights(lines: Sequence[Mapping[str, Any]]) -> str:
       continue  # Nothing is learned; there may be no pairs.
     low, middle, high = np.quantile(pair_weights, (0, 0.5, 1))
     texts.append(
-      f"{stage} {method}: λ changed by factors from {low:.2f} to {high:.2f}"
-      f" (median {middle:.2f}); effective channels are at least"
-      f" {channels.min():.1%} of all"
+      f"{stage} {method}: pair weights changed by factors from {low:.2f} to"
+      f" {high:.2f} (median {middle:.2f}), and {channels.min():.1%} to"
+      f" {channels.max():.1%} of a pair's channels are effective"
     )
   return "\n".join(texts)
 

@@ -6,7 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cases, inner_loop_problem, inner_loops, soak, study
+from benchmarks import (
+  cases,
+  inner_loop_problem,
+  inner_loops,
+  scaling,
+  soak,
+  study,
+)
 from l2t_jax import errors
 from l2t_jax.results import statistics, tables
 from tests import test_parity
@@ -192,18 +199,28 @@ def test_the_table_of_a_study():
     return tables.Cell(method, "", summaries, num_seeds=3)
 
   scratch = cell("scratch", 0.4, 0.41, 0.42)
+  failed = tables.Cell("lwf", "", (), num_seeds=3, errors=("seed 0: no",))
   text = study.to_markdown(
     [
       (first, [scratch, cell("aft", 0.42, 0.42, 0.42)]),
-      (second, [cell("scratch"), cell("aft", 0.5, 0.51, 0.52)]),
+      (second, [cell("aft", 0.5, 0.51, 0.52)]),
+      (second, [cell("scratch"), cell("aft", 0.5, 0.51, 0.52), failed]),
     ]
   )
-  rows = [line.split(" | ") for line in text.splitlines() if "aft" in line]
+  lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+  heads = [line for line in lines if line[0] == "method"]
+  rows = [line for line in lines if line[0] == "aft"]
   # The first differences are 2, 1 and 0: t(2) is 4.303 for 95 and 1.061 for
   # 80 %, and 4.303 / √3 is 2.48.
-  assert rows[0][4:6] == ["42.0 ± 0.0", "+1.0 [-1.5, 3.5]; 3.1"]
-  # The second stage has no runs of scratch: those of the first are taken.
-  assert rows[1][5] == "+10.0 [10.0, 10.0]; 0.0"
+  assert heads[0][5:] == ["minus scratch"]
+  assert rows[0][4:] == ["42.0 ± 0.0", "+1.0 [-1.5, 3.5]; 3.1"]
+  # A stage without scratch is compared with that of the last one ...
+  assert heads[1][5:] == ["minus scratch of screening"]
+  assert rows[1][5:] == ["+10.0 [10.0, 10.0]; 0.0"]
+  # ... but not one whose own has not finished.
+  assert heads[2][5:] == ["minus scratch"]
+  assert rows[2][4:] == ["51.0 ± 1.0"]
+  assert "lwf: seed 0: no" in text
 
 
 def test_a_difference_is_detected_as_often_as_the_study_says():
@@ -231,13 +248,29 @@ def test_how_far_weights_moved():
       line("screening/scratch/seed0"),
       line("screening/fm_single/seed0", (1.0, 63.99999999999999)),
       line("screening/l2t_ww/tuning_trials/a/seed10000", (9.0, 64.0)),
-      line("screening/l2t_ww/seed0", (1.5, 64.0), (0.5, 32.0)),
+      line("screening/l2t_ww/seed0", (1.5, 56.0), (0.5, 32.0)),
       line("screening/l2t_ww/seed1", (2.0, 48.0)),
     ]
   ) == (
-    "screening l2t_ww: λ changed by factors from 0.50 to 2.00 (median 1.50);"
-    " effective channels are at least 50.0% of all"
+    "screening l2t_ww: pair weights changed by factors from 0.50 to 2.00"
+    " (median 1.50), and 50.0% to 87.5% of a pair's channels are effective"
   )
+
+
+def test_predicted_efficiency():
+  """A ring sends everything twice but for a share of each device's own."""
+  args = scaling.make_parser().parse_args(
+    ["--teraflops=1", "--node_gigabytes=1", "--microseconds=1000"]
+  )
+  measured = {"flops": 4e12, "collective_bytes": 4e9, "collectives": 1000}
+  predicted = scaling.predict(measured, 4, args)
+  assert predicted == {
+    "devices": 4,
+    "compute_ms": pytest.approx(4000.0),
+    "transfer_ms": pytest.approx(6000.0),
+    "latency_ms": pytest.approx(2000.0),
+    "efficiency": pytest.approx(1 / 3),
+  }
 
 
 @pytest.mark.long
