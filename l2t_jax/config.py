@@ -253,7 +253,7 @@ TARGET = {
   "target.label_smoothing": Field(0.0, BELOW_1),
   # Number of equal parts of each training batch that are normalised separately
   # (ghost batch normalisation). If it is a multiple of the number of devices,
-  # batch norm needs no communication between them.
+  # the forward and backward pass of batch norm need no communication.
   "target.batch_norm_groups": Field(1, AT_LEAST_1),
   # Taps of the target: names of layers, or globs such as "stages_*/blocks_2".
   # () for the network's default taps or, if it defines none, for the last block

@@ -4,7 +4,13 @@
 """
 
 from l2t_jax.models.bundled import MODELS, create, find
-from l2t_jax.models.networks import as_apply_fn, init, trace, training_notes
+from l2t_jax.models.networks import (
+  as_apply_fn,
+  fold_in,
+  init,
+  trace,
+  training_notes,
+)
 from l2t_jax.models.pure_functions import Functions, Network
 from l2t_jax.models.tapping import Layout, last_tap, select_taps
 
@@ -16,6 +22,7 @@ __all__ = [
   "as_apply_fn",
   "create",
   "find",
+  "fold_in",
   "init",
   "last_tap",
   "select_taps",

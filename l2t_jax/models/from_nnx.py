@@ -61,15 +61,15 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
     return _from_dict(abstract_states[1], model_state).filter(nnx.BatchStat)
 
   def fold_in(model_state, number):
+    def fold(x):
+      if not pure_functions.is_key(x):
+        return x
+      # `nnx.split_rngs` makes arrays of keys.
+      folded = jax.vmap(jax.random.fold_in, (0, None))(x.reshape(-1), number)
+      return folded.reshape(x.shape)
+
     state = _from_dict(abstract_states[1], model_state)
-    return _to_dict(
-      jax.tree.map(
-        lambda x: (
-          jax.random.fold_in(x, number) if pure_functions.is_key(x) else x
-        ),
-        state,
-      )
-    )
+    return _to_dict(jax.tree.map(fold, state))
 
   return pure_functions.PureNetwork(init, apply, statistics, fold_in)
 

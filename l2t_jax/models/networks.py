@@ -54,9 +54,9 @@ def as_apply_fn(
     taps: names of the features to return; None for all.
     batch_norm_groups: number of equal parts of a training batch that are
       normalised separately (ghost batch normalisation: Hoffer et al., "Train
-      longer, generalize better", NeurIPS 2017). The running statistics move by
-      the mean over the parts. Each part draws its own random numbers, except in
-      `Functions`.
+      longer, generalize better", NeurIPS 2017). The new model state is the mean
+      over the parts, so that running variances leave out the variance between
+      the parts. Each part draws its own random numbers.
 
   Returns:
     `apply_fn(params, model_state, images, *, train)`, jitted, which returns
@@ -94,7 +94,12 @@ def as_apply_fn(
       state = pure.fold_in(model_state, index)
       return apply_fn(params, state, images, train=True)
 
-    # Rows that are neighbours stay in one group and so on one device.
+    if len(images) % batch_norm_groups:
+      raise errors.InputError(
+        f"a batch of {len(images)} images cannot be split into"
+        f" {batch_norm_groups} equal groups for batch norm"
+      )
+    # Neighbouring rows stay in one group, and so on one device.
     groups = images.reshape(batch_norm_groups, -1, *images.shape[1:])
     *outputs, states = jax.vmap(apply_to_group)(
       jnp.arange(batch_norm_groups), groups
@@ -124,6 +129,13 @@ def init(
   """
   images = jnp.zeros((1, *image_shape))
   return jax.jit(_to_pure(network).init)(key, images)
+
+
+def fold_in(
+  network: pure_functions.Network, model_state: types.PyTree, number: int
+) -> types.PyTree:
+  """Return a model state with other PRNG keys, which depend on a number."""
+  return _to_pure(network).fold_in(model_state, number)
 
 
 def trace(
@@ -262,7 +274,7 @@ def _report_axis_names():
       raise
     raise errors.InputError(
       f"the network needs an axis with a name ({errors.in_one_line(error)});"
-      " leave out its axis_name: statistics are those of the whole batch anyway"
+      " leave out its axis_name: statistics cover all devices anyway"
     ) from error
 
 

@@ -45,6 +45,9 @@ class Functions(NamedTuple):
   default_taps: tuple[str, ...] = ()
   # Hash of an exported program, which its Python code does not identify.
   digest: str = ""
+  # (model_state, integer) -> model_state with other PRNG keys; None if it has
+  # no keys.
+  fold_in: Callable[[types.PyTree, Any], types.PyTree] | None = None
 
 
 Network = nn.Module | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | Functions
@@ -81,9 +84,9 @@ def from_functions(functions: Functions) -> PureNetwork:
     )
     return (logits, features), {}, or_empty(model_state)
 
-  # It is unknown which part of their state is a PRNG key.
+  keep = lambda model_state, number: model_state
   return PureNetwork(
-    init, apply, lambda model_state: {}, lambda model_state, _: model_state
+    init, apply, lambda model_state: {}, functions.fold_in or keep
   )
 
 

@@ -300,8 +300,16 @@ def as_target(
     logits = pooled @ classifier["kernel"] + classifier["bias"]
     return logits, {}, model_state
 
+  def fold_in(model_state, number):
+    state = models.fold_in(source.network, model_state["source"], number)
+    return {**model_state, "source": state}
+
   return models.Functions(
-    init, apply, digest=getattr(source.network, "digest", "")
+    init,
+    apply,
+    digest=getattr(source.network, "digest", ""),
+    # A frozen source draws no random numbers.
+    fold_in=None if frozen else fold_in,
   )
 
 

@@ -1,8 +1,8 @@
 """Shardings over a mesh of devices with one axis.
 
 Batches are split over the devices; other arrays are replicated or split. Under
-`jax.jit` losses and batch statistics are those of the global batch, and XLA
-inserts the collectives.
+`jax.jit` losses and batch statistics are those of the global batch, unless the
+target normalises groups of it, and XLA inserts the collectives.
 """
 
 from __future__ import annotations

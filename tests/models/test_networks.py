@@ -122,7 +122,40 @@ def test_groups_are_normalised_separately(network):
   )
 
 
-@pytest.mark.parametrize("network", [LinenNet(), NnxNet], ids=["linen", "nnx"])
+class NnxScanned(nnx.Module):
+  """Two layers with a stream of dropout each."""
+
+  def __init__(self, rngs):
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def make_layers(rngs):
+      return nnx.Dropout(0.5, rngs=rngs)
+
+    self.layers = make_layers(rngs)
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+
+  def __call__(self, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x, layer):
+      return layer(x)
+
+    return self.head(jnp.mean(run(x, self.layers), axis=(1, 2)))
+
+
+def test_a_batch_that_cannot_be_split_into_groups():
+  params, state = models.init(LinenNet(), jax.random.key(0), IMAGES)
+  apply_fn = models.as_apply_fn(LinenNet(), (), batch_norm_groups=4)
+  with pytest.raises(
+    errors.InputError, match="6 images cannot be split into 4"
+  ):
+    apply_fn(params, state, jnp.zeros((6, *IMAGES)), train=True)
+
+
+@pytest.mark.parametrize(
+  "network",
+  [LinenNet(), NnxNet, NnxScanned],
+  ids=["linen", "nnx", "nnx_scanned"],
+)
 def test_each_group_has_its_own_dropout(network):
   params, state = models.init(network, jax.random.key(0), IMAGES)
   half = jax.random.normal(jax.random.key(1), (3, *IMAGES))

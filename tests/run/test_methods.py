@@ -5,6 +5,7 @@ import re
 import shutil
 
 import chex
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,6 +261,37 @@ def test_a_probe_averages_features_in_float32(source):
   np.testing.assert_allclose(
     after["classifier_stats"]["mean"], 0.1 * mean, rtol=1e-4, atol=1e-6
   )
+
+
+class Noisy(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(4, (3, 3))(x)
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    x = nn.Conv(4, (1, 1), name="last")(x)
+    return nn.Dense(5)(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("trains", ["classifier", "source"])
+def test_groups_of_batch_norm_in_a_source_that_is_trained(trains):
+  """Each has its own dropout; what is frozen stays as it is."""
+  image_format = image_formats.ImageFormat(8, 1, (0.5,), (0.5,))
+  trained = models.init(Noisy(), jax.random.key(0), image_format.shape)
+  traced = sources.trace_one(
+    "", experiments.Source(Noisy(), *trained), image_format
+  )
+  network = sources.as_target(traced, 3, image_format, trains=trains)
+  params, state = network.init(jax.random.key(1))
+  images = jax.random.normal(jax.random.key(2), (2, *image_format.shape))
+  logits, _, after = models.as_apply_fn(network, (), batch_norm_groups=3)(
+    params, state, jnp.concatenate([images] * 3), train=True
+  )
+  difference = float(jnp.abs(logits[:2] - logits[2:4]).max())
+  if trains == "source":
+    assert difference > 1e-3
+  else:
+    assert difference < 1e-5
+    chex.assert_trees_all_equal(after["source"], state["source"])
 
 
 def test_a_linear_probe_needs_one_source(source):

@@ -63,8 +63,8 @@ def test_groups_of_batch_norm_do_not_depend_on_the_devices(on_devices):
 
 
 _ALL_REDUCES = """
-import jax
 from benchmarks import cases, growth
+from l2t_jax.runtime import sharding
 for groups in (1, 2):
   setting = cases.Setting(
     source="resnet_tiny",
@@ -73,8 +73,10 @@ for groups in (1, 2):
     batch_size=16,
     batch_norm_groups=groups,
   )
-  program = cases.compile_iteration(setting, cases.create(setting))
-  print(growth.count_collectives(program.call.as_text()))
+  program = cases.compile_for(
+    setting, cases.create(setting), sharding.make_mesh()
+  )
+  print(growth.count_collectives(program.as_text()))
 """
 
 
