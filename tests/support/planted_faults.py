@@ -324,6 +324,13 @@ FAULTS = (
   Fault("dropout_is_off_in_training", "models/pure_functions.py",
         "name: train == when_training", "name: train",
         "models/test_networks.py::test_networks_are_told_in_their_own_words"),
+  Fault("groups_share_their_dropout", "models/networks.py",
+        "state = pure.fold_in(model_state, index)", "state = model_state",
+        "models/test_networks.py::test_each_group_has_its_own_dropout[linen]"),
+  Fault("only_the_first_group_is_remembered", "models/networks.py",
+        "jnp.mean(values, axis=0)", "values[0]",
+        "models/test_networks.py::"
+        "test_groups_are_normalised_separately[linen]"),
   # Images.
   Fault("processes_draw_for_themselves", "data/augmentation.py",
         "ops[:, rows], strengths[:, rows]",
