@@ -17,7 +17,8 @@ weights. The finalists are named after it, with
 
 (no transfer, the best fixed pairs, distillation, the paper's method and the
 best cheap learned one); the file records them, too. They are tuned once more,
-with three seeds per trial, since one turned out to be too few. With the values
+with three seeds per trial, since one turned out to be too few, and with or
+without ghost batch normalisation, which turned out to help. With the values
 that are chosen then, cheaper settings of L2T-ww and three times the epochs are
 tried, and the finalists train at full width with 20 seeds.
 
@@ -145,10 +146,11 @@ STAGES = (
     tune=(
       "optimizer.learning_rate=0.03,0.1",
       "epochs=40",
-      "transfer.beta=2,8",
+      "target.batch_norm_groups=1,8",
+      "transfer.beta=2",
       "meta.learning_rate=1e-3,1e-2",
       "lwf.weight=1,3",
-      "afd.weight=100,200",
+      "afd.weight=200",
     ),
     seeds_per_trial=3,
   ),
