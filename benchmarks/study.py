@@ -18,7 +18,7 @@ weights. The finalists are named after it, with
 (no transfer, the best fixed pairs, distillation, the paper's method and the
 best cheap learned one); the file records them, too. They are tuned once more,
 with three seeds per trial, since one turned out to be too few, and with or
-without ghost batch normalisation, which turned out to help. With the values
+without ghost batch normalisation, which helps much on the demo. With the values
 that are chosen then, cheaper settings of L2T-ww and three times the epochs are
 tried, and the finalists train at full width with 20 seeds.
 
