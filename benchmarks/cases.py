@@ -99,21 +99,22 @@ def compile_for(
   setting: Setting, iteration: Iteration, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
   """Compile a step for devices that need not be there."""
-  spread = lambda shard: (
-    lambda tree: jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shard), tree
+
+  def shapes(tree, how):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), tree
     )
-  )
-  everywhere = spread(sharding.replicated(mesh))
-  state = everywhere(iteration.state)
+
+  replicated = sharding.replicated(mesh)
+  state = shapes(iteration.state, replicated)
   _, precision = compilation.PRECISIONS[setting.precision]
   with jax.default_matmul_precision(precision):
     lowered = setups.jit_step(
       iteration.setup._replace(mesh=mesh), state, mode=setting.mode
     ).lower(
       state,
-      everywhere(iteration.setup.sources),
-      spread(sharding.rows(mesh))(iteration.batch),
+      shapes(iteration.setup.sources, replicated),
+      shapes(iteration.batch, sharding.rows(mesh)),
     )
   is_here = mesh.devices.flat[0].platform == jax.default_backend()
   return lowered.compile(compilation.options() if is_here else None)

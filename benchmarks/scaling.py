@@ -71,7 +71,7 @@ def predict(
 ) -> dict[str, float]:
   """Return seconds of products and of collectives, and the efficiency."""
   compute = measured["flops"] / (args.teraflops * 1e12)
-  # A ring sends everything twice, but for a device's own share.
+  # With a ring of n devices, each sends (n - 1) / n of the data, twice.
   sent = 2 * (devices - 1) / devices * measured["collective_bytes"]
   inside = devices <= args.node_devices
   bandwidth = args.node_gigabytes if inside else args.network_gigabytes

@@ -258,7 +258,7 @@ def test_how_far_weights_moved():
 
 
 def test_predicted_efficiency():
-  """A ring sends everything twice but for a share of each device's own."""
+  """With a ring, each of 4 devices sends 3/4 of the data, twice."""
   args = scaling.make_parser().parse_args(
     ["--teraflops=1", "--node_gigabytes=1", "--microseconds=1000"]
   )

@@ -66,6 +66,16 @@ def test_accuracies_are_those_of_the_saved_target(trained):
       assert best["val_loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
+def _target_loss(setup, inner, batch):
+  loss, _ = setup.problem.losses.target(
+    inner.params,
+    None,
+    inner.model_state,
+    objectives.TransferBatch(*batch[:2]),
+  )
+  return loss
+
+
 def test_labels_are_smoothed_in_training_alone():
   experiment = object_experiment.create()
   target_fn = models.as_apply_fn(experiment.target, ())
@@ -75,12 +85,7 @@ def test_labels_are_smoothed_in_training_alone():
     state = setup.create_state(0)
     inner = state.inner
     batch = next(setup.dataset.train_batches(0))
-    loss, _ = setup.problem.losses.target(
-      inner.params,
-      None,
-      inner.model_state,
-      objectives.TransferBatch(*batch[:2]),
-    )
+    loss = _target_loss(setup, inner, batch)
     logits, *_ = target_fn(
       inner.params["target"], inner.model_state, batch.images, train=True
     )
@@ -114,12 +119,7 @@ def test_groups_of_batch_norm_reach_the_target(source):
     setup = setups.build(experiment)
     inner = setup.create_state(0).inner
     batch = next(setup.dataset.train_batches(0))
-    loss, _ = setup.problem.losses.target(
-      inner.params,
-      None,
-      inner.model_state,
-      objectives.TransferBatch(*batch[:2]),
-    )
+    loss = _target_loss(setup, inner, batch)
     logits, *_ = models.as_apply_fn(experiment.target, (), 2)(
       inner.params["target"], inner.model_state, batch.images, train=True
     )
