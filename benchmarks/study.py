@@ -19,8 +19,9 @@ weights. The finalists are named after it, with
 best cheap learned one); the file records them, too. They are tuned once more,
 with three seeds per trial, since one turned out to be too few, and with or
 without ghost batch normalisation, which helps much on the demo. With the values
-that are chosen then, cheaper settings of L2T-ww and three times the epochs are
-tried, and the finalists train at full width with 20 seeds.
+that are chosen then, cheaper settings of L2T-ww (one of them uses a learned map
+again, frozen) and three times the epochs are tried, and the finalists train at
+full width with 20 seeds.
 
 At its end, the command prints the tables of all stages.
 """
@@ -60,6 +61,8 @@ _CONFIG = "benchmarks/few_labels.py"
 _REFERENCES = ("scratch", "fm_one_to_one", "l2t_ww")
 _POWER = 0.8
 _SCREENED = "screening_2"  # The stage that the finalists are chosen from.
+# The run whose map is used again, frozen. Its line holds the whole map.
+_MAP = "refined/l2t_ww/seed0"
 # Earlier commits whose training is this one's: the lowered programs of scratch,
 # afd, fm_one_to_one and l2t_ww are equal, or the targets are equal to the bit
 # after three epochs. Whoever changes training empties this list.
@@ -68,6 +71,7 @@ _EQUAL_COMMITS = (
   "17fa5e9d96f232e9be706c1b1b0d1f82e2e8922c",
   "f82148406c42292727e2c1be3d18a9a01917ac6d",
   "5e0175281006b5dec62c5a5b2ae45f63f989b0b4",
+  "0aae89152fc6cfa4f89bcc7a3a15837b59c5db49",
 )
 
 
@@ -166,6 +170,7 @@ STAGES = (
     for name, field in (
       ("meta_update_every_4th", "meta.update_every=4"),
       ("one_inner_step", "bilevel.num_inner_steps=1"),
+      ("frozen_map", f"transfer.map={_MAP}/{transfer_map.FILE}"),
     )
   ),
   Stage(
@@ -201,6 +206,8 @@ def make_cells(
       )
     fields = dict(text.split("=") for text in stage.fields)
     config = cli.with_fields(cell.config, record["chosen"] | fields)
+    if config.transfer.map:
+      config.transfer.map = str(workdir / config.transfer.map)
     tuned.append(cell._replace(config=config))
   return tuned
 
@@ -260,10 +267,9 @@ class Record:
       (folder / "error.txt").write_text(line["error"])
       return
     run_folder.write_json(folder / "summary.json", line["summary"])
-    if line["pairs"]:
-      content = {"pairs": [dict(pair) for pair in line["pairs"]]}
-      if not (folder / transfer_map.FILE).exists():
-        run_folder.write_json(folder / transfer_map.FILE, content)
+    content = line.get("map") or {"pairs": line["pairs"]}
+    if content["pairs"] and not (folder / transfer_map.FILE).exists():
+      run_folder.write_json(folder / transfer_map.FILE, content)
 
   def name_finalists(self, methods: Sequence[str]) -> None:
     """Record the finalists.
@@ -304,6 +310,8 @@ class Record:
       "pairs": _moved(content) if content else [],
       **self._keys,
     }
+    if self._name(folder) == _MAP:
+      line["map"] = content
     self._append(line)
     self.lines.append(line)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

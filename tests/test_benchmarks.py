@@ -15,7 +15,8 @@ from benchmarks import (
   study,
 )
 from l2t_jax import errors
-from l2t_jax.results import statistics, tables
+from l2t_jax.results import statistics, tables, transfer_map
+from l2t_jax.run import from_config
 from tests import test_parity
 from tests.support import golden_setup, small_runs
 
@@ -183,6 +184,39 @@ def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
     study.Record(file, tmp_path / "three")
   monkeypatch.setattr(study, "_EQUAL_COMMITS", ("1234abc",))
   assert study.Record(file, tmp_path / "three").lines == again.lines
+
+
+def test_a_study_uses_a_learned_map_again(tmp_path, monkeypatch):
+  """On another machine, whose folder has only what the file contains."""
+  monkeypatch.setattr(study, "_commit", lambda: "1234abc")
+  file = tmp_path / "study.jsonl"
+  (stage,) = (one for one in study.STAGES if one.name == "frozen_map")
+  run = tmp_path / "one" / study._MAP
+  run.mkdir(parents=True)
+  pair = {
+    "source": "stage1_block5",
+    "target": "conv1",
+    "pair_weight": 2.5,
+    "history": [1.0, 2.5],
+    "channel_concentration": 15.0,
+    "num_channels": 16,
+    "channel_weights": [1 / 16] * 16,
+  }
+  (run / "transfer_map.json").write_text(json.dumps({"pairs": [pair]}))
+  record = study.Record(file, tmp_path / "one")
+  (run / "summary.json").write_text("{}")
+  record.add(run, "l2t_ww", {})
+
+  folder = tmp_path / "two"
+  study.Record(file, folder)
+  (folder / "refined/l2t_ww/tuning.json").write_text(
+    json.dumps({"chosen": {"transfer.beta": 2.0}})
+  )
+  for cell in study.make_cells(stage, folder, []):
+    channel, weights = transfer_map.read_weights(cell.config.transfer.map)
+    assert weights == {"stage1_block5->conv1": 2.5}
+    np.testing.assert_array_equal(channel["stage1_block5->conv1"], 1 / 16)
+    assert from_config.load_map(cell.config)
 
 
 def test_the_table_of_a_study():
