@@ -21,7 +21,8 @@ with three seeds per trial, since one turned out to be too few, and with or
 without ghost batch normalisation, which helps much on the demo. With the values
 that are chosen then, cheaper settings of L2T-ww (one of them uses a learned map
 again, frozen) and three times the epochs are tried, and the finalists train at
-full width with 20 seeds.
+full width with 20 seeds. At both widths, L2T-ww also trains with the random
+values at which its weights start.
 
 At its end, the command prints the tables of all stages.
 """
@@ -63,6 +64,8 @@ _POWER = 0.8
 _SCREENED = "screening_2"  # The stage that the finalists are chosen from.
 # The run whose map is used again, frozen. Its line holds the whole map.
 _MAP = "refined/l2t_ww/seed0"
+# Of L2T-ww: one meta update, with a negligible step.
+_NOT_LEARNED = ("meta.learning_rate=1e-12", "meta.update_every=1000")
 # Earlier commits whose training is this one's: the lowered programs of scratch,
 # afd, fm_one_to_one and l2t_ww are equal, or the targets are equal to the bit
 # after three epochs. Whoever changes training empties this list.
@@ -165,12 +168,13 @@ STAGES = (
       ("l2t_ww",),
       num_seeds=5,
       tuned_in="refined",
-      fields=(field,),
+      fields=fields,
     )
-    for name, field in (
-      ("meta_update_every_4th", "meta.update_every=4"),
-      ("one_inner_step", "bilevel.num_inner_steps=1"),
-      ("frozen_map", f"transfer.map={_MAP}/{transfer_map.FILE}"),
+    for name, fields in (
+      ("meta_update_every_4th", ("meta.update_every=4",)),
+      ("one_inner_step", ("bilevel.num_inner_steps=1",)),
+      ("frozen_map", (f"transfer.map={_MAP}/{transfer_map.FILE}",)),
+      ("not_learned", _NOT_LEARNED),
     )
   ),
   Stage(
@@ -182,6 +186,14 @@ STAGES = (
     fields=("epochs=120",),
   ),
   Stage("finalists", "full", (), num_seeds=20, tuned_in="refined"),
+  Stage(
+    "finalists_not_learned",
+    "full",
+    ("l2t_ww",),
+    num_seeds=20,
+    tuned_in="refined",
+    fields=_NOT_LEARNED,
+  ),
 )
 
 
