@@ -108,8 +108,9 @@ def init_meta_params(
 ) -> dict[str, types.PyTree]:
   """Initialise the meta-networks f ("channel") and g ("pair").
 
-  f starts at zero, so that w is uniform; g's kernel is uniform within
-  ±1/sqrt(C_m) and its bias is 1, so that λ starts near 1.
+  f starts at zero, so that w is uniform. As in the authors' code, g's kernel is
+  uniform within ±1/sqrt(C_m) and its bias is 1: λ starts near 1 only if the
+  pooled features are much smaller than 1, and otherwise at random values.
 
   Args:
     key: PRNG key; consumed.
