@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import json
-import math
 import pathlib
 import re
 import shutil
@@ -528,22 +527,18 @@ def moved_weights(lines: Sequence[Mapping[str, Any]]) -> str:
     if run_reader.TRIALS in rest:
       continue
     moved.setdefault((stage, line["method"]), []).extend(
-      (
-        last / first if first else math.inf,
-        pair["effective_channels"] / pair["channels"],
-      )
+      (abs(last - first), pair["effective_channels"] / pair["channels"])
       for pair in line["pairs"]
       for first, last in (pair["pair_weight"],)
     )
   texts = []
-  for (stage, method), ratios in moved.items():
-    pair_weights, channels = np.array(ratios).reshape(-1, 2).T
-    if np.allclose(ratios, 1):
+  for (stage, method), pairs in moved.items():
+    changes, channels = np.array(pairs).reshape(-1, 2).T
+    if np.allclose(changes, 0) and np.allclose(channels, 1):
       continue  # Nothing is learned; there may be no pairs.
-    low, middle, high = np.quantile(pair_weights, (0, 0.5, 1))
     texts.append(
-      f"{stage} {method}: pair weights changed by factors from {low:.2f} to"
-      f" {high:.2f} (median {middle:.2f}), and {channels.min():.1%} to"
+      f"{stage} {method}: pair weights changed by up to {changes.max():.2f}"
+      f" (median {np.median(changes):.2f}), and {channels.min():.1%} to"
       f" {channels.max():.1%} of a pair's channels are effective"
     )
   return "\n".join(texts)

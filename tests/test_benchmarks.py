@@ -286,8 +286,8 @@ def test_how_far_weights_moved():
       line("screening/l2t_ww/seed1", (2.0, 48.0)),
     ]
   ) == (
-    "screening l2t_ww: pair weights changed by factors from 0.50 to 2.00"
-    " (median 1.50), and 50.0% to 87.5% of a pair's channels are effective"
+    "screening l2t_ww: pair weights changed by up to 1.00 (median 0.50), and"
+    " 50.0% to 87.5% of a pair's channels are effective"
   )
 
 
