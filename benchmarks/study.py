@@ -456,8 +456,9 @@ def to_markdown(
 ) -> str:
   """Return a table per stage.
 
-  Rows are compared with the references of their stage, and a stage without one
-  of them is compared with that of the last stage of the same width.
+  Rows are compared with the references of their stage. A stage without one of
+  them, or with a single method, is compared with that of the last stage of the
+  same width that sets no further fields.
   """
   lines = []
   latest: dict[tuple[str, str], tuple[str, tables.Cell]] = {}
@@ -465,14 +466,15 @@ def to_markdown(
     own = {cell.method: cell for cell in cells}
     others = {}
     for name in _REFERENCES:
-      if name in own:
+      if name in own and len(cells) > 1:
         others[f"minus {name}"] = own[name]
       elif (stage.width, name) in latest:
         where, other = latest[stage.width, name]
         others[f"minus {name} of {where}"] = other
-    latest |= {
-      (stage.width, name): (stage.name, cell) for name, cell in own.items()
-    }
+    if not stage.fields:
+      latest |= {
+        (stage.width, name): (stage.name, cell) for name, cell in own.items()
+      }
     title = " ".join((stage.name, *stage.fields))
     header = ("method", "chosen", "trials", "seeds", "test %", *others)
     lines += [f"\n{title} ({stage.width} width)\n", _row(header)]

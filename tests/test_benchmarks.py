@@ -232,6 +232,7 @@ def test_the_table_of_a_study():
     )
     return tables.Cell(method, "", summaries, num_seeds=3)
 
+  variant = first._replace(methods=("scratch",), fields=("epochs=9",))
   scratch = cell("scratch", 0.4, 0.41, 0.42)
   failed = tables.Cell("lwf", "", (), num_seeds=3, errors=("seed 0: no",))
   text = study.to_markdown(
@@ -239,6 +240,9 @@ def test_the_table_of_a_study():
       (first, [scratch, cell("aft", 0.42, 0.42, 0.42)]),
       (second, [cell("aft", 0.5, 0.51, 0.52)]),
       (second, [cell("scratch"), cell("aft", 0.5, 0.51, 0.52), failed]),
+      (first, [scratch, failed]),
+      (variant, [cell("scratch", 0.5, 0.51, 0.52)]),
+      (variant, [cell("scratch", 0.6, 0.61, 0.62)]),
     ]
   )
   lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
@@ -254,6 +258,13 @@ def test_the_table_of_a_study():
   # ... but not one whose own has not finished.
   assert heads[2][5:] == ["minus scratch"]
   assert rows[2][4:] == ["51.0 ± 1.0"]
+  # A variant of a method is compared with the method, not with a variant.
+  variants = [line for line in lines if line[0] == "scratch"][-2:]
+  assert heads[4][5:] == ["minus scratch of screening"]
+  assert [line[5:] for line in variants] == [
+    ["+10.0 [10.0, 10.0]; 0.0"],
+    ["+20.0 [20.0, 20.0]; 0.0"],
+  ]
   assert "lwf: seed 0: no" in text
 
 
