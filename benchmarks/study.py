@@ -5,7 +5,9 @@ r"""Which transfer pays with few labels? The study of benchmarks/RESULTS.md.
 trains the runs that are not in the file yet and appends a line for each. The
 file alone records what is done, so that any machine can continue, from the
 commit that the last line names. SIGTERM and Ctrl-C stop the study; an
-interrupted run resumes if its folder still exists.
+interrupted run resumes if its folder still exists. Processes that run at the
+same time need methods and folders of their own: --only=METHOD,... trains these
+methods alone.
 
 The screening uses a target with a quarter of VGG-9's width. It tunes every
 method on validation images, and then trains five seeds. In its first round, 40
@@ -84,6 +86,7 @@ _EQUAL_COMMITS = (
   "5e0175281006b5dec62c5a5b2ae45f63f989b0b4",
   "0aae89152fc6cfa4f89bcc7a3a15837b59c5db49",
   "e0fb2259ba24c91ed843364d2701b695c227b522",
+  "8d3441147f33b22f3a8192e93d41f467066cb1ed",
 )
 
 
@@ -316,16 +319,8 @@ class Record:
     Raises:
       errors.InputError: the file names others, or a method was not screened.
     """
-    screened = dict.fromkeys(
-      name
-      for stage in STAGES
-      if stage.name in _SCREENED
-      for name in stage.methods
-    )
-    if unknown := [name for name in methods if name not in screened]:
-      raise errors.InputError(
-        f"--finalists has {', '.join(unknown)}; there are {', '.join(screened)}"
-      )
+    screened = [stage for stage in STAGES if stage.name in _SCREENED]
+    _check_methods("finalists", methods, screened)
     if self.finalists and self.finalists != tuple(methods):
       raise errors.InputError(
         f"{self._path} names other finalists: {', '.join(self.finalists)}"
@@ -366,6 +361,25 @@ class Record:
 
   def _name(self, folder):
     return str(folder.relative_to(self._workdir))
+
+
+def _check_methods(option, methods, stages):
+  known = dict.fromkeys(name for stage in stages for name in stage.methods)
+  if unknown := [name for name in methods if name not in known]:
+    raise errors.InputError(
+      f"--{option} has {', '.join(unknown)}; there are {', '.join(known)}"
+    )
+
+
+def only(stage: Stage, methods: Sequence[str]) -> Stage:
+  """Return a stage with some of its methods; with all if `methods` is empty.
+
+  Raises:
+    errors.InputError: a method is in no stage.
+  """
+  _check_methods("only", methods, STAGES)
+  kept = tuple(m for m in stage.methods if m in methods)
+  return stage._replace(methods=kept) if methods else stage
 
 
 def _commit():
@@ -567,9 +581,8 @@ def make_parser() -> errors.Parser:
   parser.add_argument("file", type=pathlib.Path)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--hours", type=float, default=1e6)
-  parser.add_argument(
-    "--finalists", type=lambda text: text.split(","), default=[]
-  )
+  for option in ("--finalists", "--only"):
+    parser.add_argument(option, type=lambda text: text.split(","), default=[])
   return parser
 
 
@@ -585,6 +598,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     if not stage.methods:
       print("name the finalists: --finalists=METHOD,...")
       break
+    stage = only(stage, args.only)
+    if not stage.methods:
+      continue
     cells = make_cells(stage, args.workdir, overrides)
     is_done = train(record, jobs(stage, cells), until)
     results = table_cells.results(cells)
@@ -594,8 +610,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
       break
   print(to_markdown(report))
   print(moved_weights(record.lines))
-  seconds = sum(line["summary"].get("seconds", 0) for line in record.lines)
-  print(f"{len(record.lines)} runs, {seconds / 3600:.1f} hours of training")
+  seconds = sum(
+    line["summary"].get("seconds", 0) * int(line["cpu"].split()[0])
+    for line in record.lines
+  )
+  print(f"{len(record.lines)} runs, {seconds / 3600:.1f} hours of a core")
   return 0
 
 

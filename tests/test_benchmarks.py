@@ -219,6 +219,19 @@ def test_a_study_uses_a_learned_map_again(tmp_path, monkeypatch):
     assert from_config.load_map(cell.config)
 
 
+def test_processes_share_a_study_by_method():
+  """Each stage is trained by them once; a stage may be left to one of them."""
+  first = ["lwf", "lwf+l2t_ww"]
+  names = {name for stage in study.STAGES for name in stage.methods}
+  second = sorted(names - set(first))
+  for stage in study.STAGES:
+    shares = [study.only(stage, methods).methods for methods in (first, second)]
+    assert sorted(sum(shares, ())) == sorted(stage.methods)
+    assert study.only(stage, []) == stage
+  with pytest.raises(errors.InputError, match="--only has lfw; there are scra"):
+    study.only(study.STAGES[0], ["lfw"])
+
+
 def test_the_table_of_a_study():
   first, second = (
     study.Stage(name, "quarter", ("scratch", "aft"), num_seeds=3)
