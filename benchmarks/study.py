@@ -16,21 +16,21 @@ at the upper end of their grid; the second round has 40 epochs and larger
 weights. These turned out to be too large: ten of the twelve trials of
 `l2t_ww_joint` diverged. The methods that learn the weights of a matching loss
 are therefore tuned on the values of the first round, in a third one. The
-finalists are named after it, with
+finalists are named after it, by their accuracy on the validation images, with
 
     --finalists=scratch,fm_one_to_one,lwf,l2t_ww,afd
 
-(no transfer, the best fixed pairs, distillation, the paper's method and the
-best cheap learned one); the file records them, too. They are tuned once more,
-with three seeds per trial, since one turned out to be too few: with or without
-ghost batch normalisation, which helps much on the demo, and with or without
-scaled source features, with which the weights of L2T-ww start closer to 1. The
-learning rate is fixed, since 0.03 was best for almost all. With the values
-that are chosen then, cheaper settings of L2T-ww (one of them uses a learned map
-again, frozen) and three times the epochs are tried, and the finalists train at
-full width with 20 seeds, and so do the pairs that the search of the screening
-found. At both widths, L2T-ww also trains with the random values at which its
-weights start.
+(no transfer, the best fixed pairs that need no search, distillation, the
+paper's method and the best cheap learned one); the file records them, too. They
+are tuned once more, with three seeds per trial, since one turned out to be too
+few: with or without ghost batch normalisation, which helps much on the demo,
+and with or without scaled source features, with which the weights of L2T-ww
+start closer to 1. The learning rate is fixed, since 0.03 was best for almost
+all. With the values that are chosen then, cheaper settings of L2T-ww (one of
+them uses a learned map again, frozen) and three times the epochs are tried, and
+the finalists train at full width with 20 seeds, and so do the pairs that the
+search of the screening found. At both widths, L2T-ww also trains with the
+random values at which its weights start.
 
 At its end, the command prints the tables of all stages.
 """
@@ -259,11 +259,23 @@ def jobs(
 ) -> Iterator[table_cells.Cell]:
   """Yield the runs of a stage one by one; see `tuning.jobs`."""
   if stage.tune:
-    tried = tuning.parse(stage.tune, stage.seeds_per_trial)
+    tried = tuning.parse(tuned(stage, cells), stage.seeds_per_trial)
     tuning.check(tried, cells)
     yield from tuning.jobs(cells, tried, together=1)
   else:
     yield from table_cells.make_jobs(cells, together=1)
+
+
+def tuned(stage: Stage, cells: Sequence[table_cells.Cell]) -> list[str]:
+  """Return what is tuned for some of a stage's methods: what these read."""
+  return [
+    text
+    for text in stage.tune
+    if any(
+      l2t_jax.config.reads(cell.config, text.partition("=")[0])
+      for cell in cells
+    )
+  ]
 
 
 class Record:
@@ -298,9 +310,10 @@ class Record:
         self._restore(line)
     # A run that finished just before the study was killed has no line yet.
     # Train it again.
-    for summary in list(workdir.rglob("summary.json")):
-      if not self.has(summary.parent):
-        shutil.rmtree(summary.parent)
+    for stage in STAGES:
+      for summary in list((workdir / stage.name).rglob("summary.json")):
+        if not self.has(summary.parent):
+          shutil.rmtree(summary.parent)
 
   def _restore(self, line):
     folder = self._workdir / line["run"]
@@ -329,9 +342,24 @@ class Record:
       self.finalists = tuple(methods)
       self._append({"finalists": list(methods), **self._keys})
 
-  def has(self, folder: pathlib.Path) -> bool:
-    """Return True if a run is done, or known to fail."""
-    return self._name(folder) in {line["run"] for line in self.lines}
+  def has(
+    self, folder: pathlib.Path, fields: Mapping[str, Any] | None = None
+  ) -> bool:
+    """Return True if a run is done, or known to fail.
+
+    Raises:
+      errors.InputError: it was trained with other values of `fields`.
+    """
+    name = self._name(folder)
+    lines = [line for line in self.lines if line["run"] == name]
+    for line in lines:
+      for field, value in json.loads(json.dumps(fields or {})).items():
+        if (before := line["fields"].get(field, value)) != value:
+          raise errors.InputError(
+            f"{self._path}: {name} has {field}={before}, but the study now"
+            f" needs {value}; remove the line to train this run again"
+          )
+    return bool(lines)
 
   def add(
     self, folder: pathlib.Path, method: str, fields: Mapping[str, Any]
@@ -439,17 +467,17 @@ def train(
   runner = table_cells.Runner()
   with signals.StopRequests() as requests:
     for job in todo:
+      fields = _changed(job)
       left = {
         seed: folder
         for seed, folder in job.workdirs.items()
-        if not record.has(folder)
+        if not record.has(folder, fields)
       }
       if not left:
         continue
       if requests.received() or time.time() > until:
         return False
       runner.run(job._replace(workdirs=left))
-      fields = _changed(job)
       for folder in left.values():
         if not job.trial and not (folder / "error.txt").exists():
           evaluate_test(folder, job.config.data.path)
@@ -458,9 +486,10 @@ def train(
 
 
 def _changed(job):
-  """Return the fields of a job that the study varies."""
+  """Return the fields of a job that the study varies, except paths."""
   varied = (text for stage in STAGES for text in (*stage.tune, *stage.fields))
   names = {text.partition("=")[0] for text in varied} | {"transfer.pairs"}
+  names -= {"transfer.map"}
   flat = l2t_jax.config.flatten(job.config.to_dict())
   return {name: flat[name] for name in sorted(names)}
 
@@ -490,7 +519,8 @@ def to_markdown(
         (stage.width, name): (stage.name, cell) for name, cell in own.items()
       }
     title = " ".join((stage.name, *stage.fields))
-    header = ("method", "chosen", "trials", "seeds", "test %", *others)
+    header = ("method", "chosen", "trials", "seeds", "validation %", "test %")
+    header += tuple(others)
     lines += [f"\n{title} ({stage.width} width)\n", _row(header)]
     lines.append(_row(["---"] * len(header)))
     for cell in cells:
@@ -503,6 +533,7 @@ def to_markdown(
             cell.tuning.text if cell.tuning else "",
             str(cell.tuning.num_runs) if cell.tuning else "",
             cell.seeds,
+            cell.validation.text(),
             cell.test.text(),
             *(_compare(cell, other) for other in others.values()),
           )

@@ -14,7 +14,7 @@ from benchmarks import (
   soak,
   study,
 )
-from l2t_jax import errors
+from l2t_jax import config, errors
 from l2t_jax.results import statistics, tables, transfer_map
 from l2t_jax.run import from_config
 from tests import test_parity
@@ -144,7 +144,9 @@ def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
   """On another machine, whose folder is empty."""
   monkeypatch.setattr(study, "_commit", lambda: "1234abc")
   file, folder = tmp_path / "study.jsonl", tmp_path / "one"
-  good, bad = folder / "a/scratch/seed0", folder / "a/l2t_ww/seed0"
+  good, bad = (
+    folder / f"screening/{method}/seed0" for method in ("scratch", "l2t_ww")
+  )
   pair = {"source": "s", "target": "t", "num_channels": 64}
   learned = {"history": [1.0, 1.2, 1.5], "channel_concentration": 63.0}
   summary = {"seed": 0, "val_accuracy": 0.5}
@@ -166,12 +168,14 @@ def test_a_study_continues_from_its_file_alone(tmp_path, monkeypatch):
   elsewhere = tmp_path / "two"
   again = study.Record(file, elsewhere)
   assert again.finalists == ("scratch", "l2t_ww")
-  for run in ("a/scratch/seed0", "a/l2t_ww/seed0"):
-    assert again.has(elsewhere / run)
-  assert not again.has(elsewhere / "a/scratch/seed1")
-  text = (elsewhere / "a/scratch/seed0/summary.json").read_text()
+  for run in ("screening/scratch/seed0", "screening/l2t_ww/seed0"):
+    assert again.has(elsewhere / run, {"epochs": 20, "added_later": 1})
+    with pytest.raises(errors.InputError, match="seed0 has epochs=20, but the"):
+      again.has(elsewhere / run, {"epochs": 40})
+  assert not again.has(elsewhere / "screening/scratch/seed1")
+  text = (elsewhere / "screening/scratch/seed0/summary.json").read_text()
   assert json.loads(text) == summary
-  text = (elsewhere / "a/l2t_ww/seed0/error.txt").read_text()
+  text = (elsewhere / "screening/l2t_ww/seed0/error.txt").read_text()
   assert text == "iteration 3: not finite: loss"
   (moved,) = again.lines[0]["pairs"]
   assert moved["pair_weight"] == [1.0, 1.5]
@@ -219,7 +223,7 @@ def test_a_study_uses_a_learned_map_again(tmp_path, monkeypatch):
     assert from_config.load_map(cell.config)
 
 
-def test_processes_share_a_study_by_method():
+def test_processes_share_a_study_by_method(tmp_path):
   """Each stage is trained by them once; a stage may be left to one of them."""
   first = ["lwf", "lwf+l2t_ww"]
   names = {name for stage in study.STAGES for name in stage.methods}
@@ -228,6 +232,13 @@ def test_processes_share_a_study_by_method():
     shares = [study.only(stage, methods).methods for methods in (first, second)]
     assert sorted(sum(shares, ())) == sorted(stage.methods)
     assert study.only(stage, []) == stage
+    # A method may not read all the fields that the stage tunes.
+    if stage.tune and stage.methods:
+      cells = study.make_cells(stage, tmp_path, [])
+      assert study.tuned(stage, cells) == list(stage.tune)
+      for cell in cells:
+        for text in study.tuned(stage, [cell]):
+          assert config.reads(cell.config, text.partition("=")[0])
   with pytest.raises(errors.InputError, match="--only has lfw; there are scra"):
     study.only(study.STAGES[0], ["lfw"])
 
@@ -240,7 +251,7 @@ def test_the_table_of_a_study():
 
   def cell(method, *accuracies):
     summaries = tuple(
-      {"seed": seed, "test_accuracy": accuracy}
+      {"seed": seed, "test_accuracy": accuracy, "val_accuracy": 0.5}
       for seed, accuracy in enumerate(accuracies)
     )
     return tables.Cell(method, "", summaries, num_seeds=3)
@@ -263,18 +274,18 @@ def test_the_table_of_a_study():
   rows = [line for line in lines if line[0] == "aft"]
   # The first differences are 2, 1 and 0: t(2) is 4.303 for 95 and 1.061 for
   # 80 %, and 4.303 / √3 is 2.48.
-  assert heads[0][5:] == ["minus scratch"]
-  assert rows[0][4:] == ["42.0 ± 0.0", "+1.0 [-1.5, 3.5]; 3.1"]
+  assert heads[0][6:] == ["minus scratch"]
+  assert rows[0][4:] == ["50.0 ± 0.0", "42.0 ± 0.0", "+1.0 [-1.5, 3.5]; 3.1"]
   # A stage without scratch is compared with that of the last one ...
-  assert heads[1][5:] == ["minus scratch of screening"]
-  assert rows[1][5:] == ["+10.0 [10.0, 10.0]; 0.0"]
+  assert heads[1][6:] == ["minus scratch of screening"]
+  assert rows[1][6:] == ["+10.0 [10.0, 10.0]; 0.0"]
   # ... but not one whose own has not finished.
-  assert heads[2][5:] == ["minus scratch"]
-  assert rows[2][4:] == ["51.0 ± 1.0"]
+  assert heads[2][6:] == ["minus scratch"]
+  assert rows[2][5:] == ["51.0 ± 1.0"]
   # A variant of a method is compared with the method, not with a variant.
   variants = [line for line in lines if line[0] == "scratch"][-2:]
-  assert heads[4][5:] == ["minus scratch of screening"]
-  assert [line[5:] for line in variants] == [
+  assert heads[4][6:] == ["minus scratch of screening"]
+  assert [line[6:] for line in variants] == [
     ["+10.0 [10.0, 10.0]; 0.0"],
     ["+20.0 [20.0, 20.0]; 0.0"],
   ]
