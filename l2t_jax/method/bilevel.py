@@ -10,14 +10,17 @@ optimizer.
 
 This module does not depend on a network, a data set or Flax: parameters are
 pytrees, losses are functions that the caller passes in (`types.InnerLossFn`),
-and the inner optimizer is any differentiable optax transformation. A step reads
-only its arguments:
+and the inner optimizer is any differentiable optax transformation. Of a step's
+arguments,
 
   * `params` and `opt_state` are differentiated through;
   * the hypergradient is taken with respect to `meta_params`;
   * `model_state` (batch statistics) and `batch` are constants, with a
     `stop_gradient` in every mode. Arrays that should be learned, such as
     images, belong in `meta_params`.
+
+A loss may close over other values; derivatives with respect to them are right,
+too.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import operator
 
 import chex
 import jax
-from jax import flatten_util
+from jax import custom_derivatives, flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -410,9 +413,8 @@ def hypergradient(
 
   Raises:
     errors.InputError: `forward` with steps of another mode; `meta_params` are
-      not floating-point numbers; or, in the modes "linearized" and "mixed", a
-      loss uses traced values that are not among its arguments. In the other
-      modes, such values are constants.
+      not floating-point numbers; or a loop of `at_stationary_point` depends on
+      them other than through its arguments.
   """
   _check_meta_params(meta_params)
   outer = loss_after(look_ahead, outer_loss_fn, state, batch)
@@ -428,9 +430,8 @@ def hypergradient(
       ):
         raise
       raise errors.InputError(
-        "an inner loss seems to use values of the look-ahead that are not among"
-        " its arguments; pass them as meta_params, or make the steps with"
-        " mode='reverse'"
+        "a loop or a loss of at_stationary_point seems to use meta-parameters"
+        " that are not among its arguments; pass them as meta_params"
       ) from error
   flat, unravel = flatten_util.ravel_pytree(meta_params)
   push = lambda tangent: jax.jvp(
@@ -495,26 +496,21 @@ def _mixed_gradient(loss_fn):
   If the derivatives of a loss are not those of its value, as with a
   straight-through estimator, its Hessian is not symmetric: use another mode.
   """
-  plain_gradient = _gradient(loss_fn)
-  gradient = jax.custom_vjp(plain_gradient)
 
-  def forward(*args):
-    return plain_gradient(*args), args
+  def prepare(joint_gradient, params, rest):
+    def products(args, along):
+      # Without this barrier XLA's CSE reuses the forward activations and keeps
+      # all of them alive.
+      (params, rest), along = jax.lax.optimization_barrier((args, along))
+      _, products = jax.jvp(
+        lambda params: joint_gradient(params, rest)[0], (params,), (along,)
+      )
+      return products
 
-  def backward(args, cotangents):
-    # Without this barrier XLA's CSE reuses the forward activations and keeps
-    # all of them alive.
-    args, along = jax.lax.optimization_barrier((args, cotangents[0]))
-    params, *rest = args
-    _, products = jax.jvp(
-      lambda params: _joint_gradient(loss_fn)(params, *rest)[0],
-      (params,),
-      (along,),
-    )
-    return *products, None, None
+    grads, aux = joint_gradient(params, rest)
+    return grads, aux, jax.tree_util.Partial(products, (params, rest))
 
-  gradient.defvjp(forward, backward)
-  return gradient
+  return _custom_gradient(loss_fn, prepare)
 
 
 def _linearized_gradient(loss_fn):
@@ -523,33 +519,116 @@ def _linearized_gradient(loss_fn):
   The products are those of `_mixed_gradient`. The joint gradient is linearized
   when it is computed, so that nothing is computed twice.
   """
-  gradient = jax.custom_vjp(_gradient(loss_fn))
 
-  def forward(params, *rest):
-    (grads, _), tangent_fn, aux = jax.linearize(
-      lambda params: _joint_gradient(loss_fn)(params, *rest),
-      params,
-      has_aux=True,
+  def prepare(joint_gradient, params, rest):
+    grads, products, aux = jax.linearize(
+      lambda params: joint_gradient(params, rest), params, has_aux=True
     )
-    return (grads, *aux), tangent_fn
+    return grads, aux, products
 
-  def backward(tangent_fn, cotangents):
-    return *tangent_fn(cotangents[0]), None, None
+  return _custom_gradient(loss_fn, prepare)
 
-  gradient.defvjp(forward, backward)
+
+def _custom_gradient(loss_fn, prepare):
+  """Return `_gradient` with a backward pass of its own.
+
+  JAX does not let a function with such a pass close over traced values. Those
+  of the loss become arguments; where they are differentiated, they are treated
+  like meta-parameters.
+
+  Args:
+    loss_fn: the inner loss.
+    prepare: (joint_gradient, params, rest) -> (joint gradient, aux, products).
+      The products map v to (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ, vᵀ ∂g/∂c), where c are the
+      values that the loss closes over.
+  """
+
+  def gradient(*args):
+    loss_of, closed_over = _opened(loss_fn, *args)
+
+    @jax.custom_vjp
+    def rule(closed_over, *args):
+      return _gradient(functools.partial(loss_of, closed_over))(*args)
+
+    def forward(*primals):
+      closed_over, params, meta_params, *constants = (
+        custom_derivatives.custom_vjp_primal_tree_values(primals)
+      )
+      differentiated = [
+        x if primal.perturbed and jnp.issubdtype(x.dtype, jnp.inexact) else None
+        for x, primal in zip(closed_over, primals[0], strict=True)
+      ]
+      rest = (meta_params, differentiated, closed_over, *constants)
+      (grads, *_), aux, products = prepare(
+        _joint_gradient(loss_of), params, rest
+      )
+      return (grads, *aux), products
+
+    def backward(products, cotangents):
+      along_params, along_meta, along_closed_over = products(
+        jax.tree.map(_array, cotangents[0])
+      )
+      return along_closed_over, along_params, along_meta, None, None
+
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return rule(closed_over, *args)
+
   return gradient
 
 
-def _joint_gradient(loss_fn):
-  """Return (...) -> ((∇_θ L, ∇_φ L), (loss [], model_state))."""
+def _opened(loss_fn, *args):
+  """Return (closed_over, *args) -> loss_fn(*args), and closed_over.
 
-  def joint_gradient(*args):
-    aux, grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
-      *args
+  These are the traced values that the loss closes over.
+  """
+  traced, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(*args)
+  is_tracer = [isinstance(x, jax.core.Tracer) for x in traced.consts]
+
+  def loss_of(closed_over, *args):
+    tracers = iter(closed_over)
+    constants = [
+      next(tracers) if is_traced else x
+      for x, is_traced in zip(traced.consts, is_tracer, strict=True)
+    ]
+    return jax.tree.unflatten(
+      jax.tree.structure(shapes),
+      jax.core.eval_jaxpr(traced.jaxpr, constants, *jax.tree.leaves(args)),
+    )
+
+  return loss_of, list(itertools.compress(traced.consts, is_tracer))
+
+
+def _joint_gradient(loss_of):
+  """Return (params, rest) -> ((∇_θ L, ∇_φ L, ∇_c L), (loss [], model_state)).
+
+  `rest` is (meta_params, differentiated, closed_over, model_state, batch):
+  c are the values that the loss closes over, and those among them that are
+  differentiated; the others are None there.
+  """
+
+  def joint_gradient(params, rest):
+    meta_params, differentiated, closed_over, *constants = rest
+
+    def loss_fn(params, meta_params, differentiated):
+      values = [
+        x if traced is None else traced
+        for x, traced in zip(closed_over, differentiated, strict=True)
+      ]
+      return loss_of(values, params, meta_params, *constants)
+
+    aux, grads = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
+      params, meta_params, differentiated
     )
     return grads, aux
 
   return joint_gradient
+
+
+def _array(cotangent):
+  """Return a cotangent as an array."""
+  if isinstance(cotangent, custom_derivatives.SymbolicZero):
+    return jnp.zeros(cotangent.shape, cotangent.dtype)
+  return cotangent
 
 
 def check_differentiable(

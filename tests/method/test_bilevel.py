@@ -13,7 +13,7 @@ from l2t_jax.method import bilevel, optimizers
 from tests.support import small_runs, small_setup
 
 NUM_IN, NUM_HIDDEN, NUM_OUT = 3, 4, 2
-_MIXED_GRADIENT = bilevel._mixed_gradient
+_CUSTOM_GRADIENT = bilevel._custom_gradient
 
 
 def inner_loss(params, meta_params, model_state, batch):
@@ -118,19 +118,19 @@ def test_hypergradient_through_adamw(mode, x64):
 def test_without_one_of_its_products_it_does_not(dropped, x64, monkeypatch):
   """The tolerance above is tight enough to notice if a term is missing."""
 
-  def incomplete(loss_fn):
-    rule = _MIXED_GRADIENT(loss_fn)
-    backward = rule.bwd
-
-    def drop(args, cotangents):
-      products = list(backward(args, cotangents))
+  def incomplete(loss_fn, prepare):
+    def drop(product_fn, along):
+      products = list(product_fn(along))
       products[dropped] = jax.tree.map(jnp.zeros_like, products[dropped])
-      return tuple(products)
+      return products
 
-    rule.defvjp(rule.fwd, drop)
-    return rule
+    def prepare_less(*args):
+      *results, product_fn = prepare(*args)
+      return *results, jax.tree_util.Partial(drop, product_fn)
 
-  monkeypatch.setattr(bilevel, "_mixed_gradient", incomplete)
+    return _CUSTOM_GRADIENT(loss_fn, prepare_less)
+
+  monkeypatch.setattr(bilevel, "_custom_gradient", incomplete)
   gradient, differences = gradient_and_differences(make_look_ahead("mixed", 2))
   assert np.max(np.abs(gradient / differences - 1)) > 1e-3
 
@@ -140,6 +140,36 @@ def test_rolled_equals_unrolled(mode, x64):
   one, _ = gradient_and_differences(make_look_ahead(mode, 3))
   other, _ = gradient_and_differences(make_look_ahead(mode, 3, rolled=True))
   np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"rolled": False}, {"segment_length": 2}]
+)
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_a_loss_may_close_over_traced_values(mode, options, x64):
+  """Some of them are differentiated, and some are integers."""
+  params, meta_params, model_state, batch = problem()
+  state = types.InnerState(params, sgd().init(params), model_state)
+
+  @jax.jit
+  def loss_after(meta_params, scale, batch):
+    def loss_fn(params, _, model_state, __):
+      loss, model_state = inner_loss(params, meta_params, model_state, batch)
+      return scale * loss, model_state
+
+    step = jax.jit(bilevel.make_inner_step(loss_fn, sgd(), mode=mode))
+    ahead, _ = bilevel.unroll(step, state, None, None, num_steps=4, **options)
+    return outer_loss(ahead.params, meta_params, ahead.model_state, batch)[0]
+
+  test_util.check_grads(
+    lambda *learned: loss_after(*learned, batch),
+    (meta_params, 1.5),
+    order=1,
+    modes=["rev"],
+  )
+  both = jax.grad(loss_after, argnums=(0, 1))(meta_params, 1.5, batch)
+  alone = jax.grad(loss_after)(meta_params, 1.5, batch)
+  chex.assert_trees_all_close(alone, both[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["mixed", "linearized"])
