@@ -92,7 +92,9 @@ def compile_iteration(
     step = setups.jit_step(
       setup, state, num_seeds=setting.num_seeds, mode=setting.mode
     )
-    return compilation.compile_ahead(step, state, setup.sources, batch).result()
+    return compilation.compile_ahead(
+      step, state, setup.scalars, setup.sources, batch
+    ).result()
 
 
 def compile_for(
@@ -113,6 +115,7 @@ def compile_for(
       iteration.setup._replace(mesh=mesh), state, mode=setting.mode
     ).lower(
       state,
+      shapes(iteration.setup.scalars, replicated),
       shapes(iteration.setup.sources, replicated),
       shapes(iteration.batch, sharding.rows(mesh)),
     )

@@ -85,7 +85,12 @@ def measure(setting: cases.Setting, rounds: int) -> dict[str, object]:
   for _ in range(1 + rounds):
     start = time.perf_counter()
     state, _ = jax.block_until_ready(
-      program.call(state, iteration.setup.sources, iteration.batch)
+      program.call(
+        state,
+        iteration.setup.scalars,
+        iteration.setup.sources,
+        iteration.batch,
+      )
     )
     times.append(time.perf_counter() - start)
   return {

@@ -148,7 +148,10 @@ def _our_timer(setting):
 
   def run():
     latest["state"], _ = program.call(
-      latest["state"], iteration.setup.sources, iteration.batch
+      latest["state"],
+      iteration.setup.scalars,
+      iteration.setup.sources,
+      iteration.batch,
     )
 
   case = Case(

@@ -88,7 +88,10 @@ def test_what_is_timed_trains():
   state = jax.device_get(iteration.state)
   program = cases.compile_iteration(setting, iteration)
   after, metrics = program.call(
-    iteration.state, iteration.setup.sources, iteration.batch
+    iteration.state,
+    iteration.setup.scalars,
+    iteration.setup.sources,
+    iteration.batch,
   )
   assert np.isfinite(metrics["meta_grad_norm"]).all()
   before, after = state.meta_params, jax.device_get(after.meta_params)

@@ -13,6 +13,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+import chex
 from flax import linen as nn
 from flax import nnx, traverse_util
 import jax
@@ -48,7 +49,7 @@ class Transfer(NamedTuple):
   """Matching of features; the fields of config.transfer."""
 
   pairs: str | tuple[str, ...]
-  beta: float
+  beta: chex.Numeric
   channel_weights: str
   pair_weights: str
   pair_activation: str
@@ -60,7 +61,7 @@ class Optimizer(NamedTuple):
   """The optimizer of real update and look-ahead; config.optimizer."""
 
   name: str
-  learning_rate: float
+  learning_rate: chex.Numeric
   schedule: str
   warmup_steps: int
   warmup_epochs: float
@@ -75,7 +76,7 @@ class Optimizer(NamedTuple):
 class Meta(NamedTuple):
   """Adam for the meta update; config.meta."""
 
-  learning_rate: float
+  learning_rate: chex.Numeric
   weight_decay: float
   clip_norm: float
   update_every: int
@@ -88,6 +89,18 @@ class Bilevel(NamedTuple):
   look_ahead_loss: str
   mode: str
   loop: str
+
+
+class Scalars(NamedTuple):
+  """Numbers that compiled programs take as arguments.
+
+  A program serves all of their values: tuning them compiles nothing.
+  """
+
+  learning_rate: chex.Numeric
+  meta_learning_rate: chex.Numeric
+  beta: chex.Numeric
+  losses: Mapping[str, Mapping[str, chex.Numeric]]
 
 
 class Settings(NamedTuple):
@@ -107,7 +120,7 @@ class Settings(NamedTuple):
   bad_numbers: str
   transfer: Transfer
   # Hyper-parameters of other losses: group of the config -> name -> value.
-  losses: Mapping[str, Mapping[str, float]]
+  losses: Mapping[str, Mapping[str, chex.Numeric]]
   optimizer: Optimizer
   meta: Meta
   bilevel: Bilevel
@@ -116,6 +129,25 @@ class Settings(NamedTuple):
   checkpoint_every: int
   checkpoint_steps: int
   evaluate_test: bool
+
+  @property
+  def scalars(self) -> Scalars:
+    """The scalars among the settings."""
+    return Scalars(
+      self.optimizer.learning_rate,
+      self.meta.learning_rate,
+      self.transfer.beta,
+      self.losses,
+    )
+
+  def with_scalars(self, scalars: Scalars) -> Settings:
+    """Return the settings with other scalars, which may be traced."""
+    return self._replace(
+      optimizer=self.optimizer._replace(learning_rate=scalars.learning_rate),
+      meta=self.meta._replace(learning_rate=scalars.meta_learning_rate),
+      transfer=self.transfer._replace(beta=scalars.beta),
+      losses=scalars.losses,
+    )
 
 
 class Experiment(NamedTuple):

@@ -46,6 +46,7 @@ def make(experiment: experiments.Experiment) -> Plan:
       mode: compilation.compile_ahead(
         setups.jit_step(setup, setup.state_shapes, mode=mode),
         setup.state_shapes,
+        setup.scalars,
         setup.sources,
         batch,
       )
@@ -63,7 +64,7 @@ def make(experiment: experiments.Experiment) -> Plan:
     num_parameters={name: count(tree) for name, tree in sizes.items()},
     programs=programs if setup.learns else {"": programs[chosen]},
     chosen=chosen if setup.learns else "",
-    seconds=_time(programs[chosen], state, setup.sources, batch),
+    seconds=_time(programs[chosen], state, setup.scalars, setup.sources, batch),
     steps_per_epoch=setup.dataset.steps_per_epoch,
     epochs=settings.epochs,
   )
@@ -95,11 +96,11 @@ def show(plan: Plan) -> None:
   )
 
 
-def _time(program, state, sources, batch):
+def _time(program, state, *others):
   times = []
   for _ in range(1 + _NUM_TIMED):
     start = time.perf_counter()
-    state, _ = jax.block_until_ready(program.call(state, sources, batch))
+    state, _ = jax.block_until_ready(program.call(state, *others))
     times.append(time.perf_counter() - start)
   return float(np.median(times[1:]))  # The first call warms up.
 

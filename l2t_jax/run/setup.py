@@ -12,6 +12,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax import data, errors, fingerprints, models, types
@@ -45,6 +46,12 @@ class Setup(NamedTuple):
   num_outputs: int  # Size of the target's last axis.
   problem: training.Problem
   recipe: training.Recipe  # Its mode is the first of `modes`.
+  # Learning rates and weights of losses, placed on the mesh.
+  scalars: experiments.Scalars
+  # Scalars, which may be traced -> the problem and the recipe with them.
+  assemble: Callable[
+    [experiments.Scalars], tuple[training.Problem, training.Recipe]
+  ]
   modes: tuple[str, ...]  # How to differentiate; the first that fits is used.
   # The sources that the losses read, placed on the mesh.
   sources: dict[str, training.Variables]
@@ -125,7 +132,25 @@ def build(experiment: experiments.Experiment) -> Setup:
     {*plan.target_taps, target.head_tap} - {""},
     experiment.batch_norm_groups,
   )
-  recipe = _make_recipe(settings, dataset.steps_per_epoch, modes[0])
+  source_fns = {
+    source.name: source.make_apply_fn(plan.source_taps, image_format)
+    for source in read
+  }
+  weights_fn = _make_weights_fn(experiment, plan.pairs)
+
+  def assemble(scalars):
+    chosen = settings.with_scalars(scalars)
+    losses = _make_losses(
+      experiment._replace(settings=chosen), target_fn, plan, target.head_tap
+    )
+    return (
+      training.Problem(
+        losses, source_fns, plan.pairs, plan.target_taps, weights_fn
+      ),
+      _make_recipe(chosen, dataset.steps_per_epoch, modes[0]),
+    )
+
+  problem, recipe = assemble(settings.scalars)
   first_state = _make_first_state(
     method, settings.losses, plan, sources, target, recipe
   )
@@ -137,14 +162,13 @@ def build(experiment: experiments.Experiment) -> Setup:
     dataset=dataset,
     image_format=image_format,
     num_outputs=target.layout.num_outputs,
-    problem=training.Problem(
-      _make_losses(experiment, target_fn, plan, target.head_tap),
-      {s.name: s.make_apply_fn(plan.source_taps, image_format) for s in read},
-      plan.pairs,
-      plan.target_taps,
-      _make_weights_fn(experiment, plan.pairs),
-    ),
+    problem=problem,
     recipe=recipe,
+    scalars=jax.device_put(
+      jax.tree.map(lambda x: jnp.asarray(x, float), settings.scalars),
+      sharding.replicated(mesh),
+    ),
+    assemble=assemble,
     modes=modes,
     sources={
       source.name: place(
@@ -182,7 +206,9 @@ def jit_step(
   num_seeds: int = 1,
   update_meta: bool = True,
 ) -> jax.stages.Wrapped:
-  """Return the jitted iteration, (state, sources, batch) -> (state, metrics).
+  """Return the jitted iteration.
+
+  It maps (state, scalars, sources, batch) to (state, metrics).
 
   Args:
     setup: from `build`.
@@ -192,11 +218,16 @@ def jit_step(
     num_seeds: how many seeds train together.
     update_meta: whether the iteration has a meta update.
   """
-  step = training.make_train_step(
-    setup.problem, setup.recipe._replace(mode=mode), update_meta=update_meta
-  )
+
+  def step(state, scalars, sources, batch):
+    problem, recipe = setup.assemble(scalars)
+    train_step = training.make_train_step(
+      problem, recipe._replace(mode=mode), update_meta=update_meta
+    )
+    return train_step(state, sources, batch)
+
   if num_seeds > 1:
-    step = jax.vmap(step, in_axes=(0, None, 0))
+    step = jax.vmap(step, in_axes=(0, None, None, 0))
   return jax.jit(
     step,
     donate_argnums=0,

@@ -46,6 +46,7 @@ class Trainer:
     blank_eval_batch = sharding.shard(setup.blank_eval_batch, setup.mesh)
     self._step_inputs = (
       self._shapes,
+      setup.scalars,
       setup.sources,
       sharding.shapes_of(blank_batch),
     )
@@ -124,7 +125,7 @@ class Trainer:
     updates_meta = number % self._update_every == 0
     program = self.program if updates_meta else self._without_meta
     self._state, values = program.call(
-      self._state, self._sources, self._shard(batches)
+      self._state, self._setup.scalars, self._sources, self._shard(batches)
     )
     return metrics.pack(values)
 

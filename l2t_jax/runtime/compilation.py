@@ -11,7 +11,8 @@ What each trick buys:
     program first, because a jaxlib that lacks an option refuses to compile.
   * `jit_random` compiles programs that draw random numbers four times faster.
   * `use_cache` stores programs on disk, so that the second start of the same
-    experiment does not compile.
+    experiment does not compile, nor does one with another learning rate or
+    weight of a loss (`experiments.Scalars`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import json
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -125,6 +126,24 @@ def test_groups_of_batch_norm_reach_the_target(source):
     )
     expected = loss_functions.cross_entropy(logits, batch.labels)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_a_program_serves_all_learning_rates_and_weights():
+  """So tuning them compiles nothing: the cache on disk holds the program."""
+  experiment = object_experiment.create()
+  scalars = jax.tree.map(lambda x: 2 * x, experiment.settings.scalars)
+  other = experiment._replace(
+    settings=experiment.settings.with_scalars(scalars)
+  )
+  programs = []
+  for setup in map(setups.build, (experiment, other)):
+    step = setups.jit_step(setup, setup.state_shapes, mode="mixed")
+    lowered = step.lower(
+      setup.state_shapes, setup.scalars, setup.sources, setup.blank_batch
+    )
+    programs.append(lowered.as_text())
+  assert programs[0] == programs[1]
+  assert setup.scalars.beta == 2 * experiment.settings.transfer.beta
 
 
 def test_settings_become_a_recipe():
