@@ -52,7 +52,8 @@ class Setup(NamedTuple):
   assemble: Callable[
     [experiments.Scalars], tuple[training.Problem, training.Recipe]
   ]
-  modes: tuple[str, ...]  # How to differentiate; the first that fits is used.
+  # How to differentiate through the look-ahead; the first that fits is used.
+  modes: tuple[str, ...]
   # The sources that the losses read, placed on the mesh.
   sources: dict[str, training.Variables]
   source_taps: pair_sets.TapShapes  # The source taps that pairs use.
@@ -66,6 +67,11 @@ class Setup(NamedTuple):
   mesh: jax.sharding.Mesh
   inputs: dict[str, str]  # Name -> fingerprint of what training reads.
   notes: tuple[str, ...]  # What the user should be told, one line each.
+
+  @property
+  def looks_ahead(self) -> bool:
+    """True if a look-ahead is differentiated."""
+    return self.learns and self.recipe.look_ahead_loss != "none"
 
 
 class _Target(NamedTuple):
@@ -125,8 +131,11 @@ def build(experiment: experiments.Experiment) -> Setup:
   if method.pair_set is not None:
     plan = _plan_matching(experiment, sources, target.layout)
   read = sources if method.losses else []
-  mode = settings.bilevel.mode
-  modes = _AUTO_MODES if mode == "auto" else (mode,)
+  learns = plan.learn_channels or plan.learn_pairs
+  modes: tuple[str, ...] = (settings.bilevel.mode,)
+  if modes == ("auto",):
+    # Without a look-ahead, the program is the same in all modes.
+    modes = _AUTO_MODES if learns and method.looks_ahead else _AUTO_MODES[:1]
   target_fn = models.as_apply_fn(
     target.network,
     {*plan.target_taps, target.head_tap} - {""},
@@ -179,7 +188,7 @@ def build(experiment: experiments.Experiment) -> Setup:
       for source in read
     },
     source_taps=plan.source_taps,
-    learns=plan.learn_channels or plan.learn_pairs,
+    learns=learns,
     create_state=create_state,
     state_shapes=shapes,
     blank_batch=_blank_batch(experiment, dataset),

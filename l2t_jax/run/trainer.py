@@ -50,9 +50,10 @@ class Trainer:
       setup.sources,
       sharding.shapes_of(blank_batch),
     )
-    self._compiling = compilation.compile_ahead(
-      self._jit_step(setup.modes[0]), *self._step_inputs
-    )
+    self._compiling = self._compile_steps(setup.modes[0])
+    self._programs: list[compilation.Program] = []
+    # The mode of the hypergradient; None if there is none.
+    self.mode: str | None = None
     self._compiling_eval = compilation.compile_ahead(
       self._jit_eval_step(),
       training.evaluated(self._shapes),
@@ -64,30 +65,30 @@ class Trainer:
   def compile(self) -> None:
     """Wait for the training step, in the first mode that fits into memory.
 
+    Later calls do nothing.
+
     Raises:
       DoesNotFit: several seeds together do not fit.
       errors.InputError: a single seed does not fit.
     """
+    if self._programs:
+      return
     for mode in self._setup.modes:
       if mode != self._setup.modes[0]:
-        self._compiling = compilation.compile_ahead(
-          self._jit_step(mode), *self._step_inputs
-        )
-      program = compilation.wait(self._compiling)
-      if compilation.fits(program):
+        self._compiling = self._compile_steps(mode)
+      programs = [compilation.wait(program) for program in self._compiling]
+      if compilation.fits(programs[0]):
         break
     else:
-      self._check_memory(program, mode)
-    # The mode of the hypergradient; None without a meta update.
-    self.mode = mode if self._setup.learns else None
-    self.program = program
-    self._without_meta = program
-    if self._update_every > 1:
-      self._without_meta = compilation.wait(
-        compilation.compile_ahead(
-          self._jit_step(mode, update_meta=False), *self._step_inputs
-        )
-      )
+      self._check_memory(programs[0], mode)
+    self._programs = programs
+    if self._setup.looks_ahead:
+      self.mode = mode
+
+  @property
+  def program(self) -> compilation.Program:
+    """The iteration with a meta update, if there is one."""
+    return self._programs[0]
 
   def start(
     self,
@@ -123,7 +124,7 @@ class Trainer:
       Metrics, for `fetch`.
     """
     updates_meta = number % self._update_every == 0
-    program = self.program if updates_meta else self._without_meta
+    program = self._programs[0 if updates_meta else -1]
     self._state, values = program.call(
       self._state, self._setup.scalars, self._sources, self._shard(batches)
     )
@@ -178,7 +179,7 @@ class Trainer:
     if program.memory_bytes > compilation.memory_limit():
       mib = lambda size: f"{size / 2**20:,.0f} MiB"
       slimmer = ""
-      if self._setup.learns and mode != "mixed":
+      if self._setup.looks_ahead and mode != "mixed":
         slimmer = "set config.bilevel.mode=mixed, or "
       raise errors.InputError(
         f"an iteration needs {mib(program.memory_bytes)}, and there are"
@@ -186,14 +187,21 @@ class Trainer:
         " or config.data.image_size"
       )
 
-  def _jit_step(self, mode, *, update_meta=True):
-    return setups.jit_step(
-      self._setup,
-      self._shapes,
-      mode=mode,
-      num_seeds=self.num_seeds,
-      update_meta=update_meta,
-    )
+  def _compile_steps(self, mode):
+    """Compile the iteration and, if it occurs, that without a meta update."""
+    return [
+      compilation.compile_ahead(
+        setups.jit_step(
+          self._setup,
+          self._shapes,
+          mode=mode,
+          num_seeds=self.num_seeds,
+          update_meta=update_meta,
+        ),
+        *self._step_inputs,
+      )
+      for update_meta in (True, False)[: 1 + (self._update_every > 1)]
+    ]
 
   def _jit_eval_step(self):
     eval_step = self._setup.eval_step

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from l2t_jax import errors
-from l2t_jax.run import from_config, plan
+from l2t_jax.run import from_config, plan, train
 from l2t_jax.runtime import compilation
 from tests.support import small_runs
 
@@ -66,11 +66,14 @@ def test_memory_without_and_with_a_limit(monkeypatch, limits):
 def test_what_does_not_fit_is_computed_with_less_memory(
   source, tmp_path, monkeypatch
 ):
+  """By all seeds, and it is compiled only once."""
   answers = iter([False, True])
   monkeypatch.setattr(compilation, "fits", lambda program: next(answers))
   config = small_runs.small_config(source, epochs=1)
-  summary = small_runs.train(config, tmp_path)
-  assert summary["hypergradient_mode"] == "mixed"
+  training = train.Training(from_config.resolve(config))
+  for seed in (0, 1):
+    (summary,) = training.run({seed: tmp_path / str(seed)})
+    assert summary["hypergradient_mode"] == "mixed"
 
 
 @pytest.mark.xdist_group("experiment")
