@@ -20,9 +20,9 @@ class Plan(NamedTuple):
   """Sizes, and the cost of each mode of the hypergradient."""
 
   num_parameters: dict[str, int]  # Per part: target, regressors, f and g.
-  programs: dict[str, compilation.Program]  # Per mode; "" without meta update.
+  programs: dict[str, compilation.Program]  # Per mode; "" without look-ahead.
   chosen: str  # The mode that training would use.
-  seconds: float  # Per iteration in that mode.
+  seconds: float  # Per iteration in that mode, on average.
   steps_per_epoch: int
   epochs: int
 
@@ -41,17 +41,19 @@ def make(experiment: experiments.Experiment) -> Plan:
   with jax.default_matmul_precision(precision):
     setup = setups.build(experiment)
     batch = sharding.shard(setup.blank_batch, setup.mesh)
-    # Without a meta update, the program is the same in all modes.
-    compiling = {
-      mode: compilation.compile_ahead(
-        setups.jit_step(setup, setup.state_shapes, mode=mode),
+    inputs = (setup.scalars, setup.sources, batch)
+
+    def compile_step(mode, **options):
+      return compilation.compile_ahead(
+        setups.jit_step(setup, setup.state_shapes, mode=mode, **options),
         setup.state_shapes,
-        setup.scalars,
-        setup.sources,
-        batch,
+        *inputs,
       )
-      for mode in (setup.modes if setup.learns else setup.modes[:1])
-    }
+
+    compiling = {mode: compile_step(mode) for mode in setup.modes}
+    num_without_meta = settings.meta.update_every - 1 if setup.learns else 0
+    if num_without_meta:
+      without_meta = compile_step(setup.modes[0], update_meta=False)
   state = setup.create_state(settings.seed)
   programs = {mode: program.result() for mode, program in compiling.items()}
   chosen = next(
@@ -60,11 +62,16 @@ def make(experiment: experiments.Experiment) -> Plan:
   )
   sizes = {**state.inner.params, "f and g": state.meta_params}
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  num_parameters = {name: count(tree) for name, tree in sizes.items()}
+  times = [_time(programs[chosen], state, *inputs)]
+  if num_without_meta:
+    state = setup.create_state(settings.seed)  # The other one was donated.
+    times += [_time(without_meta.result(), state, *inputs)] * num_without_meta
   return Plan(
-    num_parameters={name: count(tree) for name, tree in sizes.items()},
-    programs=programs if setup.learns else {"": programs[chosen]},
-    chosen=chosen if setup.learns else "",
-    seconds=_time(programs[chosen], state, setup.scalars, setup.sources, batch),
+    num_parameters=num_parameters,
+    programs=programs if setup.looks_ahead else {"": programs[chosen]},
+    chosen=chosen if setup.looks_ahead else "",
+    seconds=float(np.mean(times)),
     steps_per_epoch=setup.dataset.steps_per_epoch,
     epochs=settings.epochs,
   )

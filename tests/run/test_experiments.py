@@ -11,7 +11,7 @@ import pytest
 from examples import networks
 from l2t_jax import errors, models
 from l2t_jax.method import loss_functions, objectives, training, transfer
-from l2t_jax.run import experiments, fit, from_config, train
+from l2t_jax.run import experiments, fit, from_config, plan, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
 from tests.support import object_experiment, small_runs
@@ -144,6 +144,18 @@ def test_a_program_serves_all_learning_rates_and_weights():
     programs.append(lowered.as_text())
   assert programs[0] == programs[1]
   assert setup.scalars.beta == 2 * experiment.settings.transfer.beta
+
+
+def test_a_plan_counts_iterations_without_a_meta_update(monkeypatch):
+  experiment = object_experiment.create()
+  settings = experiment.settings
+  meta = settings.meta._replace(update_every=3)
+  times = iter([4.0, 1.0])
+  monkeypatch.setattr(plan, "_time", lambda *_: next(times))
+  planned = plan.make(
+    experiment._replace(settings=settings._replace(meta=meta))
+  )
+  assert planned.seconds == (4.0 + 1.0 + 1.0) / 3
 
 
 def test_settings_become_a_recipe():
