@@ -29,8 +29,8 @@ from l2t_jax.run import from_config
 from l2t_jax.runtime import run_folder
 
 MAX_PAIR_SETS = 30  # Per search.
-# The first seed of trials; those of the table start at the config's seed.
-_FIRST_SEED = 10_000
+# Of the trials' seeds from those of the table, which start at the config's.
+_SEED_DISTANCE = 10_000
 # Fields that cannot be tuned: they say what is compared, or on which images.
 _FIXED = (
   *("method", "seed", "evaluate_test", "target.task", "target.num_outputs"),
@@ -228,7 +228,9 @@ def _search_pairs(all_pairs, attempt):
   left = names
   while len(chosen) + 1 < len(names) and num_tried < MAX_PAIR_SETS:
     tried = {}
-    for pair in left[: MAX_PAIR_SETS - num_tried]:
+    candidates = left[: MAX_PAIR_SETS - num_tried]
+    is_cut_short = len(candidates) < len(left)
+    for pair in candidates:
       listed = ", ".join(n for n in names if n in (*chosen, pair))
       tried[pair] = yield from attempt(
         all_pairs.fields | {"transfer.pairs": listed}, listed
@@ -240,7 +242,9 @@ def _search_pairs(all_pairs, attempt):
     if best and tried[winner].score <= best.score:
       break
     best, chosen = tried[winner], (*chosen, winner)
-  if num_tried == MAX_PAIR_SETS:
+  else:
+    is_cut_short = len(chosen) + 1 < len(names)
+  if is_cut_short:
     table_cells.CONSOLE.print(
       f"{all_pairs.cell.method}: ended at its limit of {MAX_PAIR_SETS} sets;"
       " more pairs may help"
@@ -273,7 +277,8 @@ def _trial(cell, fields, label, num_seeds):
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     name = f"{name[:_LONGEST_NAME]} {digest}"
   folder = cell.folder / run_reader.TRIALS / name
-  seeds = range(_FIRST_SEED, _FIRST_SEED + num_seeds)
+  first = config.seed + _SEED_DISTANCE
+  seeds = range(first, first + num_seeds)
   return cell._replace(
     config=config,
     workdirs={seed: folder / f"seed{seed}" for seed in seeds},

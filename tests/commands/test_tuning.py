@@ -119,6 +119,14 @@ def test_each_cell_is_tuned_by_itself(pretend, tmp_path):
   assert not any(job.workdirs for job in ran)
 
 
+def test_trials_have_seeds_of_their_own(pretend, tmp_path):
+  ran = pretend(lambda _: 0.5)
+  arguments = ("--methods=lwf", "--seeds=2", "--tune=lwf.weight=1,2")
+  assert run_table(tmp_path, *arguments, "--config.seed=9999") == 0
+  seeds = {(bool(job.trial), seed) for job in ran for seed in job.workdirs}
+  assert seeds == {(True, 19_999), (False, 9_999), (False, 10_000)}
+
+
 def test_a_killed_tuning_goes_on(pretend, tmp_path, monkeypatch):
   ran = pretend(lambda config: 0.5 + config.optimizer.learning_rate)
   pretended = table_cells.Runner.run
@@ -171,11 +179,15 @@ def test_trials_that_fail_are_not_chosen(pretend, tmp_path):
     (4, {1, 3}, 4 + 3 + 2),  # A third pair does not help.
     (3, {0, 1, 2}, 3 + 2),  # All of them have been tried already.
     (28, {0, 1, 2}, 30),  # The second round is cut short.
+    (8, {0, 1, 2, 3}, 8 + 7 + 6 + 5 + 4),  # 30 sets, but not cut short.
   ],
 )
 def test_fixed_pairs_are_searched(
-  pretend, tmp_path, num_pairs, useful, num_sets
+  pretend, tmp_path, monkeypatch, num_pairs, useful, num_sets
 ):
+  printed = []
+  monkeypatch.setattr(table_cells.CONSOLE, "print", printed.append)
+
   def accuracy(config):
     pairs = config.transfer.pairs
     if pairs == "all_to_all":
@@ -192,7 +204,10 @@ def test_fixed_pairs_are_searched(
   final = ran[-1]
   found = set(map(int, re.findall(r"s(\d+)->t", final.config.transfer.pairs)))
   assert final.config.method == "fm_search"
-  assert found == {4: {1, 3}, 3: {0, 1}, 28: {0, 1}}[num_pairs]
+  expected = {4: {1, 3}, 3: {0, 1}, 28: {0, 1}, 8: {0, 1, 2, 3}}
+  assert found == expected[num_pairs]
+  ended_early = any("ended at its limit of 30" in line for line in printed)
+  assert ended_early == (num_pairs == 28)
   # The folder of a trial says all that was chosen for it.
   assert all(
     "transfer.beta=1 " in str(next(iter(j.workdirs.values()))) for j in sets

@@ -562,7 +562,7 @@ FAULTS = (
         "best = max(outcomes, key=lambda", "best = min(outcomes, key=lambda",
         f"{_TUNING}test_each_cell_is_tuned_by_itself"),
   Fault("trials_share_seeds_with_the_table", "run/tuning.py",
-        "_FIRST_SEED = 10_000", "_FIRST_SEED = 0",
+        "_SEED_DISTANCE = 10_000", "_SEED_DISTANCE = 0",
         f"{_TUNING}test_each_cell_is_tuned_by_itself"),
   Fault("a_trial_that_failed_counts", "run/tuning.py",
         '-math.inf if failures else', '1.0 if failures else',
