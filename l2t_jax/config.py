@@ -114,7 +114,7 @@ EXPERIMENT = {
   "method": Field("l2t_ww", METHOD),
   # Seed of the initial parameters, the order of the images and their
   # augmentation. The split has its own seed, data.split_seed.
-  "seed": Field(0, Rule(lambda x: 0 <= x < 2**63, "be 0 or more, below 2**63")),
+  "seed": Field(0, Rule(lambda x: 0 <= x < 2**32, "be 0 or more, below 2**32")),
   # With optimizer.schedule=constant, a run may be continued with more epochs.
   "epochs": Field(200, AT_LEAST_1),
   # Folder of another run, whose newest checkpoint initialises the target, the
@@ -274,8 +274,8 @@ TRANSFER = {
   # would learn.
   "transfer.channel_weights": Field("learned", one_of(("learned", "uniform"))),
   "transfer.pair_weights": Field("learned", one_of(("learned", "constant"))),
-  # Activation of g's output, which becomes the pair weight: relu6, relu or
-  # softplus.
+  # Activation of g's output, which becomes the pair weight: relu6, relu,
+  # softplus, or softmax over the pairs, times their number.
   "transfer.pair_activation": Field("relu6", one_of(transfer.PAIR_ACTIVATIONS)),
   # std: divide the features of each source tap by their standard deviation over
   # training images, so that β is comparable across sources; none: do not scale.

@@ -50,7 +50,7 @@ def test_each_rule_refuses_something_and_says_what_is_right(name):
   [
     ("epochs", 0, 1),
     ("checkpoint_steps", -1, 0),
-    ("seed", 2**63, 2**63 - 1),
+    ("seed", 2**32, 2**32 - 1),
     ("optimizer.learning_rate", 0.0, 1e-9),
     ("optimizer.learning_rate", float("inf"), 1e9),
     ("optimizer.learning_rate", float("nan"), 0.1),
