@@ -438,7 +438,9 @@ def hypergradient(
     lambda flat: outer(unravel(flat)), (flat,), (tangent,)
   )
   try:
-    loss, slopes = jax.vmap(push, out_axes=(None, 0))(jnp.eye(flat.size))
+    loss, slopes = jax.vmap(push, out_axes=(None, 0))(
+      jnp.eye(flat.size, dtype=flat.dtype)
+    )
   except TypeError as error:
     if "custom_vjp" not in str(error):
       raise
@@ -446,7 +448,7 @@ def hypergradient(
       "forward=True cannot go through this look-ahead; make its steps with"
       " mode='reverse' or 'remat', and do not wrap it in at_stationary_point"
     ) from error
-  return loss, unravel(slopes)
+  return loss, unravel(slopes.astype(flat.dtype))
 
 
 def _check_meta_params(meta_params):

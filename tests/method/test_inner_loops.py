@@ -112,6 +112,20 @@ def test_what_cannot_work(options, message):
     _hypergradient(**options)
 
 
+def test_forward_mode_keeps_the_dtype_of_meta_params():
+  meta_params = jnp.array(0.5, jnp.bfloat16)
+  loss_fn = lambda params, meta_params, *_: (meta_params * params**2, None)
+  step = bilevel.make_inner_step(loss_fn, optax.sgd(0.125), mode="reverse")
+  state = types.InnerState(jnp.ones(()), optax.sgd(0.125).init(1.0), None)
+  look_ahead = lambda *start: step(*start)[0]
+  outer_loss = lambda params, *_: (params, None)
+  _, slope = bilevel.hypergradient(
+    look_ahead, outer_loss, state, meta_params, None, forward=True
+  )
+  assert slope.dtype == jnp.bfloat16
+  assert slope == -0.25
+
+
 def test_memory_of_a_long_loop_grows_slowly():
   """16 times as many steps need less than 2.5 times the memory."""
   rng = np.random.default_rng(0)
