@@ -56,7 +56,11 @@ class MetricsLog:
     path = workdir / run_folder.METRICS
     # A line that a crash cut short counts as later than any iteration.
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= from_step]
+    kept = [
+      line
+      for line in lines
+      if line.endswith(b"\n") and _step_of(line) <= from_step
+    ]
     files.write(path, b"".join(kept))
     self._trackers = [
       tracking.TRACKERS[name](workdir, from_step, config) for name in trackers

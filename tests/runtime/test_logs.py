@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from l2t_jax import errors
-from l2t_jax.runtime import logs, tracking
+from l2t_jax.runtime import logs, run_folder, tracking
 from tests.support import small_runs
 
 RECORD = {"loss": 0.5, "pair_weights": {"m->n": 1.5}, "name": "no number"}
@@ -71,6 +71,18 @@ def read_events(content):
     (length,) = struct.unpack_from("Q", content)
     yield event_pb2.Event.FromString(content[12 : 12 + length])
     content = content[16 + length :]
+
+
+def test_a_line_without_its_end_is_dropped(tmp_path):
+  with open_log(tmp_path) as log:
+    log.write("train", 2, {"loss": 1.0})
+    log.write("train", 3, {"loss": 2.0})
+  file = tmp_path / "metrics.jsonl"
+  file.write_bytes(file.read_bytes()[:-1])
+  with open_log(tmp_path) as log:
+    log.write("train", 4, {"loss": 3.0})
+  records = run_folder.read_metrics(tmp_path)
+  assert [record["step"] for record in records] == [2, 4]
 
 
 def test_trackers_get_scalars(tmp_path, monkeypatch):
