@@ -306,7 +306,14 @@ def run_rows(
   rows = []
   groups = run_reader.by_experiment(runs)
   for group in groups:
-    done = tuple(run.summary for run in group if run.summary)
+    # One run per seed and split, in case a folder was copied.
+    done = tuple(
+      {
+        (run.config["seed"], run.summary.get("split_hash")): run.summary
+        for run in group
+        if run.summary
+      }.values()
+    )
     compared: dict[str, str] = {}
     for run in group:
       known = run.summary or run.best  # The best epoch of an unfinished run.

@@ -87,6 +87,8 @@ def test_results_and_means_over_seeds(folder):
   assert mean["run"] == "l2t_ww: mean ± std"
   assert mean["seed"] == "2 seeds"
   assert mean["test"] == f"{100 * summary['test_accuracy']:.1f} ± 0.0 %"
+  runs[1].config["seed"] = 0  # A copied folder is no second seed.
+  assert [row["seed"] for row in tables.run_rows(runs)] == ["0", "0", "0"]
 
 
 def test_groups_are_compared_with_a_reference(folder, tmp_path):
