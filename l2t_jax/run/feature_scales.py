@@ -20,7 +20,8 @@ from l2t_jax.run import setup as setups
 from l2t_jax.run.sources import FEATURE_SCALE
 from l2t_jax.runtime import compilation, phases, sharding
 
-# Images on which scales are measured, rounded up to whole batches.
+# Images on which scales are measured, rounded up to whole batches; at most an
+# epoch.
 _NUM_IMAGES = 2048
 # Smallest scale, as a share of the root mean square, so that features that are
 # almost constant are not blown up.

@@ -1,7 +1,7 @@
 """Turn a config into an experiment, and train it.
 
-The other modules of this folder take objects and numbers. Besides this one,
-only `cells` (for a table) and `fit` (for its numbers) read configs.
+The modules that build and train an experiment take objects and numbers, not
+configs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from l2t_jax.method import objectives, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.results import transfer_map
 from l2t_jax.run import experiments, sources, train
-from l2t_jax.runtime import compilation, phases, run_folder, tracking
+from l2t_jax.runtime import (
+  checkpoint,
+  compilation,
+  phases,
+  run_folder,
+  tracking,
+)
 
 
 def train_and_evaluate(
@@ -163,7 +169,8 @@ def contents(
   """Return field -> digest of the files that it names; "" if there are none.
 
   The digest of a folder covers the relative names and sizes of its images, that
-  of a file its bytes, and that of a run the file of its target.
+  of a file its bytes, and that of a run the file of its target and the
+  iteration of its newest checkpoint.
   """
   paths = {
     name: l2t_jax.config.get(config, name) for name in l2t_jax.config.PATHS
@@ -175,8 +182,13 @@ def contents(
       field = f"sources.{name}.weights" if name else "source.weights"
       paths[field] = fields.weights
   digests = {name: digest(path) for name, path in paths.items() if path}
+  if digests.get("init_from"):
+    steps = checkpoint.steps_in(
+      pathlib.Path(config.init_from, train.CHECKPOINTS)
+    )
+    digests["init_from"] += f" {max(steps, default=0)}"  # It starts from there.
   if config.data.source == "tfds":  # A cache; data.name identifies the images.
-    digests["data.path"] = ""
+    digests["data.path"] = "that of data.name"
   return digests
 
 

@@ -35,6 +35,8 @@ from l2t_jax.runtime import (
 # epoch and more than this many seconds.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
 _MAX_SKIPS = 20  # The run ends after this many consecutive skipped iterations.
+# What a run keeps of its best epoch, also in the metadata of the target.
+BEST = ("best_epoch", "val_accuracy", "test_accuracy")
 
 
 @dataclasses.dataclass
@@ -307,15 +309,12 @@ class Loop:
     for index, seed in enumerate(self._seeds):
       record = _epoch_record(self._setup, seed, epoch, validation[index])
       if is_best[index]:
-        seed.progress |= {
-          "best_epoch": epoch,
-          "val_accuracy": validation[index]["accuracy"],
-          "test_accuracy": test[index].get("accuracy"),
-        }
+        accuracies = (one[index].get("accuracy") for one in (validation, test))
+        seed.progress |= zip(BEST, (epoch, *accuracies), strict=True)
         if settings.evaluate_test:
           record["test_accuracy"] = test[index]["accuracy"]
         state = self._trainer.state_of(index)
-        _save_target(self._setup, seed, training.evaluated(state), epoch)
+        _save_target(self._setup, seed, training.evaluated(state))
       seed.record("epoch", step, record)
       line = _epoch_line(record, seed.experiment, is_best[index])
       self._display.say(seed.label + line)
@@ -388,7 +387,7 @@ def trained_model(
 
 
 @phases.phase("saving")
-def _save_target(setup, seed, target, epoch):
+def _save_target(setup, seed, target):
   description, image_format = seed.experiment.description, setup.image_format
   # All processes take part in the collective, but only process 0 writes.
   variables = sharding.gather({"params": target.params, **target.model_state})
@@ -408,8 +407,7 @@ def _save_target(setup, seed, target, epoch):
       "std": json.dumps(image_format.std),
       "config": json.dumps(description),
       "contents": json.dumps(dict(seed.experiment.contents)),
-      "epoch": str(epoch),
-      "val_accuracy": str(seed.progress["val_accuracy"]),
+      **{name: json.dumps(seed.progress[name]) for name in BEST},
     },
   )
 

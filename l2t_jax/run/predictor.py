@@ -22,6 +22,7 @@ from l2t_jax.data import augmentation, image_files, image_formats, pillow
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments, sources
+from l2t_jax.runtime import compilation
 
 _BATCH_SIZE = 64
 
@@ -40,6 +41,7 @@ class Predictor:
   task: str  # As in config.target.task.
   # An image of any size -> one of the network's size, as in evaluation.
   resize: Callable[[Image.Image], Image.Image]
+  precision: str = "float32"  # Of matrix products, for `jax`.
 
   def __repr__(self) -> str:
     return (
@@ -159,7 +161,7 @@ class Predictor:
     apply_fn = models.as_apply_fn(self.network, ())
 
     @jax.jit
-    @jax.default_matmul_precision("highest")  # As in evaluation.
+    @jax.default_matmul_precision(self.precision)
     def outputs(params, model_state, images):
       images = augmentation.normalise(
         images,
@@ -223,8 +225,9 @@ def load(
       image_format,
       trains=trains,
     )
+  dtype, precision = compilation.PRECISIONS[config["precision"]]
   if network is None:
-    network, params, model_state, _ = weight_files.load_network(path)
+    network, params, model_state, _ = weight_files.load_network(path, dtype)
   else:
     model_state, _ = weight_files.load(path)
     params = model_state.pop("params")
@@ -244,6 +247,7 @@ def load(
     tuple(json.loads(metadata["class_names"])),
     config["target"]["task"],
     data.make_eval_resize(size, config["data"]["eval_resize"]),
+    precision,
   )
 
 

@@ -17,7 +17,7 @@ from l2t_jax.method import saliency, training, transfer
 from l2t_jax.results import run_reader, transfer_map
 from l2t_jax.run import feature_scales, from_config, train
 from l2t_jax.run import setup as setups
-from l2t_jax.runtime import checkpoint
+from l2t_jax.runtime import checkpoint, compilation
 
 _PICTURE_SIZE = 208  # Largest side in pixels; twice the size on the page.
 _NUM_PAIRS_SHOWN = 3  # Number of pairs with pictures, the strongest first.
@@ -56,6 +56,12 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
   if run.config["data"]["source"] == "arrays":
     raise errors.InputError("the run was made from arrays, which are not kept")
   config = cli.load_config(str(run.workdir / "config.json"))
+  _, precision = compilation.PRECISIONS[config.precision]
+  with jax.default_matmul_precision(precision):
+    return _compute(run, config, num_images)
+
+
+def _compute(run, config, num_images):
   setup = setups.build(from_config.resolve(config))
   problem = setup.problem
   meta_params = _restore(run, setup.create_state(config.seed)).meta_params

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 import contextlib
+import json
 import os
 import pathlib
 import platform
@@ -22,6 +23,7 @@ import optax
 
 from l2t_jax import errors
 from l2t_jax.method import training
+from l2t_jax.models import weight_files
 from l2t_jax.results import map_picture, run_reader, transfer_map
 from l2t_jax.run import experiments, feature_scales, loop
 from l2t_jax.run import setup as setups
@@ -65,7 +67,8 @@ def train(
     errors.BadNumbersError: a loss, a gradient or a parameter is not finite; the
       last checkpoint is from before that.
     errors.StorageError: the folder can no longer be written.
-    errors.Interrupted: on SIGTERM, after saving; the same call resumes.
+    errors.Interrupted: on SIGTERM or Ctrl-C, after saving; the same call
+      resumes.
   """
   (summary,) = Training(experiment).run({experiment.settings.seed: workdir})
   return summary
@@ -120,7 +123,7 @@ class Training:
     Raises:
       errors.Stop: as `train`.
       trainer.DoesNotFit: the seeds need more memory than the accelerator has;
-        their folders are unchanged.
+        no file of the runs is written.
     """
     settings = self._experiment.settings
     check_folders(
@@ -277,9 +280,13 @@ def _first_group(workdirs):
   """Choose the runs that resume from the same iteration as the first."""
   steps = {w: checkpoint.steps_in(w / CHECKPOINTS) for w in workdirs}
   if set.intersection(*steps.values()):
-    return list(steps)  # All go back to their newest common iteration.
-  newest = [max(one, default=0) for one in steps.values()]
-  return [w for w, step in zip(steps, newest, strict=True) if step == newest[0]]
+    group = set(steps)  # All go back to their newest common iteration.
+  else:
+    newest = {w: max(one, default=0) for w, one in steps.items()}
+    first, *_ = newest.values()
+    group = {w for w, step in newest.items() if step == first}
+  # Process 0 decides: the others may not see its latest files yet.
+  return [w for w in workdirs if distributed.from_first(w in group)]
 
 
 def _train(setup, trainer, group, requests):
@@ -501,12 +508,16 @@ def _summarise(setup, trainer, runs):
 def _summary(setup, trainer, run, num_seeds, seconds):
   settings, dataset = run.experiment.settings, setup.dataset
   progress, program = run.progress, trainer.program
+  best = {name: progress[name] for name in loop.BEST}
+  if distributed.is_first():
+    # After a crash, iterations that are repeated can have other results than
+    # before: what counts is the target that was kept.
+    metadata = weight_files.read_metadata(run.workdir / run_folder.TARGET)
+    best = {name: json.loads(metadata[name]) for name in loop.BEST}
   return {
     "method": settings.method,
     "seed": settings.seed,
-    "val_accuracy": progress["val_accuracy"],
-    "test_accuracy": progress["test_accuracy"],
-    "best_epoch": progress["best_epoch"],
+    **best,
     "epochs": settings.epochs,
     "iterations": settings.epochs * dataset.steps_per_epoch,
     "recipe": run_reader.recipe(run.experiment.description),

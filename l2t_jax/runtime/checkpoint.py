@@ -225,10 +225,7 @@ class Checkpoints:
 
 def steps_in(folder: pathlib.Path) -> set[int]:
   """Return the iterations that have a checkpoint in a folder, if any."""
-  if not folder.exists():
-    return set()
-  with Checkpoints(folder) as checkpoints:
-    return set(checkpoints.steps())
+  return set(ocp.utils.checkpoint_steps(folder)) if folder.exists() else set()
 
 
 def _forget_shards(tree):

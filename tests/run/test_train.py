@@ -23,9 +23,10 @@ from l2t_jax import errors, types
 import l2t_jax.config
 from l2t_jax.data import memory, streaming
 from l2t_jax.models import weight_files
-from l2t_jax.run import from_config, loop, train
+from l2t_jax.run import from_config, loop, train, trainer
+from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
-from l2t_jax.runtime import checkpoint
+from l2t_jax.runtime import checkpoint, run_folder
 from tests.support import data_sets, small_runs
 
 # Runs and their compiled steps are shared by the tests of one process.
@@ -267,6 +268,15 @@ def test_a_run_and_its_files_may_move(source, tmp_path, monkeypatch):
   variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + 1
   weight_files.save(new / "teacher.safetensors", variables, metadata)
   check("source.weights .* holds other files than before")
+  # TensorFlow Datasets are known by name, and data.path is their cache.
+  config.data.source, config.data.name = "tfds", "mnist"
+  run_folder.make(tmp_path / "cached")
+  for config.data.path in ("one", "two"):
+    description = from_config.describe(config)
+    contents = from_config.contents(config)
+    train.check_folders(description, {0: tmp_path / "cached"}, (), contents)
+    for name, content in (("config", description), ("contents", contents)):
+      run_folder.write_json(tmp_path / "cached" / f"{name}.json", content)
   # A complete run needs none of them.
   moved.source.weights = str(source)
   old.mkdir()
@@ -363,6 +373,36 @@ def test_more_epochs_of_another_schedule_are_refused(source, tmp_path):
     small_runs.train(config, tmp_path / "run")
 
 
+def test_a_summary_is_that_of_the_target_that_was_kept(
+  source, tmp_path, monkeypatch
+):
+  """After a crash, iterations that are repeated can have other results."""
+  evaluate = lambda *_: [{"loss": 1.0, "accuracy": 0.5}]
+  monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+  config = small_runs.small_config(source, epochs=2)
+  config.method, config.checkpoint_every = "scratch", 1
+  train_once = lambda: small_runs.train(config, tmp_path)
+  small_runs.kill_in_epoch(2, train_once, monkeypatch)
+  file = tmp_path / "target.safetensors"
+  variables, metadata = weight_files.load(file)
+  lost = {"best_epoch": 2, "val_accuracy": 0.9, "test_accuracy": 0.8}
+  texts = {name: json.dumps(value) for name, value in lost.items()}
+  weight_files.save(file, variables, metadata | texts)
+  assert lost.items() <= train_once().items()
+
+
+def test_predictions_have_the_precision_of_the_run(source, tmp_path):
+  config = small_runs.small_config(source, epochs=1)
+  config.method, config.precision = "scratch", "bf16"
+  summary = small_runs.train(config, tmp_path)
+  predictor = predictors.load(tmp_path)
+  assert predictor.network.dtype == jnp.bfloat16
+  assert (predictor.precision, summary["hypergradient_mode"]) == (
+    "default",
+    None,
+  )
+
+
 def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   other = shutil.copytree(finished, tmp_path / "other")
@@ -385,6 +425,11 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   fresh = run.create_state(config.seed)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(fresh.inner.params, states[1].inner.params)
+  # It starts from the newest checkpoint, which tells other runs apart, too.
+  with checkpoint.Checkpoints(other / train.CHECKPOINTS) as checkpoints:
+    newest = max(checkpoints.steps())
+  digests = from_config.contents(config)
+  assert digests["init_from"].endswith(f" {newest}")
   # The other run may move, and is not needed once there is a checkpoint.
   contents = (tmp_path / "next" / "contents.json").read_bytes()
   config.init_from = str(other.rename(tmp_path / "moved"))
