@@ -20,7 +20,7 @@ def saliency(
 
       max over colours of |∂/∂x Σ_c w_c mean over positions of S_c²|
 
-  The sum is the matching loss of a pair if the target's features are 0.
+  The sum is the matching loss of a pair, without β and λ, if r(T) is 0.
   Saliency is defined as in Simonyan, Vedaldi and Zisserman, "Deep Inside
   Convolutional Networks", 2014 (arXiv 1312.6034), section 3; the paper shows
   such maps with uniform and with learned weights side by side. The weights

@@ -6,7 +6,7 @@ Symbols, for a pair (m, n) of a source tap m and a target tap n and an image x:
   r^{m,n}         regressor, a 1x1 convolution with bias, C_n -> C_m
   w^{m,n}         channel weights, *what* to transfer, a softmax over C_m
   λ^{m,n}         pair weight, *where* and how much to transfer, one per image,
-                  in [0, 6]
+                  in [0, 6] with relu6, the paper's activation
 
 With several sources the names of taps include the source, as in
 "imagenet/stage1_block3".
