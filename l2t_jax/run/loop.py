@@ -159,30 +159,44 @@ class Seed:
     values: Mapping[str, types.PyTree],
     step: int,
     pairs: Sequence[pair_sets.Pair] = (),
+    *,
+    can_skip: bool = True,
   ) -> None:
-    """Raise an `errors.BadNumbersError` that names what is not finite."""
+    """Raise an `errors.BadNumbersError` that names what is not finite.
+
+    Args:
+      values: metrics of an iteration or an evaluation.
+      step: iterations done.
+      pairs: to name them.
+      can_skip: whether to advise to skip the iteration.
+    """
     bad = metrics.bad_numbers(values, [pair.name for pair in pairs])
     if bad:
       raise errors.BadNumbersError(
         f"{self.label}iteration {step}: not finite: {', '.join(bad)};"
-        f" {self._advice()}"
+        f" {self._advice(can_skip)}"
       )
 
-  def _advice(self):
+  def _advice(self, can_skip=False):
     kept = self.checkpoints.steps()
     last = f"is of iteration {kept[-1]}" if kept else "does not exist yet"
-    same_command = (
-      "The same command with --config.bad_numbers=skip resumes without such"
-      " iterations; in"
-    )
-    start = (
-      "In" if self.experiment.settings.bad_numbers == "skip" else same_command
-    )
+    start = "In"
+    if can_skip and self.experiment.settings.bad_numbers != "skip":
+      start = (
+        "The same command with --config.bad_numbers=skip resumes without such"
+        " iterations; in"
+      )
+    method = self.experiment.method
+    lower, clip = ["optimizer.learning_rate"], ["optimizer.clip_norm"]
+    if "matching" in method.losses:
+      lower.append("transfer.beta")
+    if method.learn_channels or method.learn_pairs:
+      lower.append("meta.learning_rate")
+      clip.append("meta.clip_norm")
+    either = lambda names: " or ".join(f"config.{name}" for name in names)
     return (
       f"the last good checkpoint {last}. {start} another --workdir, lower"
-      " config.optimizer.learning_rate, config.transfer.beta or"
-      " config.meta.learning_rate, or set config.optimizer.clip_norm or"
-      " config.meta.clip_norm"
+      f" {either(lower)}, or set {either(clip)}"
     )
 
 
@@ -300,7 +314,7 @@ class Loop:
     is_best = []
     for seed, result in zip(self._seeds, validation, strict=True):
       named = {f"val_{name}": value for name, value in result.items()}
-      seed.check_finite(named, step)
+      seed.check_finite(named, step, can_skip=False)
       is_best.append(result["accuracy"] > seed.progress["val_accuracy"])
     test: Sequence[Mapping[str, float]] = [{}] * len(self._seeds)
     # One program evaluates all seeds: run it if any of them is at its best.

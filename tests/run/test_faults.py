@@ -415,7 +415,9 @@ def test_bad_numbers_are_named(source, tmp_path, bad_batch):
   assert message.startswith("iteration 2: not finite: distances of all 2 pairs")
   for what in ("grad_norm (nan)", "loss (nan)"):
     assert what in message
-  assert "the last good checkpoint is of iteration 1" in message
+  assert "the last good checkpoint is of iteration 1. The same command" in (
+    message
+  )
   assert max(_checkpoints(tmp_path)) == 1
 
 
