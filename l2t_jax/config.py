@@ -448,6 +448,13 @@ def check(
       raise errors.InputError(
         f"config.{name} is {value!r}; it must {field.rule.must}"
       )
+  for name in ("batch_size", "data.unlabeled_batch_size"):
+    size, groups = get(config, name), config.target.batch_norm_groups
+    if size % groups:
+      raise errors.InputError(
+        f"config.{name} is {size}; it must be a multiple of"
+        f" config.target.batch_norm_groups, {groups}"
+      )
   method = objectives.get_method(config.method)
   _check_optimizer(config.optimizer)
   if names_objects:

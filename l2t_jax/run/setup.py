@@ -273,11 +273,6 @@ def _check_devices(experiment, mesh):
         f"config.{field} is {value}; it must be a multiple of the number of"
         f" devices, {mesh.size}"
       )
-    if value % experiment.batch_norm_groups:
-      raise errors.InputError(
-        f"config.{field} is {value}; it must be a multiple of"
-        f" config.target.batch_norm_groups, {experiment.batch_norm_groups}"
-      )
 
 
 @phases.phase("data")
