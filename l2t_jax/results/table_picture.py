@@ -304,6 +304,8 @@ def _draw_line(
   bands = np.array([p.band for p in points.values()]).reshape(-1, 2)
   band: Any = {"color": color, "alpha": faint, "linewidth": 0}
   ax.fill_between(list(points), *bands.T, **band)
+  if len(points) == 1:  # Such a band has no width.
+    ax.vlines(list(points), *bands.T, color=color, linewidth=2)
   means = bands.mean(axis=1)
   (line,) = ax.plot(
     list(points), means, color=color, linewidth=2, clip_on=False

@@ -6,6 +6,7 @@ import itertools
 import pathlib
 import re
 
+from matplotlib.collections import LineCollection
 import numpy as np
 from PIL import Image
 import pytest
@@ -434,6 +435,17 @@ def test_the_panel_shows_means_whiskers_seeds_and_the_paper():
   assert not legend(table_picture.draw(cells[1:]))
 
 
+def _intervals(cells):
+  """Return the ends of the vertical lines of a sweep's picture."""
+  (ax,) = table_picture.draw(cells).axes
+  return [
+    sorted(segment[:, 1])
+    for drawn in ax.collections
+    if isinstance(drawn, LineCollection)
+    for segment in drawn.get_segments()
+  ]
+
+
 def test_the_sweep_shows_a_line_for_each_method():
   cells = [
     _cell("late", "n=10", (60, 64)),
@@ -448,6 +460,9 @@ def test_the_sweep_shows_a_line_for_each_method():
   np.testing.assert_allclose(late.get_ydata(), [52, 62])
   np.testing.assert_array_equal(early.get_xdata(), [5])
   assert len(never.get_xdata()) == 0
+  alone = [_cell("one", "n=5", (50, 54)), _cell("one", "n=10", ())]
+  (ends,) = _intervals(alone)
+  assert ends == pytest.approx([52 - 2 * np.sqrt(2), 52 + 2 * np.sqrt(2)])
   edge = ax.collections[0].get_paths()[0].vertices
   assert edge[:, 1].max() == pytest.approx(62 + 2 * np.sqrt(2))
   # From the highest end to the lowest.
