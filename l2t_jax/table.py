@@ -140,9 +140,20 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
       f"--reference={args.reference} is not in"
       f" --methods={','.join(args.methods)}"
     )
+  if [args.reference] == args.methods:
+    raise errors.InputError(
+      f"--reference={args.reference} is the only row; name more --methods"
+    )
+  if args.sweep:
+    table_cells.check_is_read("sweep", args.sweep.partition("=")[0], cells)
   say = table_cells.CONSOLE.print
   jobs: Iterable[table_cells.Cell]
-  if args.tune or any(cell.is_search for cell in cells):
+  is_tuned = args.tune or any(cell.is_search for cell in cells)
+  if args.tune_seeds > 1 and not is_tuned:
+    raise errors.InputError(
+      f"--tune-seeds={args.tune_seeds} is for trials; give --tune, too"
+    )
+  if is_tuned:
     tried = tuning.parse(args.tune, args.tune_seeds)
     tuning.check(tried, cells, _fields_set(args.sweep, overrides))
     mine = table_cells.interleave(cells)[args.shard]
@@ -180,7 +191,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   results = table_cells.results(cells)
   table_picture.write(workdir, results, args.reference)
   tables.print_table(results, args.reference)
-  say(f"saved as {workdir}/table.md, table.csv and table.png")
+  more = ", differences.png" if args.reference else ""
+  say(f"saved as {workdir}/table.md, table.csv{more} and table.png")
   for cell in cells[::-1]:
     picture = next(iter(cell.workdirs.values())) / "transfer_map.png"
     if picture.exists():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import csv
 import io
 import itertools
+import operator
 import sys
 import textwrap
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Tuning(NamedTuple):
 
   chosen: Mapping[str, str] | None  # Field -> value; None if all trials failed.
   # Each has "fields", "val_accuracy" of its seeds, "seconds" and "iterations"
-  # summed over them, and "errors".
+  # summed over them, "iteration_seconds" (None if unknown), and "errors".
   trials: Sequence[Mapping[str, Any]]
 
   @property
@@ -58,17 +59,10 @@ class Tuning(NamedTuple):
 
   @property
   def edges(self) -> list[str]:
-    """Fields whose chosen value is the largest or smallest of three or more.
-
-    Values whose trials all failed are not counted.
-    """
+    """Fields whose chosen value is the largest or smallest of three or more."""
     found = []
     for field, value in (self.chosen or {}).items():
-      tried = {
-        trial["fields"].get(field)
-        for trial in self.trials
-        if not trial["errors"]
-      } - {None}
+      tried = {trial["fields"].get(field) for trial in self.trials} - {None}
       try:
         numbers = sorted(float(text) for text in tried)
       except ValueError:
@@ -117,13 +111,9 @@ class Cell(NamedTuple):
 
   @property
   def iteration_seconds(self) -> float | None:
-    """Mean duration of an iteration, evaluation included."""
-    known = [s for s in self.summaries if "seconds" in s and "iterations" in s]
-    if not known:
-      return None
-    return sum(s["seconds"] for s in known) / sum(
-      s["iterations"] for s in known
-    )
+    """Duration of an iteration in the fastest epoch of all seeds."""
+    known = [s.get("iteration_seconds") for s in self.summaries]
+    return min(filter(None, known), default=None)
 
   @property
   def memory_mib(self) -> float | None:
@@ -165,7 +155,11 @@ class Grid(NamedTuple):
     plain = self.cells.get((_PLAIN, cell.column))
     if plain is None or not plain.iteration_seconds or not cell.tuning:
       return None
-    return cell.tuning.seconds / plain.iteration_seconds
+    trials = cell.tuning.trials
+    if any(trial.get("iteration_seconds") is None for trial in trials):
+      return None
+    seconds = sum(t["iterations"] * t["iteration_seconds"] for t in trials)
+    return seconds / plain.iteration_seconds
 
 
 class _Table(NamedTuple):
@@ -337,6 +331,9 @@ def run_rows(
         if other[0].config["method"] == reference
         and _splits(other) == _splits(group)
       ]
+      if len(others) > 1:  # As in a table with a swept field.
+        of_column = [o for o in others if _are_of_one_column(o[0], group[0])]
+        others = of_column or others
       compared[f"minus {reference}"] = _compare_groups(group, others)
   return rows
 
@@ -345,12 +342,17 @@ def _splits(group):
   return {run.summary.get("split_hash") for run in group if run.summary}
 
 
+def _are_of_one_column(one, other):
+  fields = ({**run.config, "method": "", "seed": 0} for run in (one, other))
+  return operator.eq(*fields)
+
+
 def _compare_groups(group, others):
   """Return a difference as text; "" without a reference."""
   if not others or any(other is group for other in others):
     return ""
   if len(others) > 1:
-    return f"{len(others)} configs of it"
+    return f"{len(others)} configs have this method"
   done = lambda runs: tuple(run.summary for run in runs if run.summary)
   compared = difference(
     *(_cell_of(runs[0], "", done(runs)) for runs in (group, others[0]))

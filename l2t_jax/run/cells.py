@@ -127,6 +127,14 @@ def make_cells(
   return cells
 
 
+def check_is_read(option: str, field: str, cells: Sequence[Cell]) -> None:
+  """Raise an `errors.InputError` if no method of the cells reads a field."""
+  if not any(l2t_jax.config.reads(cell.config, field) for cell in cells):
+    raise errors.InputError(
+      f"--{option}={field}: no method of the table reads it"
+    )
+
+
 def interleave(cells: Sequence[Cell]) -> list[Cell]:
   """Order cells so that the shares of a table contain different methods.
 
@@ -177,6 +185,10 @@ def check_rows_differ(
           learn_channels=False, learn_pairs=False, looks_ahead=True
         )
     same = rows.setdefault(method, name)
+    if same != name and not is_set:
+      raise errors.InputError(
+        f"{same} and {name} are the same; leave one of them out of --methods"
+      )
     if same != name:
       raise errors.InputError(
         f"config.transfer.{field} is set, which makes {same} and {name} the"

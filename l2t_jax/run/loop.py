@@ -276,7 +276,13 @@ class Loop:
       if leaves:
         self._interrupt(step)
       since = time.time()
-    self._advise(waited, time.time() - begin)
+    spent = time.time() - begin
+    self._advise(waited, spent)
+    if not start:
+      for seed in seeds:
+        known = seed.progress["iteration_seconds"]
+        mine = spent / self._steps_per_epoch / len(seeds)
+        seed.progress["iteration_seconds"] = min(mine, known or mine)
     return step
 
   def _average(self, pending, step):

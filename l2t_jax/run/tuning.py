@@ -103,10 +103,8 @@ def check(
         f"--tune={field} and --config.{field} or --sweep={field} both set it;"
         " leave one of them out"
       )
-    if not any(l2t_jax.config.reads(cell.config, field) for cell in cells):
-      raise errors.InputError(
-        f"--tune={field}: no method of the table reads it"
-      )
+    table_cells.check_is_read("tune", field, cells)
+    _check_values_differ(field, tuning.values[field], cells[0].config)
   _check_pairs(tuning, cells)
   digest = functools.cache(data.digest)
   for cell in cells:
@@ -118,6 +116,16 @@ def check(
     for fields in combinations:
       trial = _trial(cell, fields, tables.fields_text(fields), tuning.num_seeds)
       from_config.check(trial.config, trial.workdirs, digest)
+
+
+def _check_values_differ(field, texts, config):
+  seen: dict[str, str] = {}
+  for text in texts:
+    value = l2t_jax.config.get(cli.with_fields(config, {field: text}), field)
+    if (same := seen.setdefault(repr(value), text)) != text:
+      raise errors.InputError(
+        f"--tune={field}: {same} and {text} are the same value"
+      )
 
 
 def _check_pairs(tuning, cells):
@@ -295,6 +303,10 @@ def _outcome(trial, fields):
     "val_accuracy": accuracies,
     "seconds": sum(summary["seconds"] for summary in summaries),
     "iterations": sum(summary["iterations"] for summary in summaries),
+    "iteration_seconds": min(
+      filter(None, (s.get("iteration_seconds") for s in summaries)),
+      default=None,
+    ),
     "errors": failures,
   }
   return _Outcome(fields, score, record, trial)

@@ -281,6 +281,12 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
       "config.transfer.pairs=single",
       "makes fm_single and fm_one_to_one the same",
     ),
+    (
+      "kd+l2t_ww,l2t_ww+kd",
+      "",
+      "",
+      "kd+l2t_ww and l2t_ww+kd are the same; leave one of them out",
+    ),
   ],
 )
 def test_a_table_that_cannot_be(tmp_path, methods, sweep, override, message):

@@ -9,6 +9,7 @@ import pytest
 from l2t_jax import cli, errors, table
 import l2t_jax.config
 from l2t_jax.method import objectives
+from l2t_jax.results import tables
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import tuning
 from tests.commands import test_table
@@ -51,7 +52,8 @@ def pretend(monkeypatch, source):
           "test_accuracy": value + 0.01 * seed if is_tested else None,
           "epochs": job.config.epochs,
           "iterations": 10,
-          "seconds": 5.0,
+          "iteration_seconds": 0.5 if job.method == "scratch" else 1.5,
+          "seconds": 20.0,
           "device": "1 x cpu",
           "versions": VERSIONS,
         }
@@ -106,9 +108,10 @@ def test_each_cell_is_tuned_by_itself(pretend, tmp_path):
   assert scratch["tuned"] == "optimizer.learning_rate=0.1"
   assert single["tuned"] == "transfer.beta=0.5 optimizer.learning_rate=0.01"
   assert (scratch["tuning_runs"], single["tuning_runs"]) == ("9", "18")
-  # 5 s per run of 10 iterations: half a second per plain step.
-  assert float(single["tuning_seconds"]) == 18 * 5
-  assert float(single["tuning_plain_steps"]) == 18 * 10
+  assert float(single["tuning_seconds"]) == 18 * 20
+  # Those of scratch are counted; evaluations are no steps.
+  assert float(scratch["tuning_plain_steps"]) == 9 * 10
+  assert float(single["tuning_plain_steps"]) == 18 * 10 * 3
   text = (tmp_path / "table.md").read_text()
   edge = "optimizer.learning_rate=0.01 is at the edge of the values tried"
   assert f"fm_single: {edge}" in text
@@ -260,6 +263,24 @@ def test_a_tuned_folder_is_not_used_without_tuning(pretend, tmp_path):
     run_table(tmp_path, "--methods=scratch")
 
 
+def test_a_chosen_value_at_the_edge_of_those_tried():
+  """A larger one that failed is not worth extending, a smaller one is."""
+
+  def edges(chosen, **trials):
+    return tables.Tuning(
+      {"lr": chosen},
+      [
+        {"fields": {"lr": value}, "errors": ["nan"] if fails else []}
+        for value, fails in trials.items()
+      ],
+    ).edges
+
+  assert edges("1", **{"1": False, "2": True, "3": True}) == ["lr=1"]
+  assert edges("2", **{"1": False, "2": False, "3": True}) == []
+  assert edges("3", **{"1": False, "2": False, "3": False}) == ["lr=3"]
+  assert edges("1", **{"1": False, "2": False}) == []
+
+
 def test_all_pairs_may_be_the_best(pretend, tmp_path):
   ran = pretend(
     lambda config: 0.9 if config.transfer.pairs == "all_to_all" else 0.5
@@ -314,6 +335,14 @@ def test_shares_differ_in_their_methods(tmp_path):
       "fm_search searches for pairs",
     ),
     (["--tune=epochs=1,2", "--tune=epochs=3"], "epochs is given twice"),
+    (["--tune=lwf.weight=1,2,1.0"], "lwf.weight: 1 and 1.0 are the same value"),
+    (
+      ["--tune=target.batch_norm_groups=1,3"],
+      "batch_size is 25; it must be a multiple of",
+    ),
+    (["--tune-seeds=2"], "--tune-seeds=2 is for trials; give --tune, too"),
+    (["--sweep=kd.weight=1,2"], "kd.weight: no method of the table reads it"),
+    (["--reference=kd", "--methods=kd"], "--reference=kd is the only row"),
     (["--tune=kd.weight=1,2"], "kd.weight: no method of the table reads it"),
     (["--tune=epochs=1,x"], "epochs=x"),
     (["--tune=epochs=1,0"], "config.epochs is 0; it must be at least 1"),
@@ -428,7 +457,7 @@ def test_tuning_does_not_see_test_images(source, tmp_path):
       (folder / "digits" / "scratch" / "tuning.json").read_text()
     )
     for trial in record["trials"]:
-      del trial["seconds"]
+      del trial["seconds"], trial["iteration_seconds"]
     records.append(record)
     cell = folder / "digits" / "scratch"
     trials = list((cell / "tuning_trials").glob("*/*/summary.json"))

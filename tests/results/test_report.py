@@ -103,6 +103,14 @@ def test_groups_are_compared_with_a_reference(folder, tmp_path):
   page = report.make_page(runs, 0, "scratch")
   assert "<th>minus scratch</th>" in page
   assert "<td>+25.0</td>" in page
+  # Of several configs of a method, that of the same column is compared.
+  copied = runs[2]._replace(
+    experiment="another",
+    config=runs[2].config | {"epochs": 9},
+    summary=runs[2].summary | {"test_accuracy": 0.4},
+  )
+  *_, mean, _, _ = tables.run_rows([*runs, copied], "scratch")
+  assert mean["minus scratch"] == "+25.0"
   # Other images are not comparable.
   runs[2].summary["split_hash"] = "another"
   assert not any(

@@ -272,7 +272,7 @@ def _assert_same_runs(ours, theirs):
   # Its bytes would differ: the header is in no fixed order.
   targets = map(safetensors.numpy.load, read("target.safetensors"))
   jax.tree.map(np.testing.assert_array_equal, *targets)
-  times = ("seconds", "compile_seconds", "phases")
+  times = ("seconds", "iteration_seconds", "compile_seconds", "phases")
   summaries = [
     {k: v for k, v in json.loads(text).items() if k not in times}
     for text in read("summary.json")
