@@ -32,7 +32,7 @@ import operator
 
 import chex
 import jax
-from jax import custom_derivatives, flatten_util
+from jax import custom_derivatives, extend, flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -540,9 +540,9 @@ def _custom_gradient(loss_fn, prepare):
 
   Args:
     loss_fn: the inner loss.
-    prepare: (joint_gradient, params, rest) -> (joint gradient, aux, products).
-      The products map v to (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ, vᵀ ∂g/∂c), where c are the
-      values that the loss closes over.
+    prepare: (joint_gradient, params, rest) -> (its two results, products). The
+      function `products` maps v to (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ, vᵀ ∂g/∂c); see
+      `_joint_gradient`.
   """
 
   def gradient(*args):
@@ -579,9 +579,9 @@ def _custom_gradient(loss_fn, prepare):
 
 
 def _opened(loss_fn, *args):
-  """Return (closed_over, *args) -> loss_fn(*args), and closed_over.
+  """Return ((closed_over, *args) -> loss_fn(*args), closed_over).
 
-  These are the traced values that the loss closes over.
+  `closed_over` lists the traced values that the loss closes over.
   """
   traced, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(*args)
   is_tracer = [isinstance(x, jax.core.Tracer) for x in traced.consts]
@@ -592,10 +592,9 @@ def _opened(loss_fn, *args):
       next(tracers) if is_traced else x
       for x, is_traced in zip(traced.consts, is_tracer, strict=True)
     ]
-    return jax.tree.unflatten(
-      jax.tree.structure(shapes),
-      jax.core.eval_jaxpr(traced.jaxpr, constants, *jax.tree.leaves(args)),
-    )
+    opened = extend.core.ClosedJaxpr(traced.jaxpr, constants)
+    results = extend.core.jaxpr_as_fun(opened)(*jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
   return loss_of, list(itertools.compress(traced.consts, is_tracer))
 
@@ -603,9 +602,8 @@ def _opened(loss_fn, *args):
 def _joint_gradient(loss_of):
   """Return (params, rest) -> ((∇_θ L, ∇_φ L, ∇_c L), (loss [], model_state)).
 
-  `rest` is (meta_params, differentiated, closed_over, model_state, batch):
-  c are the values that the loss closes over, and those among them that are
-  differentiated; the others are None there.
+  `rest` is (meta_params, c, closed_over, model_state, batch), where c has those
+  of the closed-over values that are differentiated, and None for the others.
   """
 
   def joint_gradient(params, rest):
@@ -613,8 +611,8 @@ def _joint_gradient(loss_of):
 
     def loss_fn(params, meta_params, differentiated):
       values = [
-        x if traced is None else traced
-        for x, traced in zip(closed_over, differentiated, strict=True)
+        constant if learned is None else learned
+        for constant, learned in zip(closed_over, differentiated, strict=True)
       ]
       return loss_of(values, params, meta_params, *constants)
 
