@@ -562,9 +562,9 @@ def reads(config: ml_collections.ConfigDict, field: str) -> bool:
     field: its dotted name.
   """
   method, fields = objectives.get_method(config.method), config.transfer
-  learned = lambda value: value == "learned" and not fields.map
-  learns_channels = method.learn_channels and learned(fields.channel_weights)
-  learns_pairs = method.learn_pairs and learned(fields.pair_weights)
+  learns_channels, learns_pairs = method.learns(
+    fields.channel_weights, fields.pair_weights, is_frozen=bool(fields.map)
+  )
   learns = learns_channels or learns_pairs
   group, _, name = field.partition(".")
   if group in _LOSS_OF_GROUP:

@@ -62,6 +62,21 @@ class Method(NamedTuple):
       bool(self.losses) or self.starts_from_source or self.trains != "target"
     )
 
+  def learns(
+    self, channel_weights: str, pair_weights: str, *, is_frozen: bool
+  ) -> tuple[bool, bool]:
+    """Return whether f and g are learned.
+
+    Args:
+      channel_weights: config.transfer.channel_weights.
+      pair_weights: config.transfer.pair_weights.
+      is_frozen: True if a map gives the weights.
+    """
+    return (
+      self.learn_channels and channel_weights == "learned" and not is_frozen,
+      self.learn_pairs and pair_weights == "learned" and not is_frozen,
+    )
+
 
 METHODS = {
   # Cross-entropy alone.

@@ -178,6 +178,16 @@ class Experiment(NamedTuple):
     return objectives.get_method(self.settings.method)
 
   @property
+  def learns(self) -> tuple[bool, bool]:
+    """Whether f and g are learned."""
+    fields = self.settings.transfer
+    return self.method.learns(
+      fields.channel_weights,
+      fields.pair_weights,
+      is_frozen=self.frozen is not None,
+    )
+
+  @property
   def pair_activation(self) -> str:
     """Activation of g's outputs; without a look-ahead, a softmax over pairs."""
     if self.method.looks_ahead:

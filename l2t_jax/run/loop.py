@@ -190,7 +190,7 @@ class Seed:
     lower, clip = ["optimizer.learning_rate"], ["optimizer.clip_norm"]
     if "matching" in method.losses:
       lower.append("transfer.beta")
-    if method.learn_channels or method.learn_pairs:
+    if any(self.experiment.learns):
       lower.append("meta.learning_rate")
       clip.append("meta.clip_norm")
     either = lambda names: " or ".join(f"config.{name}" for name in names)

@@ -396,14 +396,12 @@ def _plan_matching(experiment, sources, target_layout):
   if frozen:
     _check_frozen(fields.map, frozen, pairs, source_taps)
   used = lambda taps, names: {n: taps[n] for n in taps if n in names}
-  learned = lambda value: value == "learned" and not frozen
   return _Matching(
     pairs,
     _attention_pairs(method, pairs, source_taps, target_taps),
     used(source_taps, {pair.source for pair in pairs}),
     used(target_taps, {pair.target for pair in pairs}),
-    method.learn_channels and learned(fields.channel_weights),
-    method.learn_pairs and learned(fields.pair_weights),
+    *experiment.learns,
   )
 
 
