@@ -117,7 +117,7 @@ def compile_for(
       state,
       shapes(iteration.setup.scalars, replicated),
       shapes(iteration.setup.sources, replicated),
-      shapes(iteration.batch, sharding.rows(mesh)),
+      shapes(iteration.batch, sharding.along(mesh)),
     )
   is_here = mesh.devices.flat[0].platform == jax.default_backend()
   return lowered.compile(compilation.options() if is_here else None)

@@ -62,6 +62,7 @@ from l2t_jax.results import (
 )
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import predictor, tuning
+from l2t_jax.run import train as runs
 from l2t_jax.runtime import run_folder, signals
 
 _CONFIG = "benchmarks/few_labels.py"
@@ -312,7 +313,7 @@ class Record:
     # A run that finished just before the study was killed has no line yet.
     # Train it again.
     for stage in STAGES:
-      for summary in list((workdir / stage.name).rglob("summary.json")):
+      for summary in list((workdir / stage.name).rglob(run_folder.SUMMARY)):
         if not self.has(summary.parent):
           shutil.rmtree(summary.parent)
 
@@ -320,9 +321,9 @@ class Record:
     folder = self._workdir / line["run"]
     folder.mkdir(parents=True, exist_ok=True)
     if line["error"]:
-      (folder / "error.txt").write_text(line["error"])
+      (folder / run_folder.ERROR).write_text(line["error"])
       return
-    run_folder.write_json(folder / "summary.json", line["summary"])
+    run_folder.write_json(folder / run_folder.SUMMARY, line["summary"])
     content = line.get("map") or {"pairs": line["pairs"]}
     if content["pairs"] and not (folder / transfer_map.FILE).exists():
       run_folder.write_json(folder / transfer_map.FILE, content)
@@ -366,7 +367,7 @@ class Record:
     self, folder: pathlib.Path, method: str, fields: Mapping[str, Any]
   ) -> None:
     """Append the line of a run, and delete the large files in its folder."""
-    error, summary = folder / "error.txt", folder / "summary.json"
+    error, summary = folder / run_folder.ERROR, folder / run_folder.SUMMARY
     content = run_folder.read_json(folder / transfer_map.FILE)
     line = {
       "run": self._name(folder),
@@ -381,7 +382,7 @@ class Record:
       line["map"] = content
     self._append(line)
     self.lines.append(line)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
     (folder / run_folder.TARGET).unlink(missing_ok=True)
 
   def _append(self, line):
@@ -453,7 +454,7 @@ def _moved(content):
 
 def evaluate_test(folder: pathlib.Path, images: str) -> None:
   """Evaluate a run's best epoch on the test images, for its summary."""
-  path = folder / "summary.json"
+  path = folder / run_folder.SUMMARY
   summary = run_folder.read_json(path)
   with np.load(images) as arrays:
     logits = predictor.load(folder).outputs(arrays["x_test"], 250)
@@ -480,7 +481,7 @@ def train(
         return False
       runner.run(job._replace(workdirs=left))
       for folder in left.values():
-        if not job.trial and not (folder / "error.txt").exists():
+        if not job.trial and not (folder / run_folder.ERROR).exists():
           evaluate_test(folder, job.config.data.path)
         record.add(folder, job.method, fields)
   return True

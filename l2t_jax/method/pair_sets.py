@@ -108,7 +108,7 @@ def of_equal_size(
   )
 
 
-def by_target(pairs):
+def by_target(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
   """Group pairs: target tap -> its pairs, in the given order."""
   groups: dict[str, list[Pair]] = {}
   for pair in pairs:

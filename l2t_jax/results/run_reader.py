@@ -174,7 +174,7 @@ def find_runs(
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
   """Read the summary.json of a run; None if the run is not finished."""
-  return run_folder.read_json(workdir / "summary.json")
+  return run_folder.read_json(workdir / run_folder.SUMMARY)
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

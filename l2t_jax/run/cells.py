@@ -24,7 +24,6 @@ from l2t_jax.run import experiments, from_config, train
 from l2t_jax.runtime import phases, run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
-_ERROR = "error.txt"  # Why a run failed.
 TUNING = "tuning.json"  # The chosen values of a cell, and its trials.
 
 
@@ -247,7 +246,7 @@ class Runner:
     run_folder.make(first)
     summaries, failure = self._train_logged(job, title, first)
     if failure:
-      (first / _ERROR).write_text(failure)
+      (first / run_folder.ERROR).write_text(failure)
       line = failure.splitlines()[0]
       if len(job.workdirs) == 1:
         CONSOLE.print(f"{title}: FAILED: {line}")
@@ -257,7 +256,7 @@ class Runner:
         self.run(job._replace(workdirs={seed: workdir}))
       return
     for workdir in job.workdirs.values():
-      (workdir / _ERROR).unlink(missing_ok=True)
+      (workdir / run_folder.ERROR).unlink(missing_ok=True)
     accuracies = lambda key: ", ".join(
       run_reader.accuracy_text(summary[key], job.config.target.task, digits=1)
       for summary in summaries
@@ -309,7 +308,7 @@ def read_runs(cell: Cell) -> tuple[list[dict[str, Any]], list[str]]:
   """Return (summaries of the finished runs, errors of the failed ones)."""
   summaries, failures = [], []
   for seed, workdir in cell.workdirs.items():
-    error_file = workdir / _ERROR
+    error_file = workdir / run_folder.ERROR
     if (summary := run_reader.read_summary(workdir)) is not None:
       summaries.append(summary)
     elif error_file.exists():

@@ -505,7 +505,7 @@ def _summarise(setup, trainer, runs):
   }
   if distributed.is_first():
     for run, summary in zip(runs, summaries.values(), strict=True):
-      run_folder.write_json(run.workdir / "summary.json", summary)
+      run_folder.write_json(run.workdir / run_folder.SUMMARY, summary)
     print(phases.line(seconds))
   return summaries
 

@@ -14,6 +14,8 @@ from l2t_jax.runtime import distributed
 
 METRICS = "metrics.jsonl"
 TARGET = "target.safetensors"
+SUMMARY = "summary.json"  # Of a complete run.
+ERROR = "error.txt"  # Why a run of a table failed.
 # What the operating system reports when a folder cannot be written.
 _STORAGE_ERRORS = (
   errno.ENOSPC,

@@ -41,7 +41,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+def along(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
   """Return the sharding of an array that is split along one axis."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
 
@@ -87,7 +87,7 @@ def split(
     if array.size < min_size or not any(divisible):
       return replicated(mesh)
     axis = int(np.argmax(divisible))
-    return rows(mesh, axis)
+    return along(mesh, axis)
 
   return jax.tree.map(choose, tree)
 
@@ -143,7 +143,7 @@ def shard(
   Returns:
     Global arrays with the rows of all processes.
   """
-  return jax.make_array_from_process_local_data(rows(mesh, axis), tree)
+  return jax.make_array_from_process_local_data(along(mesh, axis), tree)
 
 
 def shapes_of(tree: types.PyTree) -> types.PyTree:
