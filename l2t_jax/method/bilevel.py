@@ -73,7 +73,9 @@ def make_inner_step(
     loss_fn: the inner loss, `types.InnerLossFn`.
     optimizer: a differentiable optax transformation. Adam needs
       `eps_root > 0`, such as 1e-24.
-    mode: how a derivative of the step is computed, one of `MODES`.
+    mode: how a derivative of the step is computed, one of `MODES`. "mixed" and
+      "linearized" always trace the loss: none of its arguments can decide what
+      Python does.
 
   Returns:
     `step(state, meta_params, batch) -> (state, loss [])`. The loss is a
@@ -271,7 +273,10 @@ def unroll(
   if differentiated_steps is not None and differentiated_steps < num_steps:
     early, steps = np.split(steps, [num_steps - differentiated_steps])
     constants = jax.lax.stop_gradient((state, meta_params))
-    state, first_losses = take(*constants, batches, early)
+    # A loss may also close over values that are differentiated.
+    state, first_losses = jax.lax.stop_gradient(
+      take(*constants, batches, early)
+    )
     losses.append(first_losses)
   if not lengths:
     num_outside = 1 if rolled and len(steps) > 2 else len(steps)
@@ -413,8 +418,8 @@ def hypergradient(
 
   Raises:
     errors.InputError: `forward` with steps of another mode; `meta_params` are
-      not floating-point numbers; or a loop of `at_stationary_point` depends on
-      them other than through its arguments.
+      not floating-point numbers; or, outside of `jax.jit`, a loop of
+      `at_stationary_point` uses them without getting them as arguments.
   """
   _check_meta_params(meta_params)
   outer = loss_after(look_ahead, outer_loss_fn, state, batch)
@@ -430,8 +435,9 @@ def hypergradient(
       ):
         raise
       raise errors.InputError(
-        "a loop or a loss of at_stationary_point seems to use meta-parameters"
-        " that are not among its arguments; pass them as meta_params"
+        "at_stationary_point, or a jax.custom_vjp of your own, seems to use"
+        " meta-parameters that are not among its arguments; pass them as"
+        " arguments"
       ) from error
   flat, unravel = flatten_util.ravel_pytree(meta_params)
   push = lambda tangent: jax.jvp(

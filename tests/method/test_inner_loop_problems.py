@@ -324,7 +324,7 @@ def test_an_implicit_derivative_that_misses_meta_params():
   outer_loss = lambda params, *others: (loss(params, 1.0), others[1])
   params = jnp.ones(2)
   state = types.InnerState(params, optax.sgd(0.1).init(params), None)
-  with pytest.raises(errors.InputError, match="pass them as meta_params"):
+  with pytest.raises(errors.InputError, match="pass them as arguments"):
     bilevel.hypergradient(look_ahead, outer_loss, state, jnp.zeros(2), None)
 
 

@@ -112,6 +112,28 @@ def test_what_cannot_work(options, message):
     _hypergradient(**options)
 
 
+@pytest.mark.parametrize("mode", bilevel.MODES)
+def test_early_steps_are_constant_in_closed_over_values(mode):
+  """As they are in the meta-parameters that a loss gets as an argument."""
+  optimizer = optax.sgd(0.1)
+  state = types.InnerState(jnp.ones(3), optimizer.init(jnp.ones(3)), None)
+
+  def end(learned, is_closed_over):
+    def loss_fn(params, meta_params, model_state, batch):
+      scale = learned if is_closed_over else meta_params
+      return scale * jnp.sum(jnp.sin(params) ** 2), model_state
+
+    step = bilevel.make_inner_step(loss_fn, optimizer, mode=mode)
+    given = None if is_closed_over else learned
+    ahead, _ = bilevel.unroll(
+      step, state, given, None, num_steps=6, differentiated_steps=2
+    )
+    return jnp.sum(ahead.params)
+
+  slopes = [jax.grad(end)(1.0, closed_over) for closed_over in (True, False)]
+  np.testing.assert_allclose(*slopes, rtol=1e-6)
+
+
 def test_forward_mode_keeps_the_dtype_of_meta_params():
   meta_params = jnp.array(0.5, jnp.bfloat16)
   loss_fn = lambda params, meta_params, *_: (meta_params * params**2, None)
