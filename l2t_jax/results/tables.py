@@ -155,7 +155,7 @@ class Grid(NamedTuple):
     plain = self.cells.get((_PLAIN, cell.column))
     if plain is None or not plain.iteration_seconds or not cell.tuning:
       return None
-    trials = cell.tuning.trials
+    trials = [trial for trial in cell.tuning.trials if trial["iterations"]]
     if any(trial.get("iteration_seconds") is None for trial in trials):
       return None
     seconds = sum(t["iterations"] * t["iteration_seconds"] for t in trials)
@@ -352,7 +352,7 @@ def _compare_groups(group, others):
   if not others or any(other is group for other in others):
     return ""
   if len(others) > 1:
-    return f"{len(others)} configs have this method"
+    return f"unclear: {len(others)} configs of {others[0][0].config['method']}"
   done = lambda runs: tuple(run.summary for run in runs if run.summary)
   compared = difference(
     *(_cell_of(runs[0], "", done(runs)) for runs in (group, others[0]))

@@ -29,7 +29,7 @@ from l2t_jax.run import from_config
 from l2t_jax.runtime import run_folder
 
 MAX_PAIR_SETS = 30  # Per search.
-# Of the trials' seeds from those of the table, which start at the config's.
+# The table's seeds start at the config's seed, those of trials this far above.
 _SEED_DISTANCE = 10_000
 # Fields that cannot be tuned: they say what is compared, or on which images.
 _FIXED = (

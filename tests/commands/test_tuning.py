@@ -170,6 +170,8 @@ def test_trials_that_fail_are_not_chosen(pretend, tmp_path):
   assert final.config.optimizer.learning_rate == 0.01
   text = (tmp_path / "table.md").read_text()
   assert "scratch: 1 of 2 trials failed." in text
+  scratch, _ = test_table.rows(tmp_path)
+  assert float(scratch["tuning_plain_steps"]) == 10  # Of the other trial.
   assert "| `lwf` | nothing: all trials failed |" in text
   assert "lwf, tuning: all trials failed, such as seed 10000: iteration 3" in (
     text
