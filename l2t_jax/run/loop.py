@@ -280,7 +280,7 @@ class Loop:
     self._advise(waited, spent)
     if not start:
       for seed in seeds:
-        known = seed.progress["iteration_seconds"]
+        known = seed.progress.get("iteration_seconds")
         mine = spent / self._steps_per_epoch / len(seeds)
         seed.progress["iteration_seconds"] = min(mine, known or mine)
     return step

@@ -311,12 +311,7 @@ def _train(setup, trainer, group, requests):
         workdir,
         setup.dataset.with_seed(experiment.settings.seed),
         stack.enter_context(checkpoint.Checkpoints(workdir / CHECKPOINTS)),
-        {
-          "seconds": 0.0,
-          "iteration_seconds": None,
-          "val_accuracy": _WORST,
-          "inputs": setup.inputs,
-        },
+        {"seconds": 0.0, "val_accuracy": _WORST, "inputs": setup.inputs},
         f"seed {experiment.settings.seed}: " if len(group) > 1 else "",
       )
       for workdir, experiment in group.items()
@@ -531,7 +526,7 @@ def _summary(setup, trainer, run, num_seeds, seconds):
     "seconds": round(progress["seconds"], 1),
     # The same without evaluation, in the fastest whole epoch; None if an
     # interruption cut all of them.
-    "iteration_seconds": progress["iteration_seconds"],
+    "iteration_seconds": progress.get("iteration_seconds"),
     "compile_seconds": round(program.seconds, 1),
     # The main thread's time since the last summary in this process, for all
     # seeds that trained together.
