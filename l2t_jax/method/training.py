@@ -143,7 +143,7 @@ def make_train_step(
     number of pairs and [P] in their order, are
 
       * the scalars of `objectives.make_losses` before the real update, and
-        "grad_norm" of its loss;
+        "grad_norm" of the gradient of the real update's loss;
       * with a meta update: "outer_loss" after the look-ahead, if there is one,
         "meta_grad_norm", "meta_grad_norms" of the part of each pair, [P], and
         "meta_update_norm";
