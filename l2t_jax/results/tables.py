@@ -531,8 +531,9 @@ def _notes(grid: Grid) -> list[str]:
       notes.append(f"{name}: {edge} is at the edge of the values tried.")
   if any(cell.tuning for cell in cells):
     notes.append(
-      "Tuning: all trials of a method; plain steps are its seconds divided by"
-      f" those of an iteration of {_PLAIN}."
+      "Tuning: all trials of a method; plain steps: the time of their"
+      f" iterations, divided by that of one of {_PLAIN}; evaluations are not"
+      " counted."
     )
   if has_paper(grid):
     sign = "paper %" if is_single else "[ ]"
