@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import csv
 import io
 import itertools
-import operator
 import sys
 import textwrap
 from typing import Any, NamedTuple
@@ -343,8 +342,8 @@ def _splits(group):
 
 
 def _are_of_one_column(one, other):
-  fields = ({**run.config, "method": "", "seed": 0} for run in (one, other))
-  return operator.eq(*fields)
+  others = lambda run: {**run.config, "method": "", "seed": 0}
+  return others(one) == others(other)
 
 
 def _compare_groups(group, others):
