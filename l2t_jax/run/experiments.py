@@ -245,6 +245,9 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   target, variables = experiment.target, None
   if isinstance(target, nnx.Module):  # Trained from its current values.
     variables = variables_of(Source(target))
+  elif target is not None:  # What a function makes differs in its variables.
+    layout = models.trace(target, experiment.reading.image_shape)
+    variables = jax.tree.map(lambda x: f"{x.shape} {x.dtype}", layout.variables)
   settings = _as_dict(experiment.settings)
   losses = settings.pop("losses")
   described = (

@@ -214,9 +214,7 @@ def load(
     tuple(json.loads(metadata["std"])),
   )
   trains = objectives.get_method(config["method"]).trains
-  is_given = network is not None
   if trains != "target":
-    is_given = False
     network = sources.as_target(
       sources.trace_one(
         "", _find_source(source, config, metadata), image_format
@@ -231,12 +229,11 @@ def load(
   else:
     model_state, _ = weight_files.load(path)
     params = model_state.pop("params")
-  if not is_given:
-    weight_files.check_shapes(
-      models.trace(network, image_format.shape),
-      {"params": params, **model_state},
-      str(path),
-    )
+  weight_files.check_shapes(
+    models.trace(network, image_format.shape),
+    {"params": params, **model_state},
+    str(path),
+  )
   return Predictor(
     network,
     params,

@@ -51,6 +51,8 @@ def test_no_config_is_needed(trained):
 
 def test_accuracies_are_those_of_the_saved_target(trained):
   experiment = object_experiment.create()
+  with pytest.raises(errors.InputError, match="does not fit its weights"):
+    predictors.load(trained, lambda rngs: networks.convnext_nnx(3, rngs=rngs))
   predictor = predictors.load(trained, experiment.target)
   summary = json.loads((trained / "summary.json").read_text())
   best = small_runs.records(trained, "epoch")[summary["best_epoch"] - 1]
@@ -255,6 +257,10 @@ def test_descriptions_tell_contents_apart():
       for seed in (0, 1)
     ),
     *(usual._replace(target=network(seed)) for seed in (0, 1)),
+    *(
+      usual._replace(target=lambda rngs: networks.convnext_nnx(3, rngs=rngs)),
+      usual._replace(target=lambda rngs: networks.convnext_nnx(4, rngs=rngs)),
+    ),
     *(usual._replace(frozen=weights(value)) for value in (0.5, 0.6)),
   )
   described = [json.dumps(experiments.describe(one)) for one in experiments_of]
