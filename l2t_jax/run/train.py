@@ -323,6 +323,8 @@ def _train(setup, trainer, group, requests):
       ]
     # Not earlier, so that a run that cannot start leaves no trace.
     for workdir, experiment in group.items():
+      if distributed.is_first():  # Of fewer epochs.
+        (workdir / run_folder.SUMMARY).unlink(missing_ok=True)
       run_folder.write_json(workdir / "config.json", experiment.description)
       contents = run_folder.read_json(workdir / _CONTENTS) or {}
       # Keep the digests of files that no longer exist.

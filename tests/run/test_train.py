@@ -314,7 +314,7 @@ def _learned(workdir):
   return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-def test_more_epochs_go_on_to_the_bits(source, tmp_path):
+def test_more_epochs_go_on_to_the_bits(source, tmp_path, monkeypatch):
   """With a constant learning rate: one run of 3 epochs, and 1 and then 3."""
   config = small_runs.small_config(source, epochs=3)
   config.optimizer.schedule = "constant"
@@ -322,6 +322,11 @@ def test_more_epochs_go_on_to_the_bits(source, tmp_path):
   config.epochs = 1
   assert small_runs.train(config, tmp_path / "parts")["epochs"] == 1
   config.epochs = 3
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Loop, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      small_runs.train(config, tmp_path / "parts")
+  assert not (tmp_path / "parts" / "summary.json").exists()
   parts = small_runs.train(config, tmp_path / "parts")
   assert parts["epochs"] == 3
   assert _learned(tmp_path / "parts") == _learned(tmp_path / "whole")
