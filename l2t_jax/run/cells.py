@@ -282,7 +282,7 @@ class Runner:
         contextlib.redirect_stdout(log),
       ):
         return self._train(job), ""
-    except (errors.Interrupted, errors.StorageError):
+    except (errors.Interrupted, errors.StorageError, run_folder.LockedError):
       raise  # These end the whole table.
     except Exception as error:
       self._cell = self._training = None

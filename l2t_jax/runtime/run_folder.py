@@ -85,12 +85,16 @@ def make(workdir: pathlib.Path) -> None:
     ) from error
 
 
+class LockedError(errors.InputError):
+  """Another process is training in the folder."""
+
+
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
   """Context manager: lock a folder, so that only one run trains in it.
 
   Raises:
-    errors.InputError: another run holds the lock.
+    LockedError: another run holds the lock.
   """
   with contextlib.ExitStack() as stack:
     if distributed.is_first():
@@ -100,7 +104,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
-        raise errors.InputError(
+        raise LockedError(
           f"another process is training in {workdir}; wait until it ends or use"
           " another --workdir"
         ) from error

@@ -16,6 +16,7 @@ from rich import console
 from l2t_jax import errors, table
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import from_config, train, trainer
+from l2t_jax.runtime import run_folder
 from tests.support import small_runs
 
 pytestmark = pytest.mark.xdist_group("methods")
@@ -134,6 +135,15 @@ def test_accuracies_of_a_task_are_shown_as_they_are(
 
 
 @pytest.mark.long
+def test_a_run_of_another_process_has_not_failed(tmp_path):
+  cell = cells(tmp_path, num_seeds=1)[0]
+  (folder,) = cell.workdirs.values()
+  folder.mkdir(parents=True)
+  with run_folder.lock(folder), pytest.raises(run_folder.LockedError):
+    table_cells.Runner().run(cell)
+  assert not (folder / "error.txt").exists()
+
+
 def test_a_stopped_table_goes_on(source, tmp_path):
   command = arguments(
     tmp_path, source, "--methods=scratch,kd", "--seeds=1", "--config.epochs=40"
