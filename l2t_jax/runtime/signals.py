@@ -13,6 +13,7 @@ from l2t_jax import errors
 from l2t_jax.runtime import distributed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_USUAL_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class StopRequests:
@@ -58,11 +59,12 @@ class StopRequests:
     elif outermost is self:
       for number, handler in self._previous.items():
         signal.signal(number, handler)
-      # A request that came after the last check goes to the previous handler.
-      handler = self._previous.get(self._received) if self._received else None
-      is_handled = error and handler is signal.default_int_handler
-      if callable(handler) and not is_handled:
-        handler(self._received, None)
+      # A request that came after the last check has its usual effect. If there
+      # is an error, it already ends what would be interrupted.
+      if self._received in self._previous:
+        handler = self._previous[self._received]
+        if not error or handler not in _USUAL_HANDLERS:
+          signal.raise_signal(self._received)
 
   def received(self) -> bool:
     """Return whether this process received a request."""

@@ -6,6 +6,7 @@ import pytest
 
 from l2t_jax import errors
 from l2t_jax.runtime import signals
+from tests.support import small_runs
 
 
 def test_a_stop_request_is_seen_and_forgotten():
@@ -56,10 +57,22 @@ def test_control_c_that_is_ignored_stays_so():
 
 
 def test_a_stop_request_that_comes_too_late_is_for_the_next_around():
+  usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
   with signals.StopRequests() as outer:
     with signals.StopRequests():
       signal.raise_signal(signal.SIGTERM)
     assert outer.received()
+  signal.signal(signal.SIGTERM, usual)
+
+
+def test_a_stop_request_that_comes_too_late_ends_a_script():
+  result = small_runs.run_python(
+    "-c",
+    "import signal; from l2t_jax.runtime import signals\n"
+    "with signals.StopRequests(): signal.raise_signal(signal.SIGTERM)\n"
+    "print('goes on')",
+  )
+  assert (result.returncode, result.stdout) == (-signal.SIGTERM, "")
 
 
 @pytest.fixture
