@@ -120,11 +120,12 @@ class Seed:
         self.check_finite(values, number, pairs)
       elif bad := metrics.bad_numbers(values, [pair.name for pair in pairs]):
         what = "iteration" if values["skipped"] else "meta update of iteration"
+        values = metrics.without_bad_numbers(values)
+        self.check_finite(values, number, pairs, can_skip=False)
         display.say(
           f"{self.label}{what} {number} is skipped: not finite:"
           f" {', '.join(bad)}"
         )
-        values = metrics.without_bad_numbers(values)
       if self.skips == _MAX_SKIPS:
         raise errors.BadNumbersError(
           f"{self.label}the {_MAX_SKIPS} iterations up to {number} were all"

@@ -435,6 +435,22 @@ def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
   assert all(np.isfinite(values).all() for values in target.values())
 
 
+NO_ACCURACY = types.Task(
+  lambda outputs, targets: jnp.mean(outputs**2),
+  lambda outputs, targets: jnp.full(len(targets), jnp.nan),
+)
+
+
+def test_what_no_update_depends_on_is_not_skipped(source, tmp_path):
+  config = small_runs.small_config(source)
+  config.method = "scratch"
+  config.bad_numbers = "skip"
+  config.target.task = f"{__name__}:NO_ACCURACY"
+  message = r"^iteration 1: not finite: accuracy \(nan\); .* In another"
+  with pytest.raises(errors.BadNumbersError, match=message):
+    small_runs.train(config, tmp_path)
+
+
 @pytest.mark.parametrize(
   ("most", "message"),
   [(2, "the 2 iterations up to 5 were all skipped"), (20, "of epoch 2 were")],
