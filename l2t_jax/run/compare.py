@@ -121,19 +121,21 @@ def compare(
     raise errors.InputError(f"seeds are {seeds}; give at least one, each once")
   folder = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
   folder = folder.expanduser()
-  trainings = {}
-  for method in methods:
+
+  def make_training(method):
     config.method = method
-    trainings[method] = train.Training(
+    return train.Training(
       fit.make_experiment(
         target, arrays, source=source, config=config, task=task
       )
     )
-    trainings[method].build()
+
+  for method in methods:  # Before anything is trained.
+    make_training(method).build()
   print(f"runs are in {folder}")
   cells = []
   for method in methods:
-    training = trainings.pop(method)  # So that its programs are freed.
+    training = make_training(method)
     # One by one: on a CPU, convolutions of several seeds at once are slow.
     summaries = [
       summary
