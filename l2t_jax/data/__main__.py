@@ -43,6 +43,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     config = cli.load_config(args.config, overrides)
     fields = from_config.data_fields(config)
   else:
+    if overrides:
+      raise errors.InputError(f"{overrides[0]} is for a --config, not for PATH")
     # Images are opened, but not resized or normalised: other fields are unused.
     source = "npz" if args.path.endswith(".npz") else "folder"
     fields = data.DataFields(

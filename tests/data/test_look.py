@@ -156,8 +156,18 @@ def test_the_command(tmp_path):
   assert bad["file"] == str(odd / "1.png")
 
 
-@pytest.mark.parametrize("arguments", [(), ("a", "--config=b")])
-def test_a_path_or_a_config(arguments):
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ((), "give a PATH or --config, one of the two"),
+    (("a", "--config=b"), "give a PATH or --config, one of the two"),
+    (
+      ("a", "--config.data.channels=1"),
+      "--config.data.channels=1 is for a --config, not for PATH",
+    ),
+  ],
+)
+def test_a_path_or_a_config(arguments, message):
   result = small_runs.run_python("-m", "l2t_jax.data", *arguments)
   assert result.returncode == 2
-  assert result.stderr == "error: give a PATH or --config, one of the two\n"
+  assert result.stderr == f"error: {message}\n"
