@@ -72,18 +72,29 @@ def write(predictor: predictors.Predictor, path: pathlib.Path) -> None:
     errors.InputError: the suffix is unknown, torch is missing, or the file
       cannot be written.
   """
+  check_output(path)
   if path.suffix == ".stablehlo":
     content = to_stablehlo(predictor)
   elif path.suffix == ".safetensors":
     content = safetensors.numpy.save(to_state_dict(predictor))
-  elif path.suffix in (".pt", ".pth"):
-    content = _to_torch_file(to_state_dict(predictor))
   else:
+    content = _to_torch_file(to_state_dict(predictor))
+  with files.output_errors(path):
+    files.write(path, content)
+
+
+def check_output(path: pathlib.Path) -> None:
+  """Check the suffix and the place of a file, before its content is made.
+
+  Raises:
+    errors.InputError: the suffix is unknown, or the file cannot be written.
+  """
+  if path.suffix not in (".pt", ".pth", ".safetensors", ".stablehlo"):
     raise errors.InputError(
       f"{path} must end in .pt, .pth, .safetensors or .stablehlo"
     )
   with files.output_errors(path):
-    files.write(path, content)
+    files.check_place(path)
 
 
 def _to_torch_file(tensors):
@@ -106,6 +117,7 @@ def make_parser() -> errors.Parser:
 def main(args: argparse.Namespace) -> None:
   """Export the target of a run."""
   cpu_lowering.install()
+  check_output(args.output)
   write(predictors.load(args.run), args.output)
   print(f"wrote {args.output}")
 

@@ -1,5 +1,7 @@
 """The trained target in other formats: the same outputs."""
 
+import argparse
+
 import chex
 import jax.export
 import numpy as np
@@ -105,6 +107,14 @@ def test_what_cannot_be_exported(tmp_path):
   ):
     with pytest.raises(errors.InputError, match=message):
       export.write(predictor, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "file/a.pt"])
+def test_the_output_is_checked_before_the_run(tmp_path, name):
+  (tmp_path / "file").touch()
+  arguments = argparse.Namespace(run=tmp_path / "none", output=tmp_path / name)
+  with pytest.raises(errors.InputError, match=r"must end in|cannot write"):
+    export.main(arguments)
 
 
 @pytest.mark.xdist_group("experiment")
