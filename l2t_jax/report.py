@@ -81,7 +81,7 @@ def make_page(
   for run, *_ in run_reader.by_experiment(learned):
     try:
       saliency[run.name] = saliency_images.compute_saliency(run, num_images)
-    except errors.InputError as error:
+    except (errors.InputError, errors.StorageError) as error:
       saliency[run.name] = str(error)
   default = json.loads(l2t_jax.config.get_config().to_json())
   return html_report.make_page(

@@ -51,6 +51,7 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
   Raises:
     errors.InputError: data, weights or checkpoints no longer exist, or the run
       was made from arrays in a notebook.
+    errors.StorageError: a checkpoint cannot be read.
   """
   assert run.map is not None  # The run has learned channel weights.
   if run.config["data"]["source"] == "arrays":

@@ -254,6 +254,15 @@ def test_what_saliency_needs_may_be_gone(folder, tmp_path):
   assert "No saliency: no source weights at gone.safetensors" in content
 
 
+def test_a_run_that_cannot_be_read_ends_no_report(folder, monkeypatch):
+  def fail(*_):
+    raise errors.StorageError("cannot read the checkpoint")
+
+  monkeypatch.setattr(saliency_images, "compute_saliency", fail)
+  content = report.make_page(report.find_runs([folder]), 2)
+  assert "No saliency: cannot read the checkpoint" in content
+
+
 def test_names_are_text_and_no_markup(folder, tmp_path):
   name = "<b onload=alert(1)>"
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / name)
