@@ -46,8 +46,8 @@ def check_exists(path: pathlib.Path) -> None:
   library, _, name = str(path).partition(":")
   if library in programs.LIBRARIES and name:
     raise errors.InputError(
-      f"config.source.weights is '{path}'; convert it once: python -m"
-      f" l2t_jax.pretrained {path} OUT.safetensors, and give that file"
+      f"'{path}' is a network of a library, not a weight file; convert it once:"
+      f" python -m l2t_jax.pretrained {path} OUT.safetensors"
     )
   if not path.is_file():
     raise errors.InputError(

@@ -868,8 +868,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "The name of a network instead of its weight file",
       "--config.source.weights=timm:resnet50",
-      "config.source.weights is 'timm:resnet50'; convert it once: python -m "
-      "l2t_jax.pretrained timm:resnet50 OUT.safetensors, and give that file",
+      "'timm:resnet50' is a network of a library, not a weight file; convert "
+      "it once: python -m l2t_jax.pretrained timm:resnet50 OUT.safetensors",
     ),
     Case(
       "A converted network of another size",
@@ -1121,7 +1121,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "16-bit images",
       _RGB,
-      "converted: the upper 8 bits",
+      "scaled to 8 bits; the maximum of the training images decides what is "
+      "white",
       _pictures(mode="I;16"),
       code=0,
     ),
