@@ -158,7 +158,7 @@ def folder_name(name: str) -> str:
 def check_rows_differ(
   methods: Sequence[str], fields: ml_collections.ConfigDict
 ) -> None:
-  """Reject methods that the pairs or the map of a config make equal.
+  """Reject methods that are equal, if only by the fields of a config.
 
   Args:
     methods: rows of the table.
@@ -167,31 +167,35 @@ def check_rows_differ(
   Raises:
     errors.InputError: naming two such rows.
   """
-  field = "map" if fields.map else "pairs"
-  is_set = bool(fields.map or fields.pairs)
+  changed = [
+    f"config.transfer.{name}={fields[name]}"
+    for name in ("map", "pairs", "channel_weights", "pair_weights")
+    if fields[name] != l2t_jax.config.FIELDS[f"transfer.{name}"].default
+  ]
   rows: dict[objectives.Method, str] = {}
   for name in methods:
     method = objectives.get_method(name)
-    if method.searches_pairs and is_set:
+    has_pairs = bool(fields.map or fields.pairs)
+    if method.searches_pairs and has_pairs:
       raise errors.InputError(
-        f"config.transfer.{field} is set, but {name} searches for pairs; leave"
-        " one of the two out"
+        f"{changed[0]} is set, but {name} searches for pairs; leave one of the"
+        " two out"
       )
-    if method.pair_set is not None and is_set:
-      method = method._replace(pair_set="")
-      if fields.map:
-        method = method._replace(
-          learn_channels=False, learn_pairs=False, looks_ahead=True
-        )
-    same = rows.setdefault(method, name)
-    if same != name and not is_set:
-      raise errors.InputError(
-        f"{same} and {name} are the same; leave one of them out of --methods"
-      )
+    learns = method.learns(
+      fields.channel_weights, fields.pair_weights, is_frozen=bool(fields.map)
+    )
+    effective = method._replace(
+      pair_set="" if method.pair_set and has_pairs else method.pair_set,
+      learn_channels=learns[0],
+      learn_pairs=learns[1],
+      looks_ahead=method.looks_ahead and any(learns),
+    )
+    same = rows.setdefault(effective, name)
     if same != name:
+      cause = f"with {' and '.join(changed)}, " if changed else ""
       raise errors.InputError(
-        f"config.transfer.{field} is set, which makes {same} and {name} the"
-        " same; leave one of them out of --methods"
+        f"{cause}{same} and {name} are the same; leave one of them out of"
+        " --methods"
       )
 
 

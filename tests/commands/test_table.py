@@ -289,7 +289,13 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
       "fm_single,fm_one_to_one",
       "",
       "config.transfer.pairs=single",
-      "makes fm_single and fm_one_to_one the same",
+      "pairs=single, fm_single and fm_one_to_one are the same",
+    ),
+    (
+      "fm_one_to_one,l2t_w_one_to_one",
+      "",
+      "config.transfer.channel_weights=uniform",
+      "fm_one_to_one and l2t_w_one_to_one are the same",
     ),
     (
       "kd+l2t_ww,l2t_ww+kd",
