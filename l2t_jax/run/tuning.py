@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 import functools
 import hashlib
 import itertools
-import json
 import math
 import statistics
 from typing import Any, NamedTuple
@@ -55,6 +54,11 @@ class _Outcome(NamedTuple):
   score: float  # Mean validation accuracy; -inf if a seed failed.
   record: dict[str, Any]  # For tuning.json.
   cell: table_cells.Cell
+
+  def failed(self, error: str) -> _Outcome:
+    """Return the outcome of the same trial, had it ended with an error."""
+    record = self.record | {"errors": [*self.record["errors"], error]}
+    return self._replace(score=-math.inf, record=record)
 
 
 def parse(texts: Sequence[str], num_seeds: int) -> Tuning:
@@ -184,7 +188,10 @@ def _tune(
   chosen: dict[str, str] | None = combinations[0]
   if num_trials(cell, tuning):
     for fields in combinations:
-      yield from attempt(fields, tables.fields_text(fields))
+      outcome = yield from attempt(fields, tables.fields_text(fields))
+      if cell.is_search and (too_many := _too_many_pairs(outcome)):
+        outcomes[-1] = outcome.failed(too_many)
+        break  # None of the others would be searched either.
     best = max(outcomes, key=lambda outcome: outcome.score)
     if cell.is_search and best.score > -math.inf:
       best = yield from _search_pairs(best, attempt)
@@ -222,15 +229,7 @@ def _check_seeds(cell, chosen):
 
 def _search_pairs(all_pairs, attempt):
   """Add pairs greedily; return the best outcome, that of all pairs included."""
-  first = next(iter(all_pairs.cell.workdirs.values()))
-  content = json.loads((first / transfer_map.FILE).read_text())
-  names = [f"{pair['source']}->{pair['target']}" for pair in content["pairs"]]
-  if len(names) > MAX_PAIR_SETS:
-    raise errors.InputError(
-      f"{all_pairs.cell.method} has {len(names)} pairs to choose from, but"
-      f" tries at most {MAX_PAIR_SETS} sets; name fewer layers in"
-      " config.source.taps and config.target.taps"
-    )
+  names = _pairs_of(all_pairs)
   best, num_tried = None, 0
   chosen: tuple[str, ...] = ()
   left = names
@@ -259,6 +258,25 @@ def _search_pairs(all_pairs, attempt):
     )
   outcomes = [all_pairs] if best is None else [best, all_pairs]
   return max(outcomes, key=lambda outcome: outcome.score)
+
+
+def _pairs_of(outcome):
+  """Return the names of the pairs of a trial that has succeeded."""
+  first = next(iter(outcome.cell.workdirs.values()))
+  content = run_folder.read_json(first / transfer_map.FILE)
+  return [f"{pair['source']}->{pair['target']}" for pair in content["pairs"]]
+
+
+def _too_many_pairs(outcome):
+  """Return why the pairs of a trial cannot be searched; "" if they can."""
+  count = 0 if outcome.score == -math.inf else len(_pairs_of(outcome))
+  if count <= MAX_PAIR_SETS:
+    return ""
+  return (
+    f"{outcome.cell.method} has {count} pairs to choose from, but tries at most"
+    f" {MAX_PAIR_SETS} sets; name fewer layers in config.source.taps and"
+    " config.target.taps"
+  )
 
 
 def _combinations(cell, tuning):

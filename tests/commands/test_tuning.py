@@ -219,10 +219,16 @@ def test_fixed_pairs_are_searched(
   )
 
 
-def test_a_search_among_too_many_pairs_is_refused(pretend, tmp_path):
-  pretend(lambda _: 0.5, num_pairs=31)
-  with pytest.raises(errors.InputError, match="31 pairs to choose from"):
-    run_table(tmp_path, "--methods=fm_search", "--seeds=1")
+def test_a_search_among_too_many_pairs_fails_alone(pretend, tmp_path):
+  ran = pretend(lambda _: 0.5, num_pairs=31)
+  methods = "--methods=fm_search,fm_single"
+  tune = "--tune=transfer.beta=1,2"
+  assert run_table(tmp_path, methods, tune, "--seeds=1") == 1
+  trials = [job.method for job in ran if job.trial]
+  assert trials == ["fm_search", "fm_single", "fm_single"]
+  assert ran[-1].method == "fm_single" and not ran[-1].trial
+  text = (tmp_path / "table.md").read_text()
+  assert "31 pairs to choose from" in text
 
 
 def test_seeds_of_another_choice_are_refused(source, tmp_path, monkeypatch):
@@ -330,7 +336,7 @@ def test_shares_differ_in_their_methods(tmp_path):
         "--tune=transfer.pairs=single,nearest",
         "--methods=fm_single,fm_one_to_one",
       ],
-      "makes fm_single and fm_one_to_one the same",
+      "pairs=single, fm_single and fm_one_to_one are the same",
     ),
     (
       ["--tune=transfer.pairs=single,nearest", "--methods=fm_search,lwf"],
