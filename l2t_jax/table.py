@@ -128,7 +128,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   """Train the runs that are not done yet.
 
   Returns:
-    The exit code: 0, 1 if a run failed, 75 after SIGTERM, 130 after Ctrl-C.
+    The exit code: 0, 1 if a run failed, 75 after SIGTERM or Ctrl-C.
   """
   if not args.workdir:
     raise errors.InputError("--workdir must name a folder")
@@ -185,9 +185,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
           runner.run(job)
           results = table_cells.results(cells)
           table_picture.write(workdir, results, args.reference)
-  except (KeyboardInterrupt, errors.Interrupted) as error:
+  except errors.Interrupted as error:
     say("interrupted; the same command resumes")
-    code = getattr(error, "exit_code", 130)
+    code = error.exit_code
   results = table_cells.results(cells)
   table_picture.write(workdir, results, args.reference)
   tables.print_table(results, args.reference)

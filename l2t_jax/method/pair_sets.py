@@ -62,11 +62,7 @@ def make_pairs(
   if pair_set == "all_to_all":
     return everything
   if pair_set == "one_to_one":
-    pairs = tuple(
-      pair
-      for pair in everything
-      if source_taps[pair.source][:2] == target_taps[pair.target][:2]
-    )
+    pairs = of_equal_size(everything, source_taps, target_taps)
     if not pairs:
       raise errors.InputError(
         "pairs 'one_to_one': no source tap has the resolution of a target tap"

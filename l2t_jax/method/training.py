@@ -154,8 +154,9 @@ def make_train_step(
         "regressor_grad_norms" [P].
 
   Raises:
-    errors.InputError: the look-ahead loss or the mode is unknown; or, when the
-      step is traced, `bilevel.check_differentiable` refuses the optimizer.
+    errors.InputError: the look-ahead loss is unknown; or, when the step is
+      traced, the mode is, or `bilevel.check_differentiable` refuses the
+      optimizer.
   """
   if recipe.look_ahead_loss not in LOOK_AHEAD_LOSSES:
     raise errors.InputError(

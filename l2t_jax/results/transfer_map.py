@@ -90,8 +90,7 @@ def collect(
 
   Args:
     setting: of the run.
-    epochs: the records of kind "epoch". If an epoch is recorded twice, as after
-      a resumed run, the later record counts.
+    epochs: the records of kind "epoch", one per epoch.
     channel_weights: "source->target" -> [C_m], mean over the last epoch.
 
   Returns:
