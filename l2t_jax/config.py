@@ -497,6 +497,7 @@ def _check_sources(config, method):
       "config.source.weights and config.sources are both set; set the first for"
       " one source, the second for several"
     )
+  method.check_sources(source_configs(config))
   for name, fields in source_configs(config).items():
     path = f"config.sources.{name}" if name else "config.source"
     missing = [field for field in SOURCE if field not in fields]

@@ -58,9 +58,23 @@ class Method(NamedTuple):
 
   @property
   def needs_source(self) -> bool:
-    return (
-      bool(self.losses) or self.starts_from_source or self.trains != "target"
-    )
+    return bool(self.losses) or self._continues_source
+
+  @property
+  def _continues_source(self) -> bool:
+    return self.starts_from_source or self.trains != "target"
+
+  def check_sources(self, names: Collection[str]) -> None:
+    """Raise an `errors.InputError` for sources that cannot all be used.
+
+    Args:
+      names: of the sources.
+    """
+    if len(names) > 1 and self._continues_source:
+      raise errors.InputError(
+        "fine-tuning and linear probes start from one source, but there are"
+        f" {len(names)}: {', '.join(names)}"
+      )
 
   def learns(
     self, channel_weights: str, pair_weights: str, *, is_frozen: bool

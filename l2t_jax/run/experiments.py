@@ -188,6 +188,11 @@ class Experiment(NamedTuple):
     )
 
   @property
+  def looks_ahead(self) -> bool:
+    """Whether weights are learned through a look-ahead."""
+    return any(self.learns) and self.method.looks_ahead
+
+  @property
   def pair_activation(self) -> str:
     """Activation of g's outputs; without a look-ahead, a softmax over pairs."""
     if self.method.looks_ahead:

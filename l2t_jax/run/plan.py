@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from rich import console, table
 
 from l2t_jax.run import experiments
 from l2t_jax.run import setup as setups
+from l2t_jax.run import trainer as trainers
 from l2t_jax.runtime import compilation, sharding
 
 _NUM_TIMED = 3
@@ -22,7 +24,8 @@ class Plan(NamedTuple):
   num_parameters: dict[str, int]  # Per part: target, regressors, f and g.
   programs: dict[str, compilation.Program]  # Per mode; "" without look-ahead.
   chosen: str  # The mode that training would use.
-  seconds: float  # Per iteration in that mode, on average.
+  too_large: str  # Why that mode does not fit into memory; "" if it does.
+  seconds: float  # Per iteration in that mode, on average; NaN if too large.
   steps_per_epoch: int
   epochs: int
 
@@ -51,7 +54,7 @@ def make(experiment: experiments.Experiment) -> Plan:
       )
 
     compiling = {mode: compile_step(mode) for mode in setup.modes}
-    num_without_meta = settings.meta.update_every - 1 if setup.learns else 0
+    num_without_meta = max(setup.update_every - 1, 0)
     if num_without_meta:
       without_meta = compile_step(setup.modes[0], update_meta=False)
   state = setup.create_state(settings.seed)
@@ -63,14 +66,18 @@ def make(experiment: experiments.Experiment) -> Plan:
   sizes = {**state.inner.params, "f and g": state.meta_params}
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   num_parameters = {name: count(tree) for name, tree in sizes.items()}
-  times = [_time(programs[chosen], state, *inputs)]
-  if num_without_meta:
+  too_large = trainers.describe_excess(setup, programs[chosen], chosen)
+  times = [math.nan]
+  if not too_large:
+    times = [_time(programs[chosen], state, *inputs)]
+  if num_without_meta and not too_large:
     state = setup.create_state(settings.seed)  # The other one was donated.
     times += [_time(without_meta.result(), state, *inputs)] * num_without_meta
   return Plan(
     num_parameters=num_parameters,
     programs=programs if setup.looks_ahead else {"": programs[chosen]},
     chosen=chosen if setup.looks_ahead else "",
+    too_large=too_large,
     seconds=float(np.mean(times)),
     steps_per_epoch=setup.dataset.steps_per_epoch,
     epochs=settings.epochs,
@@ -94,6 +101,9 @@ def show(plan: Plan) -> None:
       ", ".join((*notes, *(["chosen"] if mode == plan.chosen else []))),
     )
   console.Console().print(rows)
+  if plan.too_large:
+    print(plan.too_large)
+    return
   epoch = plan.seconds * plan.steps_per_epoch
   print(
     f"{plan.seconds:.3g} s per iteration on {jax.device_count()} x"

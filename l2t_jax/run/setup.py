@@ -57,7 +57,7 @@ class Setup(NamedTuple):
   # The sources that the losses read, placed on the mesh.
   sources: dict[str, training.Variables]
   source_taps: pair_sets.TapShapes  # The source taps that pairs use.
-  learns: bool  # True if there is a meta update.
+  update_every: int  # Iterations per meta update; 0 if there is none.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
   # Zeros in the shapes of this process's rows.
@@ -71,7 +71,7 @@ class Setup(NamedTuple):
   @property
   def looks_ahead(self) -> bool:
     """True if a look-ahead is differentiated."""
-    return self.learns and self.recipe.look_ahead_loss != "none"
+    return self.update_every > 0 and self.recipe.look_ahead_loss != "none"
 
 
 class _Target(NamedTuple):
@@ -86,14 +86,12 @@ class _Target(NamedTuple):
 
 
 class _Matching(NamedTuple):
-  """Which features are compared, and which of their weights are learned."""
+  """Which features are compared."""
 
   pairs: tuple[pair_sets.Pair, ...] = ()
   attention_pairs: tuple[pair_sets.Pair, ...] = ()  # Of attention transfer.
   source_taps: pair_sets.TapShapes = {}  # noqa: RUF012
   target_taps: pair_sets.TapShapes = {}  # noqa: RUF012
-  learn_channels: bool = False
-  learn_pairs: bool = False
 
 
 @phases.phase("tracing")
@@ -109,6 +107,7 @@ def build(experiment: experiments.Experiment) -> Setup:
   """
   settings, method = experiment.settings, experiment.method
   _check_task(experiment)
+  method.check_sources(experiment.sources)
   mesh = sharding.make_mesh()
   _check_devices(experiment, mesh)
   dataset = _load_data(experiment)
@@ -131,11 +130,10 @@ def build(experiment: experiments.Experiment) -> Setup:
   if method.pair_set is not None:
     plan = _plan_matching(experiment, sources, target.layout)
   read = sources if method.losses else []
-  learns = plan.learn_channels or plan.learn_pairs
   modes: tuple[str, ...] = (settings.bilevel.mode,)
   if modes == ("auto",):
     # Without a look-ahead, the program is the same in all modes.
-    modes = _AUTO_MODES if learns and method.looks_ahead else _AUTO_MODES[:1]
+    modes = _AUTO_MODES if experiment.looks_ahead else _AUTO_MODES[:1]
   target_fn = models.as_apply_fn(
     target.network,
     {*plan.target_taps, target.head_tap} - {""},
@@ -160,9 +158,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     )
 
   problem, recipe = assemble(settings.scalars)
-  first_state = _make_first_state(
-    method, settings.losses, plan, sources, target, recipe
-  )
+  first_state = _make_first_state(experiment, plan, sources, target, recipe)
   create_state, shapes = _place_states(settings, first_state, mesh)
   if ":" in settings.optimizer.name:
     optimizers.check(recipe.optimizer_fn, shapes.inner.params)
@@ -188,7 +184,7 @@ def build(experiment: experiments.Experiment) -> Setup:
       for source in read
     },
     source_taps=plan.source_taps,
-    learns=learns,
+    update_every=settings.meta.update_every if any(experiment.learns) else 0,
     create_state=create_state,
     state_shapes=shapes,
     blank_batch=_blank_batch(experiment, dataset),
@@ -359,7 +355,7 @@ def _check_classification(dataset, outputs):
 
 
 def _plan_matching(experiment, sources, target_layout):
-  """Choose the pairs, and which of their weights are learned."""
+  """Choose the pairs of taps that are compared."""
   method, fields = experiment.method, experiment.settings.transfer
   frozen = experiment.frozen
   wanted = fields.pairs or method.pair_set
@@ -401,7 +397,6 @@ def _plan_matching(experiment, sources, target_layout):
     _attention_pairs(method, pairs, source_taps, target_taps),
     used(source_taps, {pair.source for pair in pairs}),
     used(target_taps, {pair.target for pair in pairs}),
-    *experiment.learns,
   )
 
 
@@ -513,7 +508,7 @@ def _make_target(experiment, sources, image_format):
         f"method {experiment.settings.method!r} has outputs ['B', K], but those"
         f" of the task are {['B', *layout.output_shape]}; use another method"
       )
-    source = source_networks.only_source(sources)
+    (source,) = sources
     network = source_networks.as_target(
       source, layout.num_outputs, image_format, trains=method.trains
     )
@@ -550,7 +545,7 @@ def _make_target(experiment, sources, image_format):
 
 def _source_to_start_from(layout, sources, image_format):
   """Return (the source's variables, notes) for fine-tuning."""
-  source = source_networks.only_source(sources)
+  (source,) = sources
   if source.bands and source.bands != tuple(range(image_format.channels)):
     raise errors.InputError(
       f"fine-tuning starts from weights for the bands {source.bands}, but the"
@@ -579,8 +574,10 @@ def _source_to_start_from(layout, sources, image_format):
   return others, tuple(notes)
 
 
-def _make_first_state(method, loss_fields, plan, sources, target, recipe):
+def _make_first_state(experiment, plan, sources, target, recipe):
   """Return seed -> the state before the first iteration."""
+  losses = experiment.method.losses
+  learn_channels, learn_pairs = experiment.learns
   add_optimizers = jax.jit(
     functools.partial(training.create_state, recipe=recipe)
   )
@@ -591,25 +588,25 @@ def _make_first_state(method, loss_fields, plan, sources, target, recipe):
     attention_key = jax.random.fold_in(key, 4)
     target_params, model_state = target.init(target_key)
     params = {"target": target_params}
-    if "matching" in method.losses:
+    if "matching" in losses:
       params["regressors"] = transfer.init_regressors(
         regressor_key, plan.pairs, plan.source_taps, plan.target_taps
       )
-    if "lwf" in method.losses:
+    if "lwf" in losses:
       params["heads"] = objectives.init_heads(
         head_key,
         target.layout.taps[target.head_tap][-1],
         {source.name: source.num_classes for source in sources},
       )
-    if "afd" in method.losses:
+    if "afd" in losses:
       params["afd"] = attention_distillation.init(
         attention_key,
         plan.pairs,
         plan.source_taps,
         plan.target_taps,
-        dim=loss_fields["afd"]["dim"],
+        dim=experiment.settings.losses["afd"]["dim"],
       )
-    if "aft" in method.losses:
+    if "aft" in losses:
       params["aft"] = objectives.init_channel_scales(
         plan.pairs, plan.source_taps
       )
@@ -617,8 +614,8 @@ def _make_first_state(method, loss_fields, plan, sources, target, recipe):
       meta_key,
       plan.pairs,
       plan.source_taps,
-      learn_channels=plan.learn_channels,
-      learn_pairs=plan.learn_pairs,
+      learn_channels=learn_channels,
+      learn_pairs=learn_pairs,
     )
     return add_optimizers(params, model_state, meta_params)
 

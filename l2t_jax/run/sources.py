@@ -326,20 +326,6 @@ def _standardise(features, statistics, *, train):
   return (features - mean) / jnp.sqrt(var + _EPSILON), statistics
 
 
-def only_source(sources: Sequence[TracedSource]) -> TracedSource:
-  """Return the only source.
-
-  Raises:
-    errors.InputError: there are several.
-  """
-  if len(sources) > 1:
-    raise errors.InputError(
-      "fine-tuning and linear probes start from one source, but config.sources"
-      f" has {len(sources)}: {', '.join(source.name for source in sources)}"
-    )
-  return sources[0]
-
-
 def notes(
   experiment: experiments.Experiment,
   sources: Sequence[TracedSource],

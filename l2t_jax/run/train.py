@@ -139,6 +139,7 @@ class Training:
       for seed, workdir in workdirs.items()
       if seed not in summaries
     }
+    check_start(settings.init_from, left)
     for workdir in left:
       run_folder.make(workdir)
     _, precision = compilation.PRECISIONS[settings.precision]
@@ -161,11 +162,7 @@ class Training:
     if self._trainer is None or self._trainer.num_seeds != len(group):
       # Free the old trainer's programs before the new one compiles its own.
       self._trainer = None
-      self._trainer = trainers.Trainer(
-        setup,
-        len(group),
-        update_every=self._experiment.settings.meta.update_every,
-      )
+      self._trainer = trainers.Trainer(setup, len(group))
     try:
       return _train(setup, self._trainer, group, requests)
     finally:
@@ -343,12 +340,20 @@ def _train(setup, trainer, group, requests):
   return _summarise(setup, trainer, runs)
 
 
-def check_can_start_from(workdir: str) -> set[int]:
-  """Return the iterations of the checkpoints of config.init_from.
+def check_start(
+  init_from: str, workdirs: Collection[str | os.PathLike[str]]
+) -> None:
+  """Check config.init_from, unless all runs have begun.
 
   Raises:
-    errors.InputError: there are none.
+    errors.InputError: it has no checkpoint.
   """
+  if init_from and not (workdirs and all(map(has_begun, workdirs))):
+    _steps_to_start_from(init_from)
+
+
+def _steps_to_start_from(workdir):
+  """Return the iterations of the checkpoints of config.init_from."""
   folder = pathlib.Path(workdir) / CHECKPOINTS
   if not (steps := checkpoint.steps_in(folder)):
     raise errors.InputError(
@@ -360,7 +365,7 @@ def check_can_start_from(workdir: str) -> set[int]:
 
 def _start_from(workdir, state, recipe):
   """Initialise a state with what another run has learned."""
-  step = max(check_can_start_from(workdir))
+  step = max(_steps_to_start_from(workdir))
   folder = pathlib.Path(workdir) / CHECKPOINTS
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:

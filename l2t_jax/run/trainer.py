@@ -19,6 +19,33 @@ class DoesNotFit(Exception):
   """The seeds of a group need more memory together than the device has."""
 
 
+def describe_excess(
+  setup: setups.Setup, program: compilation.Program, mode: str
+) -> str:
+  """Say that an iteration needs too much memory, and what helps.
+
+  Args:
+    setup: what is trained.
+    program: the iteration of one seed.
+    mode: of its hypergradient.
+
+  Returns:
+    "" if it fits. Unlike `compilation.fits`, this keeps no reserve.
+  """
+  limit = compilation.memory_limit()
+  if program.memory_bytes is None or program.memory_bytes <= limit:
+    return ""
+  mib = lambda size: f"{size / 2**20:,.0f} MiB"
+  slimmer = ""
+  if setup.looks_ahead and mode != "mixed":
+    slimmer = "set config.bilevel.mode=mixed, or "
+  return (
+    f"an iteration needs {mib(program.memory_bytes)}, and there are"
+    f" {mib(limit)}: {slimmer}lower config.batch_size or"
+    " config.data.image_size"
+  )
+
+
 class Trainer:
   """Owns the state of a training and the programs that change it.
 
@@ -27,18 +54,14 @@ class Trainer:
   and return one value per seed, in the order of the seeds.
   """
 
-  def __init__(
-    self, setup: setups.Setup, num_seeds: int = 1, *, update_every: int = 1
-  ):
+  def __init__(self, setup: setups.Setup, num_seeds: int = 1):
     """Start compiling in the background; see `compile`.
 
     Args:
       setup: what is trained.
       num_seeds: number of seeds that train together.
-      update_every: iterations per meta update.
     """
     self._setup, self.num_seeds = setup, num_seeds
-    self._update_every = update_every if setup.learns else 1
     self._shapes = setup.state_shapes
     if self.num_seeds > 1:
       self._shapes = sharding.stacked(self._shapes, self.num_seeds)
@@ -123,8 +146,8 @@ class Trainer:
     Returns:
       Metrics, for `fetch`.
     """
-    updates_meta = number % self._update_every == 0
-    program = self._programs[0 if updates_meta else -1]
+    every = self._setup.update_every or 1
+    program = self._programs[0 if number % every == 0 else -1]
     self._state, values = program.call(
       self._state, self._setup.scalars, self._sources, self._shard(batches)
     )
@@ -175,17 +198,8 @@ class Trainer:
       raise DoesNotFit(
         f"{self.num_seeds} seeds together need {program.memory_bytes} bytes"
       )
-    # `compilation.fits` keeps a reserve, which a single seed may use.
-    if program.memory_bytes > compilation.memory_limit():
-      mib = lambda size: f"{size / 2**20:,.0f} MiB"
-      slimmer = ""
-      if self._setup.looks_ahead and mode != "mixed":
-        slimmer = "set config.bilevel.mode=mixed, or "
-      raise errors.InputError(
-        f"an iteration needs {mib(program.memory_bytes)}, and there are"
-        f" {mib(compilation.memory_limit())}: {slimmer}lower config.batch_size"
-        " or config.data.image_size"
-      )
+    if too_large := describe_excess(self._setup, program, mode):
+      raise errors.InputError(too_large)
 
   def _compile_steps(self, mode):
     """Compile the iteration and, if it occurs, that without a meta update."""
@@ -200,7 +214,7 @@ class Trainer:
         ),
         *self._step_inputs,
       )
-      for update_meta in (True, False)[: 1 + (self._update_every > 1)]
+      for update_meta in (True, False)[: 1 + (self._setup.update_every > 1)]
     ]
 
   def _jit_eval_step(self):

@@ -14,6 +14,7 @@ from l2t_jax.method import loss_functions, objectives, training, transfer
 from l2t_jax.run import experiments, fit, from_config, plan, train
 from l2t_jax.run import predictor as predictors
 from l2t_jax.run import setup as setups
+from l2t_jax.runtime import compilation
 from tests.support import object_experiment, small_runs
 
 # They share a run, made by another process.
@@ -158,6 +159,16 @@ def test_a_plan_counts_iterations_without_a_meta_update(monkeypatch):
     experiment._replace(settings=settings._replace(meta=meta))
   )
   assert planned.seconds == (4.0 + 1.0 + 1.0) / 3
+
+
+def test_a_plan_does_not_run_what_does_not_fit(monkeypatch, capsys):
+  monkeypatch.setattr(plan, "_time", lambda *_: 1 / 0)
+  monkeypatch.setattr(compilation, "memory_limit", lambda: 2**10)
+  plan.show(plan.make(object_experiment.create()))
+  assert "does not fit" in (printed := capsys.readouterr().out)
+  assert printed.strip().endswith(
+    "0 MiB: lower config.batch_size or config.data.image_size"
+  )
 
 
 def test_settings_become_a_recipe():
