@@ -204,6 +204,8 @@ def _as_sources(source, config):
   """Return name -> source, from the argument `source` of `fit`."""
   nothing = l2t_jax.config.source()
   given = source if isinstance(source, Mapping) else {"": source}
+  if source is not None:
+    _check_read(config, given, nothing)
   found = {}
   for name, one in given.items():
     if not isinstance(name, str) or "/" in name:
@@ -223,6 +225,24 @@ def _as_sources(source, config):
       )
     found[name] = one
   return {name: one for name, one in found.items() if one is not None}
+
+
+def _check_read(config, given, nothing):
+  """Reject options of sources that are not given."""
+  unread = [f"config.sources.{n}" for n in config.sources if n not in given]
+  if "" not in given:
+    unread += [
+      f"config.source.{field}"
+      for field, value in config.source.items()
+      if field != "weights" and value != nothing[field]
+    ]
+  if unread:
+    names = ", ".join(map(repr, given)) if "" not in given else "no name"
+    raise errors.InputError(
+      f"{', '.join(unread)} is set, but the source has {names}; options of a"
+      " single source are in config.source, those of named ones in"
+      " config.sources.NAME"
+    )
 
 
 def _check_unset(fields, nothing):

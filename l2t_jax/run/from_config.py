@@ -87,9 +87,9 @@ def check(
     # Nothing is left to train: no need for weights or trackers.
     if all(train.is_complete(w, config.epochs) for w in workdirs.values()):
       return
-  begun = [train.has_begun(w) for w in (workdirs or {}).values()]
-  if config.init_from and not (begun and all(begun)):
-    train.check_can_start_from(config.init_from)
+  train.check_start(config.init_from, (workdirs or {}).values())
+  data_fields(config)
+  load_map(config)
   tracking.check_trackers(config.trackers)
   if objectives.get_method(config.method).needs_source:
     for fields in l2t_jax.config.source_configs(config).values():

@@ -14,6 +14,7 @@ from examples import networks, tasks
 from l2t_jax import errors, models, types
 from l2t_jax.data import from_arrays, splits
 from l2t_jax.run import compare, experiments, fit, loop, predictor, sources
+from l2t_jax.run import setup as setups
 from tests.support import bad_input
 
 SHAPE = (8, 8, 1)
@@ -297,6 +298,30 @@ def test_sources_that_cannot_be(arrays, source, message):
       source=source,
       config=small_config("fm_single", 1),
     )
+
+
+@pytest.mark.parametrize(
+  ("fields", "names", "message"),
+  [
+    ({"source.taps": ("a",)}, ("a", "b"), r"config\.source\.taps is set"),
+    ({"sources": {"c": {}}}, ("a", "b"), r"sources\.c is set, .* 'a', 'b'"),
+    ({"sources": {"c": {}}}, (), r"sources\.c is set, .* has no name"),
+    ({"method": "linear_probe"}, ("a", "b"), "start from one source"),
+    ({"method": "scratch", "init_from": "none"}, (), "no checkpoint in none"),
+  ],
+)
+def test_options_that_nothing_would_read(
+  arrays, monkeypatch, fields, names, message
+):
+  network = experiments.Source(networks.convnext_nnx(10, rngs=nnx.Rngs(0)))
+  source = dict.fromkeys(names, network) if names else network
+  config = small_config("fm_single", 1)
+  for name, value in fields.items():
+    with config.ignore_type(), config.unlocked():
+      config.update_from_flattened_dict({name: value})
+  monkeypatch.setattr(setups, "_load_data", lambda _: 1 / 0)
+  with pytest.raises(errors.InputError, match=message):
+    fit.fit(networks.ConvNeXt(10), arrays, source=source, config=config)
 
 
 def test_a_network_without_maps_learns(arrays):

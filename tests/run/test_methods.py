@@ -356,6 +356,8 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
     ),
     ({"source.image_size": -3}, "config.source.image_size is -3"),
     ({"data.unlabeled_path": "images"}, "unlabeled"),
+    ({"data.image_size": 224}, "random_resized_crop_flip"),
+    ({"transfer.map": "x.json"}, "x.json"),
   ],
 )
 def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
