@@ -3,9 +3,9 @@
     --config=benchmarks/few_labels.py          VGG-9, as in the paper
     --config=benchmarks/few_labels.py:quarter  a quarter of its width
 
-The folder local/ holds the authors' images, split and source network under the
-names below. 500 of the 4,500 training images keep their labels; all 500
-validation and 8,000 test images are used.
+`python -m benchmarks.prepare_stl10` writes the images, the authors' split and
+their source network to the folder local/. 500 of the 4,500 training images keep
+their labels; all 500 validation and 8,000 test images are used.
 """
 
 from __future__ import annotations

@@ -6,10 +6,8 @@
 #   PRECISION=tf32 LIMIT=480 benchmarks/gpu_stl10.sh gpu_data
 #   METHODS=lwf,at,lwf_at benchmarks/gpu_stl10.sh gpu_data
 #
-# FOLDER needs: stl10_32.npz (x_train, y_train, x_test, y_test in the official
-# order, 32x32), author_splits.npz (stl10_train, stl10_val, stl10_test),
-# resnet32_tinyimagenet.safetensors (made by `python -m l2t_jax.pretrained`), and
-# wheels of what the machine lacks (benchmarks/gpu_packages.sh).
+# FOLDER holds what `python -m benchmarks.prepare_stl10` writes, and wheels of
+# what the machine lacks (benchmarks/gpu_packages.sh).
 #
 # One seed of every method first, then the next seed of each, up to SEEDS. A
 # command that runs out of time (LIMIT seconds) saves after the iteration; the
@@ -31,7 +29,7 @@ for seeds in $(seq "${SEEDS:-3}"); do
     --config.data.source=npz --config.data.path="$FOLDER/stl10_32.npz" \
     --config.data.split_file="$FOLDER/author_splits.npz" \
     --config.data.split_prefix=stl10 \
-    --config.source.weights="$FOLDER/resnet32_tinyimagenet.safetensors" \
+    --config.source.weights="$FOLDER/tinyimagenet_resnet32.safetensors" \
     --config.checkpoint_every=20 "${@:3}"
   status=$?
   [ $status -eq 0 ] || break

@@ -10,6 +10,7 @@ from benchmarks import (
   cases,
   inner_loop_problem,
   inner_loops,
+  prepare_stl10,
   scaling,
   soak,
   study,
@@ -19,6 +20,31 @@ from l2t_jax.results import statistics, tables, transfer_map
 from l2t_jax.run import from_config
 from tests import test_parity
 from tests.support import golden_setup, small_runs
+
+
+def test_files_of_stl10_are_read(tmp_path):
+  torch = pytest.importorskip("torch")
+  images = np.zeros((2, 96, 96, 3), np.uint8)
+  images[0, :48, :, 0] = 255  # The upper half is red,
+  images[1, :, :24, 2] = 255  # the left quarter is blue.
+  path = tmp_path / "train_X.bin"
+  path.write_bytes(images.transpose(0, 3, 2, 1).tobytes())
+  (tmp_path / "train_y.bin").write_bytes(bytes([1, 10]))
+  seen = prepare_stl10.read_images(path)
+  assert seen.shape == (2, 32, 32, 3)
+  np.testing.assert_array_equal(seen[0, [14, 17], 3], [[255, 0, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(seen[1, 3, [6, 9]], [[0, 0, 255], [0, 0, 0]])
+  labels = prepare_stl10.read_labels(tmp_path / "train_y.bin")
+  np.testing.assert_array_equal(labels, [0, 9])
+  (tmp_path / "split").mkdir()
+  for part, indices in (("train", [2, 0]), ("val", [1]), ("test", [3])):
+    torch.save((list(range(10)), indices), tmp_path / f"split/stl10-{part}")
+  splits = prepare_stl10.read_splits(tmp_path)
+  assert {name: list(x) for name, x in splits.items()} == {
+    "stl10_train": [2, 0],
+    "stl10_val": [1],
+    "stl10_test": [3],
+  }
 
 
 @pytest.mark.parametrize(
