@@ -135,7 +135,8 @@ def fit(
       target.model and task) are filled in.
     task: what is learned; None for classification.
     workdir: folder of the run; an interrupted run resumes there. None for a new
-      folder in the system's temporary directory, which is not deleted.
+      folder in the system's temporary directory, which is not deleted, and gets
+      a checkpoint only at the end.
 
   Returns:
     The trained target and the records of the run.
@@ -150,6 +151,9 @@ def fit(
   if not workdir:
     workdir = tempfile.mkdtemp(prefix="l2t_jax_")
     print(f"the run is in {workdir}")
+    settings = experiment.settings
+    settings = settings._replace(checkpoint_every=settings.epochs)
+    experiment = experiment._replace(settings=settings)
   workdir = pathlib.Path(workdir).expanduser()
   summary = train.train(experiment, workdir)
   map_file = workdir / transfer_map.FILE
