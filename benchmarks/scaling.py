@@ -8,8 +8,9 @@ Compiles an iteration of the paper's setting for fake CPU devices, or for a TPU,
 which needs `pip install libtpu`, but no TPU. Prints what the program of each
 device computes, needs and sends. How long computation and communication take on
 8, 64 and 512 accelerators follows from a machine's data, which are flags; by
-default those of eight-GPU nodes of the H100 class. Nothing is overlapped, so
-the efficiency is a lower bound. The last line is a JSON object.
+default those of eight-GPU nodes of the H100 class, whose GPUs compute as fast
+as one H200 does in an iteration in TF32 (benchmarks/SPEED.md). Nothing is
+overlapped, so the efficiency is a lower bound. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
   flag("--source", default="resnet32")
   flag("--target", default="vgg9")
   flag("--image_size", type=int, default=32)
-  flag("--teraflops", type=float, default=100.0, help="a device, a second")
+  flag("--teraflops", type=float, default=66.0, help="a device, a second")
   flag("--node_devices", type=int, default=8)
   flag("--node_gigabytes", type=float, default=300.0, help="inside, a second")
   flag(

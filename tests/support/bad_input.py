@@ -309,23 +309,24 @@ _INTRODUCTION = """\
 # Error messages
 
 Commands answer bad input with one line on stderr, `error: ` and one of the
-messages below, before anything is compiled or overwritten. This page is
+messages below, usually before anything is compiled. This page is
 generated from the cases that the tests run; folders called `run`, `images` and
 the like stand for your own.
 
 | Exit code | Meaning | The same command again |
 |---|---|---|
 | 0 | done | says that there is nothing to do |
-| 2 | wrong input: a value, a file, a folder | fails again |
+| 1 | a run of a table has failed | repeats this run |
+| 2 | wrong input: a value, a file, a folder | fails again until that is mended |
 | 3 | a loss, gradient or weight is NaN or infinite | fails again |
-| 4 | something could not be written | goes on, once it can |
-| 5 | another process of the run, or one that reads images, was lost | goes on |
-| 75 | interrupted by a signal | goes on |
-| 137, 143 | killed; 143: by a SIGTERM while packages are imported | goes on |
+| 4 | a file could not be read or written | resumes, once it can |
+| 5 | another process of the run, or one that reads images, was lost | resumes |
+| 75 | interrupted by a signal | resumes |
+| 137, 143 | killed; 143: by a SIGTERM while packages are imported | resumes |
 
 The table of several runs (`python -m l2t_jax.table`) checks fields and files of
-all its cells before it trains the first, and exits with 1 where one of them
-fails later, such as when a network does not fit the data."""
+all its cells before it trains the first. What is found later, such as a network
+that does not fit the data, fails in its own run."""
 
 # Heading -> what is wrong there.
 CASES: Mapping[str, tuple[Case, ...]] = {
