@@ -317,7 +317,7 @@ the like stand for your own.
 |---|---|---|
 | 0 | done | says that there is nothing to do |
 | 1 | a run of a table has failed | repeats this run |
-| 2 | wrong input: a value, a file, a folder | fails again until that is mended |
+| 2 | wrong input: a value, a file, a folder | fails until it is mended |
 | 3 | a loss, gradient or weight is NaN or infinite | fails again |
 | 4 | a file could not be read or written | resumes, once it can |
 | 5 | another process of the run, or one that reads images, was lost | resumes |
@@ -350,11 +350,11 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "An unknown method",
       "--config.method=l2t",
-      "config.method is 'l2t'; it must be one of scratch, finetune, "
-      "linear_probe, finetune_source, lwf, at, lwf_at, kd, afd, aft, "
-      "fm_single, fm_one_to_one, fm_all_to_all, fm_search, l2t_w_single, "
-      "l2t_w_one_to_one, l2t_ww, l2t_ww_joint, or one that matches features "
-      "and some of lwf, at, kd, such as kd+l2t_ww",
+      "unknown method 'l2t'; the methods are scratch, finetune, linear_probe, "
+      "finetune_source, lwf, at, lwf_at, kd, afd, aft, fm_single, "
+      "fm_one_to_one, fm_all_to_all, fm_search, l2t_w_single, "
+      "l2t_w_one_to_one, l2t_ww, l2t_ww_joint, or a combination such as "
+      "kd+l2t_ww",
     ),
     Case(
       "An unknown tracker",
