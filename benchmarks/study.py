@@ -62,7 +62,6 @@ from l2t_jax.results import (
 )
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import predictor, tuning
-from l2t_jax.run import train as runs
 from l2t_jax.runtime import run_folder, signals
 
 _CONFIG = "benchmarks/few_labels.py"
@@ -383,7 +382,7 @@ class Record:
       line["map"] = content
     self._append(line)
     self.lines.append(line)
-    shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     (folder / run_folder.TARGET).unlink(missing_ok=True)
 
   def _append(self, line):

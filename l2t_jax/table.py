@@ -26,7 +26,7 @@ import functools
 import pathlib
 
 from l2t_jax import cli, data, errors
-from l2t_jax.results import paper, table_picture, tables
+from l2t_jax.results import map_picture, paper, table_picture, tables
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import from_config, tuning
 from l2t_jax.runtime import run_folder, signals
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   more = ", differences.png" if args.reference else ""
   say(f"saved as {workdir}/table.md, table.csv{more} and table.png")
   for cell in cells[::-1]:
-    picture = next(iter(cell.workdirs.values())) / "transfer_map.png"
+    picture = next(iter(cell.workdirs.values())) / map_picture.FILE
     if picture.exists():
       say(f"what {cell.method} transferred where: {picture}")
       break

@@ -13,6 +13,7 @@ from plotly import graph_objects, offline
 from plotly import io as plotly_io
 
 from l2t_jax.results import plotly_figures, run_reader, run_warnings, tables
+from l2t_jax.runtime import run_folder
 
 _TEMPLATES = {"light": "plotly_white", "dark": "plotly_dark"}
 _CLEAR = "rgba(0,0,0,0)"
@@ -138,7 +139,7 @@ def _command(run: run_reader.Run) -> str:
   """Return the command that repeats a run; "" if it was made from arrays."""
   if run.config["data"]["source"] == "arrays":
     return ""
-  path = run.workdir / "config.json"
+  path = run.workdir / run_folder.CONFIG
   if path.is_relative_to(pathlib.Path.cwd()):
     path = path.relative_to(pathlib.Path.cwd())
   config = shlex.quote(str(path))

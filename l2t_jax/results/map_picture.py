@@ -19,6 +19,8 @@ import numpy as np
 from l2t_jax import files
 from l2t_jax.results import style, transfer_map
 
+FILE = "transfer_map.png"
+
 _COLORS = style.COLORS[:4]  # For the strongest pairs; the others are grey.
 # Horizontal positions of their labels, from 0 (source) to 1 (target): far
 # enough apart that labels do not overlap, whatever their heights.
@@ -42,7 +44,7 @@ def write(workdir: pathlib.Path | str, content: Mapping[str, Any]) -> None:
   # A list of numbers, such as 512 channel weights, takes one line.
   text = re.sub(r'\[\n[^][{}"]*\]', lambda m: " ".join(m[0].split()), text)
   files.write(workdir / transfer_map.FILE, text)
-  files.write(workdir / "transfer_map.png", style.to_png(draw(content)))
+  files.write(workdir / FILE, style.to_png(draw(content)))
 
 
 def draw(content: Mapping[str, Any]) -> figure.Figure:

@@ -137,7 +137,7 @@ def find_runs(
   # Keyed by resolved paths: a run that is found twice counts once.
   for folder in folders:
     found = {}
-    for path in sorted(folder.rglob("config.json")):
+    for path in sorted(folder.rglob(run_folder.CONFIG)):
       if TRIALS in path.relative_to(folder).parts:
         continue
       config = run_folder.read_json(path)

@@ -184,7 +184,7 @@ def contents(
   digests = {name: digest(path) for name, path in paths.items() if path}
   if digests.get("init_from"):
     steps = checkpoint.steps_in(
-      pathlib.Path(config.init_from, train.CHECKPOINTS)
+      pathlib.Path(config.init_from, run_folder.CHECKPOINTS)
     )
     digests["init_from"] += f" {max(steps, default=0)}"  # It starts from there.
   if config.data.source == "tfds":  # A cache; data.name identifies the images.

@@ -22,7 +22,7 @@ from l2t_jax.data import augmentation, image_files, image_formats, pillow
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments, sources
-from l2t_jax.runtime import compilation
+from l2t_jax.runtime import compilation, run_folder
 
 _BATCH_SIZE = 64
 
@@ -193,7 +193,7 @@ def load(
       source is missing or another one.
   """
   run = pathlib.Path(run).expanduser()
-  path = run / "target.safetensors" if run.is_dir() else run
+  path = run / run_folder.TARGET if run.is_dir() else run
   if not path.is_file():
     raise errors.InputError(
       f"there is no target.safetensors in {run}; a run leaves it with its first"

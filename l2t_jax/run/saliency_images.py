@@ -15,9 +15,9 @@ from PIL import Image
 from l2t_jax import cli, errors
 from l2t_jax.method import saliency, training, transfer
 from l2t_jax.results import run_reader, transfer_map
-from l2t_jax.run import feature_scales, from_config, train
+from l2t_jax.run import feature_scales, from_config
 from l2t_jax.run import setup as setups
-from l2t_jax.runtime import checkpoint, compilation
+from l2t_jax.runtime import checkpoint, compilation, run_folder
 
 _PICTURE_SIZE = 208  # Largest side in pixels; twice the size on the page.
 _NUM_PAIRS_SHOWN = 3  # Number of pairs with pictures, the strongest first.
@@ -56,7 +56,7 @@ def compute_saliency(run: run_reader.Run, num_images: int) -> Saliency:
   assert run.map is not None  # The run has learned channel weights.
   if run.config["data"]["source"] == "arrays":
     raise errors.InputError("the run was made from arrays, which are not kept")
-  config = cli.load_config(str(run.workdir / "config.json"))
+  config = cli.load_config(str(run.workdir / run_folder.CONFIG))
   _, precision = compilation.PRECISIONS[config.precision]
   with jax.default_matmul_precision(precision):
     return _compute(run, config, num_images)
@@ -110,7 +110,7 @@ def _compute(run, config, num_images):
 
 
 def _restore(run, state):
-  folder = run.workdir / train.CHECKPOINTS
+  folder = run.workdir / run_folder.CHECKPOINTS
   if not folder.is_dir():
     raise errors.InputError(f"{folder} does not exist any more")
   with checkpoint.Checkpoints(folder) as checkpoints:

@@ -39,7 +39,6 @@ from l2t_jax.runtime import (
   tracking,
 )
 
-CHECKPOINTS = "checkpoints"
 _CONTENTS = "contents.json"  # Maps fields that are paths to digests.
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 # Below any finite accuracy; that of a task may be a negated error.
@@ -135,12 +134,12 @@ class Training:
     tracking.check_trackers(settings.trackers)
     summaries = completed(workdirs, settings.epochs)
     left = {
-      pathlib.Path(workdir): _with_seed(self._experiment, seed)
+      seed: pathlib.Path(workdir)
       for seed, workdir in workdirs.items()
       if seed not in summaries
     }
-    check_start(settings.init_from, left)
-    for workdir in left:
+    check_start(settings.init_from, left.values())
+    for workdir in left.values():
       run_folder.make(workdir)
     _, precision = compilation.PRECISIONS[settings.precision]
     with (
@@ -148,17 +147,21 @@ class Training:
       contextlib.ExitStack() as stack,
       signals.StopRequests() as requests,
       jax.default_matmul_precision(precision),
-      run_folder.storage_errors(list(left)),
+      run_folder.storage_errors(list(left.values())),
     ):
-      for workdir in left:
+      for workdir in left.values():
         stack.enter_context(run_folder.lock(workdir))
       while left:
-        group = {workdir: left.pop(workdir) for workdir in _first_group(left)}
+        group = {seed: left.pop(seed) for seed in _first_group(left)}
         summaries |= self._run_group(group, requests)
     return [summaries[seed] for seed in workdirs]
 
-  def _run_group(self, group, requests):
+  def _run_group(self, workdirs, requests):
     setup = self.build()
+    group = {
+      workdir: _with_seed(self._experiment, seed)
+      for seed, workdir in workdirs.items()
+    }
     if self._trainer is None or self._trainer.num_seeds != len(group):
       # Free the old trainer's programs before the new one compiles its own.
       self._trainer = None
@@ -191,7 +194,9 @@ def is_complete(workdir: str | os.PathLike[str], epochs: int) -> bool:
 
 def has_begun(workdir: str | os.PathLike[str]) -> bool:
   """Return whether a folder holds a run that resumes from a checkpoint."""
-  return bool(checkpoint.steps_in(pathlib.Path(workdir) / CHECKPOINTS))
+  return bool(
+    checkpoint.steps_in(pathlib.Path(workdir) / run_folder.CHECKPOINTS)
+  )
 
 
 def check_folders(
@@ -213,9 +218,9 @@ def check_folders(
   """
   for seed, path in workdirs.items():
     workdir = pathlib.Path(path)
-    config_file = workdir / "config.json"
+    config_file = workdir / run_folder.CONFIG
     if not config_file.exists():
-      if steps := checkpoint.steps_in(workdir / CHECKPOINTS):
+      if steps := checkpoint.steps_in(workdir / run_folder.CHECKPOINTS):
         raise errors.InputError(
           f"{workdir} holds a checkpoint of iteration {max(steps)}, but no"
           " config.json that says of what run; bring it back, or use another"
@@ -274,16 +279,19 @@ def _with_seed(experiment, seed):
 
 
 def _first_group(workdirs):
-  """Choose the runs that resume from the same iteration as the first."""
-  steps = {w: checkpoint.steps_in(w / CHECKPOINTS) for w in workdirs}
+  """Choose the seeds that resume from the same iteration as the first."""
+  steps = {
+    seed: checkpoint.steps_in(workdir / run_folder.CHECKPOINTS)
+    for seed, workdir in workdirs.items()
+  }
   if set.intersection(*steps.values()):
     group = set(steps)  # All go back to their newest common iteration.
   else:
-    newest = {w: max(one, default=0) for w, one in steps.items()}
+    newest = {seed: max(one, default=0) for seed, one in steps.items()}
     first, *_ = newest.values()
-    group = {w for w, step in newest.items() if step == first}
+    group = {seed for seed, step in newest.items() if step == first}
   # Process 0 decides: the others may not see its latest files yet.
-  return [w for w in workdirs if distributed.from_first(w in group)]
+  return [seed for seed in workdirs if distributed.from_first(seed in group)]
 
 
 def _train(setup, trainer, group, requests):
@@ -307,7 +315,9 @@ def _train(setup, trainer, group, requests):
         experiment,
         workdir,
         setup.dataset.with_seed(experiment.settings.seed),
-        stack.enter_context(checkpoint.Checkpoints(workdir / CHECKPOINTS)),
+        stack.enter_context(
+          checkpoint.Checkpoints(workdir / run_folder.CHECKPOINTS)
+        ),
         {"seconds": 0.0, "val_accuracy": _WORST, "inputs": setup.inputs},
         f"seed {experiment.settings.seed}: " if len(group) > 1 else "",
       )
@@ -322,7 +332,7 @@ def _train(setup, trainer, group, requests):
     for workdir, experiment in group.items():
       if distributed.is_first():  # Of fewer epochs.
         (workdir / run_folder.SUMMARY).unlink(missing_ok=True)
-      run_folder.write_json(workdir / "config.json", experiment.description)
+      run_folder.write_json(workdir / run_folder.CONFIG, experiment.description)
       contents = run_folder.read_json(workdir / _CONTENTS) or {}
       # Keep the digests of files that no longer exist.
       contents |= {
@@ -354,7 +364,7 @@ def check_start(
 
 def _steps_to_start_from(workdir):
   """Return the iterations of the checkpoints of config.init_from."""
-  folder = pathlib.Path(workdir) / CHECKPOINTS
+  folder = pathlib.Path(workdir) / run_folder.CHECKPOINTS
   if not (steps := checkpoint.steps_in(folder)):
     raise errors.InputError(
       f"config.init_from is {workdir!r}, but there is no checkpoint in"
@@ -366,7 +376,7 @@ def _steps_to_start_from(workdir):
 def _start_from(workdir, state, recipe):
   """Initialise a state with what another run has learned."""
   step = max(_steps_to_start_from(workdir))
-  folder = pathlib.Path(workdir) / CHECKPOINTS
+  folder = pathlib.Path(workdir) / run_folder.CHECKPOINTS
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:
       # The other run may have used other optimizers: restore their states in

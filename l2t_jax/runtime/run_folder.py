@@ -12,7 +12,9 @@ from typing import Any
 from l2t_jax import errors, files
 from l2t_jax.runtime import distributed
 
+CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 TARGET = "target.safetensors"
 SUMMARY = "summary.json"  # Of a complete run.
 ERROR = "error.txt"  # Why a run of a table failed.

@@ -321,12 +321,12 @@ def test_the_only_checkpoint_is_not_thrown_away(source, tmp_path):
 def test_seeds_go_on_from_what_they_share(tmp_path, steps, group):
   for name, those in steps.items():
     with checkpoint.Checkpoints(
-      tmp_path / name / train.CHECKPOINTS
+      tmp_path / name / run_folder.CHECKPOINTS
     ) as checkpoints:
       for step in those:
         checkpoints.save(step, _STATE, {})
-  folders = [tmp_path / name for name in steps]
-  assert train._first_group(folders) == [tmp_path / n for n in group]
+  folders = {name: tmp_path / name for name in steps}
+  assert train._first_group(folders) == group
 
 
 def test_two_runs_in_one_folder_are_refused(source, tmp_path):

@@ -307,7 +307,7 @@ def test_home_folders_on_the_command_line(tmp_path, monkeypatch):
 
 def _learned(workdir):
   """Return the newest checkpoint's state as bytes, and the best target's."""
-  folder = workdir / train.CHECKPOINTS
+  folder = workdir / run_folder.CHECKPOINTS
   step = max(checkpoint.steps_in(folder))
   with ocp.StandardCheckpointer() as reader:
     state = reader.restore(folder.absolute() / str(step) / "state")
@@ -420,7 +420,7 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   shapes, (old, new) = run.state_shapes, (finished, tmp_path / "next")
   states = []
   for workdir in (old, new):
-    folder = workdir / train.CHECKPOINTS
+    folder = workdir / run_folder.CHECKPOINTS
     with checkpoint.Checkpoints(folder) as checkpoints:
       step = max(checkpoints.steps())
       states.append(checkpoints.restore(step, shapes)[0])
@@ -431,7 +431,7 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(fresh.inner.params, states[1].inner.params)
   # It starts from the newest checkpoint, which tells other runs apart, too.
-  with checkpoint.Checkpoints(other / train.CHECKPOINTS) as checkpoints:
+  with checkpoint.Checkpoints(other / run_folder.CHECKPOINTS) as checkpoints:
     newest = max(checkpoints.steps())
   digests = from_config.contents(config)
   assert digests["init_from"].endswith(f" {newest}")
@@ -470,7 +470,7 @@ def test_a_run_starts_from_one_with_another_optimizer(
   small_runs.train(config, tmp_path / "sgd")
   states = []
   for workdir in (finished, tmp_path / "sgd"):
-    folder = workdir / train.CHECKPOINTS
+    folder = workdir / run_folder.CHECKPOINTS
     with checkpoint.Checkpoints(folder) as checkpoints:
       step = max(checkpoints.steps())
       sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
