@@ -35,6 +35,7 @@ for seeds in $(seq "${SEEDS:-3}"); do
   [ $status -eq 0 ] || break
 done
 if [ -n "${OUT:-}" ]; then
+  mkdir -p "$OUT"
   cp "$WORKDIR"/table.* "$OUT"/
   tar -C "$WORKDIR" -czf "$OUT/gpu_stl10.tar.gz" --exclude=checkpoints \
     --exclude=tensorboard --exclude='*.safetensors' .
