@@ -142,6 +142,11 @@ class Grid(NamedTuple):
   departures: Mapping[str, Iterable[str]]  # Column -> those of its cells.
   reference: str = ""  # The method that the others are compared with.
 
+  def name_of(self, cell: Cell) -> str:
+    """Return its method, and its column if there are several."""
+    is_single = len(self.columns) == 1
+    return cell.method if is_single else f"{cell.method}, {cell.column}"
+
   def difference(self, cell: Cell) -> statistics.Difference | None:
     """Return a cell's test accuracy minus the reference's, paired by seed."""
     other = self.cells.get((self.reference, cell.column))
@@ -307,34 +312,38 @@ def run_rows(
         if run.summary
       }.values()
     )
-    compared: dict[str, str] = {}
+    minus = _minus(reference, group, groups) if done else ""
+    has_mean = len(done) > 1
     for run in group:
       known = run.summary or run.best  # The best epoch of an unfinished run.
       cell = _cell_of(run, run.name, (known,) if known else ())
-      row = _accuracy_row(cell, str(run.config["seed"]), reference)
+      row = _accuracy_row(cell, str(run.config["seed"]))
+      if reference:
+        shows_difference = run.summary and not has_mean
+        row[f"minus {reference}"] = minus if shows_difference else ""
       row["best epoch"] = str(run.best.get("epoch", run_reader.UNKNOWN))
       row["epochs"] = f"{len(run.epochs)} of {run.config['epochs']}"
       row |= {"seconds": _seconds(cell), "memory": _memory(cell)}
       rows.append(row)
-      if run.summary:
-        compared = row
-    if len(done) > 1:
+    if has_mean:
       name = f"{run_reader.common_name(group)}: mean ± std"
-      cell = _cell_of(group[0], name, done)
-      compared = _accuracy_row(cell, f"{len(done)} seeds", reference)
-      rows.append(compared)
-    if reference and done:
-      others = [
-        other
-        for other in groups
-        if other[0].config["method"] == reference
-        and _splits(other) == _splits(group)
-      ]
-      if len(others) > 1:  # As in a table with a swept field.
-        of_column = [o for o in others if _are_of_one_column(o[0], group[0])]
-        others = of_column or others
-      compared[f"minus {reference}"] = _compare_groups(group, others)
+      row = _accuracy_row(_cell_of(group[0], name, done), f"{len(done)} seeds")
+      rows.append(row | ({f"minus {reference}": minus} if reference else {}))
   return rows
+
+
+def _minus(reference, group, groups):
+  """Return the difference of a group from those of a method, as text."""
+  others = [
+    other
+    for other in groups
+    if other[0].config["method"] == reference
+    and _splits(other) == _splits(group)
+  ]
+  if len(others) > 1:  # As in a table with a swept field.
+    of_column = [o for o in others if _are_of_one_column(o[0], group[0])]
+    others = of_column or others
+  return _compare_groups(group, others)
 
 
 def _splits(group):
@@ -366,15 +375,14 @@ def _cell_of(run: run_reader.Run, name: str, summaries: tuple) -> Cell:
   return Cell(method, name, summaries, len(summaries), in_percent=in_percent)
 
 
-def _accuracy_row(cell: Cell, seed: str, reference: str) -> dict[str, str]:
-  row = {
+def _accuracy_row(cell: Cell, seed: str) -> dict[str, str]:
+  return {
     "run": cell.column,
     "method": cell.method,
     "seed": seed,
     "validation": cell.validation.text(unit=True),
     "test": cell.test.text(unit=True),
   }
-  return row | ({f"minus {reference}": ""} if reference else {})
 
 
 def _tables(grid: Grid) -> tuple[_Table, ...]:
@@ -412,10 +420,9 @@ def _accuracy_tables(grid: Grid) -> tuple[_Table, ...]:
 
 def _tuning_tables(grid: Grid) -> tuple[_Table, ...]:
   """Return the table of what was tuned, if anything was."""
-  is_single = len(grid.columns) == 1
   rows = [
     (
-      cell.method if is_single else f"{cell.method}, {cell.column}",
+      grid.name_of(cell),
       cell.tuning.text,
       str(cell.tuning.num_runs),
       f"{cell.tuning.seconds:,.0f}",
@@ -504,7 +511,7 @@ def _notes(grid: Grid) -> list[str]:
   cells = grid.cells.values()
   is_single = len(grid.columns) == 1
   for cell in cells:
-    name = cell.method if is_single else f"{cell.method}, {cell.column}"
+    name = grid.name_of(cell)
     notes += [f"{name}, {' '.join(error.split())}" for error in cell.errors]
     if not cell.num_seeds:
       notes.append(f"{name}: not run")
@@ -522,7 +529,7 @@ def _notes(grid: Grid) -> list[str]:
     if any(cell.tuning for cell in cells):
       notes[-1] += " The interval takes the tuned values as given."
   for cell in cells:
-    name = cell.method if is_single else f"{cell.method}, {cell.column}"
+    name = grid.name_of(cell)
     if cell.tuning and cell.tuning.num_failed:
       count, failed = len(cell.tuning.trials), cell.tuning.num_failed
       notes.append(f"{name}: {failed} of {count} trials failed.")
