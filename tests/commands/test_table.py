@@ -134,7 +134,6 @@ def test_accuracies_of_a_task_are_shown_as_they_are(
     assert result.in_percent == (task == "classification")
 
 
-@pytest.mark.long
 def test_a_run_of_another_process_has_not_failed(tmp_path):
   cell = cells(tmp_path, num_seeds=1)[0]
   (folder,) = cell.workdirs.values()
@@ -144,6 +143,7 @@ def test_a_run_of_another_process_has_not_failed(tmp_path):
   assert not (folder / "error.txt").exists()
 
 
+@pytest.mark.long
 def test_a_stopped_table_goes_on(source, tmp_path):
   command = arguments(
     tmp_path, source, "--methods=scratch,kd", "--seeds=1", "--config.epochs=40"

@@ -356,8 +356,6 @@ def test_shapes_are_those_of_the_first_state(source, method, split):
     ),
     ({"source.image_size": -3}, "config.source.image_size is -3"),
     ({"data.unlabeled_path": "images"}, "unlabeled"),
-    ({"data.image_size": 224}, "random_resized_crop_flip"),
-    ({"transfer.map": "x.json"}, "x.json"),
   ],
 )
 def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
@@ -368,6 +366,20 @@ def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
     small_runs.train(config, tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"data.image_size": 224}, "random_resized_crop_flip"),
+    ({"transfer.map": "x.json", "transfer.pairs": ""}, "x.json"),
+  ],
+)
+def test_a_table_hears_of_it_first(source, fields, message):
+  config = small_runs.small_config(source)
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(errors.InputError, match=message):
+    from_config.check(config)
 
 
 ANY_TARGETS = types.Task(
