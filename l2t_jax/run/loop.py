@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -34,9 +35,28 @@ from l2t_jax.runtime import (
 # The user gets a hint if waiting for images takes more than this share of an
 # epoch and more than this many seconds.
 _WAITING_SHARE, _WAITING_SECONDS = 0.2, 5.0
+# Below any finite accuracy; that of a task may be a negated error.
+_WORST = -sys.float_info.max
 _MAX_SKIPS = 20  # The run ends after this many consecutive skipped iterations.
 # What a run keeps of its best epoch, also in the metadata of the target.
 BEST = ("best_epoch", "val_accuracy", "test_accuracy")
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run keeps across epochs, and saves in its checkpoints."""
+
+  inputs: dict[str, str]  # Name -> fingerprint of what training reads.
+  seconds: float = 0.0  # Spent on the run, up to its last checkpoint.
+  iteration_seconds: float | None = None  # In the fastest whole epoch.
+  # Of the best epoch by `val_accuracy`.
+  best_epoch: int = 0
+  val_accuracy: float = _WORST
+  test_accuracy: float | None = None
+  # Source tap -> what its features are divided by.
+  feature_scales: dict[str, float] | None = None
+  # "source->target" -> [C_m], means over the last epoch.
+  channel_weights: dict[str, list[float]] | None = None
 
 
 @dataclasses.dataclass
@@ -47,7 +67,7 @@ class Seed:
   workdir: pathlib.Path
   dataset: data.Dataset
   checkpoints: checkpoint.Checkpoints
-  progress: dict[str, Any]  # Kept across epochs, and saved in checkpoints.
+  progress: Progress
   label: str = ""  # Prefix of its messages; "" if it trains alone.
   log: logs.MetricsLog | None = None  # None if another process writes.
   # Averages over the unfinished epoch and the unfinished logging interval.
@@ -71,7 +91,7 @@ class Seed:
       "interval": self.interval.to_json(),
       "skips": self.skips,
     }
-    progress = self.progress | {"unfinished": unfinished}
+    progress = dataclasses.asdict(self.progress) | {"unfinished": unfinished}
     self.checkpoints.save(step, state, progress)
 
   def restore(self, step: int, like: types.TrainState) -> types.TrainState:
@@ -81,16 +101,17 @@ class Seed:
       errors.InputError: the images or a source have changed.
       checkpoint.DamagedError: the checkpoint cannot be read.
     """
-    inputs = self.progress["inputs"]
-    state, self.progress = self.checkpoints.restore(step, like)
-    before = self.progress["inputs"]
+    inputs = self.progress.inputs
+    state, content = self.checkpoints.restore(step, like)
+    unfinished = content.pop("unfinished")
+    self.progress = Progress(**content)
+    before = self.progress.inputs
     if changed := [name for name in inputs if before.get(name) != inputs[name]]:
       raise errors.InputError(
         f"{self.workdir} holds a run that is not done, but"
         f" {' and '.join(changed)} changed since iteration {step}; bring them"
         " back, or use another --workdir"
       )
-    unfinished = self.progress.pop("unfinished")
     self.epoch = metrics.Averages.from_json(unfinished["epoch"])
     self.interval = metrics.Averages.from_json(unfinished["interval"])
     self.skips = unfinished["skips"]
@@ -281,9 +302,9 @@ class Loop:
     self._advise(waited, spent)
     if not start:
       for seed in seeds:
-        known = seed.progress.get("iteration_seconds")
+        known = seed.progress.iteration_seconds
         mine = spent / self._steps_per_epoch / len(seeds)
-        seed.progress["iteration_seconds"] = min(mine, known or mine)
+        seed.progress.iteration_seconds = min(mine, known or mine)
     return step
 
   def _average(self, pending, step):
@@ -322,16 +343,19 @@ class Loop:
     for seed, result in zip(self._seeds, validation, strict=True):
       named = {f"val_{name}": value for name, value in result.items()}
       seed.check_finite(named, step, can_skip=False)
-      is_best.append(result["accuracy"] > seed.progress["val_accuracy"])
+      is_best.append(result["accuracy"] > seed.progress.val_accuracy)
     test: Sequence[Mapping[str, float]] = [{}] * len(self._seeds)
     # One program evaluates all seeds: run it if any of them is at its best.
     if any(is_best) and settings.evaluate_test:
       test = self._trainer.evaluate("test")
     for index, seed in enumerate(self._seeds):
-      record = _epoch_record(self._setup, seed, epoch, validation[index])
+      means, progress = seed.end_epoch(epoch), seed.progress
+      record = _epoch_record(self._setup, epoch, means, validation[index])
+      progress.channel_weights = record.pop("channel_weights", None)
       if is_best[index]:
-        accuracies = (one[index].get("accuracy") for one in (validation, test))
-        seed.progress |= zip(BEST, (epoch, *accuracies), strict=True)
+        progress.best_epoch = epoch
+        progress.val_accuracy = validation[index]["accuracy"]
+        progress.test_accuracy = test[index].get("accuracy")
         if settings.evaluate_test:
           record["test_accuracy"] = test[index]["accuracy"]
         state = self._trainer.state_of(index)
@@ -351,7 +375,7 @@ class Loop:
     now = time.time()
     # Seeds that train together share the time equally.
     for index, seed in enumerate(self._seeds):
-      seed.progress["seconds"] += (now - self._since) / len(self._seeds)
+      seed.progress.seconds += (now - self._since) / len(self._seeds)
       seed.save(step, self._trainer.state_of(index))
     self._since = now
 
@@ -363,9 +387,8 @@ class Loop:
     )
 
 
-def _epoch_record(setup, seed, epoch, validation):
-  """Return the record of an epoch, and begin the next one's averages."""
-  means = seed.end_epoch(epoch)
+def _epoch_record(setup, epoch, means, validation):
+  """Return the record of an epoch, with its channel weights."""
   record: dict[str, Any] = {
     "epoch": epoch,
     "learning_rate": float(
@@ -373,9 +396,7 @@ def _epoch_record(setup, seed, epoch, validation):
     ),
   }
   record |= {f"train_{name}": v for name, v in metrics.scalars(means).items()}
-  transferred = _transfer_record(setup.problem.pairs, means)
-  seed.progress["channel_weights"] = transferred.pop("channel_weights", None)
-  record |= transferred
+  record |= _transfer_record(setup.problem.pairs, means)
   return record | {f"val_{name}": v for name, v in validation.items()}
 
 
@@ -428,7 +449,7 @@ def _save_target(setup, seed, target):
       "std": json.dumps(image_format.std),
       "config": json.dumps(description),
       "contents": json.dumps(dict(seed.experiment.contents)),
-      **{name: json.dumps(seed.progress[name]) for name in BEST},
+      **{name: json.dumps(getattr(seed.progress, name)) for name in BEST},
     },
   )
 

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import platform
-import sys
 from typing import Any
 
 import flax
@@ -41,8 +40,6 @@ from l2t_jax.runtime import (
 
 _CONTENTS = "contents.json"  # Maps fields that are paths to digests.
 _VERSIONED = (jax, jaxlib, flax, optax, np)
-# Below any finite accuracy; that of a task may be a negated error.
-_WORST = -sys.float_info.max
 
 
 def train(
@@ -318,7 +315,7 @@ def _train(setup, trainer, group, requests):
         stack.enter_context(
           checkpoint.Checkpoints(workdir / run_folder.CHECKPOINTS)
         ),
-        {"seconds": 0.0, "val_accuracy": _WORST, "inputs": setup.inputs},
+        loop.Progress(setup.inputs),
         f"seed {experiment.settings.seed}: " if len(group) > 1 else "",
       )
       for workdir, experiment in group.items()
@@ -410,13 +407,13 @@ def _scale_sources(setup, runs, display):
   settings = runs[0].experiment.settings
   if settings.transfer.feature_scale != "std" or not setup.source_taps:
     return setup.sources
-  scales = runs[0].progress.get("feature_scales")
+  scales = runs[0].progress.feature_scales
   if scales is None:
     scales = feature_scales.measure(setup)
     shown = ", ".join(f"{tap} {scale:.3g}" for tap, scale in scales.items())
     display.say(f"source features are divided by: {shown}")
   for run in runs:
-    run.progress["feature_scales"] = scales
+    run.progress.feature_scales = scales
   return feature_scales.set_scales(setup.sources, scales)
 
 
@@ -493,11 +490,11 @@ def _write_transfer_map(setup, run):
     sources=list(setup.sources) if len(setup.sources) > 1 else (),
     frozen=run.experiment.frozen is not None,
     maximum=run.experiment.largest_pair_weight(len(setup.problem.pairs)),
-    scales=run.progress.get("feature_scales", {}),
+    scales=run.progress.feature_scales or {},
   )
   weights = {
     name: np.array(values)
-    for name, values in run.progress["channel_weights"].items()
+    for name, values in run.progress.channel_weights.items()
   }
   map_picture.write(run.workdir, transfer_map.collect(setting, epochs, weights))
 
@@ -525,7 +522,7 @@ def _summarise(setup, trainer, runs):
 def _summary(setup, trainer, run, num_seeds, seconds):
   settings, dataset = run.experiment.settings, setup.dataset
   progress, program = run.progress, trainer.program
-  best = {name: progress[name] for name in loop.BEST}
+  best = {name: getattr(progress, name) for name in loop.BEST}
   if distributed.is_first():
     # After a crash, iterations that are repeated can have other results than
     # before: what counts is the target that was kept.
@@ -540,10 +537,10 @@ def _summary(setup, trainer, run, num_seeds, seconds):
     "recipe": run_reader.recipe(run.experiment.description),
     # Training and evaluation, without compiling the training step; if several
     # seeds trained together, the share of this one.
-    "seconds": round(progress["seconds"], 1),
+    "seconds": round(progress.seconds, 1),
     # The same without evaluation, in the fastest whole epoch; None if an
     # interruption cut all of them.
-    "iteration_seconds": progress.get("iteration_seconds"),
+    "iteration_seconds": progress.iteration_seconds,
     "compile_seconds": round(program.seconds, 1),
     # The main thread's time since the last summary in this process, for all
     # seeds that trained together.
