@@ -87,7 +87,9 @@ def check(
     # Nothing is left to train: no need for weights or trackers.
     if all(train.is_complete(w, config.epochs) for w in workdirs.values()):
       return
-  train.check_start(config.init_from, (workdirs or {}).values())
+  begun = [train.has_begun(w) for w in (workdirs or {}).values()]
+  if config.init_from and not (begun and all(begun)):
+    train.steps_to_start_from(config.init_from)
   data_fields(config)
   load_map(config)
   tracking.check_trackers(config.trackers)

@@ -43,13 +43,13 @@ BEST = ("best_epoch", "val_accuracy", "test_accuracy")
 
 
 @dataclasses.dataclass
-class Progress:
-  """What a run keeps across epochs, and saves in its checkpoints."""
+class RunState:
+  """What a run updates as it goes on, and saves in its checkpoints."""
 
   inputs: dict[str, str]  # Name -> fingerprint of what training reads.
   seconds: float = 0.0  # Spent on the run, up to its last checkpoint.
   iteration_seconds: float | None = None  # In the fastest whole epoch.
-  # Of the best epoch by `val_accuracy`.
+  # These three describe the epoch with the best `val_accuracy`.
   best_epoch: int = 0
   val_accuracy: float = _WORST
   test_accuracy: float | None = None
@@ -67,7 +67,7 @@ class Seed:
   workdir: pathlib.Path
   dataset: data.Dataset
   checkpoints: checkpoint.Checkpoints
-  progress: Progress
+  progress: RunState
   label: str = ""  # Prefix of its messages; "" if it trains alone.
   log: logs.MetricsLog | None = None  # None if another process writes.
   # Averages over the unfinished epoch and the unfinished logging interval.
@@ -104,7 +104,7 @@ class Seed:
     inputs = self.progress.inputs
     state, content = self.checkpoints.restore(step, like)
     unfinished = content.pop("unfinished")
-    self.progress = Progress(**content)
+    self.progress = RunState(**content)
     before = self.progress.inputs
     if changed := [name for name in inputs if before.get(name) != inputs[name]]:
       raise errors.InputError(
@@ -142,7 +142,11 @@ class Seed:
       elif bad := metrics.bad_numbers(values, [pair.name for pair in pairs]):
         what = "iteration" if values["skipped"] else "meta update of iteration"
         values = metrics.without_bad_numbers(values)
-        self.check_finite(values, number, pairs, can_skip=False)
+        if left := metrics.bad_numbers(values):
+          raise errors.BadNumbersError(
+            f"{self.label}iteration {number}: not finite: {', '.join(left)},"
+            " although loss and gradient are; mend the accuracy of the task"
+          )
         display.say(
           f"{self.label}{what} {number} is skipped: not finite:"
           f" {', '.join(bad)}"

@@ -135,7 +135,8 @@ class Training:
       for seed, workdir in workdirs.items()
       if seed not in summaries
     }
-    check_start(settings.init_from, left.values())
+    if settings.init_from and not all(map(has_begun, left.values())):
+      steps_to_start_from(settings.init_from)
     for workdir in left.values():
       run_folder.make(workdir)
     _, precision = compilation.PRECISIONS[settings.precision]
@@ -315,7 +316,7 @@ def _train(setup, trainer, group, requests):
         stack.enter_context(
           checkpoint.Checkpoints(workdir / run_folder.CHECKPOINTS)
         ),
-        loop.Progress(setup.inputs),
+        loop.RunState(setup.inputs),
         f"seed {experiment.settings.seed}: " if len(group) > 1 else "",
       )
       for workdir, experiment in group.items()
@@ -327,7 +328,7 @@ def _train(setup, trainer, group, requests):
       ]
     # Not earlier, so that a run that cannot start leaves no trace.
     for workdir, experiment in group.items():
-      if distributed.is_first():  # Of fewer epochs.
+      if distributed.is_first():  # That of fewer epochs is out of date.
         (workdir / run_folder.SUMMARY).unlink(missing_ok=True)
       run_folder.write_json(workdir / run_folder.CONFIG, experiment.description)
       contents = run_folder.read_json(workdir / _CONTENTS) or {}
@@ -347,20 +348,12 @@ def _train(setup, trainer, group, requests):
   return _summarise(setup, trainer, runs)
 
 
-def check_start(
-  init_from: str, workdirs: Collection[str | os.PathLike[str]]
-) -> None:
-  """Check config.init_from, unless all runs have begun.
+def steps_to_start_from(workdir: str) -> set[int]:
+  """Return the iterations of the checkpoints of config.init_from.
 
   Raises:
-    errors.InputError: it has no checkpoint.
+    errors.InputError: there are none.
   """
-  if init_from and not (workdirs and all(map(has_begun, workdirs))):
-    _steps_to_start_from(init_from)
-
-
-def _steps_to_start_from(workdir):
-  """Return the iterations of the checkpoints of config.init_from."""
   folder = pathlib.Path(workdir) / run_folder.CHECKPOINTS
   if not (steps := checkpoint.steps_in(folder)):
     raise errors.InputError(
@@ -372,7 +365,7 @@ def _steps_to_start_from(workdir):
 
 def _start_from(workdir, state, recipe):
   """Initialise a state with what another run has learned."""
-  step = max(_steps_to_start_from(workdir))
+  step = max(steps_to_start_from(workdir))
   folder = pathlib.Path(workdir) / run_folder.CHECKPOINTS
   with checkpoint.Checkpoints(folder) as checkpoints:
     try:

@@ -443,6 +443,8 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
     small_runs.train(config, tmp_path / "next")
     shutil.rmtree(config.init_from, ignore_errors=True)
   assert (tmp_path / "next" / "contents.json").read_bytes() == contents
+  done = train.train(from_config.resolve(config), tmp_path / "next")
+  assert done["epochs"] == 1
   config.init_from = str(tmp_path)
   with pytest.raises(errors.InputError, match="init_from was"):
     small_runs.train(config, tmp_path / "next")
