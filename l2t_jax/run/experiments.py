@@ -250,7 +250,8 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   target, variables = experiment.target, None
   if isinstance(target, nnx.Module):  # Trained from its current values.
     variables = variables_of(Source(target))
-  elif target is not None:  # What a function makes differs in its variables.
+  elif target is not None and not isinstance(target, nn.Module):
+    # What a function makes shows in its variables.
     layout = models.trace(target, experiment.reading.image_shape)
     variables = jax.tree.map(lambda x: f"{x.shape} {x.dtype}", layout.variables)
   settings = _as_dict(experiment.settings)

@@ -224,15 +224,17 @@ def load(
       trains=trains,
     )
   dtype, precision = compilation.PRECISIONS[config["precision"]]
+  name = str(path)
   if network is None:
     network, params, model_state, _ = weight_files.load_network(path, dtype)
   else:
+    name = f"the network that is given for {path}"
     model_state, _ = weight_files.load(path)
     params = model_state.pop("params")
   weight_files.check_shapes(
     models.trace(network, image_format.shape),
     {"params": params, **model_state},
-    str(path),
+    name,
   )
   return Predictor(
     network,
