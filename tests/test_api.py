@@ -108,7 +108,7 @@ def test_the_wheel_works_without_the_clone(tmp_path):
   (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
   readme = (small_runs.ROOT / "README.md").read_text()
   example = re.search(r"```python\n(import numpy.*?)```", readme, re.S)[1]
-  assert "config.epochs, config.batch_size" in example
+  assert "= 20, 25" in example and "= 60," in example
   program = example.replace("= 20, 25", "= 1, 25").replace("= 60,", "= 1,")
   program += "\nprint(l2t.__file__)\n"
   run = lambda *arguments: (

@@ -44,7 +44,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     fields = from_config.data_fields(config)
   else:
     if overrides:
-      raise errors.InputError(f"{overrides[0]} is for a --config, not for PATH")
+      raise errors.InputError(
+        f"{overrides[0]} needs --config; leave it out, or give --config in"
+        " place of PATH"
+      )
     # Images are opened, but not resized or normalised: other fields are unused.
     source = "npz" if args.path.endswith(".npz") else "folder"
     fields = data.DataFields(

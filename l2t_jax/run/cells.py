@@ -158,7 +158,7 @@ def folder_name(name: str) -> str:
 def check_rows_differ(
   methods: Sequence[str], fields: ml_collections.ConfigDict
 ) -> None:
-  """Reject methods that are equal, if only by the fields of a config.
+  """Reject rows that train the same, be it because of config.transfer.
 
   Args:
     methods: rows of the table.

@@ -135,8 +135,9 @@ def fit(
       target.model and task) are filled in.
     task: what is learned; None for classification.
     workdir: folder of the run; an interrupted run resumes there. None for a new
-      folder in the system's temporary directory, which is not deleted, and gets
-      a checkpoint only at the end.
+      folder in the system's temporary directory, which is not deleted; without
+      `config.checkpoint_steps`, the run is saved only at its end, or when a
+      signal stops it.
 
   Returns:
     The trained target and the records of the run.
@@ -241,11 +242,11 @@ def _check_read(config, given, nothing):
       if field != "weights" and value != nothing[field]
     ]
   if unread:
-    names = ", ".join(map(repr, given)) if "" not in given else "no name"
+    named = ", ".join(map(repr, given))
+    why = "the source has no name" if "" in given else f"sources are {named}"
     raise errors.InputError(
-      f"{', '.join(unread)} is set, but the source has {names}; options of a"
-      " single source are in config.source, those of named ones in"
-      " config.sources.NAME"
+      f"nothing reads {', '.join(unread)}, because {why}; options of a single"
+      " source are in config.source, those of named ones in config.sources.NAME"
     )
 
 

@@ -163,7 +163,8 @@ def test_the_command(tmp_path):
     (("a", "--config=b"), "give a PATH or --config, one of the two"),
     (
       ("a", "--config.data.channels=1"),
-      "--config.data.channels=1 is for a --config, not for PATH",
+      "--config.data.channels=1 needs --config; leave it out, or give --config"
+      " in place of PATH",
     ),
   ],
 )

@@ -303,14 +303,14 @@ def test_sources_that_cannot_be(arrays, source, message):
 @pytest.mark.parametrize(
   ("fields", "names", "message"),
   [
-    ({"source.taps": ("a",)}, ("a", "b"), r"config\.source\.taps is set"),
-    ({"sources": {"c": {}}}, ("a", "b"), r"sources\.c is set, .* 'a', 'b'"),
-    ({"sources": {"c": {}}}, (), r"sources\.c is set, .* has no name"),
+    ({"source.taps": ("a",)}, ("a", "b"), r"reads config\.source\.taps"),
+    ({"sources": {"c": {}}}, ("a", "b"), r"sources\.c, because .* 'a', 'b'"),
+    ({"sources": {"c": {}}}, (), r"sources\.c, because .* has no name"),
     ({"method": "linear_probe"}, ("a", "b"), "start from one source"),
     ({"method": "scratch", "init_from": "none"}, (), "no checkpoint in none"),
   ],
 )
-def test_options_that_nothing_would_read(
+def test_what_is_refused_before_images_are_read(
   arrays, monkeypatch, fields, names, message
 ):
   network = experiments.Source(networks.convnext_nnx(10, rngs=nnx.Rngs(0)))

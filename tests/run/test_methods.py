@@ -375,7 +375,7 @@ def test_values_that_do_not_fit_together(source, tmp_path, fields, message):
     ({"transfer.map": "x.json", "transfer.pairs": ""}, "x.json"),
   ],
 )
-def test_a_table_hears_of_it_first(source, fields, message):
+def test_check_refuses_what_resolve_would(source, fields, message):
   config = small_runs.small_config(source)
   config.update_from_flattened_dict(fields)
   with pytest.raises(errors.InputError, match=message):

@@ -317,7 +317,7 @@ the like stand for your own.
 |---|---|---|
 | 0 | done | says that there is nothing to do |
 | 1 | a run of a table has failed | repeats this run |
-| 2 | wrong input: a value, a file, a folder | fails until it is mended |
+| 2 | wrong input: a value, a file, a folder | fails until that is corrected |
 | 3 | a loss, gradient or weight is NaN or infinite | fails again |
 | 4 | a file could not be read or written | resumes, once it can |
 | 5 | another process of the run, or one that reads images, was lost | resumes |
