@@ -1,5 +1,5 @@
 # make demo: train, transfer and draw on bundled digits (1 to 3 minutes).
-# make test: lint, types, arrows, spelling, documentation and tests (10 to 30
+# make test: lint, types, arrows, spelling, documentation and tests (10 to 40
 # minutes).
 
 PYTHON ?= python3

@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
   flag("--source", default="resnet32")
   flag("--target", default="vgg9")
   flag("--image_size", type=int, default=32)
-  flag("--teraflops", type=float, default=66.0, help="a device, a second")
+  flag("--teraflops", type=float, default=66.0, help="per device")
   flag("--node_devices", type=int, default=8)
   flag("--node_gigabytes", type=float, default=300.0, help="inside, a second")
   flag(

@@ -16,7 +16,8 @@ at the upper end of their grid; the second round has 40 epochs and larger
 weights. These turned out to be too large: ten of the twelve trials of
 `l2t_ww_joint` diverged. The methods that learn the weights of a matching loss
 are therefore tuned on the values of the first round, in a third one. The
-finalists are named after it, by their accuracy on the validation images, with
+finalists are named after it, one of each kind, and within a kind by their
+accuracy on the validation images, with
 
     --finalists=scratch,fm_all_to_all,lwf,l2t_ww,l2t_ww_joint
 
