@@ -133,16 +133,17 @@ class Seed:
         skipped, or too many consecutive iterations were.
     """
     first = step - len(iterations) + 1
+    names = [pair.name for pair in pairs]
     kept = []
     for number, values in enumerate(iterations, start=first):
       # Without bad_numbers=skip the metrics have no entry "skipped".
       self.skips = self.skips + 1 if values.get("skipped") else 0
       if "skipped" not in values:
         self.check_finite(values, number, pairs)
-      elif bad := metrics.bad_numbers(values, [pair.name for pair in pairs]):
+      elif bad := metrics.bad_numbers(values, names):
         what = "iteration" if values["skipped"] else "meta update of iteration"
         values = metrics.without_bad_numbers(values)
-        if left := metrics.bad_numbers(values):
+        if left := metrics.bad_numbers(values, names):
           raise errors.BadNumbersError(
             f"{self.label}iteration {number}: not finite: {', '.join(left)},"
             " although loss and gradient are; mend the accuracy of the task"

@@ -304,7 +304,7 @@ def test_a_linear_probe_needs_one_source(source):
   setups.build(from_config.resolve(config))  # A named one will do.
   config.sources.two = default.source()
   config.sources.two.weights = str(source)
-  with pytest.raises(errors.InputError, match="has 2: one, two"):
+  with pytest.raises(errors.InputError, match="are 2: one, two"):
     setups.build(from_config.resolve(config))
 
 
@@ -541,7 +541,7 @@ def test_ablations_switch_off_what_is_learned(source, fields, learned):
   config.update_from_flattened_dict(fields)
   run = setups.build(from_config.resolve(config))
   assert set(run.create_state(0).meta_params) == learned
-  assert run.learns == bool(learned)
+  assert bool(run.update_every) == bool(learned)
 
 
 def test_a_source_as_a_plain_dict_is_told_what_it_lacks(source):
