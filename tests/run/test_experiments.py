@@ -69,9 +69,7 @@ def test_accuracies_are_those_of_the_saved_target(trained):
 
 
 def test_another_network_does_not_fit_a_run(trained):
-  with pytest.raises(
-    errors.InputError, match=r"is given for .* does not fit"
-  ):
+  with pytest.raises(errors.InputError, match=r"is given for .* does not fit"):
     predictors.load(trained, lambda rngs: networks.convnext_nnx(3, rngs=rngs))
 
 
