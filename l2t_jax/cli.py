@@ -18,7 +18,7 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from l2t_jax import errors
+from l2t_jax import errors, quiet  # noqa: F401
 import l2t_jax.config
 from l2t_jax.runtime import compilation, cpu_lowering, phases, signals
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import json
 import pathlib
 
-from l2t_jax import errors, files
+from l2t_jax import errors, files, quiet  # noqa: F401
 import l2t_jax.config
 from l2t_jax.results import html_report, run_reader
 from l2t_jax.run import saliency_images

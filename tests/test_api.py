@@ -125,3 +125,18 @@ def test_the_wheel_works_without_the_clone(tmp_path):
   )
   assert str(site) in run("-c", program)
   assert "stage1_block1" in run("-m", "l2t_jax.models", "resnet_tiny")
+
+
+def test_training_keeps_xla_quiet_and_an_import_does_not():
+  """It has to, before jax is imported, which the tests above do first."""
+  program = """
+import os, sys
+os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+before = dict(os.environ)
+import l2t_jax
+assert os.environ == before and "jax" not in sys.modules
+l2t_jax.default_config()
+assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+"""
+  result = small_runs.run_python("-c", program)
+  assert result.returncode == 0, result.stderr

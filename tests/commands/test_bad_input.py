@@ -28,7 +28,7 @@ IN_FULL = (
 PAGE = small_runs.ROOT / "docs" / "guides" / "bad_input.md"
 # The library, before jax, and what it imports; this module, with pytest.
 _PRELOADED = (
-  "l2t_jax.cli",  # First, as in the commands: the package keeps XLA quiet.
+  "l2t_jax.cli",  # First, as in the commands: it keeps XLA quiet.
   "l2t_jax.run.train",
   "l2t_jax.run.plan",
   "l2t_jax.results.table_picture",
