@@ -27,11 +27,11 @@ are tuned once more, with three seeds per trial, since one turned out to be too
 few: with or without ghost batch normalisation, which helps much on the demo,
 and with or without scaled source features, with which the weights of L2T-ww
 start closer to 1. The learning rate is fixed, since 0.03 was best for almost
-all. With the values that are chosen then, cheaper settings of L2T-ww (one of
-them uses a learned map again, frozen) and three times the epochs are tried, and
-the finalists train at full width with 20 seeds, and so do the pairs that the
-search of the screening found. At both widths, L2T-ww also trains with the
-random values at which its weights start.
+all. With the values that are chosen then, cheaper settings of L2T-ww are tried
+(one of them uses a learned map again, frozen), the finalists train at full
+width with 20 seeds, and so do the pairs that the search of the screening found.
+At both widths, L2T-ww also trains with the random values at which its weights
+start. Three times the epochs are tried last.
 
 At its end, the command prints the tables of all stages.
 """
@@ -202,14 +202,6 @@ STAGES = (
       ("not_learned", _NOT_LEARNED),
     )
   ),
-  Stage(
-    "longer",
-    "quarter",
-    (),
-    num_seeds=5,
-    tuned_in="refined",
-    fields=("epochs=120",),
-  ),
   Stage("finalists", "full", (), num_seeds=20, tuned_in="refined"),
   Stage(
     "finalists_not_learned",
@@ -226,6 +218,14 @@ STAGES = (
     num_seeds=20,
     tuned_in="refined",
     fields=(f"transfer.pairs={_SEARCHED}",),
+  ),
+  Stage(
+    "longer",
+    "quarter",
+    (),
+    num_seeds=5,
+    tuned_in="refined",
+    fields=("epochs=120",),
   ),
 )
 
