@@ -28,6 +28,7 @@ from l2t_jax import errors, models, types
 from l2t_jax.method import objectives
 from l2t_jax.results import statistics, table_picture, tables
 from l2t_jax.run import fit, train
+from l2t_jax.runtime import phases
 
 _COLUMN = "comparison"
 
@@ -78,7 +79,8 @@ def compare(
   """Train a target with several methods and seeds, and compare them.
 
   Hyper-parameters are those of the config for all methods; to choose them for
-  each method, use `python -m l2t_jax.table --tune`.
+  each method, use `python -m l2t_jax.table --tune`. A run that diverges is
+  missing in the comparison, with a note in its table; the others go on.
 
   Args:
     target: see `fit`. A Linen module or a function that makes an NNX module
@@ -101,7 +103,8 @@ def compare(
 
   Raises:
     errors.InputError: as `fit`, before anything is trained.
-    errors.Stop: as `train`; finished runs are kept.
+    errors.Stop: as `train`, except `errors.BadNumbersError`; finished runs are
+      kept.
   """
   config = ml_collections.ConfigDict((config or fit.default_config()).to_dict())
   methods = (methods,) if isinstance(methods, str) else tuple(methods)
@@ -136,18 +139,22 @@ def compare(
   cells = []
   for method in methods:
     training = make_training(method)
+    summaries, failures = [], []
     # One by one: on a CPU, convolutions of several seeds at once are slow.
-    summaries = [
-      summary
-      for seed in seeds
-      for summary in training.run({seed: folder / method / f"seed{seed}"})
-    ]
+    for seed in seeds:
+      try:
+        summaries += training.run({seed: folder / method / f"seed{seed}"})
+      except errors.BadNumbersError as error:
+        phases.take()  # Do not count its time for the next run.
+        failures.append(f"seed {seed}: {error}")
+        print(f"{method}, {failures[-1]}")
     cells.append(
       tables.Cell(
         method,
         _COLUMN,
         tuple(summaries),
         len(seeds),
+        tuple(failures),
         in_percent=task in (None, objectives.CLASSIFICATION),
       )
     )

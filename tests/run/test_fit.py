@@ -95,6 +95,31 @@ def test_methods_are_compared_seed_by_seed(arrays, tmp_path, monkeypatch):
   assert again(seeds=(3, 5)).cells == comparison.cells
 
 
+def test_a_method_that_diverges_is_left_out(arrays, tmp_path):
+  config = small_config("scratch", 1)
+  config.lwf.weight = 3e38
+  comparison = compare.compare(
+    models.create("vgg_tiny", 10),
+    arrays,
+    source=experiments.Source(networks.NnxConvNeXt(10, 1, rngs=nnx.Rngs(0))),
+    methods=("lwf", "scratch"),
+    reference="scratch",
+    seeds=2,
+    config=config,
+    workdir=tmp_path,
+  )
+  diverged, trained = comparison.cells
+  assert not diverged.summaries
+  assert [text[:25] for text in diverged.errors] == [
+    "seed 0: iteration 1: not ",
+    "seed 1: iteration 1: not ",
+  ]
+  assert [summary["seed"] for summary in trained.summaries] == [0, 1]
+  assert comparison.differences == {}
+  assert "lwf, seed 1: iteration 1: not finite" in comparison.table()
+  comparison.figure()
+
+
 @pytest.mark.parametrize(
   ("methods", "reference", "message"),
   [
