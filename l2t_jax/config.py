@@ -340,6 +340,11 @@ BILEVEL = {
   # Loss of these T steps: auxiliary (L_wfm, followed by one step with L_org, as
   # in the paper), or total (L_org + L_wfm, the usual bilevel scheme).
   "bilevel.look_ahead_loss": Field("auxiliary", one_of(("auxiliary", "total"))),
+  # Images of the outer loss, L_org after the look-ahead: batch (those of the
+  # iteration, as in the paper), or validation (as many validation images, the
+  # usual choice in bilevel optimisation). The validation accuracy of a run with
+  # validation images is optimistic.
+  "bilevel.outer_images": Field("batch", one_of(("batch", "validation"))),
   # How the hypergradient is computed: reverse, remat, mixed or linearized. auto
   # uses linearized, the fastest, or mixed if linearized needs too much memory.
   "bilevel.mode": Field("auto", one_of(("auto", *bilevel.MODES))),

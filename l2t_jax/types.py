@@ -25,14 +25,23 @@ class Mixing(NamedTuple):
   box: chex.Array
 
 
+class Labelled(NamedTuple):
+  """Images with their labels."""
+
+  images: jax.Array  # [B, H, W, C] float32, normalised.
+  labels: jax.Array  # As in Batch.
+
+
 class Batch(NamedTuple):
-  """A mini-batch of labelled images and, optionally, unlabelled ones."""
+  """A mini-batch of labelled images and, optionally, further ones."""
 
   images: jax.Array  # [B, H, W, C] float32, normalised.
   # [B] int32, 0 .. num_classes - 1; or [B, ...] targets of another task.
   labels: jax.Array
   unlabeled: jax.Array | None = None  # [U, H, W, C], or None.
   mixing: Mixing | None = None  # For the labelled images; None for no mixing.
+  # Images of the outer loss, without augmentation; None for the images above.
+  outer: Labelled | None = None
 
 
 class EvalBatch(NamedTuple):

@@ -30,6 +30,10 @@ _EVAL_PIXELS = 512 * 32**2
 # fold in the epoch: this keeps their augmentations independent. Initialisation
 # folds in 2**32 - 1.
 NO_EPOCH = 2**32 - 2
+# Last numbers of the entropy of NumPy's generators, (seed, _, _, STREAM), which
+# keep the streams apart from each other and from the order and the crops of
+# labelled images, which have fewer numbers.
+UNLABELED, UNLABELED_CROPS, MIXING, OUTER = 1, 2, 3, 4
 # Images of a subset, evenly spaced, that enter its fingerprint.
 _NUM_FINGERPRINTED = 1_000
 
@@ -151,6 +155,7 @@ class Contents(NamedTuple):
   skipped: tuple[str, ...]  # Names of unreadable images, which are left out.
   plan: BatchPlan
   unlabeled_plan: BatchPlan
+  has_outer: bool  # Whether training batches hold images of the outer loss.
   mean: tuple[float, ...]  # Pixel mean: one value, or one per channel.
   std: tuple[float, ...]  # Pixel standard deviation, in the same form.
   seed: int  # Decides the order of training images and their augmentation.
@@ -185,7 +190,8 @@ def _make_policy(fields, contents, white):
 class Dataset(abc.ABC):
   """Labelled images in three splits, as batches on the device.
 
-  Training batches may hold unlabelled images in addition to the labelled ones.
+  Training batches may hold unlabelled images and validation images for the
+  outer loss in addition to the labelled ones.
 
   Attributes:
     class_names: one name per class.
@@ -223,6 +229,7 @@ class Dataset(abc.ABC):
     self._seed = contents.seed
     self._plan = contents.plan
     self._unlabeled_plan = contents.unlabeled_plan
+    self._has_outer = contents.has_outer
     self._eval_plan = self._plan._replace(
       batch_size=_eval_batch_size(
         self._plan, max(sizes[1:]), fields.image_shape
@@ -304,9 +311,7 @@ class Dataset(abc.ABC):
       return None
     # Drawn for the global batch, so that the number of processes has no effect.
     drawn = mixing.draw(
-      # The final 3 keeps this stream apart from those of unlabelled images,
-      # which end in 1 (permutations) and 2 (crops).
-      np.random.default_rng((self._seed, epoch, step, 3)),
+      np.random.default_rng((self._seed, epoch, step, MIXING)),
       self._plan.batch_size,
       self.image_shape[:2],
       mixup=self._mixup,
@@ -334,24 +339,24 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
   return _permutation((seed, epoch), num_images)
 
 
-def unlabeled_positions(
-  seed: int, slots: np.ndarray, num_images: int
+def stream_positions(
+  seed: int, slots: np.ndarray, num_images: int, *, stream: int
 ) -> np.ndarray:
-  """Return the unlabelled images at the given slots of their stream.
+  """Return the images at the given slots of a stream of permutations.
 
   Args:
     seed: seed of the stream.
     slots: consecutive numbers, int64 [u], counted from the start of training;
       u may exceed the number of images.
     num_images: N, the length of each of the stream's permutations.
+    stream: `UNLABELED` or `OUTER`.
 
   Returns:
     Positions from 0 to N - 1, int64 [u].
   """
   first, last = slots[0] // num_images, slots[-1] // num_images
   passes = [
-    # The final 1 keeps this stream apart from all others.
-    _permutation((seed, number, 0, 1), num_images)
+    _permutation((seed, number, 0, stream), num_images)
     for number in range(first, last + 1)
   ]
   return np.concatenate(passes)[slots - first * num_images]

@@ -33,6 +33,7 @@ def load(
   process_index: int = 0,
   process_count: int = 1,
   images: records.ImageSet | None = None,
+  has_outer: bool = False,
 ) -> datasets.Dataset:
   """Open a data set, split it and cut it into batches.
 
@@ -45,6 +46,8 @@ def load(
     process_count: number of processes that train together.
     images: a data set that is already open; by default, the data set that
       `fields` describe is opened.
+    has_outer: whether training batches hold as many validation images, for the
+      outer loss.
 
   Returns:
     The data set; each process gets its own rows of the global batches.
@@ -130,6 +133,7 @@ def load(
     inspected.skipped,
     plan,
     unlabeled_plan,
+    has_outer,
     mean,
     std,
     seed,

@@ -57,13 +57,30 @@ class InMemoryDataset(datasets.Dataset):
         slots = self._unlabeled_plan.slots(epoch * self.steps_per_epoch + step)
         others = _train_batch(
           *self._arrays["unlabeled"],
-          datasets.unlabeled_positions(self._seed, slots, self.num_unlabeled),
+          datasets.stream_positions(
+            self._seed,
+            slots,
+            self.num_unlabeled,
+            stream=datasets.UNLABELED,
+          ),
           (unlabeled_key, epoch, step),
           plan=self._unlabeled_plan,
           policy=self._policy,
         )
         batch = batch._replace(unlabeled=others.images)
+      if self._has_outer:
+        batch = batch._replace(outer=self._outer(epoch, step))
       yield batch
+
+  def _outer(self, epoch: int, step: int) -> types.Labelled:
+    slots = self._plan.slots(epoch * self.steps_per_epoch + step)
+    positions = datasets.stream_positions(
+      self._seed, slots, self.num_val, stream=datasets.OUTER
+    )
+    images, labels, _ = self._eval_batch(
+      *self._arrays["val"], positions, np.ones(len(positions), np.float32)
+    )
+    return types.Labelled(images, labels)
 
   def eval_batches(self, split: str) -> Iterator[types.EvalBatch]:
     """See `Dataset.eval_batches`."""

@@ -55,6 +55,7 @@ class StreamingDataset(datasets.Dataset):
       self._plan,
       self._subsets.get("unlabeled"),
       self._unlabeled_plan,
+      self._subsets["val"] if contents.has_outer else None,
       self._eval_resize,
       None if fields.augment == "none" else crop,
     )
@@ -86,20 +87,32 @@ class StreamingDataset(datasets.Dataset):
     unlabeled_key = jax.random.fold_in(key, datasets.NO_EPOCH)
     try:
       for step in range(start, self.steps_per_epoch):
-        images, labels, *others = next(stream)
-        unlabeled = None
-        if others:
+        read = next(stream)
+        unlabeled = outer = None
+        if "unlabeled" in read:
           unlabeled = _augment(
-            *others,
+            read["unlabeled"],
             (unlabeled_key, epoch, step),
             plan=self._unlabeled_plan,
             policy=self._policy,
           )
+        if "outer_images" in read:
+          outer = types.Labelled(
+            self._normalise(read["outer_images"]),
+            jnp.array(read["outer_labels"]),
+          )
         images = _augment(
-          images, (key, epoch, step), plan=self._plan, policy=self._policy
+          read["images"],
+          (key, epoch, step),
+          plan=self._plan,
+          policy=self._policy,
         )
         yield types.Batch(
-          images, jnp.array(labels), unlabeled, self._draw_mixing(epoch, step)
+          images,
+          jnp.array(read["labels"]),
+          unlabeled,
+          self._draw_mixing(epoch, step),
+          outer,
         )
     # Also on GeneratorExit, when the caller abandons the epoch.
     except BaseException as error:
@@ -170,16 +183,18 @@ class _TrainReader:
   plan: datasets.BatchPlan
   unlabeled: datasets.Subset | None
   unlabeled_plan: datasets.BatchPlan
+  outer: datasets.Subset | None
   resize: _Transform
   crop: _Transform | None  # (image, rng) -> image; None to resize instead.
   seed: int
 
-  def __call__(self, step: int) -> tuple[np.ndarray, ...]:
+  def __call__(self, step: int) -> dict[str, np.ndarray]:
     """Read the batch of a step.
 
     Returns:
-      Images [b, H, W, C], labels [b, ...] and, if there are any, unlabelled
-      images [u, H, W, C].
+      "images" [b, H, W, C] and "labels" [b, ...]; if there are any, "unlabeled"
+      images [u, H, W, C], and "outer_images" and "outer_labels" in the shapes
+      of the first two.
     """
     num_images = len(self.subset.indices)
     epoch, step_of_epoch = divmod(step, num_images // self.plan.batch_size)
@@ -189,22 +204,33 @@ class _TrainReader:
     # reads the image. Slots count from 1 here: NumPy pads entropy with zeros,
     # so that a 0 would repeat the stream of `epoch_order`.
     entropies = [(self.seed, epoch, 1 + slot) for slot in slots]
-    images = self._read(self.subset, positions, entropies)
-    labels = self.subset.targets[positions]
-    if self.unlabeled is None:
-      return images, labels
-    slots = self.unlabeled_plan.slots(step)
-    positions = datasets.unlabeled_positions(
-      self.seed, slots, len(self.unlabeled.indices)
-    )
-    unlabeled = self._read(
-      self.unlabeled,
-      positions,
-      # The final 2 keeps this stream apart from those of `unlabeled_positions`,
-      # of mixing and of labelled images.
-      [(self.seed, slot, 0, 2) for slot in slots],
-    )
-    return images, labels, unlabeled
+    batch = {
+      "images": self._read(self.subset, positions, entropies),
+      "labels": self.subset.targets[positions],
+    }
+    if self.unlabeled is not None:
+      slots = self.unlabeled_plan.slots(step)
+      positions = datasets.stream_positions(
+        self.seed,
+        slots,
+        len(self.unlabeled.indices),
+        stream=datasets.UNLABELED,
+      )
+      batch["unlabeled"] = self._read(
+        self.unlabeled,
+        positions,
+        [(self.seed, slot, 0, datasets.UNLABELED_CROPS) for slot in slots],
+      )
+    if self.outer is not None:
+      positions = datasets.stream_positions(
+        self.seed,
+        self.plan.slots(step),
+        len(self.outer.indices),
+        stream=datasets.OUTER,
+      )
+      batch["outer_images"] = _read_resized(self.outer, positions, self.resize)
+      batch["outer_labels"] = self.outer.targets[positions]
+    return batch
 
   def _read(
     self,
@@ -231,12 +257,22 @@ def _read_eval_step(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Return images [b, H, W, C], labels [b, ...] and mask [b] of a step."""
   positions, mask = plan.eval_positions(len(subset.indices), step)
-  images = [subset.read(position, resize) for position in positions]
-  return np.stack(images), subset.targets[positions], mask
+  return (
+    _read_resized(subset, positions, resize),
+    subset.targets[positions],
+    mask,
+  )
+
+
+def _read_resized(
+  subset: datasets.Subset, positions: np.ndarray, resize: _Transform
+) -> np.ndarray:
+  """Read images [b, H, W, C] as evaluation does."""
+  return np.stack([subset.read(position, resize) for position in positions])
 
 
 def _stream(
-  read_step: Callable[[int], tuple[np.ndarray, ...]],
+  read_step: Callable[[int], Any],
   steps: range,
   *,
   num_workers: int,

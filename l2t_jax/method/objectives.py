@@ -170,6 +170,8 @@ class TransferBatch(NamedTuple):
   labels: jax.Array | MixedLabels  # [B].
   unlabeled: jax.Array | None = None  # [U, H, W, C].
   source: SourceOutputs | None = None  # For all N = B + U images.
+  # Images of the outer loss; None for the labelled images above.
+  outer: types.Labelled | None = None
 
 
 class TargetOutputs(NamedTuple):

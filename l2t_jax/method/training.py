@@ -217,12 +217,15 @@ def make_train_step(
 
 def _mixed(batch):
   """Apply mixup and CutMix to the labelled images, if the batch says so."""
-  images, labels, unlabeled, how = batch
-  if how is None:
-    return objectives.TransferBatch(images, labels, unlabeled)
-  images, shares = mixing.mix(images, how)
-  labels = objectives.MixedLabels(labels, jnp.roll(labels, 1), shares)
-  return objectives.TransferBatch(images, labels, unlabeled)
+  data = objectives.TransferBatch(
+    batch.images, batch.labels, batch.unlabeled, outer=batch.outer
+  )
+  if batch.mixing is None:
+    return data
+  images, shares = mixing.mix(batch.images, batch.mixing)
+  first, second = batch.labels, jnp.roll(batch.labels, 1)
+  labels = objectives.MixedLabels(first, second, shares)
+  return data._replace(images=images, labels=labels)
 
 
 def _with_sources(problem, sources, data):
@@ -294,9 +297,16 @@ def _update_average(recipe, state, inner):
 
 def _look_ahead_gradient(problem, recipe, optimizer, inner, meta_params, data):
   """Do step 2; return (L_org after the look-ahead, its gradient)."""
+  target_loss = _without_metrics(problem.losses.target)
+
+  def outer_loss(params, weights, model_state, data):
+    if data.outer is not None:
+      data = objectives.TransferBatch(*data.outer)
+    return target_loss(params, weights, model_state, data)
+
   return bilevel.hypergradient(
     _make_look_ahead(problem, recipe, optimizer),
-    _without_metrics(problem.losses.target),
+    outer_loss,
     inner,
     meta_params,
     data,

@@ -87,6 +87,7 @@ class Bilevel(NamedTuple):
 
   num_inner_steps: int
   look_ahead_loss: str
+  outer_images: str
   mode: str
   loop: str
 
@@ -191,6 +192,12 @@ class Experiment(NamedTuple):
   def looks_ahead(self) -> bool:
     """Whether weights are learned through a look-ahead."""
     return any(self.learns) and self.method.looks_ahead
+
+  @property
+  def has_outer(self) -> bool:
+    """Whether the outer loss has images of its own: validation images."""
+    bilevel = self.settings.bilevel
+    return self.looks_ahead and bilevel.outer_images == "validation"
 
   @property
   def pair_activation(self) -> str:

@@ -199,6 +199,11 @@ def build(experiment: experiments.Experiment) -> Setup:
       *source_networks.notes(experiment, sources, plan.pairs),
       *target.notes,
       *dataset.notes,
+      *(
+        ["the outer loss reads validation images: their accuracy is optimistic"]
+        if experiment.has_outer
+        else []
+      ),
     ),
   )
 
@@ -280,6 +285,7 @@ def _load_data(experiment):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     images=experiment.images,
+    has_outer=experiment.has_outer,
   )
   if not dataset.num_val:
     raise errors.InputError(
@@ -303,7 +309,10 @@ def _blank_batch(experiment, dataset):
       np.ones(rows(batch_size), np.float32),
       np.zeros((rows(batch_size), 4), np.int32),
     )
-  return types.Batch(*_blank_rows(dataset, rows(batch_size)), unlabeled, mixing)
+  labelled = types.Labelled(*_blank_rows(dataset, rows(batch_size)))
+  return types.Batch(
+    *labelled, unlabeled, mixing, labelled if experiment.has_outer else None
+  )
 
 
 def _blank_rows(dataset: data.Dataset, count: int) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ _FIXED = (
   *("method", "seed", "evaluate_test", "target.task", "target.num_outputs"),
   *("data.source", "data.name", "data.path", "data.classes", "data.per_class"),
   *("data.split_file", "data.split_prefix", "data.split_seed"),
-  *("data.val_fraction", "data.test_fraction"),
+  *("data.val_fraction", "data.test_fraction", "bilevel.outer_images"),
 )
 _LONGEST_NAME = 150  # Of a trial's folder; most file systems allow 255 bytes.
 

@@ -332,6 +332,10 @@ def test_shares_differ_in_their_methods(tmp_path):
     (["--tune=method=kd,lwf"], "method cannot be tuned"),
     (["--tune=data.split_seed=1,2"], "data.split_seed cannot be tuned"),
     (
+      ["--tune=bilevel.outer_images=batch,validation"],
+      "bilevel.outer_images cannot be tuned",
+    ),
+    (
       [
         "--tune=transfer.pairs=single,nearest",
         "--methods=fm_single,fm_one_to_one",

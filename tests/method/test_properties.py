@@ -536,7 +536,10 @@ def test_images_without_labels_come_pass_by_pass(
   """Each pass is a permutation, wherever the stream is cut."""
   plan = datasets.BatchPlan(batch_size, 0, 1)
   read = functools.partial(
-    datasets.unlabeled_positions, seed, num_images=num_images
+    datasets.stream_positions,
+    seed,
+    num_images=num_images,
+    stream=datasets.UNLABELED,
   )
   for step in range(first, first + 3):
     slots = plan.slots(step)

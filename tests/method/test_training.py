@@ -440,14 +440,23 @@ def test_without_a_look_ahead_the_weights_descend_the_real_loss(x64):
   assert "outer_loss" not in metrics
 
 
-@pytest.mark.parametrize("look_ahead_loss", ["auxiliary", "total"])
-def test_look_ahead_by_hand(look_ahead_loss, x64):
-  """T = 1 on labelled and unlabelled images, after the real update."""
+@pytest.mark.parametrize(
+  ("look_ahead_loss", "num_outer"),
+  [("auxiliary", 0), ("total", 0), ("total", 5)],
+)
+def test_look_ahead_by_hand(look_ahead_loss, num_outer, x64):
+  """T = 1 on labelled and unlabelled images, after the real update.
+
+  The outer loss is that of the labelled images, or of images of its own.
+  """
   train_step, state, sources = setup(
     look_ahead_loss=look_ahead_loss, num_inner_steps=1
   )
   _, _, pairs, target_taps = small_setup.create()
   data = small_setup.batch(4, num_unlabeled=6)
+  if num_outer:
+    images, labels, *_ = small_setup.batch(num_outer, seed=1)
+    data = data._replace(outer=types.Labelled(images, labels))
   after, metrics = train_step(state, sources, data)
   _, features, _ = models.as_apply_fn(small_setup.SOURCE)(
     sources[""].params,
@@ -480,7 +489,8 @@ def test_look_ahead_by_hand(look_ahead_loss, x64):
     else:
       inner = one_step(after.inner, losses.auxiliary, weights)
       inner = one_step(inner, losses.target, weights)
-    return losses.target(inner.params, weights, inner.model_state, batch)[0]
+    outer = objectives.TransferBatch(*(data.outer or data[:2]))
+    return losses.target(inner.params, weights, inner.model_state, outer)[0]
 
   np.testing.assert_allclose(
     metrics["outer_loss"], outer_loss(state.meta_params), rtol=1e-10

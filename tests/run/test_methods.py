@@ -590,8 +590,28 @@ def test_images_without_labels(source, tmp_path):
   assert summary["num_unlabeled"] == 0
 
 
+def test_validation_images_in_the_outer_loss(source, tmp_path, capsys):
+  config = small_runs.small_config(source, epochs=1)
+  small_runs.train(config, tmp_path / "batch")
+  config.bilevel.outer_images = "validation"
+  note = "the outer loss reads validation images"
+  assert note not in capsys.readouterr().out
+  small_runs.train(config, tmp_path / "validation")
+  assert note in capsys.readouterr().out
+  ours, theirs = (
+    small_runs.records(tmp_path / name, "train")[0]
+    for name in ("validation", "batch")
+  )
+  assert ours["outer_loss"] != theirs["outer_loss"]
+  # A method without a look-ahead does not read them.
+  config.method, config.transfer.pairs = "fm_single", ""
+  small_runs.train(config, tmp_path / "fixed")
+  assert note not in capsys.readouterr().out
+
+
 def together_config(source):
   config = small_runs.small_config(source, epochs=2)
+  config.bilevel.outer_images = "validation"
   config.transfer.pairs = "stage3_block1->conv3"
   config.meta.update_every = 2
   config.log_every = 1

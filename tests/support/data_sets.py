@@ -8,7 +8,10 @@ from l2t_jax import data
 from l2t_jax.data import records
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-_OPTIONS = ("batch_size", "seed", "process_index", "process_count", "images")
+_OPTIONS = (
+  *("batch_size", "seed", "process_index", "process_count", "images"),
+  "has_outer",
+)
 
 
 def load(source="npz", **changes):

@@ -64,7 +64,11 @@ def create(*, image_seed=0, source_seed=0, num_classes=4, beta=0.5):
       learning_rate=1e-3, weight_decay=1e-4, clip_norm=0.0, update_every=1
     ),
     bilevel=experiments.Bilevel(
-      num_inner_steps=2, look_ahead_loss="auxiliary", mode="auto", loop="scan"
+      num_inner_steps=2,
+      look_ahead_loss="auxiliary",
+      outer_images="batch",
+      mode="auto",
+      loop="scan",
     ),
     trackers=(),
     log_every=5,
