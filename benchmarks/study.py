@@ -33,6 +33,10 @@ width with 20 seeds, and so do the pairs that the search of the screening found.
 At both widths, L2T-ww also trains with the random values at which its weights
 start. Three times the epochs are tried last.
 
+Apart from this plan, and after the screening had shown that the weights of
+L2T-ww gain nothing over fixed ones, L2T-ww is also tuned with validation images
+in its outer loss.
+
 At its end, the command prints the tables of all stages.
 """
 
@@ -90,6 +94,7 @@ _EQUAL_COMMITS = (
   "9083d30c209efe378b7f6ba5ea99346fd6be7aaa",
   "cd9638c6fc3b6c6b4df64aa57d46b18270e73585",
   "f366ecbdd541c29fc39123d14a99a3900ea2007a",
+  "d606529ee85271f0b403491affabe2dc443487be",
 )
 
 
@@ -170,6 +175,19 @@ STAGES = (
     ),
   ),
   Stage(
+    "validation_images",
+    "quarter",
+    ("l2t_ww",),
+    num_seeds=5,
+    tune=(
+      "epochs=40",
+      "optimizer.learning_rate=0.03",
+      "transfer.beta=0.5,2",
+      "meta.learning_rate=1e-4,1e-3,1e-2",
+    ),
+    fields=("bilevel.outer_images=validation",),
+  ),
+  Stage(
     "refined",
     "quarter",
     (),
@@ -235,26 +253,27 @@ def make_cells(
 ) -> list[table_cells.Cell]:
   """Return the cells of a stage, with the values that another stage chose."""
   config = cli.load_config(f"{_CONFIG}:{stage.width}", overrides)
-  cells = table_cells.make_cells(
+  made = []
+  for cell in table_cells.make_cells(
     {stage.name: config}, stage.methods, stage.num_seeds, workdir
-  )
-  if not stage.tuned_in:
-    return cells
-  tuned = []
-  for cell in cells:
-    record = run_folder.read_json(
-      workdir / stage.tuned_in / cell.method / table_cells.TUNING
-    )
-    if record is None or record["chosen"] is None:
-      raise errors.InputError(
-        f"{cell.method} is not tuned yet: {stage.tuned_in} comes first"
-      )
+  ):
     fields = dict(text.split("=") for text in stage.fields)
-    config = cli.with_fields(cell.config, record["chosen"] | fields)
+    if stage.tuned_in:
+      fields = _chosen(workdir / stage.tuned_in / cell.method) | fields
+    config = cli.with_fields(cell.config, fields)
     if config.transfer.map:
       config.transfer.map = str(workdir / config.transfer.map)
-    tuned.append(cell._replace(config=config))
-  return tuned
+    made.append(cell._replace(config=config))
+  return made
+
+
+def _chosen(folder):
+  record = run_folder.read_json(folder / table_cells.TUNING)
+  if record is None or record["chosen"] is None:
+    raise errors.InputError(
+      f"{folder.name} is not tuned yet: {folder.parent.name} comes first"
+    )
+  return record["chosen"]
 
 
 def jobs(
