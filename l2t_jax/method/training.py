@@ -144,7 +144,8 @@ def make_train_step(
 
       * the scalars of `objectives.make_losses` before the real update, and
         "grad_norm" of the gradient of the real update's loss;
-      * with a meta update: "outer_loss" after the look-ahead, if there is one,
+      * with a meta update: "outer_loss" after the look-ahead, if there is one
+        (of `batch.outer`, if it is given, else of the labelled images),
         "meta_grad_norm", "meta_grad_norms" of the part of each pair, [P], and
         "meta_update_norm";
       * with `skip_bad_numbers`: "skipped", 1 or 0;

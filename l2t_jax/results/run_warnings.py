@@ -39,6 +39,14 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
   if run.summary is None:
     done = run.epochs[-1]["epoch"] if run.epochs else 0
     yield f"not finished, {done} of {run.config['epochs']} epochs"
+  method = objectives.get_method(run.config["method"])
+  if (run.learned_pairs or run.learned_channels) and (
+    method.looks_ahead and run.config["bilevel"]["outer_images"] == "validation"
+  ):
+    yield (
+      "validation images took part in training, through the outer loss: the"
+      " validation accuracy is optimistic"
+    )
   if run.map and run.learned_pairs:
     weights = [pair["pair_weight"] for pair in run.map["pairs"]]
     dead = sum(weight < transfer_map.IGNORED for weight in weights)
@@ -50,7 +58,6 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
     # Without a look-ahead, pair weights are a softmax and have another maximum.
     saturated = sum(weight > _SATURATED for weight in weights)
     is_relu6 = run.config["transfer"]["pair_activation"] == "relu6"
-    method = objectives.get_method(run.config["method"])
     if saturated and is_relu6 and method.looks_ahead:
       yield (
         f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of"

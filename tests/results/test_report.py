@@ -143,6 +143,13 @@ def test_warnings(folder, tmp_path):
   assert found[0].endswith("in validation accuracy (one seed)")
   assert "seed1: 1 of 2 pairs are dead" in found[1]
   assert "seed1: 1 of 2 pair weights are at relu6's ceiling" in found[2]
+  runs = report.find_runs([folder])
+  for run in runs:
+    run.config["bilevel"]["outer_images"] = "validation"
+  expected = "l2t_ww/seed0, l2t_ww/seed1: validation images took part"
+  texts = run_warnings.find_warnings(runs)
+  assert len(texts) == 4
+  assert any(text.startswith(expected) for text in texts)
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "cut_off")
   for name in ("summary.json", "transfer_map.json"):
     (tmp_path / "cut_off" / name).unlink()
