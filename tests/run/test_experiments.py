@@ -186,7 +186,7 @@ def test_settings_become_a_recipe():
     meta=experiments.Meta(
       0.01, weight_decay=0.1, clip_norm=0.0, update_every=1
     ),
-    bilevel=experiments.Bilevel(3, "total", "mixed", "unroll"),
+    bilevel=experiments.Bilevel(3, "total", "batch", "mixed", "unroll"),
   )
   recipe = setups._make_recipe(settings, 5, "mixed")
   numbers = (recipe.num_inner_steps, recipe.look_ahead_loss, recipe.mode)
