@@ -82,7 +82,9 @@ def test_corrupt_image_in_a_stream_is_named(tmp_path):
 def test_workers_do_not_change_the_stream(tmp_path):
   root = data_sets.save_folder(tmp_path)
   threads, workers = (
-    data_sets.streamed(root, num_workers=num, per_class=6, unlabeled=True)
+    data_sets.streamed(
+      root, num_workers=num, per_class=6, unlabeled=True, has_outer=True
+    )
     for num in (0, 2)
   )
   # Twice in a row: the second epoch goes on with the first one's workers.

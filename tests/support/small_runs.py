@@ -96,6 +96,7 @@ def write_config(
   config = small_config(source, epochs)
   config.data.per_class = 40
   config.data.name = "digits"
+  config.bilevel.outer_images = "validation"
   if num_workers:
     config.data.update(_save_images(folder / "images"))
     config.data.num_workers = num_workers
