@@ -163,6 +163,15 @@ def build(experiment: experiments.Experiment) -> Setup:
   if ":" in settings.optimizer.name:
     optimizers.check(recipe.optimizer_fn, shapes.inner.params)
   place = lambda tree: jax.device_put(tree, _shardings(settings, mesh)(tree))
+  notes = [
+    *source_networks.notes(experiment, sources, plan.pairs),
+    *target.notes,
+    *dataset.notes,
+  ]
+  if experiment.has_outer:
+    notes.append(
+      "the outer loss reads validation images: their accuracy is optimistic"
+    )
   return Setup(
     dataset=dataset,
     image_format=image_format,
@@ -195,16 +204,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     eval_step=training.make_eval_step(target_fn, experiment.task),
     mesh=mesh,
     inputs=_fingerprints(dataset, sources, experiment.frozen),
-    notes=(
-      *source_networks.notes(experiment, sources, plan.pairs),
-      *target.notes,
-      *dataset.notes,
-      *(
-        ["the outer loss reads validation images: their accuracy is optimistic"]
-        if experiment.has_outer
-        else []
-      ),
-    ),
+    notes=tuple(notes),
   )
 
 
