@@ -39,10 +39,7 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
   if run.summary is None:
     done = run.epochs[-1]["epoch"] if run.epochs else 0
     yield f"not finished, {done} of {run.config['epochs']} epochs"
-  method = objectives.get_method(run.config["method"])
-  if (run.learned_pairs or run.learned_channels) and (
-    method.looks_ahead and run.config["bilevel"]["outer_images"] == "validation"
-  ):
+  elif run.summary.get("trained_on_validation"):
     yield (
       "validation images took part in training, through the outer loss: the"
       " validation accuracy is optimistic"
@@ -58,6 +55,7 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
     # Without a look-ahead, pair weights are a softmax and have another maximum.
     saturated = sum(weight > _SATURATED for weight in weights)
     is_relu6 = run.config["transfer"]["pair_activation"] == "relu6"
+    method = objectives.get_method(run.config["method"])
     if saturated and is_relu6 and method.looks_ahead:
       yield (
         f"{saturated} of {len(weights)} pair weights are at relu6's ceiling of"

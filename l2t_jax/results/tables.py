@@ -517,6 +517,11 @@ def _notes(grid: Grid) -> list[str]:
       notes.append(f"{name}: not run")
     elif cell.num_seeds > len(cell.summaries) + len(cell.errors):
       notes.append(f"{name}: {cell.seeds} seeds")
+    if any(s.get("trained_on_validation") for s in cell.summaries):
+      notes.append(
+        f"{name}: validation images took part in training; the validation"
+        " accuracy is optimistic."
+      )
   if any(cell.test.std is not None for cell in cells):
     notes.append("±: sample standard deviation over the seeds.")
   compared = filter(None, map(grid.difference, cells))

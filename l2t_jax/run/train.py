@@ -548,6 +548,7 @@ def _summary(setup, trainer, run, num_seeds, seconds):
     "num_val": dataset.num_val,
     "num_test": dataset.num_test,
     "num_unlabeled": dataset.num_unlabeled,
+    "trained_on_validation": run.experiment.has_outer,
     "skipped_images": list(dataset.skipped),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "processes": jax.process_count(),

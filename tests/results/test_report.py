@@ -145,7 +145,7 @@ def test_warnings(folder, tmp_path):
   assert "seed1: 1 of 2 pair weights are at relu6's ceiling" in found[2]
   runs = report.find_runs([folder])
   for run in runs:
-    run.config["bilevel"]["outer_images"] = "validation"
+    run.summary["trained_on_validation"] = run.config["method"] == "l2t_ww"
   expected = "l2t_ww/seed0, l2t_ww/seed1: validation images took part"
   texts = run_warnings.find_warnings(runs)
   assert len(texts) == 4

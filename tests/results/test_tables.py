@@ -52,6 +52,16 @@ def test_seeds_that_trained_at_once_are_told_of(tmp_path):
   assert "2 seeds trained at once: time is a seed's share" in text
 
 
+def test_validation_images_in_training_are_told_of(tmp_path):
+  cells = [
+    _cell("fm_all_to_all", "stl10", (60.0,), trained_on_validation=False),
+    _cell("l2t_ww", "stl10", (61.0,), trained_on_validation=True),
+  ]
+  text = _write(tmp_path, cells)
+  assert "l2t_ww: validation images took part in training" in text
+  assert "fm_all_to_all: validation images" not in text
+
+
 def _errors(cells):
   """Turn accuracies in % into small errors, as a user's task reports them."""
   return [

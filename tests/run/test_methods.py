@@ -592,11 +592,15 @@ def test_images_without_labels(source, tmp_path):
 
 def test_validation_images_in_the_outer_loss(source, tmp_path, capsys):
   config = small_runs.small_config(source, epochs=1)
-  small_runs.train(config, tmp_path / "batch")
+  assert not small_runs.train(config, tmp_path / "batch")[
+    "trained_on_validation"
+  ]
   config.bilevel.outer_images = "validation"
   note = "the outer loss reads validation images"
   assert note not in capsys.readouterr().out
-  small_runs.train(config, tmp_path / "validation")
+  assert small_runs.train(config, tmp_path / "validation")[
+    "trained_on_validation"
+  ]
   assert note in capsys.readouterr().out
   ours, theirs = (
     small_runs.records(tmp_path / name, "train")[0]
@@ -605,7 +609,9 @@ def test_validation_images_in_the_outer_loss(source, tmp_path, capsys):
   assert ours["outer_loss"] != theirs["outer_loss"]
   # A method without a look-ahead does not read them.
   config.method, config.transfer.pairs = "fm_single", ""
-  small_runs.train(config, tmp_path / "fixed")
+  assert not small_runs.train(config, tmp_path / "fixed")[
+    "trained_on_validation"
+  ]
   assert note not in capsys.readouterr().out
 
 
