@@ -39,7 +39,7 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
   if run.summary is None:
     done = run.epochs[-1]["epoch"] if run.epochs else 0
     yield f"not finished, {done} of {run.config['epochs']} epochs"
-  elif run.summary.get("trained_on_validation"):
+  if _trained_on_validation(run):
     yield (
       "validation images took part in training, through the outer loss: the"
       " validation accuracy is optimistic"
@@ -66,10 +66,10 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
 def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
   """Compare each experiment with scratch on the same labelled images.
 
-  With several seeds, only a difference that the seeds agree on is reported.
+  With several seeds, only a difference that the seeds agree on is reported. The
+  accuracy is that on the validation images, unless these took part in training.
   """
-  finished = [run for run in runs if run.summary]
-  groups = run_reader.by_experiment(finished)
+  groups = run_reader.by_experiment([run for run in runs if run.summary])
   baselines = {
     _task_of(group[0]): group
     for group in groups
@@ -78,8 +78,10 @@ def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
   found = []
   for group in groups:
     scratch = baselines.get(_task_of(group[0]), [])
+    is_seen = _trained_on_validation(group[0])
+    split = "test" if is_seen else "val"
     compared = statistics.paired_difference(
-      _validation(group), _validation(scratch)
+      _accuracies(group, split), _accuracies(scratch, split)
     )
     if compared is None:
       continue
@@ -90,17 +92,21 @@ def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
         f"negative transfer: {run_reader.common_name(group)} minus"
         f" {run_reader.common_name(scratch)} is"
         f" {tables.difference_text(compared, group[0].in_percent)} in"
-        f" validation accuracy ({over})"
+        f" {'test' if is_seen else 'validation'} accuracy ({over})"
       )
   return found
 
 
-def _validation(group):
-  """Return seed -> validation accuracy of finished runs."""
+def _trained_on_validation(run):
+  return (run.summary or {}).get("trained_on_validation", False)
+
+
+def _accuracies(group, split):
+  """Return seed -> accuracy of finished runs that know it."""
   return {
-    run.config["seed"]: run.summary["val_accuracy"]
-    * (100 if run.in_percent else 1)
+    run.config["seed"]: accuracy * (100 if run.in_percent else 1)
     for run in group
+    if (accuracy := run.summary[f"{split}_accuracy"]) is not None
   }
 
 

@@ -145,11 +145,18 @@ def test_warnings(folder, tmp_path):
   assert "seed1: 1 of 2 pair weights are at relu6's ceiling" in found[2]
   runs = report.find_runs([folder])
   for run in runs:
-    run.summary["trained_on_validation"] = run.config["method"] == "l2t_ww"
+    is_l2t_ww = run.config["method"] == "l2t_ww"
+    run.summary["trained_on_validation"] = is_l2t_ww
+    run.summary["test_accuracy"] = 0.1 if is_l2t_ww else 0.2
   expected = "l2t_ww/seed0, l2t_ww/seed1: validation images took part"
   texts = run_warnings.find_warnings(runs)
   assert len(texts) == 4
   assert any(text.startswith(expected) for text in texts)
+  # Their validation accuracy is optimistic, so the test accuracy decides.
+  assert texts[0].endswith("is -10.0 in test accuracy (one seed)")
+  for run in runs:
+    run.summary["test_accuracy"] = None
+  assert "negative" not in "".join(run_warnings.find_warnings(runs))
   shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "cut_off")
   for name in ("summary.json", "transfer_map.json"):
     (tmp_path / "cut_off" / name).unlink()
