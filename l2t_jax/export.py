@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import pathlib
 
 from flax import traverse_util
@@ -65,13 +66,16 @@ def to_stablehlo(predictor: predictors.Predictor) -> bytes:
   return bytes(exported.serialize())
 
 
-def write(predictor: predictors.Predictor, path: pathlib.Path) -> None:
+def write(
+  predictor: predictors.Predictor, path: str | os.PathLike[str]
+) -> None:
   """Write the target in the format that the path's suffix names.
 
   Raises:
     errors.InputError: the suffix is unknown, torch is missing, or the file
       cannot be written.
   """
+  path = pathlib.Path(path).expanduser()
   check_output(path)
   if path.suffix == ".stablehlo":
     content = to_stablehlo(predictor)

@@ -84,7 +84,7 @@ def test_vgg_in_pytorch(tmp_path):
 )
 def test_stablehlo_computes_the_same(network, tmp_path):
   predictor = make_predictor(network, (16, 16, 1))
-  export.write(predictor, tmp_path / "target.stablehlo")
+  export.write(predictor, str(tmp_path / "target.stablehlo"))
   program = jax.export.deserialize((tmp_path / "target.stablehlo").read_bytes())
   assert set(program.platforms) == {"cpu", "cuda", "tpu"}
   for count in (1, 5):
