@@ -212,7 +212,7 @@ class Dataset(abc.ABC):
     num_unlabeled: number of unlabelled images; 0 without any.
     skipped: names of unreadable images, which are left out.
     num_eval_rows: rows of an evaluation batch per process.
-    split_hash: 16 hex digits of the indices in use.
+    split_hash: 16 hex digits of the indices of the labelled images.
     fingerprint: 16 hex digits of the indices, labels and images in use.
     notes: notes about the images and the split for the user.
     steps_per_epoch: full training batches per epoch; an incomplete last batch
@@ -258,8 +258,9 @@ class Dataset(abc.ABC):
       self.num_unlabeled = len(self._subsets["unlabeled"].indices)
     self.skipped = contents.skipped
     self.num_eval_rows = len(self._eval_plan.slots(0))
+    # Without the unlabelled images, which some methods do not read.
     self.split_hash = splits.split_hash(
-      subset.indices for subset in self._subsets.values()
+      self._subsets[name].indices for name in ("train", "val", "test")
     )
     self.fingerprint = fingerprints.fingerprint(
       {name: _sample(subset) for name, subset in self._subsets.items()}

@@ -209,8 +209,7 @@ def split_hash(parts: Iterable[np.ndarray]) -> str:
   must never change.
 
   Args:
-    parts: index arrays of train, val and test and, if there are any, of the
-      unlabelled images.
+    parts: index arrays of train, val and test.
 
   Returns:
     16 hex digits of a SHA-256.

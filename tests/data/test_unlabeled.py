@@ -118,9 +118,9 @@ def test_a_folder_of_images_without_labels(load_few, tmp_path_factory):
   assert (dataset.num_train, dataset.num_unlabeled) == (40, 3)
   assert set(data_sets.unlabeled_images(dataset)) == expected
   (folder / "one.png").unlink()
-  hashes = {load_folder().split_hash, dataset.split_hash}
-  hashes.add(load_few(unlabeled=False, per_class=0).split_hash)
-  assert len(hashes) == 3
+  found = {load_folder().fingerprint, dataset.fingerprint}
+  found.add(load_few(unlabeled=False, per_class=0).fingerprint)
+  assert len(found) == 3
 
 
 def test_an_unlabeled_folder_without_images_is_refused(tmp_path, npz):
@@ -131,10 +131,12 @@ def test_an_unlabeled_folder_without_images_is_refused(tmp_path, npz):
     )
 
 
-def test_the_split_hash_tells_what_has_no_labels(load_few):
+def test_the_split_hash_is_that_of_the_labelled_images(load_few):
+  """Methods that do not read the others are compared with those that do."""
   with_others, without = load_few(), load_few(unlabeled=False)
-  assert with_others.split_hash != without.split_hash
-  assert with_others.split_hash == load_few(seed=9).split_hash
+  assert with_others.num_unlabeled > without.num_unlabeled == 0
+  assert with_others.split_hash == without.split_hash
+  assert with_others.split_hash != load_few(per_class=3).split_hash
 
 
 def test_with_seed_equals_another_load(load_few):
