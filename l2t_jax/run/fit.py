@@ -199,6 +199,7 @@ def make_experiment(
     task or objectives.CLASSIFICATION,
     tuple(config.target.taps),
     from_config.load_map(config),
+    contents=from_config.contents(config),
     free_fields=l2t_jax.config.FREE_FIELDS,
     label_smoothing=config.target.label_smoothing,
     batch_norm_groups=config.target.batch_norm_groups,

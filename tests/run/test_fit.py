@@ -278,6 +278,26 @@ def test_what_differs_is_another_run(arrays, tmp_path):
     fit.fit(other, arrays, config=config, workdir=tmp_path)
 
 
+def test_a_file_that_changes_makes_another_run(arrays, tmp_path):
+  """The same path is not enough: the run would be taken for complete."""
+  target = models.create("vgg_tiny", 10)
+  config = small_config("scratch", 1)
+  config.data.split_file = str(tmp_path / "split.npz")
+
+  config.data.split_prefix = "one"
+
+  def train(num_train):
+    parts = {"train": num_train, "val": range(200, 300), "test": range(400)}
+    indices = {f"one_{name}": np.array(part) for name, part in parts.items()}
+    np.savez(config.data.split_file, **indices)
+    fit.fit(target, arrays, config=config, workdir=tmp_path / "run")
+
+  train(range(100))
+  train(range(100))
+  with pytest.raises(errors.InputError, match="split_file .*holds other files"):
+    train(range(150))
+
+
 def test_a_source_from_a_weight_file(arrays, tmp_path):
   bad_input.write_program()(tmp_path)
   result = fit.fit(
