@@ -1,8 +1,9 @@
-"""Digests of arrays, the same in any process and on any machine."""
+"""Digests that are the same in any process and on any machine."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 
 import jax
 import numpy as np
@@ -26,3 +27,8 @@ def fingerprint(tree: types.PyTree) -> str:
     header = (jax.tree_util.keystr(path), array.shape, str(array.dtype))
     digest.update(repr(header).encode() + array.tobytes())
   return digest.hexdigest()[:16]
+
+
+def without_addresses(text: str) -> str:
+  """Remove what differs between processes from the repr of functions."""
+  return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -6,6 +6,7 @@
 from l2t_jax.models.bundled import MODELS, create, find
 from l2t_jax.models.networks import (
   as_apply_fn,
+  attributes,
   fold_in,
   init,
   trace,
@@ -20,6 +21,7 @@ __all__ = [
   "Layout",
   "Network",
   "as_apply_fn",
+  "attributes",
   "create",
   "find",
   "fold_in",

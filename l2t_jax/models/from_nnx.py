@@ -22,7 +22,7 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
     errors.InputError: the function does not make an NNX module.
   """
   is_module = isinstance(model, nnx.Module)
-  abstract: Any = nnx.clone(model) if is_module else _make_abstract(model)
+  abstract: Any = nnx.clone(model) if is_module else make_abstract(model)
   for path, module in nnx.iter_modules(abstract):
     if isinstance(module, nnx.bridge.ToNNX):
       raise errors.InputError(
@@ -91,8 +91,21 @@ def _make(make, key):
   return module
 
 
-def _make_abstract(make):
-  """Make a module with abstract arrays, which have only shapes and dtypes."""
+def make_abstract(model: Any) -> nnx.Module:
+  """Return a copy of a module, with shapes and dtypes in place of arrays.
+
+  Args:
+    model: an NNX module, or a function `make(rngs)` that makes one.
+
+  Raises:
+    errors.InputError: the function does not make an NNX module.
+  """
+  if isinstance(model, nnx.Module):
+    return nnx.eval_shape(lambda: nnx.clone(model))
+  return _call_abstractly(model)
+
+
+def _call_abstractly(make):
   try:
     module = nnx.eval_shape(lambda: _make(make, 0))
   except TypeError as error:

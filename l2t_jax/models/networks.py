@@ -35,7 +35,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from l2t_jax import errors, types
+from l2t_jax import errors, fingerprints, types
 from l2t_jax.models import from_linen, from_nnx, pure_functions, scans, tapping
 
 # Batch size for tracing; above 1, to tell the batch axis from others.
@@ -131,6 +131,20 @@ def init(
   return jax.jit(_to_pure(network).init)(key, images)
 
 
+def attributes(network: pure_functions.Network | None) -> str:
+  """Return the attributes of a network as text, without values of variables.
+
+  Functions show by their names alone, or not at all.
+  """
+  if isinstance(network, nn.Module):
+    return fingerprints.without_addresses(repr(network))
+  if isinstance(network, pure_functions.Functions) or network is None:
+    return getattr(network, "digest", "")
+  abstract = from_nnx.make_abstract(network)
+  abstract.eval()  # Whichever mode it is in.
+  return fingerprints.without_addresses(repr(abstract))
+
+
 def fold_in(
   network: pure_functions.Network, model_state: types.PyTree, number: int
 ) -> types.PyTree:
@@ -196,9 +210,16 @@ def trace(
       untappable[name] = tapping.explain_untappable(name, shape, _BATCH)
     else:
       taps[name] = as_map.shape[1:]
-  default_taps = tuple(getattr(network, "default_taps", None) or ())
+  program = fingerprints.without_addresses(str(jaxpr.jaxpr))
+  constants = [x for x in jaxpr.consts if not pure_functions.is_key(x)]
   return tapping.Layout(
-    image_shape, variables, logits.shape[1:], taps, untappable, default_taps
+    image_shape,
+    variables,
+    logits.shape[1:],
+    taps,
+    untappable,
+    tuple(getattr(network, "default_taps", None) or ()),
+    fingerprints.fingerprint((program, constants)),
   )
 
 

@@ -27,6 +27,7 @@ class Layout(NamedTuple):
   taps: dict[str, Shape]  # Tap -> (H, W, C), in the order of computation.
   untappable: dict[str, str]  # Output that cannot be tapped -> the reason.
   default_taps: tuple[str, ...]  # The network's own choice; () for none.
+  digest: str  # Of what it computes in eval mode, apart from variables' values.
 
   @property
   def num_outputs(self) -> int:

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
-import re
 from typing import Any, NamedTuple
 
 import chex
-from flax import linen as nn
 from flax import nnx, traverse_util
 import jax
 
@@ -254,13 +252,11 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   task = "classification"
   if experiment.task is not objectives.CLASSIFICATION:
     task = " ".join(map(_name_of_function, experiment.task))
-  target, variables = experiment.target, None
+  target, program, values = experiment.target, "", None
+  if target is not None:
+    program = models.trace(target, experiment.reading.image_shape).digest
   if isinstance(target, nnx.Module):  # Trained from its current values.
-    variables = variables_of(Source(target))
-  elif target is not None and not isinstance(target, nn.Module):
-    # What a function makes shows in its variables.
-    layout = models.trace(target, experiment.reading.image_shape)
-    variables = jax.tree.map(lambda x: f"{x.shape} {x.dtype}", layout.variables)
+    values = variables_of(Source(target))
   settings = _as_dict(experiment.settings)
   losses = settings.pop("losses")
   described = (
@@ -271,7 +267,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
       "source": sources.pop("", nothing),
       "sources": sources,
       "target": {
-        "model": _describe(target, variables),
+        "model": _describe(target, (program, values)),
         "task": task,
         "num_outputs": 0,
         "taps": experiment.target_taps,
@@ -331,21 +327,15 @@ def _name(network):
   return getattr(network, "__name__", type(network).__name__)
 
 
-def _describe(network, variables):
+def _describe(network, more):
   """Name a network so that different ones have different names."""
-  what = getattr(network, "digest", "")
-  # Not for functions, whose repr differs between processes.
-  if isinstance(network, nn.Module):
-    what = _without_addresses(repr(network))
-  digest = fingerprints.fingerprint((what, variables))
+  digest = fingerprints.fingerprint((models.attributes(network), more))
   return f"{_name(network)} {digest}"
 
 
 def _name_of_function(function):
   if hasattr(function, "__qualname__"):
     return f"{function.__module__}.{function.__qualname__}"
-  return _without_addresses(repr(function))  # For example of a partial.
-
-
-def _without_addresses(text):
-  return re.sub(r" at 0x[0-9a-f]+", "", text)
+  return fingerprints.without_addresses(
+    repr(function)
+  )  # For example of a partial.

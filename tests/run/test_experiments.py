@@ -252,6 +252,49 @@ def test_a_description_is_that_of_a_config(trained):
       assert described[name].keys() == fields.keys()
 
 
+class _Nnx(nnx.Module):
+  def __init__(self, activation, rate, rngs):
+    self.activation = activation
+    self.dropout = nnx.Dropout(rate, rngs=rngs)
+    self.head = nnx.Linear(64, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(self.dropout(self.activation(x.reshape(len(x), -1))))
+
+
+def _functions(activation):
+  """Return a network whose code is in functions."""
+  return models.Functions(
+    init=lambda key: ({"kernel": jax.random.normal(key, (64, 3))}, {}),
+    apply=lambda params, state, x, *, train: (
+      activation(x.reshape(len(x), -1)) @ params["kernel"],
+      {},
+      state,
+    ),
+  )
+
+
+def test_descriptions_tell_networks_of_equal_shapes_apart():
+  usual = object_experiment.create()
+  targets = [
+    make(activation, rate)
+    for make in (
+      lambda *values: lambda rngs: _Nnx(*values, rngs),
+      lambda *values: _Nnx(*values, nnx.Rngs(0)),
+    )
+    for activation, rate in ((nnx.relu, 0.0), (nnx.relu6, 0.0), (nnx.relu, 0.5))
+  ]
+  targets += [_functions(nnx.relu), _functions(nnx.relu6)]
+  describe = lambda target: experiments.describe(
+    usual._replace(target=target, target_taps=())
+  )["target"]["model"]
+  described = [describe(target) for target in targets]
+  assert len(set(described)) == len(described)
+  again = _Nnx(nnx.relu, 0.0, nnx.Rngs(0))
+  again.eval()
+  assert describe(again) == described[3]
+
+
 def test_descriptions_tell_contents_apart():
   """Where all else is equal, a complete run must not pass for another one."""
   usual = object_experiment.create()
