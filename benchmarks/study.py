@@ -268,7 +268,7 @@ def make_cells(
 
 
 def _chosen(folder):
-  record = run_folder.read_json(folder / table_cells.TUNING)
+  record = run_folder.read_json(folder / run_reader.TUNING)
   if record is None or record["chosen"] is None:
     raise errors.InputError(
       f"{folder.name} is not tuned yet: {folder.parent.name} comes first"

@@ -559,6 +559,9 @@ def reads(config: ml_collections.ConfigDict, field: str) -> bool:
     fields.channel_weights, fields.pair_weights, is_frozen=bool(fields.map)
   )
   learns = learns_channels or learns_pairs
+  # Listed pairs may use any tap.
+  is_listed = fields.map or "->" in fields.pairs
+  selects_taps = method.pair_set is not None and not is_listed
   group, _, name = field.partition(".")
   if group in _LOSS_OF_GROUP:
     return _LOSS_OF_GROUP[group] in method.losses
@@ -575,9 +578,14 @@ def reads(config: ml_collections.ConfigDict, field: str) -> bool:
   return {
     "meta": learns,
     "bilevel": learns and method.looks_ahead,
-    "source": method.needs_source,
-    "sources": method.needs_source,
-    "target": method.trains == "target" or name not in ("model", "taps"),
+    "source": selects_taps if name == "taps" else method.needs_source,
+    "sources": (
+      selects_taps if name.endswith(".taps") else method.needs_source
+    ),
+    "target": {
+      "model": method.trains == "target",
+      "taps": selects_taps,
+    }.get(name, True),
     "data": bool(method.losses) or not name.startswith("unlabeled"),
   }.get(group, True)
 

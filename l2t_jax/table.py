@@ -26,7 +26,13 @@ import functools
 import pathlib
 
 from l2t_jax import cli, data, errors
-from l2t_jax.results import map_picture, paper, table_picture, tables
+from l2t_jax.results import (
+  map_picture,
+  paper,
+  run_reader,
+  table_picture,
+  tables,
+)
 from l2t_jax.run import cells as table_cells
 from l2t_jax.run import from_config, tuning
 from l2t_jax.runtime import run_folder, signals
@@ -165,7 +171,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
   else:
     digest = functools.cache(data.digest)
     for cell in cells:  # Before anything is trained.
-      if (cell.folder / table_cells.TUNING).exists():
+      if (cell.folder / run_reader.TUNING).exists():
         raise errors.InputError(
           f"{cell.folder} was tuned: give --tune as before, or use another"
           " --workdir"

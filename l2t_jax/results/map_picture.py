@@ -52,7 +52,7 @@ def draw(content: Mapping[str, Any]) -> figure.Figure:
   ranked = transfer_map.strongest_first(content)
   names = _pair_names(content, ranked)
   learned_pairs, learned_channels = transfer_map.learned(content)
-  shown = [p for p in ranked[:3] if p["pair_weight"] >= transfer_map.IGNORED]
+  shown = [p for p in ranked[:3] if not transfer_map.is_ignored(content, p)]
   bars = bool(shown) and not content["channels_fixed"]
   rows, columns = len(content["source_taps"]), len(content["target_taps"])
   shares = content.get("source_shares", {})
@@ -197,7 +197,7 @@ def _summary(
     if not learned_channels:
       return f"{start}. Pairs and channels were given, not learned."
     return f"{start}. The pairs were given; the channels were learned."
-  ignored = sum(pair["pair_weight"] < transfer_map.IGNORED for pair in ranked)
+  ignored = sum(transfer_map.is_ignored(content, pair) for pair in ranked)
   if ignored == len(ranked):
     return f"{start}. Nothing is copied any more: all weights went to 0."
   if len(ranked) == 1:
@@ -274,7 +274,7 @@ def _draw_bands(
     # A smoothstep, which is horizontal where it meets the boxes.
     y = start + (end - start) * t * t * (3 - 2 * t)
     (line,) = ax.plot(x, y, color=style.GREY, linewidth=0.8)
-    if pair["pair_weight"] < transfer_map.IGNORED:
+    if transfer_map.is_ignored(content, pair):
       line.set_linestyle(":")
       continue
     color = colors[i] if i < len(colors) else "#777777"

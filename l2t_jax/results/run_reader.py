@@ -16,6 +16,7 @@ from l2t_jax.results import transfer_map
 from l2t_jax.runtime import run_folder
 
 TRIALS = "tuning_trials"  # Folder of the runs that tune a table's cell.
+TUNING = "tuning.json"  # The chosen values of a cell, and its trials.
 UNKNOWN = "–"  # Printed in place of an unknown number.
 # Fields of `recipe` in addition to those of the optimizer.
 _RECIPE_FIELDS = (
@@ -24,6 +25,9 @@ _RECIPE_FIELDS = (
   *("data.random_erasing", "data.mixup", "data.cutmix"),
 )
 _RUN_FIELDS = {"method", "epochs", "data"}  # Every config of a run has them.
+# What every method reads, except for fields that begin with one of the second.
+_TASK = ("target.", "epochs", "batch_size", "optimizer.", "data.")
+_NOT_OF_TASK = ("target.taps", "data.unlabeled", "data.num_workers")
 
 
 def is_classification(task: str) -> bool:
@@ -91,6 +95,14 @@ class Run(NamedTuple):
   summary: dict[str, Any] | None  # None if the run is not finished.
   epochs: list[dict[str, Any]]  # Records of kind "epoch" in metrics.jsonl.
   map: dict[str, Any] | None  # transfer_map.json, if there is one.
+  # Dotted names of fields that are paths -> digests of what is there.
+  contents: Mapping[str, str] = {}
+  tuned: frozenset[str] = frozenset()  # Fields that a table has chosen.
+
+  @property
+  def fields(self) -> dict[str, Any]:
+    """Dotted name -> value; files are told apart by content, not by path."""
+    return flatten(self.config) | dict(self.contents)
 
   @property
   def best(self) -> dict[str, Any]:
@@ -157,18 +169,20 @@ def find_runs(
     name = os.path.relpath(workdir, common)
     has_metrics = (workdir / run_folder.METRICS).exists()
     metrics = run_folder.read_metrics(workdir) if has_metrics else []
-    fixed = {k: v for k, v in flatten(config).items() if k not in free}
-    runs.append(
-      Run(
-        workdir,
-        workdir.name if name == "." else name,
-        config,
-        json.dumps(fixed, sort_keys=True),
-        read_summary(workdir),
-        [record for record in metrics if record.get("kind") == "epoch"],
-        run_folder.read_json(workdir / transfer_map.FILE),
-      )
+    tuning = run_folder.read_json(workdir.parent / TUNING) or {}
+    run = Run(
+      workdir,
+      workdir.name if name == "." else name,
+      config,
+      "",
+      read_summary(workdir),
+      [record for record in metrics if record.get("kind") == "epoch"],
+      run_folder.read_json(workdir / transfer_map.FILE),
+      run_folder.read_json(workdir / run_folder.CONTENTS) or {},
+      frozenset(tuning.get("chosen") or ()),
     )
+    fixed = {k: v for k, v in run.fields.items() if k not in free}
+    runs.append(run._replace(experiment=json.dumps(fixed, sort_keys=True)))
   return runs
 
 
@@ -197,6 +211,23 @@ def by_experiment(runs: Sequence[Run]) -> list[list[Run]]:
   for run in runs:
     groups.setdefault(run.experiment, []).append(run)
   return list(groups.values())
+
+
+def same_task(one: Run, other: Run) -> bool:
+  """Return whether two runs train the same target, alike and on equal images.
+
+  Their methods, what only some methods read, and what a table has tuned for
+  each of them, may differ.
+  """
+  tuned = one.tuned | other.tuned
+  read = lambda run: {
+    name: value
+    for name, value in run.fields.items()
+    if name.startswith(_TASK)
+    and not name.startswith(_NOT_OF_TASK)
+    and name not in tuned
+  }
+  return read(one) == read(other)
 
 
 def common_name(group: Sequence[Run]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-import json
 
 from l2t_jax.method import objectives
 from l2t_jax.results import run_reader, statistics, tables, transfer_map
@@ -46,12 +45,13 @@ def _warnings_of(run: run_reader.Run) -> Iterator[str]:
     )
   if run.map and run.learned_pairs:
     weights = [pair["pair_weight"] for pair in run.map["pairs"]]
-    dead = sum(weight < transfer_map.IGNORED for weight in weights)
+    dead = sum(
+      transfer_map.is_ignored(run.map, pair) for pair in run.map["pairs"]
+    )
     if dead == len(weights):
       yield "all pair weights went to 0; nothing is transferred any more"
     elif dead:
-      limit = transfer_map.IGNORED
-      yield f"{dead} of {len(weights)} pairs are dead (weight below {limit})"
+      yield f"{dead} of {len(weights)} pairs are dead (weight near 0)"
     # Without a look-ahead, pair weights are a softmax and have another maximum.
     saturated = sum(weight > _SATURATED for weight in weights)
     is_relu6 = run.config["transfer"]["pair_activation"] == "relu6"
@@ -70,14 +70,17 @@ def _negative_transfer(runs: Sequence[run_reader.Run]) -> list[str]:
   accuracy is that on the validation images, unless these took part in training.
   """
   groups = run_reader.by_experiment([run for run in runs if run.summary])
-  baselines = {
-    _task_of(group[0]): group
-    for group in groups
-    if group[0].config["method"] == "scratch"
-  }
+  baselines = [
+    group for group in groups if group[0].config["method"] == "scratch"
+  ]
   found = []
   for group in groups:
-    scratch = baselines.get(_task_of(group[0]), [])
+    scratch = next(
+      (
+        other for other in baselines if run_reader.same_task(group[0], other[0])
+      ),
+      [],
+    )
     is_seen = _trained_on_validation(group[0])
     split = "test" if is_seen else "val"
     compared = statistics.paired_difference(
@@ -108,12 +111,3 @@ def _accuracies(group, split):
     for run in group
     if (accuracy := run.summary[f"{split}_accuracy"]) is not None
   }
-
-
-def _task_of(run):
-  """Return all settings that the method scratch reads, as comparable text."""
-  free = ("target.taps", "data.unlabeled", "data.num_workers")
-  names = ("target", "epochs", "batch_size", "optimizer", "data")
-  fields = run_reader.flatten({name: run.config[name] for name in names})
-  read = {k: v for k, v in fields.items() if not k.startswith(free)}
-  return json.dumps(read, sort_keys=True)

@@ -128,6 +128,8 @@ def _sweep(columns: Sequence[str]) -> tuple[str, dict[float, str]] | None:
     values = {float(name.removeprefix(f"{field}=")): name for name in columns}
   except ValueError:
     return None
+  if field.endswith("per_class") and 0 in values:
+    return None  # It stands for all images.
   is_one_field = field and all(map(math.isfinite, values))
   if not is_one_field or not 1 < len(values) == len(columns):
     return None
@@ -203,12 +205,14 @@ def _draw_panel(ax: axes.Axes, grid: tables.Grid, column: str) -> None:
     if cell.paper is not None and not grid.reference:
       ax.plot(cell.paper, y, zorder=4, **_PAPER_MARKER)
       known.append(cell.paper)
-    beside["va"] = "bottom" if cell.is_partial else "center"
+    count = len(shown.values) if shown else 0
+    is_partial = 0 < count < cell.num_seeds
+    beside["va"] = "bottom" if is_partial else "center"
     text = shown.text if shown else run_reader.UNKNOWN
     ax.text(1.04, y, text, size=8.5, color=style.INK, **beside)
-    if cell.is_partial:
+    if is_partial:
       beside["va"] = "top"
-      seeds = f"{cell.seeds} seeds"
+      seeds = f"{count} of {cell.num_seeds} seeds"
       ax.text(1.04, y + 0.03, seeds, size=7, color=style.SOFT, **beside)
     if shown is None:
       continue

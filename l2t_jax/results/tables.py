@@ -31,7 +31,8 @@ class Tuning(NamedTuple):
 
   chosen: Mapping[str, str] | None  # Field -> value; None if all trials failed.
   # Each has "fields", "val_accuracy" of its seeds, "seconds" and "iterations"
-  # summed over them, "iteration_seconds" (None if unknown), and "errors".
+  # summed over them, "iteration_seconds" (None if unknown), "seeds_together" as
+  # in a summary, and "errors".
   trials: Sequence[Mapping[str, Any]]
 
   @property
@@ -109,12 +110,6 @@ class Cell(NamedTuple):
     return sum(known) / len(known) if known else None
 
   @property
-  def iteration_seconds(self) -> float | None:
-    """Duration of an iteration in the fastest epoch of all seeds."""
-    known = [s.get("iteration_seconds") for s in self.summaries]
-    return min(filter(None, known), default=None)
-
-  @property
   def memory_mib(self) -> float | None:
     """Largest memory of a run over the seeds."""
     known = [s.get("memory_bytes") or 0 for s in self.summaries]
@@ -155,15 +150,28 @@ class Grid(NamedTuple):
     return difference(cell, other)
 
   def plain_steps(self, cell: Cell) -> float | None:
-    """Return the cost of a cell's tuning in iterations of `scratch`."""
+    """Return the cost of a cell's tuning in iterations of `scratch`.
+
+    None if it is unknown: where seeds train together, the time of an iteration
+    is a seed's share, so that as many of `scratch` must have done so.
+    """
     plain = self.cells.get((_PLAIN, cell.column))
-    if plain is None or not plain.iteration_seconds or not cell.tuning:
+    if plain is None or not cell.tuning:
       return None
-    trials = [trial for trial in cell.tuning.trials if trial["iterations"]]
-    if any(trial.get("iteration_seconds") is None for trial in trials):
-      return None
-    seconds = sum(t["iterations"] * t["iteration_seconds"] for t in trials)
-    return seconds / plain.iteration_seconds
+    together = lambda record: record.get("seeds_together", 1)
+    trials = plain.tuning.trials if plain.tuning else ()
+    fastest: dict[int, float] = {}  # By the number of seeds together.
+    for record in (*plain.summaries, *trials):
+      if seconds := record.get("iteration_seconds"):
+        before = fastest.get(together(record), seconds)
+        fastest[together(record)] = min(seconds, before)
+    steps = 0.0
+    for trial in filter(lambda trial: trial["iterations"], cell.tuning.trials):
+      seconds = trial.get("iteration_seconds")
+      if seconds is None or together(trial) not in fastest:
+        return None
+      steps += trial["iterations"] * seconds / fastest[together(trial)]
+    return steps
 
 
 class _Table(NamedTuple):
@@ -338,7 +346,9 @@ def _minus(reference, group, groups):
     other
     for other in groups
     if other[0].config["method"] == reference
-    and _splits(other) == _splits(group)
+    # An unfinished run knows no split.
+    and _splits(other) in (_splits(group), set())
+    and run_reader.same_task(other[0], group[0])
   ]
   if len(others) > 1:  # As in a table with a swept field.
     of_column = [o for o in others if _are_of_one_column(o[0], group[0])]
@@ -351,8 +361,13 @@ def _splits(group):
 
 
 def _are_of_one_column(one, other):
-  others = lambda run: {**run.config, "method": "", "seed": 0}
-  return others(one) == others(other)
+  tuned = one.tuned | other.tuned
+  read = lambda run: {
+    name: value
+    for name, value in run.fields.items()
+    if name not in ("method", "seed", *tuned)
+  }
+  return read(one) == read(other)
 
 
 def _compare_groups(group, others):

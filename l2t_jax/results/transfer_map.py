@@ -13,7 +13,7 @@ import numpy as np
 from l2t_jax import errors
 
 FILE = "transfer_map.json"  # In the folder of a run.
-IGNORED = 0.05  # A pair with a smaller weight is ignored.
+_IGNORED = 0.05  # A pair with a smaller weight is ignored.
 _TOP_CHANNELS = 5  # Number of channels listed per pair.
 
 # A tap: its name and the shape (H, W, C) of its feature map.
@@ -65,6 +65,18 @@ def learned(content: Mapping[str, Any]) -> tuple[bool, bool]:
     not (content["frozen"] or content["fixed"]),
     not (content["frozen"] or content["channels_fixed"]),
   )
+
+
+def is_ignored(content: Mapping[str, Any], pair: Pair) -> bool:
+  """Return whether a pair of a map has a weight near 0.
+
+  That is less than 5 % of 1, or, where 1 is the sum of the weights of a source
+  layer (AFD), of their mean.
+  """
+  whole = 1
+  if content["maximum"] == 1:
+    whole = sum(p["source"] == pair["source"] for p in content["pairs"])
+  return pair["pair_weight"] < _IGNORED / whole
 
 
 def effective_channels(weights: np.ndarray) -> float:

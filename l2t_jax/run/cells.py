@@ -24,7 +24,6 @@ from l2t_jax.run import experiments, from_config, train
 from l2t_jax.runtime import phases, run_folder
 
 CONSOLE = console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
-TUNING = "tuning.json"  # The chosen values of a cell, and its trials.
 
 
 class Cell(NamedTuple):
@@ -194,8 +193,7 @@ def check_rows_differ(
     if same != name:
       cause = f"with {' and '.join(changed)}, " if changed else ""
       raise errors.InputError(
-        f"{cause}{same} and {name} are the same; leave one of them out of"
-        " --methods"
+        f"{cause}{same} and {name} are the same; leave out one of these methods"
       )
 
 
@@ -313,22 +311,25 @@ def read_runs(cell: Cell) -> tuple[list[dict[str, Any]], list[str]]:
   summaries, failures = [], []
   for seed, workdir in cell.workdirs.items():
     error_file = workdir / run_folder.ERROR
-    if (summary := run_reader.read_summary(workdir)) is not None:
-      summaries.append(summary)
+    # A run that is to go on may have the summary of fewer epochs.
+    if train.is_complete(workdir, cell.config.epochs):
+      summaries.append(run_reader.read_summary(workdir) or {})
     elif error_file.exists():
       failures.append(f"seed {seed}: {error_file.read_text().splitlines()[0]}")
   return summaries, failures
 
 
 def _result(cell: Cell) -> tables.Cell:
-  summaries, failures = read_runs(cell)
-  tuning = run_folder.read_json(cell.folder / TUNING)
+  tuning = run_folder.read_json(cell.folder / run_reader.TUNING)
   if tuning and tuning["chosen"] is None:
     first = next(error for t in tuning["trials"] for error in t["errors"])
-    failures.append(f"tuning: all trials failed, such as {first}")
-  elif tuning:
-    config = cli.with_fields(cell.config, tuning["chosen"])
+    # Runs that may exist were trained with an earlier choice.
+    summaries = list[dict[str, Any]]()
+    failures = [f"tuning: all trials failed, such as {first}"]
+  else:
+    config = cli.with_fields(cell.config, tuning["chosen"] if tuning else {})
     cell = cell._replace(config=config)
+    summaries, failures = read_runs(cell)
   reported = paper.REPORTED.get(cell.column, {}).get(cell.method)
   return tables.Cell(
     cell.method,
@@ -339,12 +340,8 @@ def _result(cell: Cell) -> tables.Cell:
     in_percent=run_reader.is_classification(cell.config.target.task),
     paper=reported,
     departures=() if reported is None else _departures(cell, summaries),
-    tuning=tables.Tuning(**tuning) if _says_something(tuning) else None,
+    tuning=tables.Tuning(**tuning) if tuning else None,
   )
-
-
-def _says_something(tuning):
-  return bool(tuning) and bool(tuning["trials"] or tuning["chosen"])
 
 
 def _departures(cell, summaries):

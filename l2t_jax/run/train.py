@@ -38,7 +38,6 @@ from l2t_jax.runtime import (
   tracking,
 )
 
-_CONTENTS = "contents.json"  # Maps fields that are paths to digests.
 _VERSIONED = (jax, jaxlib, flax, optax, np)
 
 
@@ -229,7 +228,7 @@ def check_folders(
     new = experiments.comparable({**description, "seed": seed})
     if _only_goes_on(old, new):
       old["epochs"] = new["epochs"]
-    before = run_folder.read_json(workdir / _CONTENTS) or {}
+    before = run_folder.read_json(workdir / run_folder.CONTENTS) or {}
     differences = [
       f"{field} was {old.get(field)!r}, is {new.get(field)!r}"
       for field in new | old
@@ -331,12 +330,12 @@ def _train(setup, trainer, group, requests):
       if distributed.is_first():  # That of fewer epochs is out of date.
         (workdir / run_folder.SUMMARY).unlink(missing_ok=True)
       run_folder.write_json(workdir / run_folder.CONFIG, experiment.description)
-      contents = run_folder.read_json(workdir / _CONTENTS) or {}
+      contents = run_folder.read_json(workdir / run_folder.CONTENTS) or {}
       # Keep the digests of files that no longer exist.
       contents |= {
         k: digest for k, digest in experiment.contents.items() if digest
       }
-      run_folder.write_json(workdir / _CONTENTS, contents)
+      run_folder.write_json(workdir / run_folder.CONTENTS, contents)
     _open_logs(runs, step, stack)
     display.say(_headline(setup, first))
     if step:

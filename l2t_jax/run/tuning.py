@@ -37,6 +37,12 @@ _FIXED = (
   *("data.split_file", "data.split_prefix", "data.split_seed"),
   *("data.val_fraction", "data.test_fraction", "bilevel.outer_images"),
 )
+# Fields that decide whether anything is learned in the outer loss.
+_SWITCHES = (
+  "transfer.channel_weights",
+  "transfer.pair_weights",
+  "transfer.map",
+)
 _LONGEST_NAME = 150  # Of a trial's folder; most file systems allow 255 bytes.
 
 
@@ -108,6 +114,13 @@ def check(
         " leave one of them out"
       )
     table_cells.check_is_read("tune", field, cells)
+    outer = {cell.config.bilevel.outer_images for cell in cells}
+    if field in _SWITCHES and "validation" in outer:
+      raise errors.InputError(
+        f"--tune={field}: with config.bilevel.outer_images=validation, some"
+        " trials would train on the validation images that all are judged by;"
+        f" use --sweep={field}, which compares test accuracies"
+      )
     _check_values_differ(field, tuning.values[field], cells[0].config)
   _check_pairs(tuning, cells)
   digest = functools.cache(data.digest)
@@ -198,14 +211,13 @@ def _tune(
     chosen = best.fields if best.score > -math.inf else None
   if chosen is not None:
     _check_seeds(cell, chosen)
-  run_folder.make(cell.folder)
-  run_folder.write_json(
-    cell.folder / table_cells.TUNING,
-    {
-      "chosen": chosen,
-      "trials": [outcome.record for outcome in outcomes],
-    },
-  )
+  file = cell.folder / run_reader.TUNING
+  if outcomes or chosen:
+    run_folder.make(cell.folder)
+    trials = [outcome.record for outcome in outcomes]
+    run_folder.write_json(file, {"chosen": chosen, "trials": trials})
+  else:  # There was nothing to tune.
+    file.unlink(missing_ok=True)
   if chosen is None:
     return None
   if outcomes:
@@ -324,6 +336,9 @@ def _outcome(trial, fields):
     "iteration_seconds": min(
       filter(None, (s.get("iteration_seconds") for s in summaries)),
       default=None,
+    ),
+    "seeds_together": max(
+      (s.get("seeds_together", 1) for s in summaries), default=1
     ),
     "errors": failures,
   }

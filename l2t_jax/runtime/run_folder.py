@@ -13,6 +13,7 @@ from l2t_jax import errors, files
 from l2t_jax.runtime import distributed
 
 CONFIG = "config.json"
+CONTENTS = "contents.json"  # Maps fields that are paths to digests.
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TARGET = "target.safetensors"

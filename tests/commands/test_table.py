@@ -232,6 +232,7 @@ def test_images_of_ones_own_are_not_the_papers(tmp_path):
   folder = cell.workdirs[0]
   folder.mkdir(parents=True)
   summary = {"num_train": 800, "num_val": 100, "num_test": 300}
+  summary["epochs"] = cell.config.epochs
   (folder / "summary.json").write_text(json.dumps(summary))
   assert table_cells.results([cell])[0].departures == (
     "number of labelled images is 900, not 12000",
@@ -301,7 +302,7 @@ def test_shares_are_all_of_the_runs_once(tmp_path, together):
       "kd+l2t_ww,l2t_ww+kd",
       "",
       "",
-      "kd+l2t_ww and l2t_ww+kd are the same; leave one of them out",
+      "kd+l2t_ww and l2t_ww+kd are the same; leave out one",
     ),
   ],
 )
@@ -326,6 +327,20 @@ def test_a_file_without_a_config_is_no_column(tmp_path):
   paths = ["configs/svhn.py", str(tmp_path / "empty.py")]
   with pytest.raises(errors.InputError, match=r"empty\.py.*get_config"):
     table_cells.load_columns(paths, "", [])
+
+
+def test_a_run_of_fewer_epochs_is_not_finished(tmp_path):
+  (cell,) = cells(tmp_path, 1)[:1]
+  (folder,) = cell.workdirs.values()
+  folder.mkdir(parents=True)
+  read = lambda: tuple(map(len, table_cells.read_runs(cell)))
+  (folder / "summary.json").write_text('{"epochs": 3}')
+  assert read() == (0, 0)
+  (folder / "error.txt").write_text("not enough memory")
+  assert read() == (0, 1)
+  summary = json.dumps({"epochs": cell.config.epochs})
+  (folder / "summary.json").write_text(summary)
+  assert read() == (1, 0)
 
 
 def test_a_folder_of_another_table_is_refused(tmp_path):

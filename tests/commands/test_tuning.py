@@ -253,6 +253,7 @@ def test_seeds_of_another_choice_are_refused(source, tmp_path, monkeypatch):
       folder.mkdir(parents=True, exist_ok=True)
       rate = job.config.optimizer.learning_rate
       summary = {"val_accuracy": rate, "seconds": 1.0, "iterations": 1}
+      summary["epochs"] = 1
       (folder / "summary.json").write_text(json.dumps(summary))
 
   monkeypatch.setattr(table_cells.Runner, "run", run)
@@ -261,6 +262,28 @@ def test_seeds_of_another_choice_are_refused(source, tmp_path, monkeypatch):
   ):
     run_table(tmp_path, *arguments, "--tune=optimizer.learning_rate=0.1,0.2")
   assert not (tmp_path / "digits" / "scratch" / "tuning.json").exists()
+
+
+def test_if_all_trials_fail_an_earlier_choice_is_not_shown(pretend, tmp_path):
+  pretend(lambda config: config.optimizer.learning_rate)
+  arguments = ("--methods=scratch", "--seeds=1")
+  rates = "--tune=optimizer.learning_rate="
+  assert run_table(tmp_path, *arguments, f"{rates}0.1,0.2") == 0
+  assert [row["seeds"] for row in test_table.rows(tmp_path)] == ["1"]
+  pretend(lambda config: None)
+  assert run_table(tmp_path, *arguments, f"{rates}10,100") == 1
+  (row,) = test_table.rows(tmp_path)
+  assert (row["seeds"], row["test_mean"], row["tuned"]) == ("0", "", "")
+  text = (tmp_path / "table.md").read_text()
+  assert "tuning: all trials failed" in text
+
+
+def test_a_row_that_had_nothing_to_tune_is_not_tuned(pretend, tmp_path):
+  pretend(lambda config: 0.5)
+  methods = "--methods=scratch,kd"
+  tune = "--tune=kd.weight=1,2"
+  assert run_table(tmp_path, methods, tune, "--seeds=1") == 0
+  assert run_table(tmp_path, "--methods=scratch", "--seeds=1") == 0
 
 
 def test_a_tuned_folder_is_not_used_without_tuning(pretend, tmp_path):
@@ -337,6 +360,14 @@ def test_shares_differ_in_their_methods(tmp_path):
     ),
     (
       [
+        "--tune=transfer.pair_weights=learned,constant",
+        "--methods=l2t_ww",
+        "--config.bilevel.outer_images=validation",
+      ],
+      "train on the validation images that all are judged by",
+    ),
+    (
+      [
         "--tune=transfer.pairs=single,nearest",
         "--methods=fm_single,fm_one_to_one",
       ],
@@ -384,10 +415,19 @@ def test_what_cannot_be_tuned(tmp_path, source, arguments, message):
       "scratch",
       "epochs optimizer.momentum data.augment target.model",
       "transfer.beta meta.learning_rate bilevel.loop kd.weight source.taps"
-      " data.unlabeled",
+      " data.unlabeled target.taps",
     ),
-    ("linear_probe", "source.taps target.label_smoothing", "target.model"),
-    ("at", "at.beta transfer.pairs data.unlabeled", "transfer.beta kd.weight"),
+    (
+      "linear_probe",
+      "source.weights target.label_smoothing",
+      "target.model source.taps",
+    ),
+    ("kd", "source.weights sources.a.weights", "sources.a.taps target.taps"),
+    (
+      "at",
+      "at.beta transfer.pairs data.unlabeled source.taps target.taps",
+      "transfer.beta kd.weight",
+    ),
     ("lwf_at", "at.beta lwf.weight", "kd.temperature"),
     ("afd", "afd.dim transfer.pairs", "transfer.beta transfer.pair_activation"),
     (
@@ -426,6 +466,13 @@ def test_fixed_weights_leave_the_meta_update_unread():
   config.transfer.map = "map.json"
   assert not l2t_jax.config.reads(config, "meta.learning_rate")
   assert not l2t_jax.config.reads(config, "transfer.pairs")
+
+
+def test_listed_pairs_leave_the_choice_of_taps_unread():
+  config = l2t_jax.config.get_config()
+  assert l2t_jax.config.reads(config, "target.taps")
+  config.transfer.pairs = "a->b"
+  assert not l2t_jax.config.reads(config, "target.taps")
 
 
 def test_all_fields_are_read_by_some_method():

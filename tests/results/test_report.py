@@ -111,6 +111,13 @@ def test_groups_are_compared_with_a_reference(folder, tmp_path):
   )
   *_, mean, _, _ = tables.run_rows([*runs, copied], "scratch")
   assert mean["minus scratch"] == "+25.0"
+  # That of another column is none, whether or not its own is there.
+  *_, mean, _ = tables.run_rows([*runs[:2], copied], "scratch")
+  assert mean["minus scratch"] == ""
+  # What was tuned for one of them may differ.
+  tuned = copied._replace(tuned=frozenset(["epochs"]))
+  *_, mean, _ = tables.run_rows([*runs[:2], tuned], "scratch")
+  assert mean["minus scratch"] == "+35.0"
   # Other images are not comparable.
   runs[2].summary["split_hash"] = "another"
   assert not any(
@@ -124,6 +131,47 @@ def test_groups_are_compared_with_a_reference(folder, tmp_path):
   assert run.workdir == (tmp_path / "kd" / "seed0").resolve()
   (run,) = report.find_runs([tmp_path / "kd" / "tuning_trials"])
   assert run.workdir == trial.resolve()
+
+
+def test_the_reference_of_a_column_may_be_unfinished(folder):
+  """The runs of another column do not take its place."""
+  runs = report.find_runs([folder])
+  for run in runs:
+    run.summary["test_accuracy"] = 0.5
+  other, *_ = runs
+  weight = {"transfer": other.config["transfer"] | {"beta": 9.0}}
+  reference = other._replace(
+    experiment="another", config=other.config | weight, summary=None
+  )
+  compared = runs[2]._replace(
+    experiment="compared",
+    config=runs[2].config | weight | {"method": "fm_single"},
+  )
+  minus = lambda *others: tables.run_rows([other, *others], "l2t_ww")[-1]
+  assert minus(reference, compared)["minus l2t_ww"] == ""
+  finished = reference._replace(summary=other.summary)
+  assert minus(finished, compared)["minus l2t_ww"] == "+0.0"
+
+
+def test_files_are_told_apart_by_content(folder, tmp_path):
+  """Two tables with the same paths may be about different images."""
+  for name in ("one", "two"):
+    shutil.copytree(folder / "l2t_ww/seed0", tmp_path / name / "seed0")
+  contents = {"source.weights": "other weights"}
+  file = tmp_path / "two" / "seed0" / "contents.json"
+  one, two = report.find_runs([tmp_path])
+  assert one.experiment == two.experiment
+  file.write_text(json.dumps(json.loads(file.read_text()) | contents))
+  one, two = report.find_runs([tmp_path])
+  assert one.experiment != two.experiment
+
+
+def test_what_a_table_has_tuned_is_known(folder, tmp_path):
+  shutil.copytree(folder / "l2t_ww/seed0", tmp_path / "l2t_ww/seed0")
+  chosen = {"chosen": {"transfer.beta": "2"}, "trials": []}
+  (tmp_path / "l2t_ww" / "tuning.json").write_text(json.dumps(chosen))
+  (run,) = report.find_runs([tmp_path])
+  assert run.tuned == {"transfer.beta"}
 
 
 def test_the_recipe_of_a_run(folder):

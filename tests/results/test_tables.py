@@ -52,6 +52,22 @@ def test_seeds_that_trained_at_once_are_told_of(tmp_path):
   assert "2 seeds trained at once: time is a seed's share" in text
 
 
+def test_plain_steps_are_those_of_as_many_seeds_together():
+  """Where seeds train at once, the time of an iteration is a seed's share."""
+
+  def plain_steps(*, together):
+    trial = {"fields": {}, "val_accuracy": [0.5], "seconds": 1.0, "errors": []}
+    trial |= {"iterations": 100, "seeds_together": together}
+    trial["iteration_seconds"] = 0.3
+    alone = _cell("scratch", "a", (60.0,), iteration_seconds=0.1)
+    tuned = _cell("lwf", "a", (60.0,), iteration_seconds=0.1)
+    tuned = tuned._replace(tuning=tables.Tuning({}, [trial]))
+    return tables.make_grid([alone, tuned]).plain_steps(tuned)
+
+  assert plain_steps(together=1) == pytest.approx(300)
+  assert plain_steps(together=2) is None
+
+
 def test_validation_images_in_training_are_told_of(tmp_path):
   cells = [
     _cell("fm_all_to_all", "stl10", (60.0,), trained_on_validation=False),
@@ -395,6 +411,8 @@ def test_a_narrow_terminal_folds_a_wide_table(capsys, monkeypatch):
     (["a=5", "a=5.0", "a=6"], None),
     (["a=5", "a=all"], None),
     (["a=5", "a=inf"], None),
+    (["a=0", "a=5"], ("a", {0.0: "a=0", 5.0: "a=5"})),
+    (["per_class=0", "per_class=5"], None),  # 0 stands for all.
     (["5", "10"], None),
     (["stl10", "dogs"], None),
   ],
@@ -405,7 +423,7 @@ def test_a_sweep_is_recognised(columns, expected):
 
 def test_a_wide_range_of_values_is_drawn_on_a_log_axis():
   scale = lambda values: (
-    table_picture.draw(_grid(1, _values(values))).axes[0].get_xscale()
+    table_picture.draw(_grid(1, _values(values, "a"))).axes[0].get_xscale()
   )
   assert scale((5, 10, 50)) == "linear"
   assert scale((5, 10, 51)) == "log"
@@ -443,6 +461,15 @@ def test_the_panel_shows_means_whiskers_seeds_and_the_paper():
   )
   assert legend(fig)
   assert not legend(table_picture.draw(cells[1:]))
+
+
+def test_the_panel_says_of_how_many_seeds_a_difference_is():
+  cells = [
+    _cell("scratch", "stl10", (60,), num_seeds=3),
+    _cell("l2t_ww", "stl10", (70, 72, 77)),
+  ]
+  (ax,) = table_picture.draw(cells, "scratch").axes
+  assert [t.get_text() for t in ax.texts] == ["+10.0", "1 of 3 seeds"]
 
 
 def _intervals(cells):

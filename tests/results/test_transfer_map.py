@@ -112,6 +112,23 @@ CASES = {
 }
 
 
+def test_which_pairs_are_ignored():
+  weights = {"a->t": 0.04, "b->t": 0.06}
+  content = _tiny_map(weights, source_taps=("a", "b"))
+  first, second = content["pairs"]
+  assert transfer_map.is_ignored(content, first)
+  assert not transfer_map.is_ignored(content, second)
+  # Those of AFD are shares: 0.04 is much among 20 pairs.
+  names = [f"a->t{i}" for i in range(20)]
+  taps = [f"t{i}" for i in range(20)]
+  content = _map(
+    [("a", (4, 4, 2))], [(tap, (4, 4, 2)) for tap in taps], names, maximum=1.0
+  )
+  pair = dict(content["pairs"][0], pair_weight=0.04)
+  assert not transfer_map.is_ignored(content, pair)
+  assert transfer_map.is_ignored(content, pair | {"pair_weight": 0.002})
+
+
 def test_content_of_the_map():
   keys = _all(SOURCE, TARGET)
   content = _map(SOURCE, TARGET, keys)
