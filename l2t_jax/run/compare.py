@@ -27,6 +27,7 @@ import numpy as np
 from l2t_jax import errors, models, types
 from l2t_jax.method import objectives
 from l2t_jax.results import statistics, table_picture, tables
+from l2t_jax.run import cells as table_cells
 from l2t_jax.run import fit, train
 from l2t_jax.runtime import phases
 
@@ -122,6 +123,7 @@ def compare(
     seeds = list(range(config.seed, config.seed + operator.index(seeds)))
   if not seeds or len(set(seeds)) < len(seeds):
     raise errors.InputError(f"seeds are {seeds}; give at least one, each once")
+  table_cells.check_rows_differ(methods, config.transfer)
   folder = pathlib.Path(workdir or tempfile.mkdtemp(prefix="l2t_jax_"))
   folder = folder.expanduser()
 

@@ -129,11 +129,16 @@ def test_a_method_that_diverges_is_left_out(arrays, tmp_path):
     (("kd", "kd"), "", "give at least two different methods"),
     (("kd", "lwf"), "scratch", "the reference is 'scratch'"),
     (("kd", "l2t"), "", "unknown method 'l2t'"),
+    (("fm_single", "fm_all_to_all"), "", "fm_all_to_all are the same"),
   ],
 )
 def test_what_cannot_be_compared(arrays, methods, reference, message):
+  config = fit.default_config()
+  config.transfer.pairs = "nearest"
   with pytest.raises(errors.InputError, match=message):
-    compare.compare(None, arrays, methods=methods, reference=reference)
+    compare.compare(
+      None, arrays, methods=methods, reference=reference, config=config
+    )
 
 
 @pytest.mark.parametrize("seeds", [0, (), (1, 1)])
@@ -294,7 +299,7 @@ def test_a_file_that_changes_makes_another_run(arrays, tmp_path):
 
   train(range(100))
   train(range(100))
-  with pytest.raises(errors.InputError, match="split_file .*holds other files"):
+  with pytest.raises(errors.InputError, match=r"split_file .*holds other"):
     train(range(150))
 
 
