@@ -533,9 +533,10 @@ def _notes(grid: Grid) -> list[str]:
     elif cell.num_seeds > len(cell.summaries) + len(cell.errors):
       notes.append(f"{name}: {cell.seeds} seeds")
     if any(s.get("trained_on_validation") for s in cell.summaries):
+      chose = ", which chose its values," if cell.tuning else ""
       notes.append(
         f"{name}: validation images took part in training; the validation"
-        " accuracy is optimistic."
+        f" accuracy{chose} is optimistic."
       )
   if any(cell.test.std is not None for cell in cells):
     notes.append("±: sample standard deviation over the seeds.")

@@ -251,7 +251,9 @@ def describe(experiment: Experiment) -> dict[str, Any]:
   )
   task = "classification"
   if experiment.task is not objectives.CLASSIFICATION:
-    task = " ".join(map(_name_of_function, experiment.task))
+    codes = [_code_of(getattr(f, "__code__", None)) for f in experiment.task]
+    names = map(_name_of_function, experiment.task)
+    task = " ".join([*names, fingerprints.fingerprint(codes)])
   target, program, values = experiment.target, "", None
   if target is not None:
     program = models.trace(target, experiment.reading.image_shape).digest
@@ -331,6 +333,14 @@ def _describe(network, more):
   """Name a network so that different ones have different names."""
   digest = fingerprints.fingerprint((models.attributes(network), more))
   return f"{_name(network)} {digest}"
+
+
+def _code_of(code):
+  """Return the bytecode of a function, with that of functions within it."""
+  if not hasattr(code, "co_code"):
+    return repr(code)
+  constants = [_code_of(constant) for constant in code.co_consts]
+  return code.co_code.hex(), code.co_names, constants
 
 
 def _name_of_function(function):

@@ -76,6 +76,9 @@ def test_validation_images_in_training_are_told_of(tmp_path):
   text = _write(tmp_path, cells)
   assert "l2t_ww: validation images took part in training" in text
   assert "fm_all_to_all: validation images" not in text
+  assert "the validation accuracy is optimistic" in text
+  tuned = cells[1]._replace(tuning=tables.Tuning({}, []))
+  assert "which chose its values, is" in _write(tmp_path, [cells[0], tuned])
 
 
 def _errors(cells):

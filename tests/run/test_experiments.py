@@ -295,6 +295,19 @@ def test_descriptions_tell_networks_of_equal_shapes_apart():
   assert describe(again) == described[3]
 
 
+def test_descriptions_tell_tasks_of_equal_names_apart():
+  usual = object_experiment.create()
+
+  def describe(power):
+    # As if a cell of a notebook were edited and run again.
+    text = f"lambda outputs, targets: (outputs - targets) ** {power}"
+    task = usual.task._replace(loss=eval(text))
+    return experiments.describe(usual._replace(task=task))["target"]["task"]
+
+  assert describe(2) == describe(2)
+  assert describe(2) != describe(4)
+
+
 def test_descriptions_tell_contents_apart():
   """Where all else is equal, a complete run must not pass for another one."""
   usual = object_experiment.create()
