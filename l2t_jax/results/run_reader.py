@@ -100,11 +100,6 @@ class Run(NamedTuple):
   tuned: frozenset[str] = frozenset()  # Fields that a table has chosen.
 
   @property
-  def fields(self) -> dict[str, Any]:
-    """Dotted name -> value; files are told apart by content, not by path."""
-    return flatten(self.config) | dict(self.contents)
-
-  @property
   def best(self) -> dict[str, Any]:
     """The record of the best epoch so far; empty before the first."""
     if not self.epochs:
@@ -181,7 +176,8 @@ def find_runs(
       run_folder.read_json(workdir / run_folder.CONTENTS) or {},
       frozenset(tuning.get("chosen") or ()),
     )
-    fixed = {k: v for k, v in run.fields.items() if k not in free}
+    fields = flatten(config) | dict(run.contents)
+    fixed = {k: v for k, v in fields.items() if k not in free}
     runs.append(run._replace(experiment=json.dumps(fixed, sort_keys=True)))
   return runs
 
@@ -213,21 +209,32 @@ def by_experiment(runs: Sequence[Run]) -> list[list[Run]]:
   return list(groups.values())
 
 
+def differing_fields(one: Run, other: Run) -> set[str]:
+  """Return the dotted names of the fields in which two runs differ.
+
+  Files are compared by content if it is known of both, else by path. What a
+  table has tuned for one of the runs is not a difference.
+  """
+  by_content = one.contents.keys() & other.contents.keys()
+  fields = [
+    flatten(run.config) | {name: run.contents[name] for name in by_content}
+    for run in (one, other)
+  ]
+  names = fields[0].keys() | fields[1].keys()
+  differ = {x for x in names if fields[0].get(x) != fields[1].get(x)}
+  return differ - one.tuned - other.tuned
+
+
 def same_task(one: Run, other: Run) -> bool:
   """Return whether two runs train the same target, alike and on equal images.
 
   Their methods, what only some methods read, and what a table has tuned for
   each of them, may differ.
   """
-  tuned = one.tuned | other.tuned
-  read = lambda run: {
-    name: value
-    for name, value in run.fields.items()
-    if name.startswith(_TASK)
-    and not name.startswith(_NOT_OF_TASK)
-    and name not in tuned
-  }
-  return read(one) == read(other)
+  return not any(
+    name.startswith(_TASK) and not name.startswith(_NOT_OF_TASK)
+    for name in differing_fields(one, other)
+  )
 
 
 def common_name(group: Sequence[Run]) -> str:

@@ -351,23 +351,17 @@ def _minus(reference, group, groups):
     and run_reader.same_task(other[0], group[0])
   ]
   if len(others) > 1:  # As in a table with a swept field.
-    of_column = [o for o in others if _are_of_one_column(o[0], group[0])]
+    of_column = [
+      other
+      for other in others
+      if run_reader.differing_fields(other[0], group[0]) <= {"method", "seed"}
+    ]
     others = of_column or others
   return _compare_groups(group, others)
 
 
 def _splits(group):
   return {run.summary.get("split_hash") for run in group if run.summary}
-
-
-def _are_of_one_column(one, other):
-  tuned = one.tuned | other.tuned
-  read = lambda run: {
-    name: value
-    for name, value in run.fields.items()
-    if name not in ("method", "seed", *tuned)
-  }
-  return read(one) == read(other)
 
 
 def _compare_groups(group, others):

@@ -151,6 +151,11 @@ def test_the_reference_of_a_column_may_be_unfinished(folder):
   assert minus(reference, compared)["minus l2t_ww"] == ""
   finished = reference._replace(summary=other.summary)
   assert minus(finished, compared)["minus l2t_ww"] == "+0.0"
+  # A method without a source does not know the content of its file.
+  assert "source.weights" in finished.contents
+  assert (
+    minus(finished, compared._replace(contents={}))["minus l2t_ww"] == "+0.0"
+  )
 
 
 def test_files_are_told_apart_by_content(folder, tmp_path):
