@@ -290,7 +290,8 @@ def _update_average(recipe, state, inner):
   def move(old, new):
     if not jnp.issubdtype(new.dtype, jnp.floating):  # A counter or PRNG key.
       return new
-    return old + ((1 - decay) * (new - old)).astype(old.dtype)
+    moved = old + ((1 - decay) * (new - old)).astype(old.dtype)
+    return jnp.where(old == new, new, moved)  # Constants can be -inf.
 
   latest = Variables(inner.params["target"], inner.model_state)
   return jax.tree.map(move, state.average, latest)

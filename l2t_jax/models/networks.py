@@ -146,7 +146,9 @@ def attributes(network: pure_functions.Network | None) -> str:
 
 
 def fold_in(
-  network: pure_functions.Network, model_state: types.PyTree, number: int
+  network: pure_functions.Network,
+  model_state: types.PyTree,
+  number: chex.Numeric,
 ) -> types.PyTree:
   """Return a model state with other PRNG keys, which depend on a number."""
   return _to_pure(network).fold_in(model_state, number)

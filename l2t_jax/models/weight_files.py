@@ -65,7 +65,14 @@ def load(path: pathlib.Path) -> tuple[types.PyTree, dict[str, str]]:
   """
   metadata = read_metadata(path)
   arrays = read_safetensors(path)
-  check_finite(path, arrays)
+  # Constants of the model state may be -inf, as those of attention masks are.
+  check_finite(
+    path,
+    {
+      name: array if name.startswith("params/") else array[array != -np.inf]
+      for name, array in arrays.items()
+    },
+  )
   return traverse_util.unflatten_dict(arrays, sep="/"), metadata
 
 

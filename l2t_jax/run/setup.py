@@ -59,6 +59,8 @@ class Setup(NamedTuple):
   source_taps: pair_sets.TapShapes  # The source taps that pairs use.
   update_every: int  # Iterations per meta update; 0 if there is none.
   create_state: Callable[[int], types.TrainState]  # seed -> first state.
+  # (model_state, seed) -> model_state with other PRNG keys.
+  fold_in: Callable[[types.PyTree, int], types.PyTree]
   state_shapes: types.TrainState  # `jax.ShapeDtypeStruct`s, with shardings.
   # Zeros in the shapes of this process's rows.
   blank_batch: types.Batch
@@ -195,6 +197,7 @@ def build(experiment: experiments.Experiment) -> Setup:
     source_taps=plan.source_taps,
     update_every=settings.meta.update_every if any(experiment.learns) else 0,
     create_state=create_state,
+    fold_in=jax.jit(functools.partial(models.fold_in, target.network)),
     state_shapes=shapes,
     blank_batch=_blank_batch(experiment, dataset),
     blank_eval_batch=types.EvalBatch(
@@ -533,12 +536,16 @@ def _make_target(experiment, sources, image_format):
 
   def init(key):
     params, model_state = fresh(key)
-    if not others:
-      return params, model_state
-    variables, *_ = weight_files.copy_matching(
-      {"params": params, **model_state}, others
-    )
-    return variables.pop("params"), variables
+    if others:
+      model_state, *_ = weight_files.copy_matching(
+        {"params": params, **model_state}, others
+      )
+      params = model_state.pop("params")
+    if others or method.trains != "target":
+      # The source's PRNG keys are the same for all seeds.
+      number = jax.random.bits(key, dtype=jnp.uint32)
+      model_state = models.fold_in(network, model_state, number)
+    return params, model_state
 
   return _Target(
     network,

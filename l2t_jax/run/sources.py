@@ -8,6 +8,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from flax import linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -441,6 +443,12 @@ def trace_one(
       )
   layout = models.trace(source.network, own_format.shape)
   params, model_state = experiments.variables_of(source)
+  if isinstance(source.network, nn.Module) and "rng" in layout.variables:
+    # The PRNG key of dropout, which only training reads.
+    key = jax.tree.map(
+      lambda x: np.zeros(x.shape, x.dtype), layout.variables["rng"]
+    )
+    model_state = {"rng": key} | model_state
   traced = TracedSource(
     name,
     source.network,

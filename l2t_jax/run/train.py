@@ -323,7 +323,10 @@ def _train(setup, trainer, group, requests):
     step, states = _restore(runs, states, display)
     if settings.init_from and not step:
       states = [
-        _start_from(settings.init_from, state, setup.recipe) for state in states
+        _start_from(
+          settings.init_from, state, setup, run.experiment.settings.seed
+        )
+        for run, state in zip(runs, states, strict=True)
       ]
     # Not earlier, so that a run that cannot start leaves no trace.
     for workdir, experiment in group.items():
@@ -362,7 +365,7 @@ def steps_to_start_from(workdir: str) -> set[int]:
   return steps
 
 
-def _start_from(workdir, state, recipe):
+def _start_from(workdir, state, setup, seed):
   """Initialise a state with what another run has learned."""
   step = max(steps_to_start_from(workdir))
   folder = pathlib.Path(workdir) / run_folder.CHECKPOINTS
@@ -387,11 +390,13 @@ def _start_from(workdir, state, recipe):
       ) from error
   state = state._replace(
     inner=state.inner._replace(
-      params=learned.inner.params, model_state=learned.inner.model_state
+      params=learned.inner.params,
+      # Else, all seeds that start from one run would have its PRNG keys.
+      model_state=setup.fold_in(learned.inner.model_state, seed),
     ),
     meta_params=learned.meta_params,
   )
-  return training.start_average(state, recipe)
+  return training.start_average(state, setup.recipe)
 
 
 def _scale_sources(setup, runs, display):

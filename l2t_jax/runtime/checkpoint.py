@@ -254,7 +254,12 @@ def _check_finite(step, state):
 
 @jax.jit
 def _are_finite(tree):
-  return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+  def is_finite(path, leaf):
+    # Constants of the model state may be -inf, as those of attention masks are.
+    is_state = jax.tree_util.GetAttrKey("model_state") in path
+    return jnp.all(jnp.isfinite(leaf) | (is_state & (leaf == -jnp.inf)))
+
+  return jax.tree.map_with_path(is_finite, tree)
 
 
 def _checksum(state, progress):

@@ -2,6 +2,7 @@
 
 import json
 
+from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -272,6 +273,76 @@ def _functions(activation):
       state,
     ),
   )
+
+
+class _Dropout(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dropout(0.5, deterministic=not train)(nn.Conv(4, (3, 3))(x))
+    return nn.Dense(4)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("method", ["finetune", "finetune_source"])
+def test_seeds_that_start_from_a_source_differ_in_dropout(method):
+  """The source's own PRNG key, which it need not have, is not theirs."""
+  usual = object_experiment.create()
+  variables = models.init(_Dropout(), jax.random.key(0), (8, 8, 1))
+  for model_state in (None, variables[1]):
+    experiment = usual._replace(
+      target=_Dropout(),
+      settings=usual.settings._replace(method=method),
+      sources={"": experiments.Source(_Dropout(), variables[0], model_state)},
+    )
+    create_state = setups.build(experiment).create_state
+    states = [create_state(seed).inner.model_state for seed in (0, 1, 0)]
+    first, second, again = [
+      [leaf.tolist() for leaf in jax.tree.leaves(state)] for state in states
+    ]
+    assert first == again != second
+
+
+def test_seeds_that_start_from_a_run_differ_in_dropout(tmp_path):
+  usual = object_experiment.create()
+  first = usual._replace(
+    target=_Dropout(), settings=usual.settings._replace(method="scratch")
+  )
+  train.train(first, tmp_path / "first")
+  keys = []
+  for seed in (1, 2):
+    settings = first.settings._replace(
+      seed=seed, init_from=str(tmp_path / "first")
+    )
+    workdir = tmp_path / f"seed{seed}"
+    train.train(first._replace(settings=settings), workdir)
+    model_state = predictors.load(workdir, _Dropout()).model_state
+    keys.append(model_state["rng"]["key"].tolist())
+  assert keys[0] != keys[1]
+
+
+class _Masked(nnx.Module):
+  """The mask is a constant, with -inf as in attention."""
+
+  def __init__(self, rngs):
+    self.mask = jnp.array([0.0, -jnp.inf, 0.0, 0.0])
+    self.values = nnx.Linear(64, 4, rngs=rngs)
+    self.head = nnx.Linear(4, 4, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(
+      nnx.softmax(self.values(x.reshape(len(x), -1)) + self.mask)
+    )
+
+
+def test_a_constant_may_be_infinite(tmp_path):
+  usual = object_experiment.create()
+  optimizer = usual.settings.optimizer._replace(ema_decay=0.5)
+  settings = usual.settings._replace(method="scratch", optimizer=optimizer)
+  experiment = usual._replace(
+    target=lambda rngs: _Masked(rngs), settings=settings
+  )
+  train.train(experiment, tmp_path)
+  loaded = predictors.load(tmp_path, experiment.target)
+  assert np.asarray(loaded.model_state["mask"]).tolist() == [0, -np.inf, 0, 0]
 
 
 def test_descriptions_tell_networks_of_equal_shapes_apart():
