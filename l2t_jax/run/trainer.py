@@ -12,7 +12,13 @@ import numpy as np
 from l2t_jax import errors, types
 from l2t_jax.method import training
 from l2t_jax.run import setup as setups
-from l2t_jax.runtime import compilation, metrics, phases, sharding
+from l2t_jax.runtime import (
+  compilation,
+  distributed,
+  metrics,
+  phases,
+  sharding,
+)
 
 
 class DoesNotFit(Exception):
@@ -100,7 +106,8 @@ class Trainer:
       if mode != self._setup.modes[0]:
         self._compiling = self._compile_steps(mode)
       programs = [compilation.wait(program) for program in self._compiling]
-      if compilation.fits(programs[0]):
+      # All processes have to run the same program.
+      if distributed.is_true_for_all(compilation.fits(programs[0])):
         break
     else:
       self._check_memory(programs[0], mode)
