@@ -614,6 +614,9 @@ def _joint_gradient(loss_of):
 
   def joint_gradient(params, rest):
     meta_params, differentiated, closed_over, *constants = rest
+    _check_leaves(
+      "meta_params", meta_params, jnp.inexact, "put it into the batch"
+    )
 
     def loss_fn(params, meta_params, differentiated):
       values = [
@@ -690,7 +693,7 @@ def small_like(params: types.PyTree) -> types.PyTree:
   Optimizers may depend on the names, ranks and dtypes of parameters.
   """
   return jax.tree.map(
-    lambda x: np.ones(np.minimum(np.shape(x), 2), jnp.result_type(x)), params
+    lambda x: np.ones(np.full(np.ndim(x), 2), jnp.result_type(x)), params
   )
 
 
@@ -701,8 +704,11 @@ def _try(optimizer, params):
   """
   ones = small_like(params)
   grads = jax.tree.map(np.ones_like, ones)
-  for leaf in jax.tree.leaves(grads):
+  leaves = jax.tree.leaves(grads)
+  for leaf in leaves:
     leaf.flat[:1] = 0
+  if not any(map(np.any, leaves)):  # Scalars: not all of them may be 0.
+    leaves[-1].flat[:1] = 1e-3
   _, state = optimizer.update(grads, optimizer.init(ones), ones)
   updates, pullback = jax.vjp(
     lambda grads: optimizer.update(grads, state, ones)[0], grads

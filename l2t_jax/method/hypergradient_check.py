@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -101,14 +102,17 @@ def check_hypergradient(
       " be at least 1, and above 0 or None"
     )
 
-  def compare(arguments, epsilon):
+  def compare(arguments, epsilon, *, may_cast):
     state, meta_params, batch = arguments
+    loss_of = bilevel.loss_after(look_ahead, outer_loss_fn, state, batch)
+    if not may_cast:
+      _reject_casts(loss_of, meta_params)
     _, grads = jax.jit(
       lambda meta_params: bilevel.hypergradient(
         look_ahead, outer_loss_fn, state, meta_params, batch, forward=forward
       )
     )(meta_params)
-    value = jax.jit(bilevel.loss_after(look_ahead, outer_loss_fn, state, batch))
+    value = jax.jit(loss_of)
     rng = np.random.default_rng(seed)
     return _compare(value, grads, meta_params, num_directions, epsilon, rng)
 
@@ -116,10 +120,20 @@ def check_hypergradient(
   arguments = jax.tree.map(jnp.asarray, (state, meta_params, batch))
   with jax.enable_x64(True):
     try:
-      return compare(jax.tree.map(_in_float64, arguments), epsilon or 1e-5)
+      wide = jax.tree.map(_in_float64, arguments)
+      return compare(wide, epsilon or 1e-5, may_cast=False)
     except (TypeError, ValueError) as error:  # The functions fix a dtype.
       reason = errors.first_line(error)
-  return compare(arguments, epsilon or 1e-2)._replace(reason=reason)
+  comparison = compare(arguments, epsilon or 1e-2, may_cast=True)
+  return comparison._replace(reason=reason)
+
+
+def _reject_casts(function, argument):
+  """Raise a TypeError if a function rounds to less than float64."""
+  program = str(jax.make_jaxpr(function)(argument))
+  casts = r"convert_element_type\[\s*new_dtype=(float32|float16|bfloat16)"
+  if found := re.search(casts, program):
+    raise TypeError(f"they convert values to {found[1]}")
 
 
 def _in_float64(leaf: jax.Array) -> jax.Array:

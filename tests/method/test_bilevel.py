@@ -241,6 +241,34 @@ def test_optimizers_with_a_slope_are_not_refused(optimizer):
   bilevel.check_differentiable(optimizer, params)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_optimizers_of_single_numbers(shape):
+  params = {"a": jnp.ones(shape), "b": jnp.ones(shape)}
+  clip = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+  bilevel.check_differentiable(clip, params)
+  bilevel.check_differentiable(clip, params["a"])
+  with pytest.raises(errors.InputError, match="eps_root=1e-24"):
+    bilevel.check_differentiable(optax.adam(0.1), params)
+
+
+@pytest.mark.parametrize("mode", ["linearized", "mixed"])
+def test_integers_among_meta_parameters(mode):
+  """They would end in an error of JAX that does not name them."""
+
+  def loss_fn(params, meta_params, model_state, batch):
+    return meta_params["rate"] * params**2 * meta_params["count"], model_state
+
+  step = bilevel.make_inner_step(loss_fn, optax.sgd(0.1), mode=mode)
+  state = types.InnerState(jnp.array(2.0), optax.sgd(0.1).init(0.0), None)
+
+  def loss(rate):
+    meta_params = {"rate": rate, "count": jnp.array(2)}
+    return bilevel.unroll(step, state, meta_params, None, num_steps=2)[0].params
+
+  with pytest.raises(errors.InputError, match="int32 at count; put it into"):
+    jax.grad(loss)(1.0)
+
+
 def test_adam_is_refused_in_training_too():
   """Although the learning rate is traced there."""
   state, source, pairs, target_taps = small_setup.create()

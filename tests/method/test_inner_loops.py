@@ -361,6 +361,29 @@ def test_the_check_names_what_is_wrong():
   assert str(wrong).splitlines()[1].startswith("  log_decay: ")
 
 
+@pytest.mark.parametrize("wraps", ["result", "input"])
+def test_the_check_knows_that_a_loss_rounds(wraps):
+  """Differences of rounded values need longer steps."""
+
+  def loss_fn(params, meta_params, model_state, batch):
+    if wraps == "input":
+      batch = batch.astype(jnp.float32).astype(params.dtype)
+      params = params.astype(jnp.float32).astype(params.dtype)
+    loss = jnp.sum((batch * params - meta_params) ** 2)
+    return loss.astype(jnp.float32) if wraps == "result" else loss, model_state
+
+  step = bilevel.make_inner_step(loss_fn, optax.sgd(0.1))
+  comparison = hypergradient_check.check_hypergradient(
+    lambda *start: bilevel.unroll(step, *start, num_steps=3)[0],
+    loss_fn,
+    types.InnerState(jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3)), None),
+    jnp.array(0.7),
+    jnp.linspace(0.1, 1.3, 3),
+  )
+  assert "convert values to float32" in str(comparison)
+  assert comparison.error < 1e-2
+
+
 def test_the_check_knows_a_derivative_of_zero():
   """A softmax does not change with a shift, but both sides are rounded."""
   rng = np.random.default_rng(0)
