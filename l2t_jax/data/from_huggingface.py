@@ -153,9 +153,11 @@ def _labels(where, rows, label, class_names):
   """Return labels int32 [N]; -1 for withheld labels."""
   # As Python values, whatever format the data set was saved with.
   values = rows.with_format(None)[label][:]
-  if hasattr(rows.features[label], "names"):
-    return np.array([-1 if v is None else v for v in values], np.int32)
   numbers = {name: number for number, name in enumerate(class_names)}
+  # Each split numbers its own names.
+  if names := getattr(rows.features[label], "names", None):
+    values = [None if v is None or v < 0 else names[v] for v in values]
+    numbers[str(None)] = -1
   unknown = sorted({*map(str, values)} - numbers.keys())
   if unknown:
     raise errors.InputError(

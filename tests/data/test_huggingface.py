@@ -132,6 +132,24 @@ def test_secret_test_labels(tmp_path):
   assert (dataset.num_train, dataset.num_test) == (6, 6)
 
 
+def test_splits_that_number_their_classes_differently(tmp_path):
+  """As where each is encoded alone: labels are compared by name."""
+  splits = _splits()
+  swapped = splits["test"].features["kind"].__class__(names=["dog", "cat"])
+  usual = _load(_save("save_to_disk", splits, tmp_path / "usual"))
+  splits["test"] = splits["test"].cast_column("kind", swapped)
+  other = _load(_save("save_to_disk", splits, tmp_path / "other"))
+  labels = [
+    data_sets.concatenated(each.eval_batches("test")).labels[:6]
+    for each in (usual, other)
+  ]
+  assert list(labels[0]) == [1 - label for label in labels[1]]
+  more = splits["test"].features["kind"].__class__(names=["cow", "cat"])
+  splits["test"] = splits["test"].cast_column("kind", more)
+  with pytest.raises(errors.InputError, match="has cow, which train lacks"):
+    _load(_save("save_to_disk", splits, tmp_path / "more"))
+
+
 def test_a_damaged_picture_is_named(tmp_path):
   rows = _rows("train", 20, int)
   content = io.BytesIO()
