@@ -41,6 +41,8 @@ class Source(NamedTuple):
   class_names: tuple[str, ...] = ()  # () if unknown.
   has_classifier: bool = True  # False if its outputs are not logits.
   origin: str = ""  # The file that it was read from, for messages.
+  # Bits of the white of 16-bit images that mean and std refer to; 0 if unknown.
+  bit_depth: int = 0
 
 
 class Transfer(NamedTuple):

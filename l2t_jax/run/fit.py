@@ -97,6 +97,7 @@ class Result(NamedTuple):
       trained.image_format.mean,
       trained.image_format.std,
       class_names=trained.class_names,
+      bit_depth=trained.bit_depth if trained.dtype == np.uint16 else 0,
     )
 
   def figure(self) -> figure.Figure:

@@ -446,7 +446,7 @@ def _save_target(setup, seed, target):
     {
       "model": trained_model(seed.experiment.method, description),
       "num_classes": str(setup.num_outputs),
-      "class_names": json.dumps(list(setup.dataset.class_names)),
+      "class_names": json.dumps(setup.dataset.label_names),
       "channels": str(image_format.channels),
       "dtype": str(setup.dataset.dtype),
       "bit_depth": str(setup.dataset.bit_depth),

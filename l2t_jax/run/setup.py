@@ -121,6 +121,7 @@ def build(experiment: experiments.Experiment) -> Setup:
   )
   sources = source_networks.trace(experiment, image_format)
   source_networks.check_values(experiment, dataset.values)
+  source_networks.check_bit_depth(experiment, dataset)
   target = _make_target(experiment, sources, image_format)
   _check_outputs(experiment, dataset, sources, target.layout)
   if "kd" in method.losses and experiment.task is objectives.CLASSIFICATION:
@@ -170,6 +171,11 @@ def build(experiment: experiments.Experiment) -> Setup:
     *target.notes,
     *dataset.notes,
   ]
+  if "kd" in method.losses and all(map(str.isdecimal, dataset.class_names)):
+    notes.append(
+      "kd takes equal numbers of the source's classes and of the data's for the"
+      " same class, because they have no other names"
+    )
   if experiment.has_outer:
     notes.append(
       "the outer loss reads validation images: their accuracy is optimistic"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax import errors, models, types
+from l2t_jax import data, errors, models, types
 from l2t_jax.data import image_formats, records
 from l2t_jax.method import pair_sets, training, transfer
 from l2t_jax.models import weight_files
@@ -81,6 +81,10 @@ def load_source(
     tuple(class_names) or recorded("class_names"),
     loaded.metadata["num_classes"] != "0",
     str(path),
+    # A mean that is given is that of the images at hand.
+    int(loaded.metadata["bit_depth"])
+    if loaded.metadata.get("dtype") == "uint16" and not mean
+    else 0,
   )
 
 
@@ -199,6 +203,32 @@ def check_values(
         f" {_short(mean)} and std {_short(std)}, but the values of the images"
         f" go from {lowest:.4g} to {highest:.4g}; scale the images, or set its"
         " fields mean and std to numbers on their scale"
+      )
+
+
+def check_bit_depth(
+  experiment: experiments.Experiment, dataset: data.Dataset
+) -> None:
+  """Reject sources whose 16-bit images had another pixel value as white.
+
+  Raises:
+    errors.InputError: naming the source, with its normalisation on this scale.
+  """
+  if not experiment.method.needs_source or dataset.dtype != np.uint16:
+    return
+  white = 2**dataset.bit_depth - 1
+  for name, source in experiment.sources.items():
+    theirs = 2**source.bit_depth - 1
+    if source.bit_depth and theirs != white:
+      mean, std = (
+        _short(np.multiply(values, theirs / white))
+        for values in (source.mean, source.std)
+      )
+      raise errors.InputError(
+        f"{theirs} was white in the images of the source"
+        f" {source.origin or name}, but {white} is in these; set its fields"
+        f" mean and std to {mean} and {std} (and, in Python, its bit_depth to"
+        f" {dataset.bit_depth}): that is the same normalisation"
       )
 
 

@@ -13,6 +13,7 @@ from sklearn import datasets
 from examples import networks, tasks
 from l2t_jax import errors, models, types
 from l2t_jax.data import from_arrays, splits
+from l2t_jax.models import weight_files
 from l2t_jax.run import compare, experiments, fit, loop, predictor, sources
 from l2t_jax.run import setup as setups
 from tests.support import bad_input
@@ -439,6 +440,38 @@ def test_tasks_of_ones_own(arrays, capsys):
   said = capsys.readouterr().out
   assert f"test {accuracy:.4g})" in said and "%" not in said
   assert result.predict(ink["x_train"]).shape == (500, 8, 8)
+
+
+def test_classes_that_are_given_as_targets(arrays, tmp_path):
+  """They have no names, but are predicted."""
+  targets = {"x_train": arrays["x_train"], "t_train": arrays["y_train"]}
+  result = fit.fit(
+    models.create("vgg_tiny", 10), targets, config=small_config("scratch", 1)
+  )
+  assert result.predictor.class_names == tuple("0123456789")
+
+
+def test_the_white_of_a_source_is_that_of_its_images(arrays, tmp_path):
+  """Else it would see pixels that are scaled by a power of two."""
+  deep = lambda scale: {
+    name: np.uint16(array) * scale if name[0] == "x" else array
+    for name, array in arrays.items()
+  }
+  network = models.create("vgg_tiny", 10)
+  first = fit.fit(network, deep(60), config=small_config("scratch", 1))
+  fm = small_config("fm_single", 1)
+  again = lambda source, images: fit.fit(
+    network, images, source=source, config=fm
+  )
+  again(first.as_source(), deep(60))
+  message = r"16383 was white .*, but 1023 is .*mean and std to 4\.\d+ and 5\."
+  with pytest.raises(errors.InputError, match=message):
+    again(first.as_source(), deep(4))
+  variables, metadata = weight_files.load(first.workdir / "target.safetensors")
+  file = tmp_path / "source.safetensors"
+  weight_files.save(file, variables, metadata | {"model": "vgg_tiny"})
+  with pytest.raises(errors.InputError, match="16383 was white"):
+    again(file, deep(4))
 
 
 @pytest.mark.parametrize(
