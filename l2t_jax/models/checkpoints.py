@@ -176,7 +176,7 @@ def _state_dicts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     # num_batches_tracked of batch normalisation.
     scalars = {n: x for n, x in content.items() if hasattr(x, "shape")}
     yield key, scalars
-  elif key.count(".") + 1 < _MAX_DEPTH:
+  if key.count(".") + 1 < _MAX_DEPTH:
     for name, value in content.items():
       if isinstance(name, str):
         yield from _state_dicts(value, f"{key}.{name}" if key else name)
@@ -184,7 +184,7 @@ def _state_dicts(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _choose(path, names, key):
   """Return the name of the state dict to use."""
-  if key in names:
+  if key and key in names:
     return key
   if len(names) == 1:
     return names[0]

@@ -366,7 +366,7 @@ def _find_maps(torch, module, image_size) -> dict[str, _Map]:
     elif order == "HWC":
       maps[name] = _Map(lambda x: x, shape)
       grids.append(shape[:2])
-    elif order in ("NC", "CN"):
+    elif order in ("NC", "CN") and len(shape) == 2:
       count = shape[order.index("N")]
       if grid := tapping.find_grid(count, grids):
         convert = functools.partial(_tokens_to_map, order=order, grid=grid)

@@ -122,7 +122,16 @@ def split(
     jax.tree_util.keystr(path, simple=True, separator="/"): x
     for path, x in jax.tree_util.tree_leaves_with_path(dict(outputs))
   }
-  return output, {name: x for name, x in named.items() if hasattr(x, "shape")}
+  arrays = {name: x for name, x in named.items() if hasattr(x, "shape")}
+  heads = [name for name in arrays if _has_heads(name, arrays)]
+  return output, {name: x for name, x in arrays.items() if name not in heads}
+
+
+def _has_heads(name, outputs):
+  """Return whether an output is [B, N, heads, C] of attention, and no map."""
+  x, whole = outputs[name], outputs.get(name.rpartition("/")[0])
+  is_attention = x.ndim == 4 and whole is not None and whole.ndim == 3
+  return is_attention and whole.shape[1] == x.shape[1]
 
 
 def map_sizes(features: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -14,7 +14,14 @@ import jax
 import numpy as np
 
 from l2t_jax import errors, files, models, types
-from l2t_jax.models import bundled, checkpoints, programs, weight_files
+from l2t_jax.models import (
+  bundled,
+  checkpoints,
+  programs,
+  resnet,
+  vgg,
+  weight_files,
+)
 
 # Name of a leaf in Flax -> its name in PyTorch.
 _TORCH_LEAVES = {
@@ -150,6 +157,11 @@ def convert_file(
   # Created to learn the names of the tensors; the checkpoint then tells the
   # numbers of classes and channels.
   module = bundled.create(model, num_classes=1)
+  if not isinstance(module, resnet.ResNet | resnet.CifarResNet | vgg.VGG):
+    raise errors.InputError(
+      f"{model} has no names in PyTorch; convert a network of timm, as with"
+      " timm:convnext_atto or timm:vit_tiny_patch16_224"
+    )
   size = bundled.image_size(module)
   variables_of = lambda module, channels: (
     models.trace(module, (size, size, channels)).variables

@@ -137,6 +137,16 @@ def test_averaged_weights_beside_raw_ones(raw, averaged, tmp_path):
   _check(checkpoints.read(path, raw), 1)
 
 
+def test_a_tensor_beside_the_state_dict(tmp_path):
+  torch = pytest.importorskip("torch")
+  as_torch = lambda tensors: {k: torch.tensor(x) for k, x in tensors.items()}
+  content = {"state_dict": as_torch(_tensors()), "class_weights": torch.ones(9)}
+  file = tmp_path / "checkpoint.pt"
+  torch.save(content, file)
+  for key in ("", "state_dict"):
+    assert checkpoints.read(file, key).tensors.keys() == _tensors().keys()
+
+
 def test_two_that_nobody_knows(tmp_path):
   content = lambda torch: {"one": _torch(torch), "two": _torch(torch, 2)}
   path = _saved(content, tmp_path)

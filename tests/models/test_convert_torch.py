@@ -159,3 +159,8 @@ def test_what_wraps_a_network_is_taken_off():
     f"{MODULE}:make_compiled", None, "", programs.Reading(8, MEAN, STD)
   )
   assert "stem" in wrapped.taps
+
+
+def test_outputs_of_heads_are_no_maps():
+  network = _convert("normed_queries", 16)
+  assert "project" in network.taps and "q_norm" not in network.taps

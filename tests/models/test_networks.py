@@ -314,6 +314,23 @@ def test_nnx_modules_that_exist_keep_their_values():
   np.testing.assert_allclose(logits, module(images), rtol=1e-5, atol=1e-6)
 
 
+class Attention(nn.Module):
+  """With one head, [N, heads] looks like a map; one token is a class token."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(4, (2, 2), strides=2, name="patches")(x).reshape(len(x), -1, 4)
+    x = jnp.concatenate([x[:, :1], x], axis=1)
+    attention = nn.MultiHeadDotProductAttention(num_heads=1, name="attention")
+    return nn.Dense(5)(attention(x, x)[:, 0])
+
+
+def test_the_heads_of_attention_are_no_maps():
+  layout = models.trace(Attention(), IMAGES)
+  assert set(layout.taps) == {"patches", "attention", "attention/out"}
+  assert set(layout.taps.values()) == {(4, 4, 4)}
+
+
 class WithConstants(nnx.Module):
   """Arrays that are not variables: of JAX, of NumPy, random, and in a list."""
 

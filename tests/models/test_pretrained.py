@@ -214,3 +214,11 @@ def test_a_backbone_without_classifier(tmp_path):
     layout, {"params": loaded.params, **loaded.model_state}, "it"
   )
   assert layout.output_shape == (512,)  # The mean over positions.
+
+
+@pytest.mark.parametrize("model", ["convnext_atto", "vit_tiny"])
+def test_networks_that_torch_does_not_have(model, tmp_path):
+  file = tmp_path / "checkpoint.safetensors"
+  safetensors.numpy.save_file({"weight": np.ones((2, 2), np.float32)}, file)
+  with pytest.raises(errors.InputError, match="convert a network of timm"):
+    torch_weights.convert_file(file, tmp_path / "out.safetensors", model)

@@ -141,3 +141,24 @@ def make_compiled():
 
 def make_nothing():
   """Return no network."""
+
+
+class _NormedQueries(nn.Module):
+  """Attention over patches, whose queries [B, heads, N, C] are normalised."""
+
+  def __init__(self):
+    super().__init__()
+    self.patches = nn.Conv2d(3, 8, 4, 4)
+    self.q_norm = nn.LayerNorm(4)
+    self.project = nn.Linear(8, 8)
+    self.head = nn.Linear(8, 5)
+
+  def forward(self, x):
+    x = self.patches(x).flatten(2).transpose(1, 2)
+    queries = self.q_norm(x.unflatten(2, (2, 4)).transpose(1, 2))
+    x = self.project(x + queries.transpose(1, 2).flatten(2))
+    return self.head(x.mean(1))
+
+
+def normed_queries():
+  return _NormedQueries()
