@@ -46,7 +46,7 @@ def to_state_dict(predictor: predictors.Predictor) -> dict[str, np.ndarray]:
   for path, leaf in traverse_util.flatten_dict(variables).items():
     if path[0] == "rng":  # The PRNG key of dropout.
       continue
-    if not torch_weights.has_torch_name(path):
+    if not torch_weights.has_torch_name(path) or leaf.ndim == 3:
       raise errors.InputError(
         f"{'/'.join(path)} has no name in PyTorch: only the kernels, biases and"
         " batch norms of convolutional networks have; export to .stablehlo"

@@ -3,6 +3,7 @@
 import argparse
 
 import chex
+from flax import linen as nn
 import jax.export
 import numpy as np
 import pytest
@@ -95,6 +96,19 @@ def test_stablehlo_computes_the_same(network, tmp_path):
       rtol=1e-4,
       atol=1e-5,
     )
+
+
+class _Attention(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = x.reshape(len(x), -1, 4)
+    return nn.Dense(2)(nn.MultiHeadDotProductAttention(2)(x, x).mean(axis=1))
+
+
+def test_kernels_that_torch_arranges_differently(tmp_path):
+  predictor = make_predictor(_Attention(), (8, 8, 1))
+  with pytest.raises(errors.InputError, match="key/kernel has no name in PyT"):
+    export.write(predictor, tmp_path / "a.safetensors")
 
 
 def test_what_cannot_be_exported(tmp_path):
