@@ -147,8 +147,8 @@ FAULTS = (
         _TRAINING +
         "test_an_iteration_has_its_own_rate_and_keeps_the_momentum"),
   Fault("average_never_moves", "method/training.py",
-        "return old + ((1 - decay) * (new - old)).astype(old.dtype)",
-        "return old",
+        "moved = old + ((1 - decay) * (new - old)).astype(old.dtype)",
+        "moved = old",
         f"{_TRAINING}test_the_average_is_evaluated"),
   Fault("target_itself_is_evaluated", "method/training.py",
         "if state.average is not None:", "if False:",
