@@ -333,6 +333,8 @@ def as_target(
     return logits, {}, model_state
 
   def fold_in(model_state, number):
+    if "source" not in model_state:  # Its own is empty.
+      return model_state
     state = models.fold_in(source.network, model_state["source"], number)
     return {**model_state, "source": state}
 
