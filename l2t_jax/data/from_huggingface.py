@@ -153,18 +153,22 @@ def _labels(where, rows, label, class_names):
   """Return labels int32 [N]; -1 for withheld labels."""
   # As Python values, whatever format the data set was saved with.
   values = rows.with_format(None)[label][:]
-  numbers = {name: number for number, name in enumerate(class_names)}
+  numbers: dict[str | None, int] = {
+    name: number for number, name in enumerate(class_names)
+  }
   # Each split numbers its own names.
   if names := getattr(rows.features[label], "names", None):
     values = [None if v is None or v < 0 else names[v] for v in values]
-    numbers[str(None)] = -1
-  unknown = sorted({*map(str, values)} - numbers.keys())
+    numbers[None] = -1
+  else:
+    values = list(map(str, values))
+  unknown = sorted(set(values) - numbers.keys())
   if unknown:
     raise errors.InputError(
       f"{where}: column {label!r} has {records.some_of(unknown)}, which train"
       " lacks"
     )
-  return np.array([numbers[str(value)] for value in values], np.int32)
+  return np.array([numbers[value] for value in values], np.int32)
 
 
 def _file(

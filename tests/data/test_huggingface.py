@@ -150,6 +150,14 @@ def test_splits_that_number_their_classes_differently(tmp_path):
     _load(_save("save_to_disk", splits, tmp_path / "more"))
 
 
+def test_a_class_with_the_name_none(tmp_path):
+  splits = _splits()
+  names = splits["test"].features["kind"].__class__(names=["None", "dog"])
+  splits = splits.cast_column("kind", names)
+  dataset = _load(_save("save_to_disk", splits, tmp_path / "set"))
+  assert (dataset.num_train, dataset.num_test) == (12, 6)
+
+
 def test_a_damaged_picture_is_named(tmp_path):
   rows = _rows("train", 20, int)
   content = io.BytesIO()
