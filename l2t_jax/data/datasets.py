@@ -243,9 +243,6 @@ class Dataset(abc.ABC):
     self.num_labels = self.num_classes
     if train.records.targets is not None:
       self.num_labels = 1 + int(train.records.targets.max(initial=0))
-    # Targets may be classes that have no names.
-    unnamed = map(str, range(self.num_classes, self.num_labels))
-    self.label_names = (*self.class_names, *unnamed)
     self.label_shape = train.targets.shape[1:]
     self.label_dtype = train.targets.dtype
     self.image_shape = fields.image_shape

@@ -348,6 +348,5 @@ def _code_of(code):
 def _name_of_function(function):
   if hasattr(function, "__qualname__"):
     return f"{function.__module__}.{function.__qualname__}"
-  return fingerprints.without_addresses(
-    repr(function)
-  )  # For example of a partial.
+  # For example a partial.
+  return fingerprints.without_addresses(repr(function))

@@ -434,6 +434,14 @@ def trained_model(
 
 
 @phases.phase("saving")
+def _class_names(dataset, experiment):
+  """Return a name per class; targets may be classes that have none."""
+  num_named = len(dataset.class_names)
+  is_classification = experiment.task is objectives.CLASSIFICATION
+  count = dataset.num_labels if is_classification else num_named
+  return [*dataset.class_names, *map(str, range(num_named, count))]
+
+
 def _save_target(setup, seed, target):
   description, image_format = seed.experiment.description, setup.image_format
   # All processes take part in the collective, but only process 0 writes.
@@ -446,7 +454,7 @@ def _save_target(setup, seed, target):
     {
       "model": trained_model(seed.experiment.method, description),
       "num_classes": str(setup.num_outputs),
-      "class_names": json.dumps(setup.dataset.label_names),
+      "class_names": json.dumps(_class_names(setup.dataset, seed.experiment)),
       "channels": str(image_format.channels),
       "dtype": str(setup.dataset.dtype),
       "bit_depth": str(setup.dataset.bit_depth),

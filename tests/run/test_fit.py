@@ -440,6 +440,7 @@ def test_tasks_of_ones_own(arrays, capsys):
   said = capsys.readouterr().out
   assert f"test {accuracy:.4g})" in said and "%" not in said
   assert result.predict(ink["x_train"]).shape == (500, 8, 8)
+  assert result.predictor.class_names == ("0",)  # Its targets are no classes.
 
 
 def test_classes_that_are_given_as_targets(arrays, tmp_path):
