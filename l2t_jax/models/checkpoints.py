@@ -134,6 +134,40 @@ def without_prefix(
   )
 
 
+def left_over(
+  tensors: Collection[str], used: Collection[str], linear: Collection[str]
+) -> tuple[str, ...]:
+  """Return the names of a checkpoint's tensors that a network does not have.
+
+  Args:
+    tensors: names of the checkpoint's tensors.
+    used: those that the network has.
+    linear: names of the network's linear layers.
+
+  Raises:
+    errors.InputError: the tensors are those of a deeper network.
+  """
+  # num_batches_tracked is PyTorch's counter, which Flax does not have.
+  unused = tuple(
+    name
+    for name in tensors
+    if name not in used and not name.endswith("num_batches_tracked")
+  )
+  # A left-over tensor whose name differs from a used one's only in numbers
+  # belongs to a layer that the network lacks. Linear layers are exempt: a
+  # second classifier is harmless.
+  without_numbers = lambda name: re.sub(r"\d+", "", name)
+  is_linear = lambda name: name.rpartition(".")[0] in linear
+  kinds = {without_numbers(name) for name in used if not is_linear(name)}
+  if deeper := [name for name in unused if without_numbers(name) in kinds]:
+    raise errors.InputError(
+      f"the checkpoint has layers that the network lacks: {len(deeper)}"
+      f" tensors, such as {deeper[0]}; choose the network that it was trained"
+      " with"
+    )
+  return unused
+
+
 def _read_pickle(path):
   """Unpickle a PyTorch file with `weights_only=True`."""
   torch = imports.require("torch", needed_for=f"reading {path.name}")

@@ -231,7 +231,14 @@ def _load(make: Callable[..., Any], checkpoint: pathlib.Path, key: str):
     {n: torch.from_numpy(tensors[n]) for n in state if n in tensors},
     strict=False,
   )
-  left_over = [name for name in tensors if name not in state]
+  linear = {
+    name
+    for name, submodule in module.named_modules()
+    if isinstance(submodule, torch.nn.Linear)
+  }
+  left_over = checkpoints.left_over(
+    tensors, state.keys() & tensors.keys(), linear
+  )
   notes = (*read.notes, *(f"left over: {name}" for name in left_over))
   return module, notes, without
 

@@ -108,24 +108,7 @@ def convert(
       )
     converted[path] = from_torch_layout(np.asarray(tensors[name]))
     mapped[name] = "/".join(path)
-  # num_batches_tracked is PyTorch's counter, which Flax does not have.
-  left_over = tuple(
-    name
-    for name in tensors
-    if name not in mapped and not name.endswith("num_batches_tracked")
-  )
-  # A left-over tensor whose name differs from a mapped one's only in numbers
-  # belongs to a layer that the network lacks. Linear layers are exempt: a
-  # second classifier is harmless.
-  without_numbers = lambda name: re.sub(r"\d+", "", name)
-  is_linear = lambda name: name.rpartition(".")[0] in linear
-  kinds = {without_numbers(name) for name in mapped if not is_linear(name)}
-  if deeper := [name for name in left_over if without_numbers(name) in kinds]:
-    raise errors.InputError(
-      f"the checkpoint has layers that the network lacks: {len(deeper)}"
-      f" tensors, such as {deeper[0]}; choose the network that it was trained"
-      " with"
-    )
+  left_over = checkpoints.left_over(tensors, mapped, linear)
   return traverse_util.unflatten_dict(converted), Conversion(mapped, left_over)
 
 

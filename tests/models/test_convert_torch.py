@@ -101,10 +101,10 @@ def test_an_awkward_network(tmp_path):
 
 def test_the_number_of_classes_is_the_checkpoints(tmp_path):
   module = torch_networks.make_convolutional(7).eval()
-  tensors = {**module.state_dict(), "other.weight": torch.ones(2)}
+  tensors = {**module.state_dict(), "head2.weight": torch.ones(2, 4)}
   torch.save({"state_dict": tensors}, tmp_path / "mine.pth")
   network = _convert("make_convolutional", 8, tmp_path / "mine.pth")
-  assert network.notes == ("left over: other.weight",)
+  assert network.notes == ("left over: head2.weight",)
   images = _images(2, 8)
   with torch.no_grad():
     expected = module(_normalised(images))
@@ -117,6 +117,16 @@ def test_a_checkpoint_without_classifier(tmp_path):
   network = _convert("make_convolutional", 8, tmp_path / "mine.pth")
   assert network.metadata["num_classes"] == "0"
   assert network.reference(_images(2, 8)).shape == (2, 4)
+
+
+def test_a_checkpoint_of_a_deeper_network(tmp_path):
+  tensors = torch_networks.make_convolutional().state_dict()
+  tensors["blocks.2.conv.weight"] = tensors["blocks.1.conv.weight"]
+  torch.save(tensors, tmp_path / "mine.pth")
+  with pytest.raises(
+    errors.InputError, match=r"has layers that the network lacks: 1 tensors"
+  ):
+    _convert("make_convolutional", 8, tmp_path / "mine.pth")
 
 
 def test_a_checkpoint_of_another_architecture(tmp_path):
