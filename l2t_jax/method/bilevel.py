@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 import functools
 import itertools
 import operator
+from typing import Any
 
 import chex
 import jax
@@ -269,7 +270,7 @@ def unroll(
     )
 
   steps = np.arange(num_steps)
-  losses = [jnp.zeros((0,))]
+  losses = []
   if differentiated_steps is not None and differentiated_steps < num_steps:
     early, steps = np.split(steps, [num_steps - differentiated_steps])
     constants = jax.lax.stop_gradient((state, meta_params))
@@ -374,18 +375,33 @@ def loss_after(
   """Return meta-parameters -> outer loss []; see `hypergradient`."""
 
   def outer(meta_params):
-    ahead = look_ahead(state, meta_params, batch)
-    if not isinstance(ahead, types.InnerState):
-      raise errors.InputError(
-        f"the look-ahead returned a {type(ahead).__name__}; it must return an"
-        " InnerState, the first of what `unroll` returns"
-      )
+    ahead = run(look_ahead, state, meta_params, batch)
     loss, _ = _checked(outer_loss_fn)(
       ahead.params, meta_params, ahead.model_state, batch
     )
     return loss
 
   return outer
+
+
+def run(
+  look_ahead: LookAhead,
+  state: types.InnerState,
+  meta_params: types.PyTree,
+  batch: types.PyTree,
+) -> types.InnerState:
+  """Run a look-ahead.
+
+  Raises:
+    errors.InputError: it does not return a state.
+  """
+  ahead = look_ahead(state, meta_params, batch)
+  if not isinstance(ahead, types.InnerState):
+    raise errors.InputError(
+      f"the look-ahead returned a {type(ahead).__name__}; it must return an"
+      " InnerState, the first of what `unroll` returns"
+    )
+  return ahead
 
 
 def hypergradient(
@@ -417,28 +433,13 @@ def hypergradient(
     (outer loss [], gradient); the gradient is a pytree like `meta_params`.
 
   Raises:
-    errors.InputError: `forward` with steps of another mode; `meta_params` are
-      not floating-point numbers; or, outside of `jax.jit`, a loop of
-      `at_stationary_point` uses them without getting them as arguments.
+    errors.InputError: `forward` with steps of another mode, or `meta_params`
+      are not floating-point numbers.
   """
   _check_meta_params(meta_params)
   outer = loss_after(look_ahead, outer_loss_fn, state, batch)
   if not forward:
-    try:
-      return jax.value_and_grad(outer)(meta_params)
-    except Exception as error:
-      # JAX reports a tracer that a custom derivative closes over in one of
-      # these two ways.
-      if not (
-        isinstance(error, jax.errors.UnexpectedTracerError)
-        or "closed-over value" in str(error)
-      ):
-        raise
-      raise errors.InputError(
-        "at_stationary_point, or a jax.custom_vjp of your own, seems to use"
-        " meta-parameters that are not among its arguments; pass them as"
-        " arguments"
-      ) from error
+    return jax.value_and_grad(outer)(meta_params)
   flat, unravel = flatten_util.ravel_pytree(meta_params)
   push = lambda tangent: jax.jvp(
     lambda flat: outer(unravel(flat)), (flat,), (tangent,)
@@ -548,33 +549,26 @@ def _custom_gradient(loss_fn, prepare):
     loss_fn: the inner loss.
     prepare: (joint_gradient, params, rest) -> (its two results, products). The
       function `products` maps v to (vᵀ ∂g/∂θ, vᵀ ∂g/∂φ, vᵀ ∂g/∂c); see
-      `_joint_gradient`.
+      `joint_gradient`.
   """
 
   def gradient(*args):
-    loss_of, closed_over = _opened(loss_fn, *args)
+    loss_of, closed_over = opened(loss_fn, *args)
 
     @jax.custom_vjp
     def rule(closed_over, *args):
       return _gradient(functools.partial(loss_of, closed_over))(*args)
 
     def forward(*primals):
-      closed_over, params, meta_params, *constants = (
-        custom_derivatives.custom_vjp_primal_tree_values(primals)
-      )
-      differentiated = [
-        x if primal.perturbed and jnp.issubdtype(x.dtype, jnp.inexact) else None
-        for x, primal in zip(closed_over, primals[0], strict=True)
-      ]
-      rest = (meta_params, differentiated, closed_over, *constants)
+      params, rest = arguments_of(primals)
       (grads, *_), aux, products = prepare(
-        _joint_gradient(loss_of), params, rest
+        joint_gradient(loss_of), params, rest
       )
       return (grads, *aux), products
 
     def backward(products, cotangents):
       along_params, along_meta, along_closed_over = products(
-        jax.tree.map(_array, cotangents[0])
+        jax.tree.map(array, cotangents[0])
       )
       return along_closed_over, along_params, along_meta, None, None
 
@@ -584,7 +578,9 @@ def _custom_gradient(loss_fn, prepare):
   return gradient
 
 
-def _opened(loss_fn, *args):
+def opened(
+  loss_fn: types.InnerLossFn, *args: types.PyTree
+) -> tuple[Callable[..., Any], list[jax.Array]]:
   """Return ((closed_over, *args) -> loss_fn(*args), closed_over).
 
   `closed_over` lists the traced values that the loss closes over.
@@ -605,14 +601,35 @@ def _opened(loss_fn, *args):
   return loss_of, list(itertools.compress(traced.consts, is_tracer))
 
 
-def _joint_gradient(loss_of):
+def arguments_of(
+  primals: tuple[types.PyTree, ...],
+) -> tuple[types.PyTree, tuple[types.PyTree, ...]]:
+  """Return (params, rest) for `joint_gradient`.
+
+  Args:
+    primals: what `jax.custom_vjp` with symbolic zeros passes to the forward
+      rule of a function of (closed_over, params, meta_params, model_state,
+      batch).
+  """
+  closed_over, params, meta_params, *constants = (
+    custom_derivatives.custom_vjp_primal_tree_values(primals)
+  )
+  differentiated = [
+    x if primal.perturbed and jnp.issubdtype(x.dtype, jnp.inexact) else None
+    for x, primal in zip(closed_over, primals[0], strict=True)
+  ]
+  return params, (meta_params, differentiated, closed_over, *constants)
+
+
+def joint_gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
   """Return (params, rest) -> ((∇_θ L, ∇_φ L, ∇_c L), (loss [], model_state)).
 
   `rest` is (meta_params, c, closed_over, model_state, batch), where c has those
   of the closed-over values that are differentiated, and None for the others.
+  `loss_of` is a loss from `opened`.
   """
 
-  def joint_gradient(params, rest):
+  def gradient(params, rest):
     meta_params, differentiated, closed_over, *constants = rest
     _check_leaves(
       "meta_params", meta_params, jnp.inexact, "put it into the batch"
@@ -630,10 +647,12 @@ def _joint_gradient(loss_of):
     )
     return grads, aux
 
-  return joint_gradient
+  return gradient
 
 
-def _array(cotangent):
+def array(
+  cotangent: jax.Array | custom_derivatives.SymbolicZero,
+) -> jax.Array:
   """Return a cotangent as an array."""
   if isinstance(cotangent, custom_derivatives.SymbolicZero):
     return jnp.zeros(cotangent.shape, cotangent.dtype)

@@ -10,6 +10,8 @@ differentiated.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,12 +38,12 @@ def at_stationary_point(
 ) -> bilevel.LookAhead:
   """Replace the derivative of a look-ahead by the implicit one.
 
-  Only the final parameters have a derivative, only with respect to the
-  meta-parameters, and only in reverse mode. At a stationary point of the loss
-  it is exact up to the tolerance. If the loop stops earlier, its error is
-  proportional to the remaining gradient and, where the loss is flat, many times
-  as large. Terms that the optimizer adds, such as weight decay, have to be part
-  of the loss.
+  Only the final parameters have a derivative, only in reverse mode, and only
+  with respect to the meta-parameters and the values that the loss closes over.
+  At a stationary point of the loss it is exact up to the tolerance. If the loop
+  stops earlier, its error is proportional to the remaining gradient and, where
+  the loss is flat, many times as large. Terms that the optimizer adds, such as
+  weight decay, have to be part of the loss.
 
   The backward pass costs about two gradients of the loss per iteration of the
   solver. It needs the memory of one gradient, however many steps the look-ahead
@@ -49,8 +51,9 @@ def at_stationary_point(
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`; any loop that minimises
-      the loss.
-    loss_fn: the inner loss, evaluated on the batch of the look-ahead.
+      the loss. Outside of `jax.jit`, it need not be written in JAX.
+    loss_fn: the inner loss, evaluated on the batch of the look-ahead. It is
+      always traced: none of its arguments can decide what Python does.
     solver: one of `SOLVERS`.
     tolerance: the solver of H u = v, v = ∂L_outer/∂θ, stops when the residual
       is this small relative to the norm of v. If the residual ends at more than
@@ -88,39 +91,54 @@ def at_stationary_point(
       product, v, tol=tolerance, maxiter=max_iterations
     )[0]
 
-  # `jax.custom_vjp` would also bind default arguments of the look-ahead.
-  implicit = jax.custom_vjp(lambda *start: look_ahead(*start))
+  def implicit(state, meta_params, batch):
+    # The loop is not differentiated, so that any code can be in it.
+    start = jax.lax.stop_gradient((state, meta_params, batch))
+    end = jax.lax.stop_gradient(bilevel.run(look_ahead, *start))
+    args = (end.params, meta_params, end.model_state, start[2])
+    loss_of, closed_over = bilevel.opened(loss_fn, *args)
 
-  def forward(state, meta_params, batch):
-    end = look_ahead(state, meta_params, batch)
-    return end, (end.params, meta_params, end.model_state, batch)
+    @jax.custom_vjp
+    def rule(closed_over, params, *others):
+      return params
 
-  def backward(kept, cotangents):
-    params, meta_params, model_state, batch = kept
-    v = cotangents.params
+    def forward(*primals):
+      kept = bilevel.arguments_of(primals)
+      return kept[0], kept
 
-    def gradient(params, meta_params):
-      return jax.grad(loss_fn, has_aux=True)(
-        params, meta_params, model_state, batch
-      )[0]
+    def backward(kept, cotangents):
+      params, (meta_params, differentiated, *constants) = kept
+      v = jax.tree.map(bilevel.array, cotangents)
 
-    def product(u):
-      _, along = jax.jvp(lambda p: gradient(p, meta_params), (params,), (u,))
-      return jax.tree.map(lambda h, x: h + damping * x, along, u)
+      def gradient(params, meta_params, differentiated):
+        rest = (meta_params, differentiated, *constants)
+        (grads, *_), _ = bilevel.joint_gradient(loss_of)(params, rest)
+        return grads
 
-    u = solve(product, v)
-    # If the solver did not converge: NaN, not a silently wrong derivative.
-    residual = optax.tree.norm(optax.tree.sub(product(u), v))
-    is_solved = residual <= 2 * tolerance * optax.tree.norm(v)
-    _, pullback = jax.vjp(lambda m: gradient(params, m), meta_params)
-    (along_meta,) = pullback(u)
-    slopes = jax.tree.map(
-      lambda x: jnp.where(is_solved, -x, jnp.nan), along_meta
-    )
-    # None stands for the zero cotangents of state and batch.
-    return None, slopes, None
+      def product(u):
+        _, along = jax.jvp(
+          lambda params: gradient(params, meta_params, differentiated),
+          (params,),
+          (u,),
+        )
+        return jax.tree.map(lambda h, x: h + damping * x, along, u)
 
-  implicit.defvjp(forward, backward)
+      u = solve(product, v)
+      # If the solver did not converge: NaN, not a silently wrong derivative.
+      residual = optax.tree.norm(optax.tree.sub(product(u), v))
+      is_solved = residual <= 2 * tolerance * optax.tree.norm(v)
+      _, pullback = jax.vjp(
+        functools.partial(gradient, params), meta_params, differentiated
+      )
+      along_meta, along_closed_over = jax.tree.map(
+        lambda x: jnp.where(is_solved, -x, jnp.nan), pullback(u)
+      )
+      # None stands for zeros.
+      return along_closed_over, None, along_meta, None, None
+
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return end._replace(params=rule(closed_over, *args))
+
   return implicit
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from l2t_jax import errors, types
-from l2t_jax.method import bilevel, hypergradient_check, implicit
+from l2t_jax.method import bilevel, hypergradient_check
 from tests.support import small_runs
 
 NUM_IN, NUM_HIDDEN, NUM_OUT, NUM_EXAMPLES = 3, 4, 2, 8
@@ -310,22 +310,6 @@ def test_meta_params_without_a_derivative(meta_params, message, forward):
     bilevel.hypergradient(
       look_ahead, outer_loss, state, meta_params, batch, forward=forward
     )
-
-
-def test_an_implicit_derivative_that_misses_meta_params():
-  loss = lambda params, x: jnp.sum((params - x) ** 2)
-
-  def look_ahead(state, meta_params, batch):
-    inner_loss = lambda params, *others: (loss(params, meta_params), others[1])
-    step = bilevel.make_inner_step(inner_loss, optax.sgd(0.1))
-    solve = lambda *start: bilevel.unroll(step, *start, num_steps=4)[0]
-    return implicit.at_stationary_point(solve, inner_loss)(state, None, batch)
-
-  outer_loss = lambda params, *others: (loss(params, 1.0), others[1])
-  params = jnp.ones(2)
-  state = types.InnerState(params, optax.sgd(0.1).init(params), None)
-  with pytest.raises(errors.InputError, match="pass them as arguments"):
-    bilevel.hypergradient(look_ahead, outer_loss, state, jnp.zeros(2), None)
 
 
 def test_a_condition_that_is_no_bool():

@@ -240,6 +240,65 @@ def test_implicit_derivative_in_closed_form(options, x64):
   )
 
 
+@pytest.mark.parametrize("transform", [lambda function: function, jax.jit])
+def test_implicit_derivative_of_a_loop_and_a_loss_that_close_over(
+  transform, x64
+):
+  """Over φ, over data, and over integers."""
+  (inner_loss, outer_loss), state, meta_params, batch = _ridge()
+  options = {"tolerance": 1e-12}
+  _, expected = bilevel.hypergradient(
+    implicit.at_stationary_point(_solve, inner_loss, **options),
+    outer_loss,
+    state,
+    meta_params,
+    batch,
+  )
+
+  @transform
+  def gradient(meta_params, batch, one):
+    def look_ahead(state, meta_params, unused):
+      loop = lambda state, *_: _solve(state, meta_params, batch)
+      loss = lambda params, _, model_state, unused: inner_loss(
+        params, jax.tree.map(lambda x: one * x, meta_params), model_state, batch
+      )
+      point = implicit.at_stationary_point(loop, loss, **options)
+      return transform(point)(state, None, None)
+
+    closed_outer_loss = lambda *args: outer_loss(*args[:3], batch)
+    return bilevel.hypergradient(
+      look_ahead, closed_outer_loss, state, meta_params, None
+    )[1]
+
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8),
+    gradient(meta_params, batch, 1),
+    expected,
+  )
+
+
+def test_implicit_derivative_of_a_loop_outside_of_jax(x64):
+  (inner_loss, outer_loss), *start = _ridge()
+
+  def solve(state, meta_params, batch):
+    x, y = map(np.asarray, batch[:2])
+    decay = np.diag(np.exp(np.asarray(meta_params["log_decay"])))
+    solution = np.linalg.solve(x.T @ x / len(y) + decay, x.T @ y / len(y))
+    return state._replace(params=jnp.asarray(solution))
+
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+    *(
+      bilevel.hypergradient(
+        implicit.at_stationary_point(loop, inner_loss, tolerance=1e-12),
+        outer_loss,
+        *start,
+      )
+      for loop in (solve, _solve)
+    ),
+  )
+
+
 def test_implicit_comes_closer_with_the_tolerance(x64):
   (inner_loss, outer_loss), state, meta_params, batch = _ridge()
 
