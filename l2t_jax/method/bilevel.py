@@ -25,6 +25,7 @@ too.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 import functools
 import itertools
@@ -510,7 +511,7 @@ def _mixed_gradient(loss_fn):
     def products(args, along):
       # Without this barrier XLA's CSE reuses the forward activations and keeps
       # all of them alive.
-      (params, rest), along = jax.lax.optimization_barrier((args, along))
+      (params, rest), along = _barrier((args, along))
       _, products = jax.jvp(
         lambda params: joint_gradient(params, rest)[0], (params,), (along,)
       )
@@ -520,6 +521,23 @@ def _mixed_gradient(loss_fn):
     return grads, aux, jax.tree_util.Partial(products, (params, rest))
 
   return _custom_gradient(loss_fn, prepare)
+
+
+def _barrier(tree):
+  """Apply `optimization_barrier` to each group of arrays that vary alike.
+
+  In `jax.shard_map`, an array varies along some axes of the mesh, and all
+  results of a barrier vary along the axes of all of its arguments.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  groups = collections.defaultdict(list)
+  for index, leaf in enumerate(leaves):
+    groups[getattr(jax.typeof(leaf), "mat", None)].append(index)
+  for indices in groups.values():
+    passed = jax.lax.optimization_barrier([leaves[i] for i in indices])
+    for index, leaf in zip(indices, passed, strict=True):
+      leaves[index] = leaf
+  return jax.tree.unflatten(structure, leaves)
 
 
 def _linearized_gradient(loss_fn):

@@ -173,6 +173,7 @@ jax.config.update("jax_enable_x64", True)
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from l2t_jax import types
 from l2t_jax.method import bilevel
 from tests.method import test_inner_loop_problems as problems
 
@@ -198,6 +199,38 @@ for mode in ("linearized", "mixed"):
   assert len(shared[1].sharding.device_set) == 4
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), shared, alone
+  )
+
+# The devices run programs of their own and average their losses.
+sgd = optax.sgd(0.1)
+params = np.array([1.0, 2.0])
+x = np.arange(8.0).reshape(4, 2)
+state = types.InnerState(params, sgd.init(params), None)
+
+
+def gradient(mode, mean):
+  def loss_fn(params, meta_params, model_state, batch):
+    outputs = jax.numpy.sin(meta_params * batch @ params)
+    return mean(jax.numpy.mean(outputs**2)), model_state
+
+  step = bilevel.make_inner_step(loss_fn, sgd, mode=mode)
+  look_ahead = lambda *start: bilevel.unroll(step, *start, num_steps=2)[0]
+  return lambda meta_params, batch: bilevel.hypergradient(
+    look_ahead, loss_fn, state, meta_params, batch
+  )
+
+
+for mode in bilevel.MODES:
+  own_programs = jax.shard_map(
+    gradient(mode, lambda loss: jax.lax.pmean(loss, "batch")),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec("batch")),
+    out_specs=PartitionSpec(),
+  )
+  np.testing.assert_allclose(
+    jax.jit(own_programs)(np.array([0.1, 0.2]), shard(x, "batch"))[1],
+    jax.jit(gradient(mode, lambda loss: loss))(np.array([0.1, 0.2]), x)[1],
+    rtol=1e-12,
   )
 """
   result = small_runs.run_python("-c", program)
