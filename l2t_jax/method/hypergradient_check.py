@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import jax
+from jax import extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -129,11 +129,35 @@ def check_hypergradient(
 
 
 def _reject_casts(function, argument):
-  """Raise a TypeError if a function rounds to less than float64."""
-  program = str(jax.make_jaxpr(function)(argument))
-  casts = r"convert_element_type\[\s*new_dtype=(float32|float16|bfloat16)"
-  if found := re.search(casts, program):
-    raise TypeError(f"they convert values to {found[1]}")
+  """Raise a TypeError if a function rounds float64 values of its argument."""
+  traced = jax.make_jaxpr(function)(argument)
+  for dtype in _casts(traced.jaxpr, set(traced.jaxpr.constvars)):
+    raise TypeError(f"they convert values to {dtype}")
+
+
+def _casts(jaxpr, constants):
+  """Yield the dtypes that float64 values other than constants are rounded to.
+
+  Within loops and branches, all values count except literals.
+  """
+  constants = set(constants)
+  is_constant = lambda x: isinstance(x, extend.core.Literal) or x in constants
+  for equation in jaxpr.eqns:
+    inputs = equation.invars
+    if all(map(is_constant, inputs)):
+      constants.update(equation.outvars)
+      continue
+    if equation.primitive.name == "convert_element_type":
+      before, after = (x.aval.dtype for x in (inputs[0], equation.outvars[0]))
+      is_float = jnp.issubdtype(after, jnp.floating)
+      if before == jnp.float64 and is_float and after != before:
+        yield after
+    is_call = equation.primitive.name == "jit"
+    for inner in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(inner, "jaxpr", inner)
+      if isinstance(inner, extend.core.Jaxpr):
+        passed = zip(inner.invars, inputs, strict=True) if is_call else ()
+        yield from _casts(inner, {x for x, y in passed if is_constant(y)})
 
 
 def _in_float64(leaf: jax.Array) -> jax.Array:

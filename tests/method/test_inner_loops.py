@@ -443,6 +443,31 @@ def test_the_check_knows_that_a_loss_rounds(wraps):
   assert comparison.error < 1e-2
 
 
+def test_the_check_allows_casts_that_do_not_round():
+  """Of images, of masks, and within JAX's random numbers."""
+
+  def loss_fn(params, meta_params, model_state, batch):
+    images = batch["images"].astype(jnp.float32) / 255
+    mask = (batch["labels"] > 0).astype(jnp.float32)
+    noise = jax.random.uniform(batch["key"], (3,), jnp.float32)
+    return jnp.sum(mask * (images * params - noise * meta_params) ** 2), None
+
+  step = bilevel.make_inner_step(loss_fn, optax.sgd(0.1))
+  comparison = hypergradient_check.check_hypergradient(
+    lambda *start: bilevel.unroll(step, *start, num_steps=4)[0],
+    loss_fn,
+    types.InnerState(jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3)), None),
+    jnp.array(0.7),
+    {
+      "images": jnp.arange(3, dtype=jnp.uint8),
+      "labels": jnp.arange(3),
+      "key": jax.random.key(0),
+    },
+  )
+  assert comparison.dtype == "float64", str(comparison)
+  assert comparison.error < 1e-5
+
+
 def test_the_check_knows_a_derivative_of_zero():
   """A softmax does not change with a shift, but both sides are rounded."""
   rng = np.random.default_rng(0)
