@@ -689,10 +689,10 @@ def check_differentiable(
 
   The check differentiates the second update of parameters of shape [2, ..., 2]
   whose gradient is 0 in one element. It accepts an optimizer whose derivative
-  is infinite only if all gradients are 0, such as `optax.clip_by_global_norm`
-  (`optimizers.clip_by_global_norm` is finite there too). It also accepts an
-  optimizer that cannot be checked, because its hyper-parameters are traced or
-  it does not run on small arrays.
+  is infinite only where all gradients are 0, such as
+  `optax.clip_by_global_norm` (`optimizers.clip_by_global_norm` is finite there
+  too), or those of a whole array, such as `optax.adaptive_grad_clip`. It also
+  accepts an optimizer that cannot be tried on small arrays.
 
   Args:
     optimizer: the inner optimizer.
@@ -703,8 +703,8 @@ def check_differentiable(
   """
   try:
     with jax.ensure_compile_time_eval():
-      updates, slopes = _try(optimizer, params)
-  except Exception as error:  # Traced hyper-parameters, or too small arrays.
+      updates, slopes = _with_numbers(_try(optimizer, params))
+  except Exception as error:  # Not an optimizer of small arrays.
     if "required keyword-only argument" in str(error):
       raise errors.InputError(
         "the inner optimizer's update needs more than gradients, as those of"
@@ -735,9 +735,10 @@ def small_like(params: types.PyTree) -> types.PyTree:
 
 
 def _try(optimizer, params):
-  """Return the second update for gradients of 1 and 0, and its derivatives.
+  """Return a function of the second update, and of its derivatives.
 
-  The first update is not used: for some optimizers, such as SM3, it is a sign.
+  Its gradients are 1 and 0. The first update is not used: for some optimizers,
+  such as SM3, it is a sign.
   """
   ones = small_like(params)
   grads = jax.tree.map(np.ones_like, ones)
@@ -746,10 +747,28 @@ def _try(optimizer, params):
     leaf.flat[:1] = 0
   if not any(map(np.any, leaves)):  # Scalars: not all of them may be 0.
     leaves[-1].flat[:1] = 1e-3
-  _, state = optimizer.update(grads, optimizer.init(ones), ones)
-  updates, pullback = jax.vjp(
-    lambda grads: optimizer.update(grads, state, ones)[0], grads
-  )
-  slopes = pullback(jax.tree.map(jnp.ones_like, updates))
-  to_numpy = lambda tree: list(map(np.asarray, jax.tree.leaves(tree)))
-  return to_numpy(updates), to_numpy(slopes)
+
+  def second_update():
+    _, state = optimizer.update(grads, optimizer.init(ones), ones)
+    updates, pullback = jax.vjp(
+      lambda grads: optimizer.update(grads, state, ones)[0], grads
+    )
+    slopes = pullback(jax.tree.map(jnp.ones_like, updates))
+    return jax.tree.leaves(updates), jax.tree.leaves(slopes)
+
+  return second_update
+
+
+def _with_numbers(function):
+  """Run a function with numbers for the traced values that it closes over."""
+  results = function()
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(results)):
+    run, closed_over = opened(function)
+    results = run([_number_like(x) for x in closed_over])
+  return jax.tree.map(np.asarray, results)
+
+
+def _number_like(traced):
+  """Return 0.1 like a traced floating-point array, and 1 like any other."""
+  is_float = jnp.issubdtype(traced.dtype, jnp.floating)
+  return np.full(traced.shape, 0.1 if is_float else 1, traced.dtype)

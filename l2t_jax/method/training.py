@@ -190,8 +190,6 @@ def make_train_step(
     meta = (state.meta_params, state.meta_opt_state)
     if update_meta and jax.tree.leaves(state.meta_params):
       if looks_ahead:
-        # At a rate of 1: the check needs a concrete learning rate.
-        bilevel.check_differentiable(recipe.optimizer_fn(1.0), inner.params)
         metrics["outer_loss"], meta_grads = _look_ahead_gradient(
           problem, recipe, optimizer, inner, state.meta_params, data
         )

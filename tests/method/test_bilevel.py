@@ -1,5 +1,8 @@
 """Hypergradients are exact in every mode, for any loss and optimizer."""
 
+import contextlib
+import functools
+
 import chex
 import jax
 from jax import test_util
@@ -251,6 +254,37 @@ def test_optimizers_of_single_numbers(shape):
     bilevel.check_differentiable(optax.adam(0.1), params)
 
 
+@pytest.mark.parametrize(
+  ("make_optimizer", "message"),
+  [
+    (optax.adam, "eps_root=1e-24"),
+    (optax.lion, "do not change with the gradient's size"),
+    (functools.partial(optax.adam, eps_root=1e-24), None),
+  ],
+)
+def test_a_learned_rate_does_not_hide_an_optimizer_without_a_slope(
+  make_optimizer, message
+):
+  params, meta_params, model_state, batch = problem()
+
+  def look_ahead(state, log_rate, batch):
+    optimizer = make_optimizer(jnp.exp(log_rate))
+    step = bilevel.make_inner_step(inner_loss, optimizer)
+    state = state._replace(opt_state=optimizer.init(state.params))
+    return step(state, meta_params, batch)[0]
+
+  gradient = lambda log_rate: bilevel.hypergradient(
+    look_ahead,
+    lambda params, _, *others: inner_loss(params, meta_params, *others),
+    types.InnerState(params, None, model_state),
+    log_rate,
+    batch,
+  )
+  refused = pytest.raises(errors.InputError, match=message)
+  with refused if message else contextlib.nullcontext():
+    jax.eval_shape(gradient, jnp.array(-2.0))
+
+
 @pytest.mark.parametrize("mode", ["linearized", "mixed"])
 def test_integers_among_meta_parameters(mode):
   """They would end in an error of JAX that does not name them."""
@@ -279,6 +313,16 @@ def test_adam_is_refused_in_training_too():
   )
   with pytest.raises(errors.InputError, match="eps_root=1e-24"):
     jax.eval_shape(train_step, state, source, small_setup.batch(4))
+
+
+def test_losses_keep_their_dtype(x64):
+  loss_fn = lambda params, *others: (params**2, others[1])
+  step = bilevel.make_inner_step(loss_fn, sgd())
+  one = jnp.float32(1)
+  state = types.InnerState(one, sgd().init(one), None)
+  for options in ({}, {"segment_length": 2}, {"differentiated_steps": 2}):
+    _, losses = bilevel.unroll(step, state, one, None, num_steps=3, **options)
+    assert losses.dtype == jnp.float32
 
 
 def test_an_optimizer_is_checked_once_for_each_shape(monkeypatch):
