@@ -112,6 +112,12 @@ class Seed:
         f" {' and '.join(changed)} changed since iteration {step}; bring them"
         " back, or use another --workdir"
       )
+    for averages in (unfinished["epoch"], unfinished["interval"]):
+      # Iterations of a run that did not skip any yet do not say so.
+      done = averages["counts"].get("loss", 0)
+      if done and self.experiment.settings.bad_numbers == "skip":
+        averages["sums"].setdefault("skipped", 0.0)
+        averages["counts"].setdefault("skipped", done)
     self.epoch = metrics.Averages.from_json(unfinished["epoch"])
     self.interval = metrics.Averages.from_json(unfinished["interval"])
     self.skips = unfinished["skips"]
@@ -174,7 +180,7 @@ class Seed:
       errors.BadNumbersError: all of its iterations were skipped.
     """
     means, self.epoch = self.epoch.means(), metrics.Averages()
-    if means.get("skipped") == 1:
+    if "loss" not in means:
       raise errors.BadNumbersError(
         f"{self.label}all iterations of epoch {epoch} were skipped;"
         f" {self._advice()}"

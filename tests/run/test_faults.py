@@ -419,6 +419,11 @@ def test_bad_numbers_are_named(source, tmp_path, bad_batch):
     message
   )
   assert max(_checkpoints(tmp_path)) == 1
+  # As the message says; iteration 1 counts as not skipped.
+  config.bad_numbers = "skip"
+  small_runs.train(config, tmp_path)
+  epochs = small_runs.records(tmp_path, "epoch")
+  np.testing.assert_allclose([r["train_skipped"] for r in epochs], 1 / 3)
 
 
 def test_bad_numbers_are_skipped(source, tmp_path, bad_batch, capsys):
