@@ -74,15 +74,26 @@ def test_damaged_checkpoints_are_all_kept(tmp_path):
       assert checkpoints.steps() == []
 
 
-def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (OSError(errno.EIO, "Input/output error"), "cannot read .* Input/output"),
+    (MemoryError("no room"), "not enough memory to read .*no room"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB"),
+      "not enough memory to read .*3 GiB",
+    ),
+  ],
+)
+def test_what_is_no_damage(tmp_path, monkeypatch, error, message):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, _STATE, {})
 
     def fail(*args, **kwargs):
-      raise OSError(errno.EIO, "Input/output error")
+      raise error
 
     monkeypatch.setattr(checkpoints._manager, "restore", fail)
-    with pytest.raises(errors.StorageError, match="Input/output error"):
+    with pytest.raises(errors.Stop, match=message):
       checkpoints.restore(1, _STATE)
 
 
