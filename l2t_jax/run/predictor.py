@@ -19,7 +19,7 @@ from PIL import Image
 
 from l2t_jax import data, errors, models, types
 from l2t_jax.data import augmentation, image_files, image_formats, pillow
-from l2t_jax.method import objectives
+from l2t_jax.method import objectives, transfer
 from l2t_jax.models import weight_files
 from l2t_jax.run import experiments, sources
 from l2t_jax.runtime import compilation, run_folder
@@ -169,7 +169,8 @@ class Predictor:
         self.image_format.std,
         white=augmentation.white(self.dtype, self.bit_depth),
       )
-      return apply_fn(params, model_state, images, train=False)[0]
+      logits, *_ = apply_fn(params, model_state, images, train=False)
+      return transfer.at_least_float32(logits)
 
     return outputs
 
