@@ -30,7 +30,7 @@ import safetensors.numpy
 from l2t_jax import errors, files, imports
 from l2t_jax.models import torch_weights
 from l2t_jax.run import predictor as predictors
-from l2t_jax.runtime import cpu_lowering
+from l2t_jax.runtime import cpu_lowering, run_folder
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -122,6 +122,13 @@ def main(args: argparse.Namespace) -> None:
   """Export the target of a run."""
   cpu_lowering.install()
   check_output(args.output)
+  if args.output.resolve() in (
+    args.run.resolve(),
+    (args.run / run_folder.TARGET).resolve(),
+  ):
+    raise errors.InputError(
+      f"{args.output} is the run's own target; choose another file"
+    )
   write(predictors.load(args.run), args.output)
   print(f"wrote {args.output}")
 

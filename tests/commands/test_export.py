@@ -111,6 +111,13 @@ def test_kernels_that_torch_arranges_differently(tmp_path):
     export.write(predictor, tmp_path / "a.safetensors")
 
 
+def test_a_target_is_not_overwritten(finished):
+  target = finished / "target.safetensors"
+  for run in (finished, target):
+    with pytest.raises(errors.InputError, match="is the run's own target"):
+      export.main(argparse.Namespace(run=run, output=target))
+
+
 def test_what_cannot_be_exported(tmp_path):
   predictor = make_predictor(networks.ViT(6), (16, 16, 1))
   (tmp_path / "a.onnx").touch()
