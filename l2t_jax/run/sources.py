@@ -78,7 +78,7 @@ def load_source(
     tuple(mean) or recorded("mean"),
     tuple(std) or recorded("std"),
     tuple(bands),
-    tuple(class_names) or recorded("class_names"),
+    tuple(map(str, class_names)) or recorded("class_names"),
     loaded.metadata["num_classes"] != "0",
     str(path),
     # A mean that is given is that of the images at hand.
