@@ -196,7 +196,8 @@ def use_cache() -> None:
   }
   if not getattr(jax.config, "jax_compilation_cache_dir", None):
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    wanted["jax_compilation_cache_dir"] = str(home.expanduser() / "l2t_jax")
+    with contextlib.suppress(RuntimeError):  # The user has no home folder.
+      wanted["jax_compilation_cache_dir"] = str(home.expanduser() / "l2t_jax")
   for name, value in wanted.items():
     if name.upper() not in os.environ:
       jax.config.update(name, value)
