@@ -39,11 +39,11 @@ def make_page(
   Returns:
     The content of the page.
   """
-  factor, unit = (100, " %") if runs[0].in_percent else (1, "")
+  unit = " %" if all(run.in_percent for run in runs) else ""
   figures = {
     "loss": plotly_figures.draw_curves(runs, "train_loss", "training loss"),
     "accuracy": plotly_figures.draw_curves(
-      runs, "val_accuracy", f"validation accuracy{unit}", factor
+      runs, "val_accuracy", f"validation accuracy{unit}"
     ),
   }
   defaults = run_reader.flatten(default_config)

@@ -18,7 +18,7 @@ _EPOCHS = {"tickformat": "d", "minallowed": 0}
 
 
 def draw_curves(
-  runs: Sequence[run_reader.Run], metric: str, title: str, factor: float = 1.0
+  runs: Sequence[run_reader.Run], metric: str, title: str
 ) -> graph_objects.Figure:
   """Draw a metric over the epochs: one line per run, one colour per method.
 
@@ -28,7 +28,6 @@ def draw_curves(
     runs: from `run_reader.find_runs`.
     metric: its name in metrics.jsonl.
     title: title of the y axis.
-    factor: factor by which values are multiplied.
 
   Returns:
     The figure; its legend shows and hides all runs of a colour.
@@ -38,9 +37,10 @@ def draw_curves(
   color_of = dict(zip(dict.fromkeys(names), colors, strict=False))
   figure = graph_objects.Figure()
   for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+    is_share = metric == "val_accuracy" and run.in_percent
     figure.add_scatter(
       x=[record["epoch"] for record in run.epochs],
-      y=[factor * record[metric] for record in run.epochs],
+      y=[(100 if is_share else 1) * record[metric] for record in run.epochs],
       mode=_mode(run.epochs),
       name=name,
       legendgroup=name,
