@@ -15,7 +15,7 @@ import jax
 import ml_collections
 from rich import console
 
-from l2t_jax import cli, errors
+from l2t_jax import cli, errors, files
 import l2t_jax.config
 from l2t_jax.method import objectives
 from l2t_jax.models import weight_files
@@ -248,7 +248,7 @@ class Runner:
     run_folder.make(first)
     summaries, failure = self._train_logged(job, title, first)
     if failure:
-      (first / run_folder.ERROR).write_text(failure)
+      files.write(first / run_folder.ERROR, failure)
       line = failure.splitlines()[0]
       if len(job.workdirs) == 1:
         CONSOLE.print(f"{title}: FAILED: {line}")
