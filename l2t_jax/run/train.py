@@ -245,6 +245,16 @@ def check_folders(
       and digest != before.get(field, digest)
       and old.get(field) == new.get(field)
     ]
+    if (
+      not differences
+      and run_reader.read_summary(workdir)
+      and not is_complete(workdir, new["epochs"])
+      and not has_begun(workdir)
+    ):
+      raise errors.InputError(
+        f"{workdir} holds a finished run without its checkpoints, which cannot"
+        " go on: bring them back, or use another --workdir"
+      )
     if differences:
       advice = "use another --workdir"
       # More epochs are the only difference, but the schedule depends on them.
@@ -334,9 +344,13 @@ def _train(setup, trainer, group, requests):
         (workdir / run_folder.SUMMARY).unlink(missing_ok=True)
       run_folder.write_json(workdir / run_folder.CONFIG, experiment.description)
       contents = run_folder.read_json(workdir / run_folder.CONTENTS) or {}
-      # Keep the digests of files that no longer exist.
+      # Keep the digests of files that no longer exist, and that of the run
+      # from which this one started: it may have been trained further.
+      kept = contents.keys() & {"init_from"} if step else set()
       contents |= {
-        k: digest for k, digest in experiment.contents.items() if digest
+        name: digest
+        for name, digest in experiment.contents.items()
+        if digest and name not in kept
       }
       run_folder.write_json(workdir / run_folder.CONTENTS, contents)
     _open_logs(runs, step, stack)
@@ -520,11 +534,14 @@ def _summary(setup, trainer, run, num_seeds, seconds):
   settings, dataset = run.experiment.settings, setup.dataset
   progress, program = run.progress, trainer.program
   best = {name: getattr(progress, name) for name in loop.BEST}
-  if distributed.is_first():
+  target = run.workdir / run_folder.TARGET
+  if distributed.is_first() and target.exists():
     # After a crash, iterations that are repeated can have other results than
     # before: what counts is the target that was kept.
-    metadata = weight_files.read_metadata(run.workdir / run_folder.TARGET)
+    metadata = weight_files.read_metadata(target)
     best = {name: json.loads(metadata[name]) for name in loop.BEST}
+  elif distributed.is_first():
+    print(f"{target}, which is of epoch {progress.best_epoch}, is gone")
   return {
     "method": settings.method,
     "seed": settings.seed,

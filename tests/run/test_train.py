@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from configs import default
-from l2t_jax import errors, types
+from l2t_jax import cli, errors, types
 import l2t_jax.config
 from l2t_jax.data import memory, streaming
 from l2t_jax.models import weight_files
@@ -378,8 +378,20 @@ def test_more_epochs_of_another_schedule_are_refused(source, tmp_path):
     small_runs.train(config, tmp_path / "run")
 
 
+def test_a_finished_run_without_checkpoints_cannot_go_on(finished, tmp_path):
+  workdir = shutil.copytree(finished, tmp_path / "run")
+  shutil.rmtree(workdir / run_folder.CHECKPOINTS)
+  summary = json.loads((workdir / "summary.json").read_text())
+  summary["epochs"] -= 1
+  (workdir / "summary.json").write_text(json.dumps(summary))
+  config = cli.load_config(str(workdir / "config.json"), ())
+  with pytest.raises(errors.InputError, match="without its checkpoints"):
+    small_runs.train(config, workdir)
+  assert json.loads((workdir / "summary.json").read_text()) == summary
+
+
 def test_a_summary_is_that_of_the_target_that_was_kept(
-  source, tmp_path, monkeypatch
+  source, tmp_path, monkeypatch, capsys
 ):
   """After a crash, iterations that are repeated can have other results."""
   evaluate = lambda *_: [{"loss": 1.0, "accuracy": 0.5}]
@@ -394,14 +406,22 @@ def test_a_summary_is_that_of_the_target_that_was_kept(
   texts = {name: json.dumps(value) for name, value in lost.items()}
   weight_files.save(file, variables, metadata | texts)
   assert lost.items() <= train_once().items()
+  # Without that target, the summary is that of the checkpoint.
+  file.unlink()
+  (tmp_path / "summary.json").unlink()
+  assert train_once()["val_accuracy"] == 0.5
+  assert f"{file}, which is of epoch 1, is gone" in capsys.readouterr().out
 
 
 def test_predictions_have_the_precision_of_the_run(source, tmp_path):
   config = small_runs.small_config(source, epochs=1)
   config.method, config.precision = "scratch", "bf16"
+  config.target.model = "vit_tiny"  # Its logits are bfloat16.
   summary = small_runs.train(config, tmp_path)
   predictor = predictors.load(tmp_path)
   assert predictor.network.dtype == jnp.bfloat16
+  images = np.zeros((1, *predictor.image_format.shape), predictor.dtype)
+  assert predictor.outputs(images).dtype == np.float32
   assert (predictor.precision, summary["hypergradient_mode"]) == (
     "default",
     None,
@@ -435,13 +455,19 @@ def test_a_run_starts_from_what_another_has_learned(finished, source, tmp_path):
     newest = max(checkpoints.steps())
   digests = from_config.contents(config)
   assert digests["init_from"].endswith(f" {newest}")
-  # The other run may move, and is not needed once there is a checkpoint.
+  # The other run may move and train further, and is not needed once there is a
+  # checkpoint.
   contents = (tmp_path / "next" / "contents.json").read_bytes()
   config.init_from = str(other.rename(tmp_path / "moved"))
-  for _ in range(2):
+  moved = tmp_path / "moved" / run_folder.CHECKPOINTS
+  for change in (
+    lambda: (moved / str(newest)).rename(moved / str(newest + 1)),  # Trained.
+    lambda: shutil.rmtree(config.init_from),
+    lambda: None,
+  ):
     (tmp_path / "next" / "summary.json").unlink()
     small_runs.train(config, tmp_path / "next")
-    shutil.rmtree(config.init_from, ignore_errors=True)
+    change()
   assert (tmp_path / "next" / "contents.json").read_bytes() == contents
   done = train.train(from_config.resolve(config), tmp_path / "next")
   assert done["epochs"] == 1
