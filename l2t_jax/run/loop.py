@@ -439,7 +439,6 @@ def trained_model(
   return description["target"]["model"]
 
 
-@phases.phase("saving")
 def _class_names(dataset, experiment):
   """Return a name per class; targets may be classes that have none."""
   num_named = len(dataset.class_names)
@@ -448,6 +447,7 @@ def _class_names(dataset, experiment):
   return [*dataset.class_names, *map(str, range(num_named, count))]
 
 
+@phases.phase("saving")
 def _save_target(setup, seed, target):
   description, image_format = seed.experiment.description, setup.image_format
   # All processes take part in the collective, but only process 0 writes.
