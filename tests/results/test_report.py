@@ -72,6 +72,14 @@ def test_curves_of_other_data_have_another_colour(folder):
   assert other[0] == "l2t_ww, birds" and other[1] != learned[1]
 
 
+def test_accuracies_have_the_unit_of_their_task(folder):
+  runs = report.find_runs([folder])
+  runs[1].config["target"]["task"] = "package.module:TASK"
+  lines = plotly_figures.draw_curves(runs, "val_accuracy", "accuracy").data
+  for run, line, factor in zip(runs, lines, (100, 1, 100), strict=True):
+    assert line.y == tuple(factor * one["val_accuracy"] for one in run.epochs)
+
+
 def test_results_and_means_over_seeds(folder):
   runs = report.find_runs([folder])
   assert [r.name for r in runs] == [
