@@ -6,6 +6,7 @@ import collections
 from collections.abc import Sequence
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -295,7 +296,8 @@ def _find_parts(
   if "train" not in found or (
     len(found) == 1 and others and not _list_folder(found["train"][0])[0]
   ):
-    _check_classes(root, folders)
+    if folders:
+      _check_classes(root, folders)
     return {"train": root}
   for other in others:
     images, _ = _walk(other)
@@ -306,32 +308,65 @@ def _find_parts(
 
 
 def _check_classes(root, folders):
-  """Raise if the folders are parts under other names, or contain parts."""
+  """Raise if some folders are parts under other names, or contain parts."""
   if len(folders) == 1:
     raise errors.InputError(
       f"folder {str(root)!r} has a single subfolder, but at least two classes"
       f" are needed; if these are in {folders[0].name!r}, give"
       f" {str(folders[0])!r} as the path"
     )
-  names_in = lambda folder: {sub.name for sub in _list_folder(folder)[0]}
-  parts_in = lambda folder: {part_of(name) for name in names_in(folder)} - {""}
-  if folders and all({"train"} < parts_in(folder) for folder in folders):
+  names_in = {
+    folder: {sub.name for sub in _list_folder(folder)[0]} for folder in folders
+  }
+  parts_in = lambda folder: {part_of(name) for name in names_in[folder]} - {""}
+  divided = [folder for folder in folders if {"train"} < parts_in(folder)]
+  if len(divided) > 1:
     raise errors.InputError(
       f"folder {str(root)!r} has the parts in the classes"
-      f" ({folders[0].name}/train); they must be around them"
-      f" (train/{folders[0].name})"
+      f" ({divided[0].name}/train); they must be around them"
+      f" (train/{divided[0].name})"
     )
-  if any(re.search(_LIKE_PART, folder.name, re.I) for folder in folders):
-    classes = names_in(folders[0])
-    if len(classes) > 1 and all(
-      names_in(folder) == classes for folder in folders
-    ):
+  for folder in folders:
+    beside = {other.name for other in folders} - {folder.name}
+    if part_of(folder.name) and (repeated := sorted(names_in[folder] & beside)):
       raise errors.InputError(
-        f"the folders {records.some_of([f.name for f in folders])} in"
-        f" {str(root)!r} all have the folders"
-        f" {records.some_of(sorted(classes))}; if they are parts of a data set,"
-        " call them train, val and test"
+        f"folder {str(root)!r} has {records.some_of(repeated)}, and so does its"
+        f" folder {folder.name}; move those outside of it into a folder train"
       )
+  _check_names(root, names_in)
+
+
+def _check_names(root, names_in):
+  """Raise if the names of folders are like those of parts.
+
+  Args:
+    root: the data set.
+    names_in: folder -> names of its subfolders.
+  """
+  unnumbered = (re.sub(r"[ _-]?\d+$", "", folder.name) for folder in names_in)
+  if {"train"} < {part_of(name) for name in unnumbered} - {""}:
+    names = records.some_of([folder.name for folder in names_in])
+    raise errors.InputError(
+      f"folder {str(root)!r} has {names}; call the parts of a data set train,"
+      " val and test, with one subfolder per class"
+    )
+  like = [f for f in names_in if re.search(_LIKE_PART, f.name, re.I)]
+  is_repeated = len(like) > 1 and all(
+    names_in[folder] == {folder.name} for folder in like
+  )
+  share = any(
+    names_in[one] & names_in[other]
+    for one, other in itertools.combinations(like, 2)
+  )
+  first, *others = names_in.values()
+  are_alike = len(first) > 1 and all(other == first for other in others)
+  if is_repeated or share or (like and are_alike):
+    inside = sorted(set().union(*(names_in[folder] for folder in like)))
+    raise errors.InputError(
+      f"the folders {records.some_of([folder.name for folder in like])} in"
+      f" {str(root)!r} have the folders {records.some_of(inside)}; if they are"
+      " parts of a data set, call those with the classes train, val and test"
+    )
 
 
 def _pass_over(files, passed_over):

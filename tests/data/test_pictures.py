@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import re
+import shutil
 import unicodedata
 
 import cv2
@@ -346,6 +347,44 @@ def _rename_parts(*names):
   return rename
 
 
+def _classes_outside(root):
+  for name in ("cat", "dog"):
+    (root / "train" / name).rename(root / name)
+  (root / "train").rmdir()
+
+
+def _and_another_folder(change):
+  def both(root):
+    change(root)
+    shutil.copytree(next(root.rglob("cat")), root / "more")
+
+  return both
+
+
+def _flat(root):
+  for part in ("train", "test"):
+    for folder in list((root / part).iterdir()):
+      for file in list(folder.iterdir()):
+        file.rename(root / part / f"{folder.name}{file.name}")
+      folder.rmdir()
+  (root / "test").rename(root / "test1")
+
+
+def _twice(root):
+  """As in a well-known data set of scenes."""
+  for part in ("train", "test"):
+    (root / f"seg_{part}").mkdir()
+    (root / part).rename(root / f"seg_{part}" / f"seg_{part}")
+  shutil.copytree(
+    root / "seg_test" / "seg_test" / "cat", root / "seg_pred" / "a"
+  )
+
+
+def _folds(root):
+  _rename_parts("fold_0", "fold_1")(root)
+  shutil.rmtree(root / "fold_1" / "dog")
+
+
 def _wrap(root):
   (root / "pets").mkdir()
   for part in ("train", "test"):
@@ -359,6 +398,15 @@ def _wrap(root):
     (_rename_parts("fold1", "fold2"), "if they are parts of a data set"),
     (_rename_parts("pets_train_val", "pets_val"), "if they are parts"),
     (_rename_parts("rest", "test"), "if they are parts of a data set"),
+    (_classes_outside, "has cat, dog, and so does its folder test; move"),
+    (_and_another_folder(_move_parts_into_classes), "the parts in the classes"),
+    (
+      _and_another_folder(_rename_parts("pets_train", "pets_test")),
+      "are parts",
+    ),
+    (_flat, "has test1, train; call the parts of a data set train, val"),
+    (_twice, "have the folders seg_test, seg_train; if they are parts"),
+    (_folds, "fold_0, fold_1 in"),
     (_wrap, "pets' as the path"),
   ],
 )
