@@ -222,16 +222,33 @@ def _existing_folder(path: str) -> pathlib.Path:
 def _list_folder(
   folder: pathlib.Path,
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-  """Return the folders and files in a folder, sorted, without ignored ones."""
+  """Return the folders and files in a folder, sorted, without ignored ones.
+
+  Raises:
+    errors.InputError: it cannot be read, or has a link to a folder in it.
+  """
   found: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
   try:
     with os.scandir(folder) as entries:
       for entry in entries:
-        if not _is_debris(entry.name):
-          found[not entry.is_dir()].append(folder / entry.name)
+        if _is_debris(entry.name):
+          continue
+        if entry.is_dir() and entry.is_symlink():
+          _check_link(entry)
+        found[not entry.is_dir()].append(folder / entry.name)
   except OSError as error:
     _refuse(error)
   return sorted(found[0]), sorted(found[1])
+
+
+def _check_link(entry):
+  """Raise if a link leads to a folder beside it."""
+  place, target = os.path.split(os.path.realpath(entry))
+  if place == os.path.realpath(os.path.dirname(entry)):
+    raise errors.InputError(
+      f"{entry.path} is a link to {target}, which is in the same folder; remove"
+      " the link, or its images count twice"
+    )
 
 
 def part_of(name: str) -> str:

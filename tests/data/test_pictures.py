@@ -459,6 +459,16 @@ def test_links_are_followed_out_of_the_data_set_only(tmp_path):
   assert from_folders.digest(str(root))
 
 
+@pytest.mark.parametrize(
+  ("link", "target"), [("val", "test"), ("train/kitty", "cat")]
+)
+def test_a_link_makes_no_second_class_or_part(tmp_path, link, target):
+  root = data_sets.save_folder(tmp_path)
+  (root / link).symlink_to(target)
+  with pytest.raises(errors.InputError, match=f"is a link to {target}, which"):
+    from_folders.open_folder(str(root))
+
+
 @pytest.mark.parametrize("folder", [".", "train", "train/cat"])
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, folder):
   root = data_sets.save_folder(tmp_path)
