@@ -24,7 +24,8 @@ def open_huggingface(
       `path`.
     path: a folder written by `save_to_disk`, a parquet file, or a folder that
       `datasets.load_dataset` reads; "" to use the hub.
-    image_column: the column of images; "" for the only one of that type.
+    image_column: the column of images, of type Image or bytes; "" for the only
+      one of these types.
     label_column: the column of classes; "" for the only one of type ClassLabel.
 
   Returns:
@@ -53,7 +54,17 @@ def open_huggingface(
     loaded = {"train": loaded}
   parts = _parts(where, loaded)
   features = parts["train"].features
-  image = _column(where, features, datasets.Image, image_column, "image_column")
+  image = _column(
+    where,
+    # Other libraries write Parquet files without the types of Hugging Face.
+    {
+      name: datasets.Image() if _holds_bytes(feature) else feature
+      for name, feature in features.items()
+    },
+    datasets.Image,
+    image_column,
+    "image_column",
+  )
   label = label_column or _column(
     where, features, datasets.ClassLabel, "", "label_column"
   )
@@ -66,7 +77,8 @@ def open_huggingface(
 
   def read(part: str) -> records.Records:
     # Images stay encoded until Pillow decodes them, as in every other source.
-    images = parts[part].select_columns([image]).cast_column(image, encoded)
+    rows = parts[part].with_format(None).select_columns([image])
+    images = rows.cast_column(image, encoded)
     return records.Records(
       _labels(where, parts[part], label, class_names),
       functools.partial(_file, f"{where} {part}", images, image),
@@ -84,7 +96,12 @@ def open_huggingface(
     )
   if "test" in parts:
     test = records.unless_secret(read("test"))
-  return records.ImageSet(train, num_val, test, class_names)
+  passed_over = {
+    f"images in {split}": len(rows)
+    for split, rows in loaded.items()
+    if not any(rows is used for used in parts.values())
+  }
+  return records.ImageSet(train, num_val, test, class_names, passed_over)
 
 
 def _load(datasets, name, path):
@@ -117,6 +134,15 @@ def _parts(where, loaded):
   return parts
 
 
+def _holds_bytes(feature):
+  """Return whether a column holds encoded images, or dicts of bytes and path.
+
+  `feature` is its type.
+  """
+  kind = feature.get("bytes") if isinstance(feature, dict) else feature
+  return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
 def _column(where, features, kind, given, field):
   """Return the given column, or else the only one of a type."""
   found = [name for name, one in features.items() if isinstance(one, kind)]
@@ -141,7 +167,7 @@ def _class_names(where, parts, label):
   names = getattr(parts["train"].features[label], "names", None)
   if names is not None:
     return tuple(names)
-  values = parts["train"].unique(label)
+  values = [v for v in parts["train"].unique(label) if not _is_withheld(v)]
   if not all(isinstance(value, (int, str)) for value in values):
     raise errors.InputError(
       f"{where}: column {label!r} holds neither whole numbers nor names"
@@ -157,11 +183,10 @@ def _labels(where, rows, label, class_names):
     name: number for number, name in enumerate(class_names)
   }
   # Each split numbers its own names.
-  if names := getattr(rows.features[label], "names", None):
-    values = [None if v is None or v < 0 else names[v] for v in values]
-    numbers[None] = -1
-  else:
-    values = list(map(str, values))
+  names = getattr(rows.features[label], "names", None)
+  name_of = (lambda value: names[value]) if names else str
+  values = [None if _is_withheld(v) else name_of(v) for v in values]
+  numbers[None] = -1
   unknown = sorted(set(values) - numbers.keys())
   if unknown:
     raise errors.InputError(
@@ -169,6 +194,11 @@ def _labels(where, rows, label, class_names):
       " lacks"
     )
   return np.array([numbers[value] for value in values], np.int32)
+
+
+def _is_withheld(label):
+  """Return whether a label is missing, or a negative number in its place."""
+  return label is None or (isinstance(label, int) and label < 0)
 
 
 def _file(

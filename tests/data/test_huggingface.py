@@ -132,6 +132,54 @@ def test_secret_test_labels(tmp_path):
   assert (dataset.num_train, dataset.num_test) == (6, 6)
 
 
+def test_numbers_below_0_are_withheld_labels(tmp_path):
+  splits = _splits(str).map(lambda row: {"kind": int(row["kind"])})
+  numbers = splits.cast_column("kind", datasets.Value("int64"))
+  numbers["test"] = numbers["test"].map(lambda _: {"kind": -1})
+  first = lambda row, i: {"kind": -1 if i == 0 else row["kind"]}
+  numbers["train"] = numbers["train"].map(first, with_indices=True)
+  numbers.save_to_disk(tmp_path / "set")
+  images = data_sets.open_images(
+    "huggingface", path=str(tmp_path / "set"), label_column="kind"
+  )
+  assert images.class_names == ("0", "1") and images.test is None
+  assert images.train.labels.tolist()[:4] == [-1, 1, 0, 1]
+
+
+def test_splits_without_a_role_are_named(tmp_path):
+  sizes = (("train", 12), ("test", 6), ("validation", 3))
+  splits = _splits(sizes=sizes)
+  splits["extra"] = splits.pop("validation")
+  dataset = _load(_save("save_to_disk", splits, tmp_path / "set"))
+  assert "ignored files: 3 images in extra" in dataset.notes
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow"])
+def test_the_format_of_a_saved_set_does_not_matter(tmp_path, kind):
+  splits = _splits().with_format(kind)
+  dataset = _load(_save("save_to_disk", splits, tmp_path / "set"))
+  assert (dataset.num_train, dataset.num_test) == (12, 6)
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+def test_parquet_files_of_other_libraries(tmp_path, with_path):
+  pandas = pytest.importorskip("pandas")
+  rows = []
+  for number in range(20):
+    file = io.BytesIO()
+    Image.fromarray(_pixels("train", number)).save(file, "PNG")
+    image = file.getvalue()
+    image = {"bytes": image, "path": None} if with_path else image
+    rows.append({"image": image, "kind": number % 2})
+  path = tmp_path / "rows.parquet"
+  pandas.DataFrame(rows).to_parquet(path)
+  images = data_sets.open_images(
+    "huggingface", path=str(path), label_column="kind"
+  )
+  read = np.asarray(images.train.read_image(3))
+  np.testing.assert_array_equal(read, _pixels("train", 3))
+
+
 def test_splits_that_number_their_classes_differently(tmp_path):
   """As where each is encoded alone: labels are compared by name."""
   splits = _splits()
