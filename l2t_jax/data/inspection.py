@@ -37,16 +37,17 @@ class Inspected(NamedTuple):
   bit_depth: int  # Of the images with more than 8 bits; 0 without any.
   maximum: int  # Largest value in training images with more than 8 bits, or 0.
   num_clipped: int  # Number of images with values beyond the bit depth.
-  # Part (val, test) -> number of its image files with the pixels of a training
-  # image.
-  num_copies: dict[str, int]
+  # (part, other part) -> number of the part's images with the pixels of an
+  # image of the other: of val and test in train, and of test in val. The left
+  # over images of train count as train if they are used without labels.
+  num_copies: dict[tuple[str, str], int]
 
 
 class _Seen(NamedTuple):
   """Properties of an image that was read."""
 
   maximum: int = 0  # Largest value if it has more than 8 bits; else 0.
-  thumbprint: int = 0  # Hash, equal for equal images; 0 for images in memory.
+  thumbprint: int = 0  # Hash, equal for equal images.
   pixels: np.ndarray | None = None  # Resized, [H, W, C], if kept in memory.
 
 
@@ -156,7 +157,10 @@ def inspect(
     depth,
     maximum,
     sum(one >= 2**depth for each in maxima.values() for one in each if one),
-    {name: _count_copies(name, subsets, seen) for name in ("val", "test")},
+    {
+      (part, other): _count_copies(part, other, subsets, seen)
+      for part, other in (("val", "train"), ("test", "train"), ("test", "val"))
+    },
   )
 
 
@@ -165,10 +169,12 @@ def _read_subset(subset, resize, name):
   if subset.pixels is not None or (
     resize is None and subset.records.open_file is None
   ):  # They are in memory.
+    thumbprints = pillow.thumbprints(subset.records.pixels, subset.indices)
     if subset.dtype != np.uint16:
-      return [_Seen()] * len(subset.indices)
+      return [_Seen(0, thumbprint) for thumbprint in thumbprints]
     pixels = subset.records.pixels
-    return [_Seen(int(pixels[index].max())) for index in subset.indices]
+    maxima = (int(pixels[index].max()) for index in subset.indices)
+    return list(map(_Seen, maxima, thumbprints))
 
   def look(image):
     thumbprint = hash(pillow.thumbprint(image))
@@ -185,30 +191,35 @@ def _read_subset(subset, resize, name):
   )
 
 
-def _count_copies(name, subsets, seen):
-  """Return the number of images of a part with pixels of a training image.
+def _count_copies(part, other, subsets, seen):
+  """Return the number of images of a part with pixels of one of another part.
 
   Thumbprints select candidates; only these are read again and compared in full.
   """
 
-  def digest(part, position):
-    subset = subsets[part]
+  def digest(name, position):
+    subset = subsets[name]
     return pillow.digest(
       subset.records.read_image(int(subset.indices[position]))
     )
 
+  names = [other]
+  if other == "train" and "unlabeled" in subsets:
+    is_left_over = subsets["unlabeled"].records is subsets["train"].records
+    names += ["unlabeled"] if is_left_over else []
   similar = collections.defaultdict(list)
-  for position, one in enumerate(seen["train"]):
-    if isinstance(one, _Seen) and one.thumbprint:
-      similar[one.thumbprint].append(position)
+  for name in names:
+    for position, one in enumerate(seen[name]):
+      if isinstance(one, _Seen):
+        similar[one.thumbprint].append((name, position))
   digests = functools.cache(
-    lambda thumbprint: {digest("train", p) for p in similar[thumbprint]}
+    lambda thumbprint: {digest(*place) for place in similar[thumbprint]}
   )
   return sum(
     isinstance(one, _Seen)
     and one.thumbprint in similar
-    and digest(name, position) in digests(one.thumbprint)
-    for position, one in enumerate(seen[name])
+    and digest(part, position) in digests(one.thumbprint)
+    for position, one in enumerate(seen[part])
   )
 
 

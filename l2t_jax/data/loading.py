@@ -100,7 +100,7 @@ def load(
       records.check_copies(
         "the images",
         part,
-        num_copies=inspected.num_copies[part],
+        num_copies=inspected.num_copies[part, "train"],
         num_images=len(inspected.subsets[part].indices),
       )
   train = inspected.subsets["train"]
@@ -187,9 +187,19 @@ def _notes(images, inspected):
         f"{inspected.num_clipped} images of other parts have larger values,"
         f" which {become}"
       )
-  for part, count in inspected.num_copies.items():
+  for (part, other), count in inspected.num_copies.items():
     if count:
-      yield f"{count} {part} images have the same pixels as training images"
+      name = {"train": "training", "val": "validation"}[other]
+      yield f"{count} {part} images have the same pixels as {name} images"
+  train = inspected.subsets["train"]
+  lowest, highest = train.values
+  for part in ("val", "test"):
+    low, high = inspected.subsets[part].values
+    if max(lowest - low, high - highest) > highest - lowest:
+      yield (
+        f"{part} images have values from {low:.4g} to {high:.4g}, but training"
+        f" images from {lowest:.4g} to {highest:.4g}: are they scaled alike?"
+      )
   if inspected.skipped:
     names = records.some_of(inspected.skipped)
     yield f"left out {len(inspected.skipped)} unreadable images: {names}"

@@ -119,6 +119,20 @@ def thumbprint(image: Image.Image | np.ndarray) -> tuple[object, ...]:
   return (image.size, convert(samples, 3, 8).tobytes())
 
 
+def thumbprints(images: np.ndarray, indices: np.ndarray) -> list[int]:
+  """Return a hash for each of some images in an array [N, H, W, C].
+
+  As for `thumbprint`, equal images have equal hashes, but those of grey images
+  differ from those of RGB images.
+  """
+  rows, columns = (
+    np.linspace(0, side - 1, _NUM_SAMPLES).astype(int)
+    for side in images.shape[1:3]
+  )
+  samples = images[np.ix_(indices, rows, columns)]
+  return [hash((images.shape[1:], one.tobytes())) for one in samples]
+
+
 def digest(image: Image.Image | np.ndarray) -> bytes:
   """Return a digest of all pixels; images with 8 bits are compared as RGB.
 

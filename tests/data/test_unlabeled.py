@@ -1,5 +1,7 @@
 """Images without labels beside the labelled ones, in memory and streamed."""
 
+import shutil
+
 import chex
 import jax
 import numpy as np
@@ -28,6 +30,18 @@ def test_no_image_has_two_roles(load_few):
   assert [len(role) for role in roles] == [16, 20, 20, 24]
   assert dataset.num_unlabeled == 24
   assert len(set.union(*roles)) == 80
+
+
+def test_test_images_are_not_among_the_unlabelled(tmp_path):
+  root = data_sets.save_folder(tmp_path, ("train", "val"))
+  shutil.copytree(root / "train", root / "test")
+  load = lambda **fields: data_sets.load(
+    "folder", path=str(root), batch_size=2, per_class=2, **fields
+  )
+  (note,) = (note for note in load().notes if "pixels" in note)
+  assert note.startswith("4 test images")
+  with pytest.raises(errors.InputError, match="20 of 20 images of test"):
+    load(unlabeled=True)
 
 
 def test_labelled_images_do_not_depend_on_the_others(load_few):
