@@ -6,7 +6,9 @@ from collections.abc import Mapping
 import functools
 import hashlib
 import pathlib
+import re
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -14,6 +16,15 @@ from l2t_jax import errors, imports
 from l2t_jax.data import pillow, records
 
 _IMAGE_DTYPES = (np.uint8, np.uint16, np.float32)
+_KEYS = {
+  *(f"{kind}_{part}" for kind in "xyt" for part in ("train", "val", "test")),
+  "class_names",
+}
+# What NumPy raises for files that are not npz files, or are damaged.
+_DAMAGE = (
+  *(OSError, TypeError, ValueError, EOFError),
+  *(zipfile.BadZipFile, zlib.error),
+)
 
 
 def open_bundled(name: str) -> records.ImageSet:
@@ -56,12 +67,21 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
     raise errors.InputError(
       f"there is no file {path!r}; an .npz file is needed"
     )
+  name = ""
   try:
     with np.load(path) as arrays:
-      return dict(arrays)
-  except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+      found = {}
+      for name in arrays:
+        found[name] = arrays[name]
+      return found
+  except _DAMAGE as error:
+    if "allow_pickle" in str(error) and name:
+      raise errors.InputError(
+        f"{path!r}: {name} holds Python objects; save plain arrays, such as"
+        f" {name}.astype(str) for names"
+      ) from error
     raise errors.InputError(
-      f"{path!r} is not an npz file of plain arrays"
+      f"{path!r} is not an npz file of plain arrays, or is cut off"
     ) from error
 
 
@@ -77,11 +97,19 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
     where: origin of the arrays, for error messages.
 
   Returns:
-    The data set.
+    The data set; a note names the other arrays.
 
   Raises:
-    errors.InputError: an array is missing or malformed.
+    errors.InputError: an array is missing or malformed, or has a name that is
+      almost one of these.
   """
+  unknown = sorted(arrays.keys() - _KEYS)
+  if alike := [key for key in unknown if re.match("[xyt]_", key, re.I)]:
+    raise errors.InputError(
+      f"{where} has {records.listed(alike)}; the names of images, classes and"
+      " targets are x_, y_ and t_, followed by train, val or test"
+    )
+  notes = (f"ignored arrays: {records.some_of(unknown)}",) if unknown else ()
   arrays = _with_numbers(where, arrays)
   is_given = lambda part: any(f"{kind}_{part}" in arrays for kind in "xyt")
   train, num_val = _checked_arrays(where, arrays, "train"), 0
@@ -99,7 +127,9 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
     num_seen = max(num_seen, 1 + test_records.labels.max(initial=0))
   _check_copies(where, arrays)
   class_names = tuple(map(str, arrays.get("class_names", np.arange(num_seen))))
-  return records.ImageSet(train_records, num_val, test_records, class_names)
+  return records.ImageSet(
+    train_records, num_val, test_records, class_names, notes=notes
+  )
 
 
 def _array_records(

@@ -1,6 +1,7 @@
 """Data sets as they are opened: bundled, arrays, folders and tfds."""
 
 import io
+import re
 import shutil
 
 import chex
@@ -72,6 +73,15 @@ def test_grey_npz_becomes_rgb(tmp_path):
     ),
     ({"y_train": np.zeros(60)}, "y_train is float64"),
     ({"y_test": np.full(21, -1)}, "y_test has label -1"),
+    (
+      {"x_valid": np.zeros((9, 8, 8, 3), np.uint8)},
+      "has x_valid; the names of",
+    ),
+    ({"Y_test": np.zeros(21, int)}, "has Y_test; the names of"),
+    (
+      {"y_train": np.array([*"ab"] * 30, object)},
+      r"y_train holds Python objects; .* y_train.astype\(str\)",
+    ),
   ],
 )
 def test_malformed_npz_is_refused(tmp_path, changes, message):
@@ -107,6 +117,48 @@ def test_labels_as_people_have_them(change):
   is_named = arrays["y_train"].dtype.kind in "USO"
   names = ("ant", "bee", "cät") if is_named else ("0", "1", "2")
   assert images.class_names == names
+
+
+def test_other_arrays_are_named():
+  arrays = data_sets.random_arrays() | {"ids": np.arange(60)}
+  images = from_arrays.image_set(arrays, "arrays")
+  assert images.notes == ("ignored arrays: ids",)
+
+
+def test_an_empty_file_is_no_npz(tmp_path):
+  (tmp_path / "empty.npz").touch()
+  with pytest.raises(errors.InputError, match="or is cut off"):
+    from_arrays.load_npz(str(tmp_path / "empty.npz"))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_copies_among_arrays_are_counted(tmp_path, in_memory):
+  arrays = data_sets.random_arrays()
+  twice = {name: np.concatenate([arrays[name]] * 2) for name in ("x_train",)}
+  arrays |= twice | {"y_train": np.tile(arrays["y_train"], 2)}
+  path = data_sets.save_npz(tmp_path / "twice.npz", arrays)
+  dataset = data_sets.load(path=path, in_memory=in_memory, augment="none")
+  (note,) = dataset.notes
+  assert re.match(r"\d+ val images have the same pixels as training", note)
+
+
+def test_a_test_set_that_is_the_validation_set_is_noted(tmp_path):
+  root = data_sets.save_folder(tmp_path)
+  shutil.copytree(root / "test", root / "val")
+  dataset = data_sets.load("folder", path=str(root))
+  note = "20 test images have the same pixels as validation images"
+  assert note in dataset.notes
+
+
+def test_a_test_set_on_another_scale_is_noted(tmp_path):
+  arrays = data_sets.random_arrays()
+  arrays["x_train"] = np.float32(arrays["x_train"] / 255)
+  arrays["x_test"] = np.float32(arrays["x_test"])
+  dataset = data_sets.load(
+    path=data_sets.save_npz(tmp_path / "scales.npz", arrays)
+  )
+  (note,) = dataset.notes
+  assert re.match("test images have values from 0 to 255, but .*alike", note)
 
 
 def test_class_names_number_the_names(tmp_path):
