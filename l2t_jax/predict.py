@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> None:
   cpu_lowering.install()
   paths = find_images(args.images)
   trained = predictor.load(args.run)
+  # Names of files may be in any encoding.
+  sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
   table = csv.writer(sys.stdout)
   table.writerow(("image", "class", "probability"))
   for path, name, probability in trained.classify(paths):
