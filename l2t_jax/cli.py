@@ -107,6 +107,7 @@ def load_config(
   l2t_jax.config.check_fields(
     f"config.{name}" for name in l2t_jax.config.flatten(config.to_dict())
   )
+  _split_lists(config, overrides)
   l2t_jax.config.expand_home(config)
   return config
 
@@ -140,8 +141,20 @@ def with_fields(
       f"{' '.join(overrides)}: {errors.in_one_line(error)}"
     ) from error
   changed = holder.value
+  _split_lists(changed, overrides)
   l2t_jax.config.expand_home(changed)
   return changed
+
+
+def _split_lists(config, overrides):
+  """Split values such as "a,b" of tuples, which are parsed as one string."""
+  values = l2t_jax.config.flatten(config.to_dict())
+  for override in overrides:
+    field = _name(override).removeprefix("config.")
+    _, _, text = override.partition("=")
+    if "," in text and values.get(field) == (text,):
+      parts = tuple(part.strip() for part in text.strip("()[]").split(","))
+      config.update_from_flattened_dict({field: parts})
 
 
 def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:

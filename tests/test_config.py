@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from l2t_jax import errors
+from l2t_jax import cli, errors
 import l2t_jax.config
 
 RULED = [name for name, field in l2t_jax.config.FIELDS.items() if field.rule]
@@ -112,3 +112,12 @@ def test_known_fields():
   l2t_jax.config.check_fields(
     ["config.epochs", "config.source.taps", "config.sources.mine.taps"]
   )
+
+
+@pytest.mark.parametrize("text", ["a,b", "(a, b)", "('a','b')"])
+def test_lists_of_names_on_the_command_line(text):
+  config = cli.load_config(
+    "configs/default.py", [f"--config.source.taps={text}"]
+  )
+  assert config.source.taps == ("a", "b")
+  assert cli.with_fields(config, {"trackers": text}).trackers == ("a", "b")

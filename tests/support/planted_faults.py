@@ -387,7 +387,7 @@ FAULTS = (
         "run/test_bands.py::"
         "test_a_source_sees_its_bands_in_its_own_normalisation"),
   Fault("parts_become_classes", "data/from_folders.py",
-        "len(classes) > 1 and all(", "False and all(",
+        "len(first) > 1 and all(", "False and all(",
         "data/test_pictures.py::test_other_layouts_are_not_taken_for_classes"),
   Fault("bright_values_wrap_around", "data/pillow.py",
         "np.minimum(pixels >> (depth - 8), 255)", "(pixels >> (depth - 8))",
