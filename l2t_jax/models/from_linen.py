@@ -60,9 +60,11 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
       # Flax derives streams of other names from "params".
       rngs = {"dropout": keys[0], "params": keys[1]}
       rng = {"key": jax.random.key_data(keys[2])}
-    # Capture only the tapped submodules; "#1" marks one of their calls.
+    # Capture only the tapped submodules; "#1" marks one of their calls. Those
+    # that a tap is within may return it in a dict.
     is_tap = lambda path: (
-      taps is None or any(tap.partition("#")[0] == path for tap in taps)
+      taps is None
+      or any(f"{tap.partition('#')[0]}/".startswith(f"{path}/") for tap in taps)
     )
     # In eval mode, state is immutable: a network that changes it raises here.
     try:
@@ -76,10 +78,19 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
           method == "__call__" and is_tap("/".join(submodule.path))
         ),
       )
-    except flax.errors.ModifyScopeVariableError as error:
+    except (
+      flax.errors.ModifyScopeVariableError,
+      flax.errors.InvalidRngError,
+    ) as error:
+      if train:
+        raise
+      does = (
+        "draws random numbers"
+        if isinstance(error, flax.errors.InvalidRngError)
+        else "changes its state"
+      )
       raise errors.InputError(
-        "the network also changes its state in eval mode;"
-        f" {pure_functions.HOW_TO_TELL}"
+        f"the network also {does} in eval mode; {pure_functions.HOW_TO_TELL}"
       ) from error
     changed = dict(changed)
     outputs = pure_functions.name_outputs(

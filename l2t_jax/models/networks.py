@@ -188,16 +188,10 @@ def trace(
       jax.random.key(0), images
     )
   variables, logits, features = shapes
-  # Variable of the jaxpr -> (equation that computes it, index in its outputs).
-  computed = {
-    variable: (i, j)
-    for i, equation in enumerate(jaxpr.jaxpr.eqns)
-    for j, variable in enumerate(equation.outvars)
-  }
   # Features are the last outputs, in the order of the sorted names.
   outvars = jaxpr.jaxpr.outvars[-len(features) :] if features else []
   position = {
-    name: computed.get(variable, (-1, 0))
+    name: _position(jaxpr.jaxpr, variable)
     for name, variable in zip(sorted(features), outvars, strict=True)
   }
   # A module that returns its child's output comes after the child.
@@ -220,9 +214,39 @@ def trace(
     logits.shape[1:],
     taps,
     untappable,
-    tuple(getattr(network, "default_taps", None) or ()),
+    _default_taps(network),
     fingerprints.fingerprint((program, constants)),
   )
+
+
+def _position(jaxpr, variable):
+  """Return where a jaxpr computes a variable, as a tuple that can be sorted.
+
+  These are the indices of an equation and, if that calls a function, such as
+  one under `jax.jit` or `jax.checkpoint`, of the equations within.
+  """
+  for i, equation in enumerate(jaxpr.eqns):
+    if not any(variable is x for x in equation.outvars):
+      continue
+    j = next(j for j, x in enumerate(equation.outvars) if variable is x)
+    called = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+    called = getattr(called, "jaxpr", called)  # It may be closed.
+    if called is None or len(called.outvars) != len(equation.outvars):
+      return (i, j)
+    inner = called.outvars[j]
+    for given, passed in zip(called.invars, equation.invars, strict=False):
+      if inner is given:
+        return _position(jaxpr, passed)
+    return (i, *_position(called, inner))
+  return (-1,)  # An argument or a constant.
+
+
+def _default_taps(network):
+  """Return the names of the taps that a network proposes itself."""
+  kinds = (nn.Module, nnx.Module, pure_functions.Functions)
+  if not isinstance(network, kinds):  # A function that makes an NNX module.
+    network = from_nnx.make_abstract(network)
+  return tuple(getattr(network, "default_taps", None) or ())
 
 
 def training_notes(

@@ -1,5 +1,6 @@
 """Networks of other libraries: their taps and their training."""
 
+from collections.abc import Callable
 import functools
 
 import chex
@@ -248,6 +249,13 @@ class NamedAxis(nn.Module):
     return nn.Dense(5)(jnp.mean(x, axis=(1, 2)))
 
 
+class NoisyInEval(nn.Module):
+  @nn.compact
+  def __call__(self, x, is_eval=False):
+    x = nn.Dropout(0.5, deterministic=is_eval)(jnp.mean(x, axis=(1, 2)))
+    return nn.Dense(5)(x)
+
+
 class NnxNamedAxis(nnx.Module):
   def __init__(self, rngs):
     self.norm = nnx.BatchNorm(3, axis_name="devices", rngs=rngs)
@@ -274,6 +282,7 @@ class LinenInNnx(nnx.Module):
     (NeedsPhase(), "needs the argument 'phase', besides images; give it a"),
     (NamedAxis(), "axis name: batch.* leave out its axis_name"),
     (NnxNamedAxis, "axis name: devices.* leave out its axis_name"),
+    (NoisyInEval(), "also draws random numbers in eval mode"),
     (LinenInNnx, r"stem is a Linen module inside NNX \(nnx.bridge.ToNNX\)"),
   ],
 )
@@ -300,6 +309,118 @@ def test_taps_are_listed_in_the_order_of_computation():
     "early": (8, 8, 4),
     "late": (4, 4, 4),
   }
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x + nn.Conv(3, (1, 1), name="b")(nn.Conv(3, (1, 1), name="c")(x))
+
+
+class Wrapped(nn.Module):
+  """Blocks under a transformation, which becomes one equation each."""
+
+  transform: Callable
+
+  @nn.compact
+  def __call__(self, x):
+    for index in range(11):
+      x = self.transform(Block)(name=f"{index}")(x)
+    return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+class NnxBlock(nnx.Module):
+  def __init__(self, rngs):
+    self.c = nnx.Conv(3, 3, (1, 1), rngs=rngs)
+    self.b = nnx.Conv(3, 3, (1, 1), rngs=rngs)
+
+  def __call__(self, x):
+    return x + self.b(self.c(x))
+
+
+class WrappedNnx(nnx.Module):
+  def __init__(self, rngs, transform):
+    self.blocks = nnx.List(NnxBlock(rngs) for _ in range(11))
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+    self.transform = transform
+
+  def __call__(self, x):
+    for block in self.blocks:
+      x = self.transform(lambda block, x: block(x))(block, x)
+    return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize(
+  ("network", "of_block"),
+  [
+    *((Wrapped(one), "{0}/c {0}/b {0}") for one in (nn.remat, nn.jit)),
+    *(
+      (
+        functools.partial(WrappedNnx, transform=one),
+        "blocks/{0}/c blocks/{0}/b blocks/{0}",
+      )
+      for one in (nnx.remat, nnx.jit)
+    ),
+  ],
+)
+def test_the_order_of_computation_within_transformations(network, of_block):
+  expected = [n for i in range(11) for n in of_block.format(i).split()]
+  assert list(models.trace(network, IMAGES).taps) == expected
+
+
+def test_the_order_of_computation_within_jit():
+  @jax.jit
+  def run(params, images):
+    x = images @ params["kernel"]
+    features = {"stem": x, "block": jnp.sin(x), "again": x}
+    return jnp.sum(x, axis=(1, 2)), features
+
+  def apply(params, model_state, images, *, train):
+    return *run(params, images), model_state
+
+  network = models.Functions(init_by_hand, apply)
+  assert list(models.trace(network, IMAGES).taps)[-1] == "block"
+
+
+class Pyramid(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    p1 = nn.Conv(4, (3, 3), name="conv")(x)
+    return {"p1": p1, "p2": p1[:, ::2, ::2]}
+
+
+class OnPyramid(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    maps = Pyramid(name="backbone")(x)
+    return nn.Dense(5, name="head")(jnp.mean(maps["p2"], axis=(1, 2)))
+
+
+def test_maps_that_a_submodule_returns_in_a_dict():
+  params, state = models.init(OnPyramid(), jax.random.key(0), IMAGES)
+  images = jax.random.normal(jax.random.key(1), (2, *IMAGES))
+  _, every, _ = models.as_apply_fn(OnPyramid())(
+    params, state, images, train=False
+  )
+  for tap in ("backbone/p1", "backbone/p2", "backbone/conv"):
+    _, features, _ = models.as_apply_fn(OnPyramid(), [tap])(
+      params, state, images, train=False
+    )
+    chex.assert_trees_all_equal(features, {tap: every[tap]})
+
+
+class WithDefault(NnxNet):
+  @property
+  def default_taps(self):
+    return ("norm",)
+
+
+@pytest.mark.parametrize(
+  "network",
+  [WithDefault, WithDefault(nnx.Rngs(0)), lambda rngs: WithDefault(rngs)],
+)
+def test_default_taps_of_nnx_modules(network):
+  assert list(models.select_taps(models.trace(network, IMAGES))) == ["norm"]
 
 
 def test_nnx_modules_that_exist_keep_their_values():
