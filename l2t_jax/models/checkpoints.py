@@ -128,9 +128,21 @@ def without_prefix(
       f" {' and '.join(best)}; choose one, as by --key={best[0]}"
     )
   (prefix,) = best
+  tensors = checkpoint.tensors
+  inside = {
+    name.removeprefix(prefix): x
+    for name, x in tensors.items()
+    if name.startswith(prefix)
+  }
+  outside = {n: x for n, x in tensors.items() if not n.startswith(prefix)}
+  hidden = sorted(inside.keys() & outside.keys())
   return Checkpoint(
-    {n.removeprefix(prefix): x for n, x in checkpoint.tensors.items()},
-    (*checkpoint.notes, f"without the prefix {prefix!r} of the names"),
+    outside | inside,
+    (
+      *checkpoint.notes,
+      f"without the prefix {prefix!r} of the names",
+      *(f"left over: {name}, since there is {prefix}{name}" for name in hidden),
+    ),
   )
 
 

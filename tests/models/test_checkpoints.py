@@ -55,6 +55,18 @@ def test_what_wrappers_put_in_front(prefix, tmp_path):
   assert checkpoint.notes == (f"without the prefix {prefix!r} of the names",)
 
 
+@pytest.mark.parametrize("first", ["backbone.", ""])
+def test_a_tensor_with_and_one_without_the_prefix(first, tmp_path):
+  inside = _tensors(1, "backbone.")
+  outside = {"bn1.running_mean": np.full(3, 2.0, np.float32)}
+  both = inside | outside if first else outside | inside
+  checkpoint = _read(both, tmp_path)
+  _check(checkpoint)
+  assert checkpoint.notes[-1] == (
+    "left over: bn1.running_mean, since there is backbone.bn1.running_mean"
+  )
+
+
 def test_one_of_two_networks(tmp_path):
   both = _tensors(1, "module.encoder_q.") | _tensors(2, "module.encoder_k.")
   with pytest.raises(errors.InputError, match=r"--key=module\.encoder_k\."):
