@@ -357,6 +357,8 @@ def _find_maps(torch, module, image_size) -> dict[str, _Map]:
   with contextlib.suppress(Exception):  # Networks of a fixed size raise here.
     high = shapes(2 * image_size, image_size)
     wide = shapes(image_size, 2 * image_size)
+  if high == wide == usual:  # The network resizes its images.
+    high = wide = None
   submodules = dict(module.named_modules())
   maps: dict[str, _Map] = {}
   grids: list[tuple[int, int]] = []

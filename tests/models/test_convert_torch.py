@@ -119,6 +119,11 @@ def test_a_checkpoint_without_classifier(tmp_path):
   assert network.reference(_images(2, 8)).shape == (2, 4)
 
 
+def test_a_network_that_resizes_its_images():
+  network = _convert("make_resizing", 8)
+  assert network.taps == ("conv",)
+
+
 def test_a_checkpoint_of_a_deeper_network(tmp_path):
   tensors = torch_networks.make_convolutional().state_dict()
   tensors["blocks.2.conv.weight"] = tensors["blocks.1.conv.weight"]

@@ -131,6 +131,22 @@ def make_branching():
   return Branching()
 
 
+class Resizing(nn.Module):
+  """Its maps have one size, whatever that of the images."""
+
+  def __init__(self):
+    super().__init__()
+    self.conv = nn.Conv2d(3, 4, 3)
+
+  def forward(self, x):
+    x = nn.functional.interpolate(x, (12, 12))
+    return self.conv(x).mean((2, 3))
+
+
+def make_resizing():
+  return Resizing()
+
+
 def make_script():
   return torch.jit.script(Convolutional())
 
