@@ -54,7 +54,7 @@ def _print_taps(model, image_size, channels):
   if model.endswith(".safetensors"):
     loaded = weight_files.load_network(pathlib.Path(model))
     network = loaded.network
-    image_size = image_size or int(loaded.metadata.get("image_size", 0))
+    image_size = int(loaded.metadata.get("image_size", 0)) or image_size
     channels = int(loaded.metadata.get("channels", channels))
   else:
     network = bundled.create(model, num_classes=10)  # Any number will do.
