@@ -461,6 +461,7 @@ def _save_target(setup, seed, target):
       "model": trained_model(seed.experiment.method, description),
       "num_classes": str(setup.num_outputs),
       "class_names": json.dumps(_class_names(setup.dataset, seed.experiment)),
+      "image_size": str(image_format.size),
       "channels": str(image_format.channels),
       "dtype": str(setup.dataset.dtype),
       "bit_depth": str(setup.dataset.bit_depth),
