@@ -7,7 +7,7 @@ names that have to be looked up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import chex
 from flax import nnx, traverse_util
 import jax
+import numpy as np
 
 from l2t_jax import data, errors, fingerprints, models, types
 from l2t_jax.method import objectives, transfer
@@ -43,6 +44,31 @@ class Source(NamedTuple):
   origin: str = ""  # The file that it was read from, for messages.
   # Bits of the white of 16-bit images that mean and std refer to; 0 if unknown.
   bit_depth: int = 0
+
+
+def with_plain_fields(source: Source) -> Source:
+  """Return a source with numbers and tuples in place of arrays and lists.
+
+  Raises:
+    errors.InputError: a field cannot be converted.
+  """
+  floats = lambda values: tuple(map(float, np.ravel(values)))
+  kinds: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("image_size", "channels", "bit_depth"), int),
+    **dict.fromkeys(("mean", "std"), floats),
+    "bands": lambda values: tuple(map(int, values)),
+    "class_names": lambda values: tuple(map(str, values)),
+  }
+  plain = {}
+  for name, kind in kinds.items():
+    value = getattr(source, name)
+    try:
+      plain[name] = kind(value)
+    except (TypeError, ValueError) as error:
+      raise errors.InputError(
+        f"{name} of the source is {value!r}, which is of the wrong type"
+      ) from error
+  return source._replace(**plain)
 
 
 class Transfer(NamedTuple):

@@ -224,6 +224,8 @@ def _as_sources(source, config):
       one = from_config.load_source(one, fields, config.precision)
     elif isinstance(one, experiments.Source):
       _check_unset(fields, nothing)
+    if isinstance(one, experiments.Source):
+      one = experiments.with_plain_fields(one)
     if not isinstance(one, experiments.Source | None):
       raise errors.InputError(
         f"source is of type {type(one).__name__}; it must be a Source, the path"

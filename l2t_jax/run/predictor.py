@@ -258,7 +258,7 @@ def _find_source(source, config, metadata):
   fields = {**fields}
   weights = fields.pop("weights")
   if isinstance(source, experiments.Source):
-    return source
+    return experiments.with_plain_fields(source)
   if source is not None and not isinstance(source, str | os.PathLike):
     raise errors.InputError(
       f"source is of type {type(source).__name__}; it must be a Source, or the"

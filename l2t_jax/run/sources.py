@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+import functools
 import json
 import os
 import pathlib
@@ -66,8 +67,8 @@ def load_source(
     pathlib.Path(path), compilation.PRECISIONS[precision][0]
   )
   if "taps" in loaded.metadata:
-    _check_program(path, loaded.metadata, image_size, (*mean, *std), precision)
-  recorded = lambda what: tuple(json.loads(loaded.metadata.get(what, "[]")))
+    _check_program(path, loaded.metadata, image_size, (mean, std), precision)
+  recorded = functools.partial(_recorded, loaded.metadata)
   return experiments.Source(
     loaded.network,
     loaded.params,
@@ -86,6 +87,11 @@ def load_source(
     if loaded.metadata.get("dtype") == "uint16" and not mean
     else 0,
   )
+
+
+def _recorded(metadata, name):
+  """Return the tuple that the metadata of a file have; () if they do not."""
+  return tuple(json.loads(metadata.get(name, "[]")))
 
 
 class TracedSource(NamedTuple):
@@ -393,7 +399,7 @@ def _check_program(
   path: str | os.PathLike[str],
   metadata: Mapping[str, str],
   image_size: int,
-  normalisation: Sequence[float],
+  normalisation: tuple[Sequence[float], Sequence[float]],
   precision: str,
 ) -> None:
   """Reject an image size or precision that a converted network lacks."""
@@ -405,7 +411,8 @@ def _check_program(
       f" converted for {size}; leave it out, or"
       f" {again.format(f'--image_size={image_size}')}"
     )
-  if normalisation:
+  own = tuple(_recorded(metadata, name) for name in ("mean", "std"))
+  if any(normalisation) and tuple(map(tuple, normalisation)) != own:
     raise errors.InputError(
       f"the source {path} normalises its images itself; leave out its fields"
       " mean and std"
@@ -435,6 +442,12 @@ def trace_one(
     errors.InputError: the source does not fit its weights or the images.
   """
   given = source.origin or name
+  if bool(source.mean) != bool(source.std):
+    missing, known = ("std", "mean") if source.mean else ("mean", "std")
+    raise errors.InputError(
+      f"the source {given} has a {known}, {_short(getattr(source, known))}, but"
+      f" no {missing}; set both, or none to normalise its images as the data's"
+    )
   if not set(source.bands) <= set(range(image_format.channels)):
     raise errors.InputError(
       f"bands of the source {given} are {source.bands}, but the images have"

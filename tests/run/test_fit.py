@@ -405,6 +405,48 @@ def test_distillation_reads_no_features(arrays):
   assert np.isfinite(result.summary["val_accuracy"])
 
 
+class Averaging(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(nn.Conv(4, (3, 3), name="conv")(x).mean((1, 2)))
+
+
+def _averaging(**fields):
+  params = Averaging().init(jax.random.key(0), np.zeros((1, *SHAPE)))["params"]
+  return experiments.Source(Averaging(), params, **fields)
+
+
+def test_the_fields_of_a_source_may_be_arrays(arrays):
+  source = _averaging(
+    image_size=np.int64(8),
+    mean=np.array([0.5]),
+    std=np.float32(0.25),
+    bands=range(1),
+    class_names=list(range(10)),
+  )
+  config = small_config("kd", 1)
+  made = fit.make_experiment(
+    Averaging(), arrays, source=source, config=config, task=None
+  )
+  plain = made.sources[""]
+  assert (plain.mean, plain.std, plain.bands) == ((0.5,), (0.25,), (0,))
+  assert plain.class_names == tuple("0123456789")
+  with pytest.raises(errors.InputError, match="mean of the source is 'half'"):
+    fit.fit(Averaging(), arrays, source=source._replace(mean="half"))
+
+
+def test_half_a_normalisation_is_refused(arrays):
+  source = _averaging(mean=(123.68,))
+  with pytest.raises(errors.InputError, match=r"has a mean, .*, but no std"):
+    fit.fit(
+      Averaging(), arrays, source=source, config=small_config("fm_single", 1)
+    )
+
+
+def test_a_run_states_the_size_of_its_images(source):
+  assert sources.load_source(source).image_size == 16
+
+
 def test_a_run_where_float64_is_on(arrays, x64):
   network = nn.Sequential([lambda x: x.mean((1, 2)), nn.Dense(10)])
   result = fit.fit(network, arrays, config=small_config("scratch", 1))
