@@ -84,14 +84,7 @@ def from_linen(module: nn.Module) -> pure_functions.PureNetwork:
     ) as error:
       if train:
         raise
-      does = (
-        "draws random numbers"
-        if isinstance(error, flax.errors.InvalidRngError)
-        else "changes its state"
-      )
-      raise errors.InputError(
-        f"the network also {does} in eval mode; {pure_functions.HOW_TO_TELL}"
-      ) from error
+      raise errors.InputError(pure_functions.CHANGES_IN_EVAL) from error
     changed = dict(changed)
     outputs = pure_functions.name_outputs(
       traverse_util.flatten_dict(changed.pop("intermediates", {}))

@@ -53,12 +53,15 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
       method_outputs=nnx.Intermediate,
     )(merged)
     calls = {path: x.get_value() for path, x in nnx.to_flat_state(outputs)}
-    if train:
-      model_state = _to_dict(_split(merged)[1])
+    model_state = _to_dict(_split(merged)[1])
     return output, pure_functions.name_outputs(calls), model_state
 
   def statistics(model_state):
     return _from_dict(abstract_states[1], model_state).filter(nnx.BatchStat)
+
+  def constant(model_state):
+    kinds = (nnx.BatchStat, nnx.RngCount)
+    return _from_dict(abstract_states[1], model_state).filter(kinds)
 
   def fold_in(model_state, number):
     def fold(x):
@@ -71,7 +74,7 @@ def from_nnx(model: Any) -> pure_functions.PureNetwork:
     state = _from_dict(abstract_states[1], model_state)
     return _to_dict(jax.tree.map(fold, state))
 
-  return pure_functions.PureNetwork(init, apply, statistics, fold_in)
+  return pure_functions.PureNetwork(init, apply, statistics, fold_in, constant)
 
 
 def _split(module):

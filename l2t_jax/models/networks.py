@@ -67,7 +67,7 @@ def as_apply_fn(
 
   def apply_fn(params, model_state, images, *, train):
     run = _with_features(pure, train, taps)
-    logits, outputs, model_state = run(params, model_state, images)
+    logits, outputs, after = run(params, model_state, images)
     chosen = {
       name: x for name, x in outputs.items() if taps is None or name in taps
     }
@@ -84,7 +84,7 @@ def as_apply_fn(
       for name, output in chosen.items()
       if (x := tapping.as_map(output, images.shape[0], maps)) is not None
     }
-    return logits, features, model_state
+    return logits, features, after if train else model_state
 
   def apply_to_groups(params, model_state, images, *, train):
     if not train:
@@ -164,8 +164,9 @@ def trace(
     image_shape: (H, W, C) of its images.
 
   Raises:
-    errors.InputError: this is not a network, the images are empty, or the
-      variables are not nested dicts of plain arrays.
+    errors.InputError: this is not a network, the images are empty, the
+      variables are not nested dicts of plain arrays, or it changes its state in
+      eval mode.
   """
   if min(image_shape) < 1:
     raise errors.InputError(
@@ -179,15 +180,23 @@ def trace(
     pure_functions.check_variables("params", params)
     pure_functions.check_variables("model_state", model_state)
     run = _with_features(pure, train=False)
-    logits, features, _ = run(params, model_state, images)
-    return {"params": params, **model_state}, logits, features
+    logits, features, after = run(params, model_state, images)
+    constants = [pure.constant(state) for state in (model_state, after)]
+    return *constants, {"params": params, **model_state}, logits, features
 
   images = jax.ShapeDtypeStruct((_BATCH, *image_shape), jnp.float32)
   with _report_axis_names():
     jaxpr, shapes = jax.make_jaxpr(init_and_run, return_shape=True)(
       jax.random.key(0), images
     )
-  variables, logits, features = shapes
+  before, _, variables, logits, features = shapes
+  num_constants = len(jax.tree.leaves(before))
+  places = [
+    _position(jaxpr.jaxpr, variable)
+    for variable in jaxpr.jaxpr.outvars[: 2 * num_constants]
+  ]
+  if places[:num_constants] != places[num_constants:]:
+    raise errors.InputError(pure_functions.CHANGES_IN_EVAL)
   # Features are the last outputs, in the order of the sorted names.
   outvars = jaxpr.jaxpr.outvars[-len(features) :] if features else []
   position = {
@@ -222,23 +231,27 @@ def trace(
 def _position(jaxpr, variable):
   """Return where a jaxpr computes a variable, as a tuple that can be sorted.
 
-  These are the indices of an equation and, if that calls a function, such as
-  one under `jax.jit` or `jax.checkpoint`, of the equations within.
+  These are the indices of an equation and of its output or, if the equation
+  calls a function, such as one under `jax.jit` or `jax.checkpoint`, of the
+  equations within. It is (-1, k) for the k-th argument, also if functions pass
+  it through, and (-2,) for a constant.
   """
+  index = lambda variables: next(
+    (k for k, x in enumerate(variables) if x is variable), None
+  )
   for i, equation in enumerate(jaxpr.eqns):
-    if not any(variable is x for x in equation.outvars):
+    if (j := index(equation.outvars)) is None:
       continue
-    j = next(j for j, x in enumerate(equation.outvars) if variable is x)
     called = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
     called = getattr(called, "jaxpr", called)  # It may be closed.
     if called is None or len(called.outvars) != len(equation.outvars):
       return (i, j)
-    inner = called.outvars[j]
-    for given, passed in zip(called.invars, equation.invars, strict=False):
-      if inner is given:
-        return _position(jaxpr, passed)
-    return (i, *_position(called, inner))
-  return (-1,)  # An argument or a constant.
+    first, *within = _position(called, called.outvars[j])
+    if first == -1:
+      return _position(jaxpr, equation.invars[within[0]])
+    return (i, first, *within)
+  k = index(jaxpr.invars)
+  return (-2,) if k is None else (-1, k)
 
 
 def _default_taps(network):

@@ -28,6 +28,10 @@ HOW_TO_TELL = (
   f" {', '.join(_TRAIN_ARGUMENTS)}; a module of NNX may follow .train() and"
   " .eval() instead"
 )
+CHANGES_IN_EVAL = (
+  "the network also changes its state, or draws random numbers, in eval mode;"
+  f" {HOW_TO_TELL}"
+)
 
 
 class Functions(NamedTuple):
@@ -60,11 +64,15 @@ class PureNetwork(NamedTuple):
   init: Callable[[chex.PRNGKey, jax.Array], tuple[types.PyTree, types.PyTree]]
   # (params, model_state, images, train, taps) -> (output, outputs of
   # submodules by path, model_state). With taps None all outputs are returned.
+  # In eval mode, the model_state only shows whether the network changes it.
   apply: Callable[..., tuple[Any, dict[str, Any], types.PyTree]]
   # model_state -> the batch statistics that training updates (no PRNG keys).
   statistics: Callable[[types.PyTree], types.PyTree]
   # (model_state, integer) -> model_state with other PRNG keys.
   fold_in: Callable[[types.PyTree, Any], types.PyTree]
+  # model_state -> the part that eval mode must not change; empty if the library
+  # sees to that.
+  constant: Callable[[types.PyTree], types.PyTree] = lambda model_state: {}
 
 
 def from_functions(functions: Functions) -> PureNetwork:

@@ -256,6 +256,18 @@ class NoisyInEval(nn.Module):
     return nn.Dense(5)(x)
 
 
+class NnxTold(NnxNet):
+  def __call__(self, x, is_eval=False):
+    x = self.norm(self.stem(x), use_running_average=is_eval)
+    return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+class NnxNoisy(NnxNet):
+  def __call__(self, x):
+    x = self.dropout(jnp.mean(self.stem(x), axis=(1, 2)), deterministic=False)
+    return self.head(x)
+
+
 class NnxNamedAxis(nnx.Module):
   def __init__(self, rngs):
     self.norm = nnx.BatchNorm(3, axis_name="devices", rngs=rngs)
@@ -282,7 +294,9 @@ class LinenInNnx(nnx.Module):
     (NeedsPhase(), "needs the argument 'phase', besides images; give it a"),
     (NamedAxis(), "axis name: batch.* leave out its axis_name"),
     (NnxNamedAxis, "axis name: devices.* leave out its axis_name"),
-    (NoisyInEval(), "also draws random numbers in eval mode"),
+    (NoisyInEval(), "draws random numbers, in eval mode"),
+    (NnxTold, "also changes its state, .* in eval mode"),
+    (NnxNoisy, "draws random numbers, in eval mode"),
     (LinenInNnx, r"stem is a Linen module inside NNX \(nnx.bridge.ToNNX\)"),
   ],
 )
@@ -338,9 +352,54 @@ class NnxBlock(nnx.Module):
     return x + self.b(self.c(x))
 
 
+class NnxNormBlock(NnxBlock):
+  """Its state enters and leaves a transformation unchanged in eval mode."""
+
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.norm = nnx.BatchNorm(3, rngs=rngs)
+    self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+  def __call__(self, x):
+    return self.dropout(self.norm(super().__call__(x)))
+
+
+class ScannedNnx(nnx.Module):
+  def __init__(self, rngs):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+      return NnxNormBlock(rngs)
+
+    self.blocks = make(rngs)
+    self.head = nnx.Linear(3, 5, rngs=rngs)
+
+  def __call__(self, x):
+    run = nnx.scan(
+      lambda x, block: nnx.remat(lambda block, x: block(x))(block, x),
+      in_axes=(nnx.Carry, 0),
+      out_axes=nnx.Carry,
+    )
+    return self.head(jnp.mean(run(x, self.blocks), axis=(1, 2)))
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat, None])
+def test_state_may_pass_through_transformations_in_eval_mode(transform):
+  class Network(WrappedNnx):
+    kind = NnxNormBlock
+
+  network = ScannedNnx
+  if transform:
+    network = functools.partial(Network, transform=transform)
+  layout = models.trace(network, IMAGES)
+  assert not models.training_notes(network, layout, 4)
+
+
 class WrappedNnx(nnx.Module):
+  kind = NnxBlock
+
   def __init__(self, rngs, transform):
-    self.blocks = nnx.List(NnxBlock(rngs) for _ in range(11))
+    self.blocks = nnx.List(self.kind(rngs) for _ in range(11))
     self.head = nnx.Linear(3, 5, rngs=rngs)
     self.transform = transform
 
