@@ -376,7 +376,7 @@ def loss_after(
   """Return meta-parameters -> outer loss []; see `hypergradient`."""
 
   def outer(meta_params):
-    ahead = run(look_ahead, state, meta_params, batch)
+    ahead = run_look_ahead(look_ahead, state, meta_params, batch)
     loss, _ = _checked(outer_loss_fn)(
       ahead.params, meta_params, ahead.model_state, batch
     )
@@ -385,7 +385,7 @@ def loss_after(
   return outer
 
 
-def run(
+def run_look_ahead(
   look_ahead: LookAhead,
   state: types.InnerState,
   meta_params: types.PyTree,
@@ -586,7 +586,7 @@ def _custom_gradient(loss_fn, prepare):
 
     def backward(products, cotangents):
       along_params, along_meta, along_closed_over = products(
-        jax.tree.map(array, cotangents[0])
+        jax.tree.map(as_array, cotangents[0])
       )
       return along_closed_over, along_params, along_meta, None, None
 
@@ -597,16 +597,16 @@ def _custom_gradient(loss_fn, prepare):
 
 
 def opened(
-  loss_fn: types.InnerLossFn, *args: types.PyTree
+  function: Callable[..., Any], *args: types.PyTree
 ) -> tuple[Callable[..., Any], list[jax.Array]]:
-  """Return ((closed_over, *args) -> loss_fn(*args), closed_over).
+  """Return ((closed_over, *args) -> function(*args), closed_over).
 
-  `closed_over` lists the traced values that the loss closes over.
+  `closed_over` lists the traced values that the function closes over.
   """
-  traced, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(*args)
+  traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
   is_tracer = [isinstance(x, jax.core.Tracer) for x in traced.consts]
 
-  def loss_of(closed_over, *args):
+  def function_of(closed_over, *args):
     tracers = iter(closed_over)
     constants = [
       next(tracers) if is_traced else x
@@ -616,7 +616,7 @@ def opened(
     results = extend.core.jaxpr_as_fun(opened)(*jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
-  return loss_of, list(itertools.compress(traced.consts, is_tracer))
+  return function_of, list(itertools.compress(traced.consts, is_tracer))
 
 
 def arguments_of(
@@ -668,7 +668,7 @@ def joint_gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
   return gradient
 
 
-def array(
+def as_array(
   cotangent: jax.Array | custom_derivatives.SymbolicZero,
 ) -> jax.Array:
   """Return a cotangent as an array."""
@@ -711,6 +711,8 @@ def check_differentiable(
         " lbfgs and polyak_sgd do; use one that does not"
       ) from error
     return
+  if not all(np.isfinite(update).all() for update in updates):
+    return  # The numbers in place of traced ones make no sense.
   if not all(np.isfinite(slope).all() for slope in slopes):
     raise errors.InputError(
       "the inner optimizer's updates have no finite derivative at a zero"
@@ -761,10 +763,8 @@ def _try(optimizer, params):
 
 def _with_numbers(function):
   """Run a function with numbers for the traced values that it closes over."""
-  results = function()
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(results)):
-    run, closed_over = opened(function)
-    results = run([_number_like(x) for x in closed_over])
+  function_of, closed_over = opened(function)
+  results = function_of([_number_like(x) for x in closed_over])
   return jax.tree.map(np.asarray, results)
 
 

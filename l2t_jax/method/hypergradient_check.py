@@ -131,16 +131,16 @@ def check_hypergradient(
 def _reject_casts(function, argument):
   """Raise a TypeError if a function rounds float64 values of its argument."""
   traced = jax.make_jaxpr(function)(argument)
-  for dtype in _casts(traced.jaxpr, set(traced.jaxpr.constvars)):
+  for dtype in _casts(traced.jaxpr, ()):
     raise TypeError(f"they convert values to {dtype}")
 
 
 def _casts(jaxpr, constants):
   """Yield the dtypes that float64 values other than constants are rounded to.
 
-  Within loops and branches, all values count except literals.
+  Within `while` and `cond`, all values but literals count.
   """
-  constants = set(constants)
+  constants = {*constants, *jaxpr.constvars}
   is_constant = lambda x: isinstance(x, extend.core.Literal) or x in constants
   for equation in jaxpr.eqns:
     inputs = equation.invars
@@ -152,12 +152,21 @@ def _casts(jaxpr, constants):
       is_float = jnp.issubdtype(after, jnp.floating)
       if before == jnp.float64 and is_float and after != before:
         yield after
-    is_call = equation.primitive.name == "jit"
+    is_mapped = equation.primitive.name not in ("while", "cond")
+    changing = range(0)  # The carry of a loop.
+    if equation.primitive.name == "scan":
+      first = equation.params["num_consts"]
+      changing = range(first, first + equation.params["num_carry"])
     for inner in jax.tree.leaves(list(equation.params.values())):
       inner = getattr(inner, "jaxpr", inner)
       if isinstance(inner, extend.core.Jaxpr):
-        passed = zip(inner.invars, inputs, strict=True) if is_call else ()
-        yield from _casts(inner, {x for x, y in passed if is_constant(y)})
+        passed = zip(inner.invars, inputs, strict=False) if is_mapped else ()
+        known = {
+          x
+          for k, (x, y) in enumerate(passed)
+          if is_constant(y) and k not in changing
+        }
+        yield from _casts(inner, known)
 
 
 def _in_float64(leaf: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax import custom_derivatives
 import jax.numpy as jnp
 import optax
 
@@ -51,7 +52,8 @@ def at_stationary_point(
 
   Args:
     look_ahead: `(state, meta_params, batch) -> state`; any loop that minimises
-      the loss. Outside of `jax.jit`, it need not be written in JAX.
+      the loss. Outside of `jax.jit`, it need not be written in JAX, unless it
+      closes over the meta-parameters.
     loss_fn: the inner loss, evaluated on the batch of the look-ahead. It is
       always traced: none of its arguments can decide what Python does.
     solver: one of `SOLVERS`.
@@ -92,9 +94,9 @@ def at_stationary_point(
     )[0]
 
   def implicit(state, meta_params, batch):
-    # The loop is not differentiated, so that any code can be in it.
+    # The loop is not differentiated.
     start = jax.lax.stop_gradient((state, meta_params, batch))
-    end = jax.lax.stop_gradient(bilevel.run(look_ahead, *start))
+    end = jax.lax.stop_gradient(bilevel.run_look_ahead(look_ahead, *start))
     args = (end.params, meta_params, end.model_state, start[2])
     loss_of, closed_over = bilevel.opened(loss_fn, *args)
 
@@ -103,12 +105,15 @@ def at_stationary_point(
       return params
 
     def forward(*primals):
-      kept = bilevel.arguments_of(primals)
-      return kept[0], kept
+      values = custom_derivatives.custom_vjp_primal_tree_values(primals)
+      _, rest = bilevel.arguments_of(primals)
+      # Not the argument, which is a constant in second derivatives.
+      params = rule(*values)
+      return params, (params, rest)
 
     def backward(kept, cotangents):
       params, (meta_params, differentiated, *constants) = kept
-      v = jax.tree.map(bilevel.array, cotangents)
+      v = jax.tree.map(bilevel.as_array, cotangents)
 
       def gradient(params, meta_params, differentiated):
         rest = (meta_params, differentiated, *constants)

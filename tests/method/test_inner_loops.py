@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
@@ -277,6 +278,26 @@ def test_implicit_derivative_of_a_loop_and_a_loss_that_close_over(
   )
 
 
+def test_second_derivatives_of_an_implicit_derivative(x64):
+  (inner_loss, outer_loss), state, meta_params, batch = _ridge()
+  point = implicit.at_stationary_point(_solve, inner_loss, tolerance=1e-12)
+  gradient = lambda meta_params: bilevel.hypergradient(
+    point, outer_loss, state, meta_params, batch
+  )[1]
+
+  def closed_form(meta_params):
+    x, y, *_ = batch
+    decay = jnp.diag(jnp.exp(meta_params["log_decay"]))
+    solution = jnp.linalg.solve(x.T @ x / len(y) + decay, x.T @ y / len(y))
+    return outer_loss(solution, meta_params, None, batch)[0]
+
+  chex.assert_trees_all_close(
+    jax.jacrev(gradient)(meta_params),
+    jax.jacrev(jax.grad(closed_form))(meta_params),
+    rtol=1e-7,
+  )
+
+
 def test_implicit_derivative_of_a_loop_outside_of_jax(x64):
   (inner_loss, outer_loss), *start = _ridge()
 
@@ -448,6 +469,7 @@ def test_the_check_allows_casts_that_do_not_round():
 
   def loss_fn(params, meta_params, model_state, batch):
     images = batch["images"].astype(jnp.float32) / 255
+    images += batch["floats"].astype(jnp.float32)
     mask = (batch["labels"] > 0).astype(jnp.float32)
     noise = jax.random.uniform(batch["key"], (3,), jnp.float32)
     return jnp.sum(mask * (images * params - noise * meta_params) ** 2), None
@@ -460,6 +482,7 @@ def test_the_check_allows_casts_that_do_not_round():
     jnp.array(0.7),
     {
       "images": jnp.arange(3, dtype=jnp.uint8),
+      "floats": jnp.linspace(0.1, 1.3, 3),
       "labels": jnp.arange(3),
       "key": jax.random.key(0),
     },
