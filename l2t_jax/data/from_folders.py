@@ -23,8 +23,8 @@ _PART_NAMES = {
   "val": "val|valid|validation|dev",
   "test": "test|testing",
 }
-# Found in folder names of parts, but seldom in those of classes.
-_LIKE_PART = "train|val|test|fold|split|holdout"
+# Further words in the names of parts, but seldom in those of classes.
+_LIKE_PART = "fold|split|holdout"
 # Files and folders of operating systems, apart from hidden ones (`._1.jpg`).
 _DEBRIS = (
   "__macosx",
@@ -222,33 +222,29 @@ def _existing_folder(path: str) -> pathlib.Path:
 def _list_folder(
   folder: pathlib.Path,
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-  """Return the folders and files in a folder, sorted, without ignored ones.
-
-  Raises:
-    errors.InputError: it cannot be read, or has a link to a folder in it.
-  """
+  """Return the folders and files in a folder, sorted, without ignored ones."""
   found: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
   try:
     with os.scandir(folder) as entries:
       for entry in entries:
-        if _is_debris(entry.name):
-          continue
-        if entry.is_dir() and entry.is_symlink():
-          _check_link(entry)
-        found[not entry.is_dir()].append(folder / entry.name)
+        if not _is_debris(entry.name):
+          found[not entry.is_dir()].append(folder / entry.name)
   except OSError as error:
     _refuse(error)
   return sorted(found[0]), sorted(found[1])
 
 
-def _check_link(entry):
-  """Raise if a link leads to a folder beside it."""
-  place, target = os.path.split(os.path.realpath(entry))
-  if place == os.path.realpath(os.path.dirname(entry)):
-    raise errors.InputError(
-      f"{entry.path} is a link to {target}, which is in the same folder; remove"
-      " the link, or its images count twice"
-    )
+def _names_of_folders(folder):
+  """Return the names of the folders in a folder, without ignored ones."""
+  try:
+    with os.scandir(folder) as entries:
+      return {
+        entry.name
+        for entry in entries
+        if entry.is_dir() and not _is_debris(entry.name)
+      }
+  except OSError as error:
+    _refuse(error)
 
 
 def part_of(name: str) -> str:
@@ -332,9 +328,7 @@ def _check_classes(root, folders):
       f" are needed; if these are in {folders[0].name!r}, give"
       f" {str(folders[0])!r} as the path"
     )
-  names_in = {
-    folder: {sub.name for sub in _list_folder(folder)[0]} for folder in folders
-  }
+  names_in = {folder: _names_of_folders(folder) for folder in folders}
   parts_in = lambda folder: {part_of(name) for name in names_in[folder]} - {""}
   divided = [folder for folder in folders if {"train"} < parts_in(folder)]
   if len(divided) > 1:
@@ -353,6 +347,14 @@ def _check_classes(root, folders):
   _check_names(root, names_in)
 
 
+def _is_like_part(name):
+  """Return whether a word in the name of a folder stands for a part."""
+  words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+  return any(
+    part_of(word) or re.fullmatch(_LIKE_PART, word, re.I) for word in words
+  )
+
+
 def _check_names(root, names_in):
   """Raise if the names of folders are like those of parts.
 
@@ -367,7 +369,7 @@ def _check_names(root, names_in):
       f"folder {str(root)!r} has {names}; call the parts of a data set train,"
       " val and test, with one subfolder per class"
     )
-  like = [f for f in names_in if re.search(_LIKE_PART, f.name, re.I)]
+  like = [folder for folder in names_in if _is_like_part(folder.name)]
   is_repeated = len(like) > 1 and all(
     names_in[folder] == {folder.name} for folder in like
   )
@@ -413,6 +415,22 @@ def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   return dict(sorted(classes.items()))
 
 
+def _check_links(folder, classes):
+  """Raise if classes are links to one folder, or to one around them."""
+  around = os.path.realpath(folder)
+  name_of: dict[str, str] = {}
+  for name, place in classes.items():
+    real = os.path.realpath(place)
+    if os.path.commonpath((real, around)) == real:
+      raise errors.InputError(f"{place} is a link to {real}, which it is in")
+    if real in name_of:
+      raise errors.InputError(
+        f"the classes {name_of[real]} and {name} in {str(folder)!r} are one"
+        f" folder, {real}; remove the link"
+      )
+    name_of[real] = name
+
+
 def _list_classes(
   folder: pathlib.Path,
   class_names: tuple[str, ...],
@@ -428,6 +446,7 @@ def _list_classes(
       f" of the two has {records.listed(sorted(different))}"
     )
   _pass_over(_list_folder(folder)[1], passed_over)
+  _check_links(folder, classes)
   files = []
   for label, name in enumerate(class_names):
     paths, others = list_images(classes[name], root)

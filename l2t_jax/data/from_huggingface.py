@@ -25,7 +25,7 @@ def open_huggingface(
     path: a folder written by `save_to_disk`, a parquet file, or a folder that
       `datasets.load_dataset` reads; "" to use the hub.
     image_column: the column of images, of type Image or bytes; "" for the only
-      one of these types.
+      one of type Image or, without any, of bytes.
     label_column: the column of classes; "" for the only one of type ClassLabel.
 
   Returns:
@@ -54,20 +54,15 @@ def open_huggingface(
     loaded = {"train": loaded}
   parts = _parts(where, loaded)
   features = parts["train"].features
-  image = _column(
-    where,
-    # Other libraries write Parquet files without the types of Hugging Face.
-    {
-      name: datasets.Image() if _holds_bytes(feature) else feature
-      for name, feature in features.items()
-    },
-    datasets.Image,
-    image_column,
-    "image_column",
-  )
-  label = label_column or _column(
-    where, features, datasets.ClassLabel, "", "label_column"
-  )
+  # Other libraries write Parquet files without the types of Hugging Face.
+  is_image = lambda one: isinstance(one, datasets.Image)
+  if not any(map(is_image, features.values())) or _holds_bytes(
+    features.get(image_column)
+  ):
+    is_image = _holds_bytes
+  image = _column(where, features, is_image, image_column, "image")
+  is_label = lambda one: isinstance(one, datasets.ClassLabel)
+  label = label_column or _column(where, features, is_label, "", "label")
   if label not in features:
     raise errors.InputError(
       f"{where} has no column {label!r}, only {records.listed(features)}"
@@ -137,27 +132,28 @@ def _parts(where, loaded):
 def _holds_bytes(feature):
   """Return whether a column holds encoded images, or dicts of bytes and path.
 
-  `feature` is its type.
+  `feature` is its type; None if there is no such column.
   """
   kind = feature.get("bytes") if isinstance(feature, dict) else feature
   return getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
-def _column(where, features, kind, given, field):
-  """Return the given column, or else the only one of a type."""
-  found = [name for name, one in features.items() if isinstance(one, kind)]
+def _column(where, features, is_kind, given, what):
+  """Return the given column, or else the only one of a kind."""
+  found = [name for name, one in features.items() if is_kind(one)]
+  kind = {"image": "Image", "label": "ClassLabel"}[what]
   if given:
     if given not in found:
       raise errors.InputError(
-        f"{where}: column {given!r} is not of type {kind.__name__}, but"
+        f"{where}: column {given!r} is not of type {kind}, but"
         f" {records.listed(found) or 'none'}"
       )
     return given
   if len(found) != 1:
     raise errors.InputError(
-      f"{where} has {len(found)} columns of type {kind.__name__}"
+      f"{where} has {len(found)} columns of type {kind}"
       f" ({records.listed(found or features)}); name one as"
-      f" config.data.{field}"
+      f" config.data.{what}_column"
     )
   return found[0]
 
@@ -167,7 +163,12 @@ def _class_names(where, parts, label):
   names = getattr(parts["train"].features[label], "names", None)
   if names is not None:
     return tuple(names)
-  values = [v for v in parts["train"].unique(label) if not _is_withheld(v)]
+  values = [v for v in parts["train"].unique(label) if v is not None]
+  if negative := [v for v in values if _is_withheld(v)]:
+    raise errors.InputError(
+      f"{where}: column {label!r} of train has {negative[0]}; leave out images"
+      " without a label, or convert the numbers of classes to text"
+    )
   if not all(isinstance(value, (int, str)) for value in values):
     raise errors.InputError(
       f"{where}: column {label!r} holds neither whole numbers nor names"

@@ -136,14 +136,17 @@ def test_numbers_below_0_are_withheld_labels(tmp_path):
   splits = _splits(str).map(lambda row: {"kind": int(row["kind"])})
   numbers = splits.cast_column("kind", datasets.Value("int64"))
   numbers["test"] = numbers["test"].map(lambda _: {"kind": -1})
+  numbers.save_to_disk(tmp_path / "set")
+  open_set = lambda name: data_sets.open_images(
+    "huggingface", path=str(tmp_path / name), label_column="kind"
+  )
+  images = open_set("set")
+  assert images.class_names == ("0", "1") and images.test is None
   first = lambda row, i: {"kind": -1 if i == 0 else row["kind"]}
   numbers["train"] = numbers["train"].map(first, with_indices=True)
-  numbers.save_to_disk(tmp_path / "set")
-  images = data_sets.open_images(
-    "huggingface", path=str(tmp_path / "set"), label_column="kind"
-  )
-  assert images.class_names == ("0", "1") and images.test is None
-  assert images.train.labels.tolist()[:4] == [-1, 1, 0, 1]
+  numbers.save_to_disk(tmp_path / "unknown")
+  with pytest.raises(errors.InputError, match="of train has -1; leave out"):
+    open_set("unknown")
 
 
 def test_splits_without_a_role_are_named(tmp_path):
@@ -170,12 +173,18 @@ def test_parquet_files_of_other_libraries(tmp_path, with_path):
     Image.fromarray(_pixels("train", number)).save(file, "PNG")
     image = file.getvalue()
     image = {"bytes": image, "path": None} if with_path else image
-    rows.append({"image": image, "kind": number % 2})
+    rows.append({"image": image, "kind": number % 2, "md5": b"0"})
   path = tmp_path / "rows.parquet"
   pandas.DataFrame(rows).to_parquet(path)
-  images = data_sets.open_images(
-    "huggingface", path=str(path), label_column="kind"
+  open_set = lambda **fields: data_sets.open_images(
+    "huggingface", path=str(path), label_column="kind", **fields
   )
+  with pytest.raises(errors.InputError, match="2 columns of type Image"):
+    open_set()
+  images = open_set(image_column="image")
+  typed = datasets.load_dataset("parquet", data_files=str(path))["train"]
+  typed.cast_column("image", datasets.Image()).to_parquet(path)
+  assert len(open_set().train.labels) == 20
   read = np.asarray(images.train.read_image(3))
   np.testing.assert_array_equal(read, _pixels("train", 3))
 

@@ -460,13 +460,33 @@ def test_links_are_followed_out_of_the_data_set_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("link", "target"), [("val", "test"), ("train/kitty", "cat")]
+  ("target", "message"),
+  [("cat", "classes cat and kitty in .* are one folder"), ("..", "it is in")],
 )
-def test_a_link_makes_no_second_class_or_part(tmp_path, link, target):
+def test_a_link_makes_no_second_class(tmp_path, target, message):
   root = data_sets.save_folder(tmp_path)
-  (root / link).symlink_to(target)
-  with pytest.raises(errors.InputError, match=f"is a link to {target}, which"):
+  for part in ("train", "test"):
+    (root / part / "kitty").symlink_to(target)
+  with pytest.raises(errors.InputError, match=message):
     from_folders.open_folder(str(root))
+
+
+def test_the_test_set_may_be_a_link(tmp_path):
+  """As in the usual arrangement of ImageNet."""
+  root = data_sets.save_folder(tmp_path, ("train", "val"))
+  (root / "test").symlink_to("val")
+  (root / "latest").symlink_to("train")
+  dataset = data_sets.load("folder", path=str(root))
+  note = "20 test images have the same pixels as validation images"
+  assert note in dataset.notes
+
+
+def test_classes_whose_names_contain_those_of_parts(tmp_path):
+  for name in ("valley", "festival", "scaffold"):
+    (tmp_path / name / "images").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / name / "images" / "0.png")
+  images = from_folders.open_folder(str(tmp_path))
+  assert images.class_names == ("festival", "scaffold", "valley")
 
 
 @pytest.mark.parametrize("folder", [".", "train", "train/cat"])
