@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 from l2t_jax import errors, imports
-from l2t_jax.data import pillow, records
+from l2t_jax.data import from_folders, pillow, records
 
 _IMAGE_DTYPES = (np.uint8, np.uint16, np.float32)
 _KEYS = {
@@ -22,8 +22,12 @@ _KEYS = {
 }
 # What NumPy raises for files that are not npz files, or are damaged.
 _DAMAGE = (
-  *(OSError, TypeError, ValueError, EOFError),
-  *(zipfile.BadZipFile, zlib.error),
+  OSError,
+  TypeError,
+  ValueError,
+  EOFError,
+  zipfile.BadZipFile,
+  zlib.error,
 )
 
 
@@ -104,7 +108,7 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
       almost one of these.
   """
   unknown = sorted(arrays.keys() - _KEYS)
-  if alike := [key for key in unknown if re.match("[xyt]_", key, re.I)]:
+  if alike := list(filter(_is_almost_a_key, unknown)):
     raise errors.InputError(
       f"{where} has {records.listed(alike)}; the names of images, classes and"
       " targets are x_, y_ and t_, followed by train, val or test"
@@ -129,6 +133,14 @@ def image_set(arrays: Mapping[str, np.ndarray], where: str) -> records.ImageSet:
   class_names = tuple(map(str, arrays.get("class_names", np.arange(num_seen))))
   return records.ImageSet(
     train_records, num_val, test_records, class_names, notes=notes
+  )
+
+
+def _is_almost_a_key(name):
+  """Return whether a name has the words of a key, such as "test_y"."""
+  words = re.split("[^a-z]+", name.lower())
+  return any(word in ("x", "y", "t") for word in words) and any(
+    map(from_folders.part_of, words)
   )
 
 

@@ -24,6 +24,10 @@ from l2t_jax.data import (
 # Images that `_statistics` converts to float64 at a time, to bound memory.
 _FEW_IMAGES = 256
 
+# Images of another part whose values span more than this many times as much as
+# those of train are probably scaled differently.
+_LARGER_SCALE = 10
+
 
 def load(
   fields: data_fields.DataFields,
@@ -191,18 +195,30 @@ def _notes(images, inspected):
     if count:
       name = {"train": "training", "val": "validation"}[other]
       yield f"{count} {part} images have the same pixels as {name} images"
-  train = inspected.subsets["train"]
-  lowest, highest = train.values
-  for part in ("val", "test"):
-    low, high = inspected.subsets[part].values
-    if max(lowest - low, high - highest) > highest - lowest:
+  yield from _scale_notes(inspected.subsets)
+  if inspected.skipped:
+    names = records.some_of(inspected.skipped)
+    yield f"left out {len(inspected.skipped)} unreadable images: {names}"
+
+
+def _scale_notes(subsets):
+  """Yield a note per part whose float images seem to have another scale."""
+  ranges = {}
+  for part in ("train", "val", "test"):
+    subset = subsets[part]
+    if subset.records.pixels is not None and subset.dtype == np.float32:
+      values = subset.records.pixels[subset.indices]
+      if values.size:
+        ranges[part] = (float(values.min()), float(values.max()))
+  spans = {part: high - low for part, (low, high) in ranges.items()}
+  for part, (low, high) in ranges.items():
+    smaller, larger = sorted((spans["train"], spans[part]))
+    if larger > _LARGER_SCALE * smaller:
+      lowest, highest = ranges["train"]
       yield (
         f"{part} images have values from {low:.4g} to {high:.4g}, but training"
         f" images from {lowest:.4g} to {highest:.4g}: are they scaled alike?"
       )
-  if inspected.skipped:
-    names = records.some_of(inspected.skipped)
-    yield f"left out {len(inspected.skipped)} unreadable images: {names}"
 
 
 def open_images(fields: data_fields.DataFields) -> records.ImageSet:

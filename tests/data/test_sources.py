@@ -78,6 +78,7 @@ def test_grey_npz_becomes_rgb(tmp_path):
       "has x_valid; the names of",
     ),
     ({"Y_test": np.zeros(21, int)}, "has Y_test; the names of"),
+    ({"test_y": np.zeros(21, int)}, "has test_y; the names of"),
     (
       {"y_train": np.array([*"ab"] * 30, object)},
       r"y_train holds Python objects; .* y_train.astype\(str\)",
@@ -120,9 +121,9 @@ def test_labels_as_people_have_them(change):
 
 
 def test_other_arrays_are_named():
-  arrays = data_sets.random_arrays() | {"ids": np.arange(60)}
-  images = from_arrays.image_set(arrays, "arrays")
-  assert images.notes == ("ignored arrays: ids",)
+  others = {name: np.arange(3) for name in ("ids_train", "x_mean", "y_names")}
+  images = from_arrays.image_set(data_sets.random_arrays() | others, "arrays")
+  assert images.notes == ("ignored arrays: ids_train, x_mean, y_names",)
 
 
 def test_an_empty_file_is_no_npz(tmp_path):
@@ -150,15 +151,22 @@ def test_a_test_set_that_is_the_validation_set_is_noted(tmp_path):
   assert note in dataset.notes
 
 
-def test_a_test_set_on_another_scale_is_noted(tmp_path):
+@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("scales", [(1, 255), (255, 1), (1, 1)])
+def test_a_part_on_another_scale_is_noted(tmp_path, part, scales):
   arrays = data_sets.random_arrays()
-  arrays["x_train"] = np.float32(arrays["x_train"] / 255)
-  arrays["x_test"] = np.float32(arrays["x_test"])
-  dataset = data_sets.load(
-    path=data_sets.save_npz(tmp_path / "scales.npz", arrays)
-  )
-  (note,) = dataset.notes
-  assert re.match("test images have values from 0 to 255, but .*alike", note)
+  for name, scale in (("train", scales[0]), ("test", scales[1])):
+    arrays[f"x_{name}"] = np.float32(arrays[f"x_{name}"] * (scale / 255))
+  for kind in "xy":
+    arrays[f"{kind}_{part}"] = arrays.pop(f"{kind}_test")
+  path = data_sets.save_npz(tmp_path / "scales.npz", arrays)
+  notes = data_sets.load(path=path, mean=(), std=()).notes
+  if scales == (1, 1):
+    assert not notes
+    return
+  (note,) = notes
+  expected = f"{part} images have values from 0 to {scales[1]}, but .* alike"
+  assert re.match(expected, note)
 
 
 def test_class_names_number_the_names(tmp_path):
