@@ -153,8 +153,8 @@ def _split_lists(config, overrides):
     field = _name(override).removeprefix("config.")
     _, _, text = override.partition("=")
     if "," in text and values.get(field) == (text,):
-      parts = tuple(part.strip() for part in text.strip("()[]").split(","))
-      config.update_from_flattened_dict({field: parts})
+      parts = (part.strip(" ()[]'\"") for part in text.split(","))
+      config.update_from_flattened_dict({field: tuple(filter(None, parts))})
 
 
 def _reason(path: str, overrides: Sequence[str], error: Exception) -> str:

@@ -114,7 +114,7 @@ def test_known_fields():
   )
 
 
-@pytest.mark.parametrize("text", ["a,b", "(a, b)", "('a','b')"])
+@pytest.mark.parametrize("text", ["a,b", "(a, b)", "('a','b')", "a,b,"])
 def test_lists_of_names_on_the_command_line(text):
   config = cli.load_config(
     "configs/default.py", [f"--config.source.taps={text}"]
