@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 import csv
+import io
 import pathlib
 import sys
 
@@ -34,8 +35,9 @@ def main(args: argparse.Namespace) -> None:
   cpu_lowering.install()
   paths = find_images(args.images)
   trained = predictor.load(args.run)
-  # Names of files may be in any encoding.
-  sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # Names of files may be in any encoding.
+    sys.stdout.reconfigure(errors="surrogateescape")
   table = csv.writer(sys.stdout)
   table.writerow(("image", "class", "probability"))
   for path, name, probability in trained.classify(paths):

@@ -175,7 +175,7 @@ def left_over(
     raise errors.InputError(
       f"the checkpoint has layers that the network lacks: {len(deeper)}"
       f" tensors, such as {deeper[0]}; choose the network that it was trained"
-      " with"
+      " with, or leave these tensors out of the file"
     )
   return unused
 

@@ -113,7 +113,7 @@ class Seed:
         " back, or use another --workdir"
       )
     for averages in (unfinished["epoch"], unfinished["interval"]):
-      # Iterations of a run that did not skip any yet do not say so.
+      # Iterations with another value of bad_numbers do not say so.
       done = averages["counts"].get("loss", 0)
       if done and self.experiment.settings.bad_numbers == "skip":
         averages["sums"].setdefault("skipped", 0.0)

@@ -211,7 +211,8 @@ def check_folders(
     contents: dotted name of a field that is a path -> digest of its files.
 
   Raises:
-    errors.InputError: naming the fields that differ.
+    errors.InputError: naming the fields that differ; or a finished run cannot
+      go on without its checkpoints.
   """
   for seed, path in workdirs.items():
     workdir = pathlib.Path(path)

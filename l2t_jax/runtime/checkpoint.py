@@ -129,16 +129,16 @@ class Checkpoints:
     except Exception as error:
       if isinstance(error, errors.Stop) or distributed.is_process_loss(error):
         raise
-      advice = "mend that, and the same command resumes from it"
+      mend = "mend that, and the same command goes on from it"
       if _is_storage_error(error):
         raise errors.StorageError(
           f"cannot read the checkpoint {self._path(step)}: {_reason(error)};"
-          f" {advice}"
+          f" {mend}"
         ) from error
       if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise errors.Stop(
           f"not enough memory to read the checkpoint {self._path(step)}:"
-          f" {_reason(error)}; {advice}"
+          f" {_reason(error)}; {mend}"
         ) from error
       reason = _reason(error)
     # All processes must raise, or the others would wait in a collective.

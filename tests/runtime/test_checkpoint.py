@@ -75,17 +75,22 @@ def test_damaged_checkpoints_are_all_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("error", "message"),
+  ("error", "kind", "message"),
   [
-    (OSError(errno.EIO, "Input/output error"), "cannot read .* Input/output"),
-    (MemoryError("no room"), "not enough memory to read .*no room"),
+    (
+      OSError(errno.EIO, "Input/output error"),
+      errors.StorageError,
+      "cannot read .* Input/output",
+    ),
+    (MemoryError("no room"), errors.Stop, "not enough memory .*no room"),
     (
       jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB"),
+      errors.Stop,
       "not enough memory to read .*3 GiB",
     ),
   ],
 )
-def test_what_is_no_damage(tmp_path, monkeypatch, error, message):
+def test_what_is_no_damage(tmp_path, monkeypatch, error, kind, message):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, _STATE, {})
 
@@ -93,8 +98,9 @@ def test_what_is_no_damage(tmp_path, monkeypatch, error, message):
       raise error
 
     monkeypatch.setattr(checkpoints._manager, "restore", fail)
-    with pytest.raises(errors.Stop, match=message):
+    with pytest.raises(kind, match=message) as caught:
       checkpoints.restore(1, _STATE)
+    assert type(caught.value) is kind
 
 
 def test_any_kind_of_number_can_be_saved(tmp_path):
