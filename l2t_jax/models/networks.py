@@ -33,6 +33,7 @@ import chex
 from flax import linen as nn
 from flax import nnx
 import jax
+from jax import extend
 import jax.numpy as jnp
 
 from l2t_jax import errors, fingerprints, types
@@ -190,19 +191,13 @@ def trace(
       jax.random.key(0), images
     )
   before, _, variables, logits, features = shapes
-  num_constants = len(jax.tree.leaves(before))
-  places = [
-    _position(jaxpr.jaxpr, variable)
-    for variable in jaxpr.jaxpr.outvars[: 2 * num_constants]
-  ]
-  if places[:num_constants] != places[num_constants:]:
+  places = _positions(jaxpr.jaxpr, jaxpr.jaxpr.outvars)
+  middle = len(jax.tree.leaves(before))
+  if places[:middle] != places[middle : 2 * middle]:
     raise errors.InputError(pure_functions.CHANGES_IN_EVAL)
   # Features are the last outputs, in the order of the sorted names.
-  outvars = jaxpr.jaxpr.outvars[-len(features) :] if features else []
-  position = {
-    name: _position(jaxpr.jaxpr, variable)
-    for name, variable in zip(sorted(features), outvars, strict=True)
-  }
+  first = len(places) - len(features)
+  position = dict(zip(sorted(features), places[first:], strict=True))
   # A module that returns its child's output comes after the child.
   order = lambda name: (position[name], -name.count("/"))
   taps, untappable = {}, {}
@@ -228,30 +223,44 @@ def trace(
   )
 
 
-def _position(jaxpr, variable):
-  """Return where a jaxpr computes a variable, as a tuple that can be sorted.
+def _positions(jaxpr, variables):
+  """Return where a jaxpr computes variables, as tuples that can be sorted.
 
   These are the indices of an equation and of its output or, if the equation
   calls a function, such as one under `jax.jit` or `jax.checkpoint`, of the
   equations within. It is (-1, k) for the k-th argument, also if functions pass
   it through, and (-2,) for a constant.
   """
-  index = lambda variables: next(
-    (k for k, x in enumerate(variables) if x is variable), None
-  )
-  for i, equation in enumerate(jaxpr.eqns):
-    if (j := index(equation.outvars)) is None:
-      continue
+
+  @functools.cache
+  def tables(jaxpr):
+    computed = {
+      variable: (i, j)
+      for i, equation in enumerate(jaxpr.eqns)
+      for j, variable in enumerate(equation.outvars)
+    }
+    return computed, {variable: k for k, variable in enumerate(jaxpr.invars)}
+
+  def position(jaxpr, variable):
+    computed, arguments = tables(jaxpr)
+    if isinstance(variable, extend.core.Literal) or (
+      variable not in computed and variable not in arguments
+    ):
+      return (-2,)
+    if variable in arguments:
+      return (-1, arguments[variable])
+    i, j = computed[variable]
+    equation = jaxpr.eqns[i]
     called = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
     called = getattr(called, "jaxpr", called)  # It may be closed.
     if called is None or len(called.outvars) != len(equation.outvars):
       return (i, j)
-    first, *within = _position(called, called.outvars[j])
+    first, *within = position(called, called.outvars[j])
     if first == -1:
-      return _position(jaxpr, equation.invars[within[0]])
+      return position(jaxpr, equation.invars[within[0]])
     return (i, first, *within)
-  k = index(jaxpr.invars)
-  return (-2,) if k is None else (-1, k)
+
+  return [position(jaxpr, variable) for variable in variables]
 
 
 def _default_taps(network):
