@@ -135,6 +135,7 @@ def test_the_source_itself_can_be_trained(source, tmp_path, method):
   config.method = method
   config.transfer.pairs = ""
   config.source.mean, config.source.std = (0.4,), (0.3,)  # Not the target's.
+  config.source.image_size = config.data.image_size  # Not that of its file.
   config.data.classes = (1, 2, 3)
   config.batch_size = 15
   summary = small_runs.train(config, tmp_path)

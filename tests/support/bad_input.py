@@ -600,7 +600,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     Case(
       "A file that is not an npz file",
       "",
-      "'data.npz' is not an npz file of plain arrays",
+      "'data.npz' is not an npz file of plain arrays, or is cut off",
       _write("data.npz", "no arrays"),
     ),
     Case(
@@ -932,8 +932,21 @@ CASES: Mapping[str, tuple[Case, ...]] = {
       "config.source.std is (inf,); it must hold finite numbers above 0 only",
     ),
     Case(
+      "A mean of a source without a standard deviation",
+      "--config.source.mean=0.1",
+      "the source source.safetensors has a mean, 0.1, but no std; set both, or "
+      "none to normalise its images as the data's",
+    ),
+    Case(
+      "An array whose name is almost right",
+      "",
+      "'data.npz' has x_valid; the names of images, classes and targets are "
+      "x_, y_ and t_, followed by train, val or test",
+      _data(x_valid=np.zeros((4, SIZE, SIZE), np.uint8)),
+    ),
+    Case(
       "Two means for a source of one channel",
-      "--config.source.mean=(0.1,0.2)",
+      "--config.source.mean=0.1,0.2 --config.source.std=0.3",
       "mean of the source source.safetensors is (0.1, 0.2), but it sees "
       "images of 1 channels; set its field mean to 1 values",
     ),
