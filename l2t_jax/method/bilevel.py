@@ -711,8 +711,6 @@ def check_differentiable(
         " lbfgs and polyak_sgd do; use one that does not"
       ) from error
     return
-  if not all(np.isfinite(update).all() for update in updates):
-    return  # The numbers in place of traced ones make no sense.
   if not all(np.isfinite(slope).all() for slope in slopes):
     raise errors.InputError(
       "the inner optimizer's updates have no finite derivative at a zero"
@@ -762,10 +760,14 @@ def _try(optimizer, params):
 
 
 def _with_numbers(function):
-  """Run a function with numbers for the traced values that it closes over."""
+  """Run a function of `_try`, with numbers for what is traced in it."""
   function_of, closed_over = opened(function)
-  results = function_of([_number_like(x) for x in closed_over])
-  return jax.tree.map(np.asarray, results)
+  updates, slopes = jax.tree.map(
+    np.asarray, function_of([_number_like(x) for x in closed_over])
+  )
+  if closed_over and not all(np.isfinite(x).all() for x in updates):
+    raise FloatingPointError("these numbers make no sense")
+  return updates, slopes
 
 
 def _number_like(traced):

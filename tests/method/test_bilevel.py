@@ -216,8 +216,9 @@ def test_any_differentiable_optimizer(mode, optimizer, x64):
       {"one": optax.sgd(0.1), "other": optax.adam(0.1)},
       {"w1": "one", "b1": "one", "scale": "one", "w2": "other"},
     ),
+    optax.stateless(lambda grads, _: jax.tree.map(lambda x: x / abs(x), grads)),
   ],
-  ids=["adam", "radam", "one_of_two"],
+  ids=["adam", "radam", "one_of_two", "nan"],
 )
 def test_optimizers_without_a_slope_are_refused(optimizer):
   params, meta_params, model_state, batch = problem()
