@@ -219,32 +219,27 @@ def _existing_folder(path: str) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def _list_folder(
-  folder: pathlib.Path,
-) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-  """Return the folders and files in a folder, sorted, without ignored ones."""
-  found: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
+def _scan(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+  """Return the names of folders and files in a folder, without ignored ones."""
+  found: tuple[list[str], list[str]] = ([], [])
   try:
     with os.scandir(folder) as entries:
       for entry in entries:
         if not _is_debris(entry.name):
-          found[not entry.is_dir()].append(folder / entry.name)
+          found[not entry.is_dir()].append(entry.name)
   except OSError as error:
     _refuse(error)
-  return sorted(found[0]), sorted(found[1])
+  return found
 
 
-def _names_of_folders(folder):
-  """Return the names of the folders in a folder, without ignored ones."""
-  try:
-    with os.scandir(folder) as entries:
-      return {
-        entry.name
-        for entry in entries
-        if entry.is_dir() and not _is_debris(entry.name)
-      }
-  except OSError as error:
-    _refuse(error)
+def _list_folder(
+  folder: pathlib.Path,
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """Return the folders and files in a folder, sorted, without ignored ones."""
+  folders, files = (
+    sorted(folder / name for name in names) for names in _scan(folder)
+  )
+  return folders, files
 
 
 def part_of(name: str) -> str:
@@ -328,7 +323,7 @@ def _check_classes(root, folders):
       f" are needed; if these are in {folders[0].name!r}, give"
       f" {str(folders[0])!r} as the path"
     )
-  names_in = {folder: _names_of_folders(folder) for folder in folders}
+  names_in = {folder: set(_scan(folder)[0]) for folder in folders}
   parts_in = lambda folder: {part_of(name) for name in names_in[folder]} - {""}
   divided = [folder for folder in folders if {"train"} < parts_in(folder)]
   if len(divided) > 1:
