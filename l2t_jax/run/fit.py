@@ -224,7 +224,6 @@ def _as_sources(source, config):
       one = from_config.load_source(one, fields, config.precision)
     elif isinstance(one, experiments.Source):
       _check_unset(fields, nothing)
-    if isinstance(one, experiments.Source):
       one = experiments.with_plain_fields(one)
     if not isinstance(one, experiments.Source | None):
       raise errors.InputError(
